@@ -1,0 +1,34 @@
+"""Mixtral on one workstation: experts quantised tensor by tensor, held in RAM and on disk under a budget.
+
+    import qmix
+
+    with qmix.load("tiny", ram="2GiB") as runner:
+        for piece in runner.generate("To install a package,", temperature=0):
+            print(piece.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qmix.errors import DoesNotFitError, QmixError, UsageError
+
+if TYPE_CHECKING:
+    from qmix.generate import Piece, Result
+    from qmix.runner import Runner, load
+    from qmix.sampling import Sampling
+
+__version__ = "0.1.0"
+
+__all__ = ["DoesNotFitError", "Piece", "QmixError", "Result", "Runner", "Sampling", "UsageError", "load"]
+
+_LAZY = {"Piece": "generate", "Result": "generate", "Runner": "runner", "Sampling": "sampling", "load": "runner"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch only when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'qmix' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"qmix.{_LAZY[name]}"), name)

@@ -1,0 +1,50 @@
+"""`python -m qmix.baseline` prints the memory of a process that has done all that a run does, on next to nothing.
+
+A generation with a model of a few kilobytes imports every module and starts every thread pool that a real run
+does; what is then resident is the part of a budget that no plan can save.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig, MixtralConfig
+
+from qmix.bitsandbytes_quiet import functional as bnb
+from qmix.geometry import Geometry
+from qmix.kv_cache import PlannedCache
+from qmix.machine import peak_memory
+from qmix.models import EMBEDDED
+from qmix.runner import load_tokenizer
+
+
+def main() -> None:
+    from transformers import MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        dtype=torch.bfloat16,
+    )
+    model = MixtralForCausalLM(config).to(torch.bfloat16).eval()
+    packed, state = bnb.quantize_4bit(torch.ones(64, 64, dtype=torch.bfloat16), blocksize=64, quant_type="nf4")
+    bnb.dequantize_4bit(packed, state)
+    load_tokenizer(EMBEDDED["tiny"]).decode([5, 6, 7])
+    cache = PlannedCache(Geometry.from_config(config.to_dict()), 64, torch.bfloat16)
+    options = GenerationConfig(max_new_tokens=4, do_sample=True, pad_token_id=0, prefill_chunk_size=8)
+    with torch.inference_mode():
+        model.generate(
+            torch.arange(1, 20)[None],
+            attention_mask=torch.ones(1, 19, dtype=torch.long),
+            generation_config=options,
+            past_key_values=cache,
+        )
+    print(peak_memory())
+
+
+if __name__ == "__main__":
+    main()

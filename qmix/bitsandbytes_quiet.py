@@ -1,0 +1,47 @@
+"""bitsandbytes, imported without a word, without a look-up on a hub, and without torch's compiler.
+
+Its CPU backend tries to fetch a kernel through the `kernels` package when it is imported, and logs a warning where
+that fails; its fallbacks are wrapped in `torch.compile`, which loads the whole compiler (1.5 s, 44 MB) though nothing
+here calls them. The kernels that qmix uses are in bitsandbytes' own library.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """What stands in for torch.compile: the function as it is."""
+    return function if function is not None else lambda wrapped: wrapped
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    was_disabled, compiler = logger.disabled, torch.compile
+    kernels = sys.modules.get("kernels")
+    logger.disabled = True
+    torch.compile = _uncompiled
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail at once
+    try:
+        yield
+    finally:
+        logger.disabled, torch.compile = was_disabled, compiler
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
+if "bitsandbytes" in sys.modules:
+    from bitsandbytes import functional
+else:
+    with _quiet():
+        from bitsandbytes import functional
+
+__all__ = ["functional"]

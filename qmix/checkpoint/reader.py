@@ -1,0 +1,205 @@
+"""A checkpoint as a whole: which file holds which rows of which weight, checked before any weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmix.checkpoint.naming import Piece, resolve
+from qmix.checkpoint.source import LocalSource, Source, load_json
+from qmix.errors import CheckpointError
+from qmix.geometry import Geometry, config_from_params
+from qmix.safetensors_header import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One weight of the model, as rows and columns in one file of the checkpoint.
+
+    `offset` is where its first row starts in the file, in bytes (None in pickle files); a one-dimensional
+    weight is one row.
+    """
+
+    key: str
+    file: str
+    dtype: str
+    rows: int
+    cols: int
+    offset: int | None
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. `config` is in Hugging Face form, `weights` maps keys to their places."""
+
+    source: Source
+    config: dict[str, Any]
+    geometry: Geometry
+    weights: dict[str, Weight]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of config and weights: the same for copies, another for another training run."""
+        identity = json.dumps([self.config, self.source.fingerprint(self.files)], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()
+
+    @property
+    def files(self) -> list[str]:
+        """The weight files, in the order in which they are to be read."""
+        return sorted({weight.file for weight in self.weights.values()})
+
+    def of_file(self, file: str) -> list[Weight]:
+        """The weights in one file, in the order of their bytes."""
+        mine = [weight for weight in self.weights.values() if weight.file == file]
+        return sorted(mine, key=lambda weight: (weight.offset or 0, weight.key))
+
+    def tokenizer_files(self) -> Iterator[Path]:
+        for name in TOKENIZER_FILES:
+            path = self.source.small_file(name)
+            if path is not None:
+                yield path
+
+    @property
+    def half_dtype(self) -> str:
+        """The half precision that loses least: fp16 for a checkpoint in fp16, else bf16."""
+        return "fp16" if all(weight.dtype == "F16" for weight in self.weights.values()) else "bf16"
+
+
+def read_config(source: Source) -> tuple[dict[str, Any], Geometry]:
+    """The model's config in Hugging Face form, from config.json or params.json, and its geometry."""
+    path = source.small_file("config.json")
+    if path is not None:
+        config = load_json(path)
+        return config, Geometry.from_config(config, str(path))
+    path = source.small_file("params.json")
+    if path is not None:
+        config = config_from_params(load_json(path), str(path))
+        return config, Geometry.from_config(config, str(path))
+    raise CheckpointError(
+        f"{source.name}: neither config.json nor params.json is there; is it a Mixtral checkpoint?"
+    )
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Index a checkpoint and check every tensor's name, type and shape, reading headers only."""
+    config, geometry = read_config(source)
+    names = _weight_files(source)
+    if names[0].endswith(".safetensors"):
+        tensors = [(name, info) for name, header in source.headers(names).items() for info in header.values()]
+    else:
+        tensors = _pickle_tensors(source, names)
+    shapes, places = {}, {}
+    for file, info in tensors:
+        if info.name in places:
+            first = places[info.name][0]
+            raise CheckpointError(f"{source.name}: tensor {info.name!r} is both in {first} and in {file}")
+        shapes[info.name], places[info.name] = info.shape, (file, info)
+    pieces = resolve(shapes, geometry, source.name)
+    weights = {key: _weight(piece, *places[piece.tensor], source.name) for key, piece in pieces.items()}
+    return Checkpoint(source, config, geometry, weights)
+
+
+def _weight_files(source: Source) -> list[str]:
+    there = source.files()
+    for single, pattern in (
+        ("model.safetensors", r"model-\d+-of-\d+\.safetensors"),
+        ("consolidated.safetensors", r"consolidated[-.]\d+.*\.safetensors"),
+        ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin"),
+        ("consolidated.pth", r"consolidated\.\d+\.(pth|pt)"),
+    ):
+        index = source.small_file(single + ".index.json")
+        if index is not None:
+            named = load_json(index).get("weight_map")
+            if not isinstance(named, dict) or not named or not all(type(n) is str for n in named.values()):
+                raise CheckpointError(f"{index}: has no usable weight_map; fetch it again")
+            files = sorted(set(named.values()))
+            missing = [name for name in files if name not in there]
+            if missing:
+                raise CheckpointError(
+                    f"{source.name}: the shard {missing[0]} named by {index.name} is missing; fetch it"
+                )
+            return files
+        files = [single] if single in there else sorted(name for name in there if re.fullmatch(pattern, name))
+        if files:
+            return files
+    raise CheckpointError(
+        f"{source.name}: no weights found (model*.safetensors, consolidated*.safetensors, pytorch_model*.bin)"
+    )
+
+
+def _weight(piece: Piece, file: str, info: TensorInfo, where: str) -> Weight:
+    if info.dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"{where}: tensor {info.name!r} is of type {info.dtype}; qmix reads {', '.join(WEIGHT_DTYPES)}"
+        )
+    *rows, cols = piece.shape
+    count = rows[0] if rows else 1
+    item = info.nbytes // max(1, _count(info.shape))
+    offset = None if info.offset < 0 else info.offset + piece.first_row * cols * item
+    return Weight(piece.key, file, info.dtype, count, cols, offset, piece)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _pickle_tensors(source: Source, names: list[str]) -> list[tuple[str, TensorInfo]]:
+    """Names, types and shapes in pickle files; opened with `weights_only`, their payload stays on disk."""
+    if not isinstance(source, LocalSource):
+        raise CheckpointError(f"{source.name}: from the hub only safetensors are read; it has {names[0]}")
+    dtypes = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
+    found = []
+    for name in names:
+        for key, tensor in load_pickle(source.fetch(name)).items():
+            dtype = dtypes.get(str(tensor.dtype), str(tensor.dtype))
+            found.append((name, TensorInfo(key, dtype, tuple(tensor.shape), -1, tensor.nbytes)))
+    return found
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .pt, .pth or .bin file, mapped from disk; code in it is never run."""
+    import torch
+
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+    except (FileNotFoundError, PermissionError) as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except Exception:
+        raise CheckpointError(
+            f"{path}: damaged, or a pickle with code in it, which is never run; "
+            "fetch it again, or take the safetensors"
+        ) from None
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
+        raise CheckpointError(f"{path}: holds something else than named tensors; take the safetensors")
+    return {name: value.detach() for name, value in loaded.items()}

@@ -1,0 +1,108 @@
+"""Reads past the page cache, straight into memory that stays where it is.
+
+With O_DIRECT a read lands in the buffer without a copy and leaves no cached pages behind, so that what a process
+holds is what it planned to hold. Filesystems that refuse it (tmpfs) are read through the cache.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from qmix.errors import StoreError
+from qmix.layout import PAGE
+
+PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
+READ_THREADS = 4
+
+
+def anonymous_memory(nbytes: int) -> torch.Tensor:
+    """A page-aligned uint8 buffer in one mapping of its own, on huge pages where the system allows.
+
+    Pages are taken when they are first written.
+    """
+    mapping = mmap.mmap(-1, max(nbytes, PAGE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+
+
+class DirectFile:
+    """A file open for reading at multiples of 4096 bytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:
+            try:
+                self.fd = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise StoreError(f"{path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset`; in the calling thread, without the GIL. Raises StoreError."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise StoreError(f"{self.path}: {error.strerror} while reading") from None
+            if count == 0:
+                raise StoreError(f"{self.path}: cut short; quantize the model again")
+            done += count
+
+
+class Read:
+    """One read of `buffer` from `offset`, split among threads; `done` resolves when all of it is there and checked.
+
+    `check` is called by the thread that finishes last, with the whole buffer; what it raises, `done` raises.
+    """
+
+    def __init__(
+        self,
+        threads: ThreadPoolExecutor,
+        file: DirectFile,
+        buffer: torch.Tensor,
+        offset: int,
+        check: Callable[[memoryview], None],
+    ) -> None:
+        self.done: Future[None] = Future()
+        self._view, self._file, self._offset, self._check = memoryview(buffer.numpy()), file, offset, check
+        starts = range(0, len(self._view), PIECE_BYTES)
+        self._left, self._lock = len(starts), Lock()
+        self._error: BaseException | None = None
+        for start in starts:
+            threads.submit(self._piece, start)
+
+    def _piece(self, start: int) -> None:
+        error: BaseException | None = None
+        try:
+            self._file.read_into(self._view[start : start + PIECE_BYTES], self._offset + start)
+        except BaseException as caught:
+            error = caught
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+            self._error = self._error or error
+        if last:
+            self._settle()
+
+    def _settle(self) -> None:
+        try:
+            if self._error is not None:
+                raise self._error
+            self._check(self._view)
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)

@@ -1,0 +1,47 @@
+"""Errors meant for the user: what happened, in which file or option, and what to do.
+
+Each class carries the exit code that the command line ends with; a message is one line.
+"""
+
+from __future__ import annotations
+
+
+class QmixError(Exception):
+    """Base of all errors that qmix reports without a traceback."""
+
+    exit_code = 1
+
+
+class CheckpointError(QmixError):
+    """The published weights cannot be used: a file is missing, damaged, or not a Mixtral."""
+
+
+class StoreError(QmixError):
+    """A store is damaged, incomplete, or belongs to something else."""
+
+
+class HubError(QmixError):
+    """The Hugging Face hub did not give what was asked of it."""
+
+
+class UsageError(QmixError):
+    """An option or argument has a value that cannot be used."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(QmixError):
+    """The budget cannot hold what must be resident.
+
+    `smallest` is the smallest budget, in bytes, that works.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+class Cancelled(Exception):
+    """The work was stopped because its caller asked for it; not an error of anything."""

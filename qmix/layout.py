@@ -1,0 +1,173 @@
+"""Where every byte of a store lies: a pure function of geometry, precisions and dtype.
+
+So any matrix can be written at its final offset as soon as it is read, in whatever order the shards bring
+them. An expert record is three matrices' parts, each aligned to 64 bytes (a cache line, the kernels'
+vectors); records and the payload itself are aligned to 4096, so that O_DIRECT reads a record in one piece.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from qmix.errors import UsageError
+from qmix.geometry import Geometry
+from qmix.precision.formats import DTYPES, Part, check_precision, parts
+from qmix.safetensors_header import TensorInfo, aligned, build_header
+
+PAGE = 4096
+LINE = 64
+DENSE_FILE = "dense.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPart:
+    """One part of one matrix, at `offset` bytes from the start of its record."""
+
+    matrix: str
+    part: Part
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """The inside of an expert record in one precision; `nbytes` is a multiple of 4096."""
+
+    precision: str
+    parts: tuple[PlacedPart, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """One file of a store: its header bytes, where each tensor lies, and its whole size in bytes."""
+
+    name: str
+    header: bytes
+    tensors: dict[str, TensorInfo]
+    size: int
+
+
+def layer_file(layer: int) -> str:
+    return f"experts-{layer:05d}.safetensors"
+
+
+def record_layout(geometry: Geometry, precision: str, dtype: str) -> RecordLayout:
+    """Parts of one expert in record order: w1, w3, w2, each with its scales behind its codes."""
+    placed, position = [], 0
+    for matrix, (rows, cols) in geometry.expert_matrices.items():
+        for part in parts(precision, dtype, rows, cols):
+            position = aligned(position, LINE)
+            placed.append(PlacedPart(matrix, part, position))
+            position += part.nbytes
+    return RecordLayout(precision, tuple(placed), aligned(position, PAGE))
+
+
+def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ...]:
+    """The precision of every expert, [layer][expert], from `nf4` or `nf4,0.*=int8,*.3=half`.
+
+    The first item is for all; each further one is LAYER.EXPERT=PRECISION, `*` standing for any, later ones
+    prevailing. Raises UsageError.
+    """
+    default, *rules = [item.strip() for item in spec.split(",")]
+    check_precision(default)
+    table = [[default] * geometry.num_experts for _ in range(geometry.num_layers)]
+    for rule in rules:
+        pattern, equals, precision = rule.partition("=")
+        if not equals:
+            raise UsageError(f"{rule!r} is no rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+        check_precision(precision)
+        hits = [
+            (layer, expert)
+            for layer in range(geometry.num_layers)
+            for expert in range(geometry.num_experts)
+            if fnmatch.fnmatchcase(f"{layer}.{expert}", pattern)
+        ]
+        if not hits:
+            raise UsageError(f"{rule!r} names no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+        for layer, expert in hits:
+            table[layer][expert] = precision
+    return tuple(map(tuple, table))
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16"."""
+
+    geometry: Geometry
+    precisions: tuple[tuple[str, ...], ...]
+    dtype: str
+
+    @cached_property
+    def records(self) -> dict[str, RecordLayout]:
+        """The record layout of each precision in use."""
+        used = sorted({precision for row in self.precisions for precision in row})
+        return {precision: record_layout(self.geometry, precision, self.dtype) for precision in used}
+
+    def record(self, layer: int, expert: int) -> RecordLayout:
+        return self.records[self.precisions[layer][expert]]
+
+    def record_offset(self, layer: int, expert: int) -> int:
+        """Where a record starts in its layer's file, in bytes."""
+        before = sum(self.record(layer, other).nbytes for other in range(expert))
+        return len(self.layer(layer).header) + before
+
+    @cached_property
+    def dense(self) -> FileLayout:
+        placed, position = [], 0
+        for name, shape in self.geometry.dense_tensors.items():
+            position = aligned(position, LINE)
+            part = Part(name, DTYPES[self.dtype], shape)
+            placed.append((name, part.dtype, shape, position))
+            position += part.nbytes
+        return _file(DENSE_FILE, placed, aligned(position, PAGE))
+
+    @cached_property
+    def _layers(self) -> dict[int, FileLayout]:
+        return {}
+
+    def layer(self, layer: int) -> FileLayout:
+        if layer not in self._layers:
+            placed, start = [], 0
+            for expert in range(self.geometry.num_experts):
+                record = self.record(layer, expert)
+                for item in record.parts:
+                    name = part_name(expert, item.matrix, item.part.name)
+                    placed.append((name, item.part.dtype, item.part.shape, start + item.offset))
+                start += record.nbytes
+            self._layers[layer] = _file(layer_file(layer), placed, start)
+        return self._layers[layer]
+
+    @property
+    def files(self) -> list[FileLayout]:
+        return [self.dense, *(self.layer(layer) for layer in range(self.geometry.num_layers))]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def expert_bytes(self) -> dict[str, int]:
+        """Bytes of all records of each precision in use."""
+        totals = dict.fromkeys(self.records, 0)
+        for row in self.precisions:
+            for precision in row:
+                totals[precision] += self.records[precision].nbytes
+        return totals
+
+    @property
+    def slot_bytes(self) -> int:
+        """The largest record: what a pool slot must hold."""
+        return max(record.nbytes for record in self.records.values())
+
+
+def part_name(expert: int, matrix: str, part: str) -> str:
+    """The name of a part in its layer's file, as `experts.3.w1.codes`."""
+    return f"experts.{expert}.{matrix}.{part}"
+
+
+def _file(name: str, placed: Sequence[tuple[str, str, tuple[int, ...], int]], size: int) -> FileLayout:
+    header, tensors = build_header(placed, size, PAGE)
+    return FileLayout(name, header, tensors, len(header) + size)

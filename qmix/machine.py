@@ -1,0 +1,114 @@
+"""What this computer has: memory, its limits, and what Python itself takes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+import psutil
+
+from qmix.errors import QmixError
+
+SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
+_STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numpy", "tokenizers")
+
+
+def cache_directory() -> Path:
+    """The user's cache directory for qmix: stores made from checkpoints, and measurements."""
+    return Path(platformdirs.user_cache_dir("qmix"))
+
+
+def own_memory() -> int:
+    """Resident bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """The most resident bytes this process ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise QmixError("/proc/self/status: has no VmHWM line; qmix measures memory on Linux only")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process could still take: the system's, or less where a cgroup limits it."""
+    free = psutil.virtual_memory().available
+    limits = [_room(directory) for directory in _cgroups(root)]
+    return min([free, *(room for room in limits if room is not None)])
+
+
+def default_budget() -> int:
+    """The budget where none is given: 90% of the available memory, with what this process holds already."""
+    return own_memory() + int(available_memory() * SHARE_OF_AVAILABLE)
+
+
+def _cgroups(root: Path) -> list[Path]:
+    """The memory cgroup of this process and those above it, version 1 or 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        base = root / "sys/fs/cgroup"
+        if controllers == "memory":
+            base /= "memory"
+        elif controllers:
+            continue
+        inner = base / path.lstrip("/")
+        found += [directory for directory in (inner, *inner.parents) if directory.is_relative_to(base)]
+    return found
+
+
+def _room(group: Path) -> int | None:
+    """What a cgroup still allows: its limit less what cannot be reclaimed; None without a limit."""
+    for limit_name, usage_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (group / limit_name).read_text().strip()
+            if limit == "max" or int(limit) >= 2**60:
+                return None
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+            return max(0, int(limit) - int((group / usage_name).read_text()) + cached)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def interpreter_memory(cache: Path | None = None) -> int:
+    """Resident bytes of Python with all that a run imports and warms up, before any weights.
+
+    Measured once in a process of its own for each set of installed versions, and kept in the cache directory.
+    """
+    directory = cache or cache_directory()
+    identity = [sys.version, sys.executable, os.cpu_count(), *(f"{name} {version(name)}" for name in _STACK)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    path = directory / f"interpreter-{key}.json"
+    try:
+        return int(json.loads(path.read_text())["bytes"])
+    except (OSError, ValueError, KeyError):
+        pass
+    run = subprocess.run([sys.executable, "-m", "qmix.baseline"], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        last = run.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise QmixError(f"measuring Python's own memory failed: {last[0]}")
+    measured = int(run.stdout.split()[-1])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps({"bytes": measured, "of": identity}))
+        scratch.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written only costs the next run a few seconds
+    return measured

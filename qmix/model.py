@@ -1,0 +1,91 @@
+"""transformers' Mixtral, built empty, with a store's dense weights put in and its experts replaced."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import xxhash
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers.activations import ACT2FN
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+
+from qmix.direct_io import READ_THREADS, DirectFile, Read, anonymous_memory
+from qmix.errors import StoreError, UsageError
+from qmix.experts import PooledExperts
+from qmix.pool import ExpertPool
+from qmix.store import Store
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_attention(name: str) -> None:
+    """Raises UsageError where an attention implementation cannot run here."""
+    if name not in ATTENTION:
+        raise UsageError(f"--attn {name!r}: choose one of {', '.join(ATTENTION)}")
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UsageError("--attn flash_attention_2: the package flash-attn is not installed; use sdpa, or install it")
+    if name == "flash_attention_2" and not torch.cuda.is_available():
+        raise UsageError("--attn flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
+
+
+def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> MixtralForCausalLM:
+    """The model in half precision, its experts drawn from the pool; ready to use, gradients off.
+
+    Raises StoreError where a dense weight is damaged.
+    """
+    config = MixtralConfig(**store.config)
+    dtype = HALF[store.layout.dtype]
+    config.dtype = dtype
+    config._attn_implementation = attention
+    with init_empty_weights(include_buffers=True):
+        model = MixtralForCausalLM(config)
+    activation = ACT2FN[config.hidden_act]
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.experts = PooledExperts(index, pool, activation)
+    model.model.rotary_emb = MixtralRotaryEmbedding(config)
+    for name, value in read_dense(store).items():
+        set_module_tensor_to_device(model, _module_name(name), "cpu", value=value, dtype=dtype)
+    if store.geometry.tie_embeddings:
+        model.tie_weights()
+    model.generation_config = _generation_config(store)
+    return model.eval().requires_grad_(False)
+
+
+def read_dense(store: Store) -> dict[str, torch.Tensor]:
+    """All dense weights by published name, read once into one mapping and checked."""
+    layout = store.layout.dense
+    start = len(layout.header)
+    memory = anonymous_memory(layout.size - start)
+    file = DirectFile(store.path(layout))
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        Read(threads, file, memory, start, lambda whole: None).done.result()
+    file.close()
+    dtype, tensors = HALF[store.layout.dtype], {}
+    for name, info in layout.tensors.items():
+        raw = memory[info.offset - start : info.offset - start + info.nbytes]
+        if xxhash.xxh3_64_hexdigest(memoryview(raw.numpy())) != store.dense_checksums.get(name):
+            raise StoreError(f"{file.path}: the tensor {name} is damaged; quantize the model again")
+        tensors[name] = raw.view(dtype).view(info.shape)
+    return tensors
+
+
+def _module_name(published: str) -> str:
+    """transformers 5 calls the mixture of experts `mlp`."""
+    return published.replace(".block_sparse_moe.", ".mlp.")
+
+
+def _generation_config(store: Store) -> GenerationConfig:
+    if (store.directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(store.directory, local_files_only=True)
+    return GenerationConfig.from_model_config(MixtralConfig(**store.config))
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters that a model holds itself."""
+    return sum(parameter.nbytes for parameter in model.parameters())

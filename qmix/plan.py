@@ -1,0 +1,141 @@
+"""What lies where under a budget: a pure function from sizes to a frozen plan. Loads no torch.
+
+A process holds the interpreter, the dense weights, the KV cache, the work space of one step, and a pool of expert
+records; what does not fit the pool stays on disk. `total` is the peak that a run is predicted to reach.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qmix.errors import DoesNotFitError
+from qmix.geometry import HALF_BYTES, Geometry
+from qmix.layout import StoreLayout
+from qmix.units import format_bytes
+
+DEFAULT_CONTEXT = 4096
+PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
+MIN_SLOTS = 2  # one expert computes while the next is read
+RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
+RESERVE_SHARE = 0.01
+SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes of each part of a run, and how many of the model's expert records are held in memory."""
+
+    ram: int
+    context: int
+    interpreter: int
+    dense: int
+    kv_cache: int
+    work: int
+    slots: int
+    slot_bytes: int
+    num_records: int
+    expert_bytes: dict[str, int]
+    store_bytes: int
+
+    @property
+    def pool(self) -> int:
+        return self.slots * self.slot_bytes
+
+    @property
+    def total(self) -> int:
+        """The predicted peak of resident memory."""
+        return self.interpreter + self.dense + self.kv_cache + self.work + self.pool
+
+    @property
+    def headroom(self) -> int:
+        """What the budget leaves free, the reserve for page tables and allocator slack included."""
+        return self.ram - self.total
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of the expert records that the pool has no slot for."""
+        return self.expert_total * (self.num_records - self.slots) // self.num_records
+
+    @property
+    def expert_total(self) -> int:
+        return sum(self.expert_bytes.values())
+
+    @property
+    def smallest(self) -> int:
+        """The smallest budget that this model and context run in."""
+        least = min(MIN_SLOTS, self.num_records) * self.slot_bytes
+        return _with_reserve(self.total - self.pool + least)
+
+    def to_json(self) -> dict[str, Any]:
+        derived = ("pool", "total", "headroom", "on_disk", "smallest")
+        return {"schema": "qmix-plan-1", **asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def make_plan(
+    layout: StoreLayout, ram: int, context: int, interpreter: int, attention: str = "sdpa"
+) -> Plan:
+    """The plan of a store under `ram` bytes. Raises DoesNotFitError with the smallest budget that works."""
+    geometry = layout.geometry
+    fixed = Plan(
+        ram=ram,
+        context=context,
+        interpreter=interpreter,
+        dense=layout.dense.size - len(layout.dense.header),
+        kv_cache=geometry.kv_bytes_per_token * context,
+        work=work_bytes(geometry, context, attention),
+        slots=0,
+        slot_bytes=layout.slot_bytes,
+        num_records=geometry.num_records,
+        expert_bytes=layout.expert_bytes,
+        store_bytes=layout.total_bytes,
+    )
+    if ram < fixed.smallest:
+        raise DoesNotFitError(_refusal(fixed), fixed.smallest)
+    room = int((ram - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed.total
+    slots = max(min(MIN_SLOTS, fixed.num_records), min(fixed.num_records, room // fixed.slot_bytes))
+    return Plan(**(asdict(fixed) | {"slots": slots}))
+
+
+def default_context(geometry: Geometry) -> int:
+    return min(DEFAULT_CONTEXT, geometry.max_position)
+
+
+def work_bytes(geometry: Geometry, context: int, attention: str) -> int:
+    """The most that one step allocates besides weights and cache: a prefill chunk's activations.
+
+    Counted from transformers' Mixtral as it is: RMSNorm works in fp32, rotary makes four tensors the size of q,
+    the mask is [1, 1, T, context], eager attention keeps scores for every head in half and in fp32.
+    """
+    tokens = min(PREFILL_CHUNK, context)
+    hidden, q_rows = geometry.hidden_size, geometry.num_heads * geometry.head_dim
+    kept = tokens * hidden * HALF_BYTES * 3  # residual, normed input, output
+    norm = tokens * hidden * 4 * 3
+    rotary = tokens * q_rows * HALF_BYTES * 6
+    mask = tokens * context * (1 + HALF_BYTES)
+    if attention == "eager":
+        repeated = 2 * context * q_rows * HALF_BYTES
+        scores = geometry.num_heads * tokens * context * (2 * HALF_BYTES + 4) + repeated
+    else:
+        scores = tokens * q_rows * (HALF_BYTES + 4)
+    routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)
+    expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
+    step = kept + max(norm, rotary + mask + scores, routed + expert + SLOW_PATH_BYTES)
+    logits = geometry.vocab_size * 40  # scores, probabilities, and their sorted copies with indices
+    return max(step, kept + logits)
+
+
+def _with_reserve(needed: int) -> int:
+    return math.ceil(needed * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+
+
+def _refusal(fixed: Plan) -> str:
+    least = min(MIN_SLOTS, fixed.num_records)
+    return (
+        f"does not fit {format_bytes(fixed.ram)} of RAM: needs {format_bytes(fixed.smallest)} "
+        f"(Python {format_bytes(fixed.interpreter)}, dense weights {format_bytes(fixed.dense)}, "
+        f"KV cache for {fixed.context} tokens {format_bytes(fixed.kv_cache)}, work space {format_bytes(fixed.work)}, "
+        f"{least} experts {format_bytes(least * fixed.slot_bytes)}); the smallest budget that works is "
+        f"--ram {math.ceil(fixed.smallest / 2**20)}MiB"
+    )

@@ -1,0 +1,71 @@
+"""Which parts a matrix becomes in each precision, and their bytes: arithmetic only, no torch.
+
+nf4, fp4   bitsandbytes' 4-bit codes in blocks of 64 weights, absmax of a block in bf16: 4.25 bits a weight.
+           Where the shape allows it both lie in the layout that bitsandbytes' CPU kernel multiplies
+           ("packed"): codes of 32 rows interleaved, absmax as [columns / 64, rows]. Else in bitsandbytes'
+           ordinary order.
+int8       bitsandbytes' row-wise codes, weight = code * row_max / 127, row_max in fp32.
+half       the weights themselves in bf16 or fp16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd, prod
+
+from qmix.errors import UsageError
+from qmix.safetensors_header import ITEM_BYTES
+
+PRECISIONS = ("nf4", "fp4", "int8", "half")
+DTYPES = {"bf16": "BF16", "fp16": "F16"}  # the two half precisions, as users and as safetensors name them
+BLOCK = 64  # weights that share an absmax
+PACK_ROWS = 32  # rows interleaved in the packed layout
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a quantised matrix; `dtype` as safetensors writes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def check_precision(precision: str) -> str:
+    """`precision` itself; raises UsageError where there is no such one."""
+    if precision not in PRECISIONS:
+        raise UsageError(f"{precision!r} is not a precision; choose one of {', '.join(PRECISIONS)}")
+    return precision
+
+
+def fits_kernels(rows: int, cols: int) -> bool:
+    """Whether the fast CPU kernels take a matrix of this shape.
+
+    The packed 4-bit kernel needs whole groups of 32 rows and blocks that end with a row; torch's int8 kernel
+    reads past the end of rows that are no multiple of 32 long (torch 2.13).
+    """
+    return rows % PACK_ROWS == 0 and cols % BLOCK == 0
+
+
+def parts(precision: str, dtype: str, rows: int, cols: int) -> tuple[Part, ...]:
+    """The tensors of a [rows, cols] matrix; `dtype` ("bf16" or "fp16") is what `half` means here."""
+    if precision == "half":
+        return (Part("weight", DTYPES[dtype], (rows, cols)),)
+    if precision == "int8":
+        return (Part("codes", "I8", (rows, cols)), Part("row_max", "F32", (rows,)))
+    if fits_kernels(rows, cols):
+        return (Part("codes", "U8", (rows, cols // 2)), Part("absmax", "BF16", (cols // BLOCK, rows)))
+    count = rows * cols
+    return (Part("codes", "U8", ((count + 1) // 2,)), Part("absmax", "BF16", (-(-count // BLOCK),)))
+
+
+def chunk_rows(precision: str, rows: int, cols: int, max_weights: int) -> int:
+    """Rows to quantise at once: about `max_weights` weights, and never a block or a group of rows split."""
+    step = 1
+    if precision in ("nf4", "fp4"):
+        step = PACK_ROWS if fits_kernels(rows, cols) else BLOCK // gcd(BLOCK, cols)
+    return min(rows, max(1, max_weights // (cols * step)) * step)

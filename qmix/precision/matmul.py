@@ -1,0 +1,152 @@
+"""Products with quantised matrices, read in place from a record's bytes.
+
+Each class holds views into a buffer (a pool slot, whose content changes: nothing is derived from it beforehand) and offers `multiply(x)`: x [T, cols] to [T, rows], in x's type,
+and `dequantize(start, stop)`: those rows in fp32, the definition that every kernel is tested against. Where no
+fast kernel takes the shape, or the CPU has none, rows are dequantised a few at a time and multiplied in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from qmix.bitsandbytes_quiet import functional as bnb
+from qmix.geometry import MATRICES
+from qmix.layout import RecordLayout
+from qmix.precision.formats import BLOCK, PACK_ROWS, fits_kernels
+
+SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
+
+_TORCH = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class Matrix:
+    """A [rows, cols] matrix in some precision."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        self.rows, self.cols = rows, cols
+
+    def dequantize(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) in fp32."""
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ self.T without a kernel: [T, cols] to [T, rows], a few rows of the matrix at a time."""
+        out = torch.empty((len(x), self.rows), dtype=x.dtype)
+        wide, step = x.float(), max(1, SLOW_PATH_WEIGHTS // self.cols)
+        for start in range(0, self.rows, step):
+            stop = min(start + step, self.rows)
+            out[:, start:stop] = wide @ self.dequantize(start, stop).T
+        return out
+
+
+class HalfMatrix(Matrix):
+    """The weights themselves in bf16 or fp16."""
+
+    def __init__(self, weight: torch.Tensor, rows: int, cols: int) -> None:
+        super().__init__(rows, cols)
+        self.weight = weight
+
+    def dequantize(self, start: int, stop: int) -> torch.Tensor:
+        return self.weight[start:stop].float()
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class Int8Matrix(Matrix):
+    """bitsandbytes' row-wise int8: weight = code * row_max / 127."""
+
+    def __init__(self, codes: torch.Tensor, row_max: torch.Tensor, rows: int, cols: int) -> None:
+        super().__init__(rows, cols)
+        self.codes, self.row_max = codes, row_max
+        self._ones = torch.ones(rows, dtype=torch.bfloat16)
+
+    def dequantize(self, start: int, stop: int) -> torch.Tensor:
+        return self.codes[start:stop].float() * (self.row_max[start:stop, None] / 127)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if not fits_kernels(self.rows, self.cols):
+            return super().multiply(x)
+        # the kernel is fast in bf16 only, and its scales would be bf16 too: ours stay in fp32, applied after it
+        sums = torch._weight_int8pack_mm(x.bfloat16(), self.codes, self._ones)
+        return (sums * (self.row_max / 127)).to(x.dtype)
+
+
+class FourBitMatrix(Matrix):
+    """bitsandbytes' nf4 or fp4, packed for its CPU kernel where the shape allows, else in ordinary order."""
+
+    def __init__(self, kind: str, codes: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int) -> None:
+        super().__init__(rows, cols)
+        self.codes, self.absmax = codes, absmax
+        self.table = code_table(kind)
+        self.packed = fits_kernels(rows, cols)
+        self._kernel = self.packed and has_packed_kernel()
+
+    def dequantize(self, start: int, stop: int) -> torch.Tensor:
+        if not self.packed:
+            return self._dequantize_flat(start, stop)
+        # whole groups of 32 rows: [groups, cols / 2, 32] bytes; the low nibbles are rows 0-15, the high ones 16-31
+        first, last = start // PACK_ROWS, -(-stop // PACK_ROWS)
+        groups = self.codes.view(-1, self.cols // 2, PACK_ROWS)[first:last]
+        nibbles = torch.stack((groups & 15, groups >> 4), dim=2)  # [groups, cols / 2, 2, 32]
+        pairs = nibbles.view(-1, self.cols // 2, PACK_ROWS, 2)  # 32 rows of 2 neighbouring columns
+        codes = pairs.transpose(1, 2).reshape(-1, self.cols)
+        absmax = self.absmax[:, first * PACK_ROWS : last * PACK_ROWS].T.float()
+        values = self.table[codes.int()].view(-1, self.cols // BLOCK, BLOCK) * absmax[:, :, None]
+        skip = start - first * PACK_ROWS
+        return values.view(-1, self.cols)[skip : skip + stop - start]
+
+    def _dequantize_flat(self, start: int, stop: int) -> torch.Tensor:
+        begin, end = start * self.cols, stop * self.cols
+        codes = self.codes[begin // 2 : (end + 1) // 2]
+        values = self.table[torch.stack((codes >> 4, codes & 15), dim=1).view(-1).int()]
+        values = values[begin % 2 : begin % 2 + end - begin]
+        blocks = torch.arange(begin, end) // BLOCK
+        return (values * self.absmax[blocks].float()).view(stop - start, self.cols)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._kernel:
+            return super().multiply(x)
+        shape = (self.rows, self.cols)
+        return torch.ops.bitsandbytes.gemv_4bit.default(x, self.codes, shape, self.absmax, self.table, BLOCK)
+
+
+class Expert:
+    """One expert's three matrices, lying in a buffer; calling it is the expert's forward."""
+
+    def __init__(self, buffer: torch.Tensor, layout: RecordLayout, shapes: dict[str, tuple[int, int]]) -> None:
+        tensors: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
+        for item in layout.parts:
+            raw = buffer[item.offset : item.offset + item.part.nbytes]
+            tensors[item.matrix].append(raw.view(_TORCH[item.part.dtype]).view(item.part.shape))
+        self.gate, self.up, self.down = (
+            _matrix(layout.precision, tensors[matrix], *shapes[matrix]) for matrix in MATRICES
+        )
+
+    def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """down(activation(gate(x)) * up(x)): [T, hidden] to [T, hidden]."""
+        return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
+
+
+def _matrix(precision: str, tensors: list[torch.Tensor], rows: int, cols: int) -> Matrix:
+    if precision == "half":
+        return HalfMatrix(*tensors, rows, cols)
+    if precision == "int8":
+        return Int8Matrix(*tensors, rows, cols)
+    return FourBitMatrix(precision, *tensors, rows, cols)
+
+
+@cache
+def code_table(kind: str) -> torch.Tensor:
+    """The 16 values of nf4 or fp4, in fp32."""
+    return bnb.get_4bit_type(kind, device="cpu")
+
+
+@cache
+def has_packed_kernel() -> bool:
+    """Whether bitsandbytes multiplies the packed layout on this CPU (it needs AVX512-BF16)."""
+    return bool(bnb.has_avx512bf16())

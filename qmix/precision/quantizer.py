@@ -1,0 +1,84 @@
+"""Rows of a checkpoint in, the bytes of a record's parts out."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from qmix.errors import CheckpointError
+from qmix.precision.formats import BLOCK, fits_kernels, parts
+from qmix.precision.kernels import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class MatrixQuantizer:
+    """Quantises one [rows, cols] matrix by row chunks, in any order and from several threads.
+
+    A chunk's codes (or half-precision weights) are returned to be written; the scales, small, are gathered
+    here until the last chunk is done. `name` is the tensor's, for errors.
+    """
+
+    def __init__(self, precision: str, dtype: str, rows: int, cols: int, name: str) -> None:
+        self.precision, self.dtype, self.name = precision, dtype, name
+        self.rows, self.cols = rows, cols
+        self.main, *scales = parts(precision, dtype, rows, cols)
+        self._packed = precision in ("nf4", "fp4") and fits_kernels(rows, cols)
+        self._scales = np.empty(scales[0].shape, np.float32) if scales else None
+
+    def quantize(self, chunk: torch.Tensor, start: int) -> tuple[int, np.ndarray]:
+        """Rows [start, start + len(chunk)): the offset in bytes inside the first part, and its uint8 bytes.
+
+        Raises CheckpointError where a weight is NaN or infinite.
+        """
+        if self.precision == "half":
+            return start * self.cols * 2, self._to_half(chunk)
+        weights = _for_kernels(chunk)
+        if self.precision == "int8":
+            codes = np.empty(chunk.shape, np.int8)
+            finite = quantize_int8_rows(weights, codes, self._scales[start : start + len(chunk)])
+            offset = start * self.cols
+        elif self._packed:
+            codes = np.empty(chunk.numel() // 2, np.uint8)
+            finite = quantize_4bit_packed(
+                weights, self.precision, codes, self._scales[:, start : start + len(chunk)]
+            )
+            offset = start * self.cols // 2
+        else:
+            first, count = start * self.cols, chunk.numel()
+            codes = np.empty((count + 1) // 2, np.uint8)
+            scales = self._scales[first // BLOCK : -(-(first + count) // BLOCK)]
+            last = start + len(chunk) == self.rows
+            finite = quantize_4bit_flat(weights.reshape(-1), self.precision, codes, scales, last)
+            offset = first // 2
+        if not finite:
+            raise self._not_finite()
+        return offset, codes.view(np.uint8).reshape(-1)
+
+    def scales(self) -> np.ndarray | None:
+        """The second part's uint8 bytes: row maxima in fp32, or absmax rounded to bf16; None for half."""
+        if self._scales is None or self.precision == "int8":
+            return None if self._scales is None else self._scales.view(np.uint8)
+        return torch.from_numpy(self._scales).bfloat16().view(torch.uint8).numpy().reshape(-1)
+
+    def _to_half(self, chunk: torch.Tensor) -> np.ndarray:
+        half = chunk.to(_HALF[self.dtype])
+        # a value times zero is zero unless it is NaN or infinite: one pass, no mask in memory
+        if not bool(torch.isfinite((half * 0).sum())):
+            if self.dtype == "fp16" and bool(torch.isfinite(chunk).all()):
+                raise CheckpointError(f"tensor {self.name!r} has values too large for fp16; use --dtype bf16")
+            raise self._not_finite()
+        return half.contiguous().view(torch.uint8).numpy().reshape(-1)
+
+    def _not_finite(self) -> CheckpointError:
+        return CheckpointError(
+            f"tensor {self.name!r} holds NaN or infinite weights; the checkpoint is damaged, fetch it again"
+        )
+
+
+def _for_kernels(chunk: torch.Tensor) -> np.ndarray:
+    """bf16 as its bit patterns, anything else as fp32."""
+    chunk = chunk.contiguous()
+    if chunk.dtype == torch.bfloat16:
+        return chunk.view(torch.uint16).numpy()
+    return chunk.float().numpy()

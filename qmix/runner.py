@@ -1,0 +1,126 @@
+"""From a store and a plan to something that generates: model, pool, cache and tokenizer put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
+
+from qmix.errors import StoreError, UsageError
+from qmix.generate import Engine, Piece, Result
+from qmix.kv_cache import PlannedCache
+from qmix.model import HALF, build_model, check_attention
+from qmix.models import DEFAULT_MODEL
+from qmix.plan import Plan
+from qmix.pool import ExpertPool
+from qmix.prepare import plan_for, prepare_store
+from qmix.progress import OnProgress, ignore
+from qmix.sampling import Sampling
+from qmix.store import Store
+
+
+class Runner:
+    """A model ready to run. `model` is transformers' MixtralForCausalLM and can be used as any; `plan` says what
+    lies where. Close it, or use it as a context manager."""
+
+    def __init__(self, store: Store, plan: Plan, attention: str = "sdpa") -> None:
+        self.store, self.plan = store, plan
+        self.tokenizer = load_tokenizer(store.directory)
+        pool = ExpertPool(store, plan.slots)
+        self.model: MixtralForCausalLM = build_model(store, pool, attention)
+        if plan.slots == plan.num_records:
+            pool.fill()
+        cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
+        self._engine = Engine(self.model, pool, cache, self._decode, plan.ram)
+
+    @property
+    def pool(self) -> ExpertPool:
+        return self._engine.pool
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def generate(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Iterator[Piece]:
+        """Stream the continuation of a prompt (text, or token ids): pieces of text, the last with `.result`.
+
+        Options are Sampling's fields. Raises UsageError where the prompt is empty or does not fit the context.
+        """
+        if sampling is not None and options:
+            raise UsageError("give either a Sampling or its fields, not both")
+        chosen = sampling or Sampling(**options)
+        ids = self._ids(prompt)
+        room = self.plan.context - len(ids)
+        if room < 1:
+            raise UsageError(
+                f"the prompt is {len(ids)} tokens, too long for a context of {self.plan.context}; "
+                "shorten it, or give a larger --context"
+            )
+        fields = {name: getattr(chosen, name) for name in Sampling.__slots__}
+        fields["max_new_tokens"] = min(chosen.max_new_tokens, room)
+        return self._engine.generate(ids, Sampling(**fields))
+
+    def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
+        """The whole continuation at once."""
+        for piece in self.generate(prompt, sampling, **options):
+            if piece.result is not None:
+                return piece.result
+        raise AssertionError("a generation ended without a result")
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UsageError("the prompt is empty; give some text to continue")
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise UsageError("the prompt has no tokens; give some text to continue")
+        worst = max(ids, key=abs)
+        if not 0 <= worst < self.store.geometry.vocab_size or min(ids) < 0:
+            raise UsageError(f"the prompt holds the token id {worst}, outside the model's vocabulary")
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    ram: int | str | None = None,
+    context: int | None = None,
+    precision: str | None = None,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    on_progress: OnProgress = ignore,
+) -> Runner:
+    """Open a model under a memory budget and return a Runner.
+
+    `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
+    into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
+    default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
+    the model's own maximum. Raises QmixError; DoesNotFitError where the budget is too small.
+    """
+    check_attention(attention)
+    store = prepare_store(model, precision, dtype, on_progress)
+    return Runner(store, plan_for(store.layout, ram, context, attention), attention)
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a store or checkpoint; nothing is looked up elsewhere. Raises StoreError."""
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise StoreError(
+            f"{directory}: has no tokenizer (tokenizer.json or tokenizer.model); copy the model's own there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(f"{directory}: its tokenizer cannot be loaded ({reason[:200]})") from None
+
+

@@ -1,0 +1,58 @@
+"""How the next token is chosen, and when to stop."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmix.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Options of one generation; None leaves a value to the model's own generation_config.json.
+
+    `temperature` 0 is greedy. `seed` fixes the draws; without one a random seed is taken and reported.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**31))
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        self._require(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "at least 1")
+        self._require(self.temperature is None or 0 <= self.temperature <= 100, "--temperature", self.temperature, "0 to 100")
+        self._require(self.top_p is None or 0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
+        self._require(self.top_k is None or self.top_k >= 0, "--top-k", self.top_k, "0 (off) or more")
+        self._require(self.min_p is None or 0 <= self.min_p <= 1, "--min-p", self.min_p, "0 to 1")
+        penalty = self.repetition_penalty
+        self._require(penalty is None or penalty > 0, "--repetition-penalty", penalty, "above 0")
+        self._require(0 <= self.seed < 2**63, "--seed", self.seed, "0 to 2^63 - 1")
+        self._require(all(self.stop), "--stop", "''", "a text that is not empty")
+
+    @staticmethod
+    def _require(holds: bool, option: str, value: object, wanted: str) -> None:
+        if not holds:
+            raise UsageError(f"{option} {value}: must be {wanted}")
+
+    def overrides(self) -> dict[str, Any]:
+        """What these options change in a transformers GenerationConfig."""
+        changed: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "max_length": None}
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            if getattr(self, name) is not None:
+                changed[name] = getattr(self, name)
+        if self.temperature is not None:
+            changed["do_sample"] = self.temperature > 0
+            changed["temperature"] = self.temperature or 1.0
+        elif any(getattr(self, name) is not None for name in ("top_p", "top_k", "min_p")):
+            changed["do_sample"] = True
+        if self.ignore_eos:
+            changed["eos_token_id"] = None
+        return changed

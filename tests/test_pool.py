@@ -1,0 +1,121 @@
+"""The pool: which records are read, which are kept, and that neither changes what is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import make_store
+
+from qmix.errors import Cancelled, StoreError
+from qmix.pool import ExpertPool
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Two layers of four experts."""
+    directory = tmp_path_factory.mktemp("pool")
+    return make_store(make_checkpoint(directory / "checkpoint"), directory / "store")
+
+
+def ask(pool, layer, *experts):
+    """Use these experts; gives them in the order in which the pool did."""
+    return [expert for expert, _ in pool.get(layer, experts)]
+
+
+def test_the_least_recently_used_expert_makes_room(store):
+    pool = ExpertPool(store, 2)
+    ask(pool, 0, 0)
+    ask(pool, 0, 1)
+    ask(pool, 0, 0)  # 1 is now the older one
+    ask(pool, 0, 2)
+    assert set(pool._resident) == {(0, 0), (0, 2)}
+    assert (pool.counters.hits, pool.counters.misses) == (1, 3)
+    assert pool.counters.bytes_read == 3 * store.layout.slot_bytes
+    pool.close()
+
+
+def test_experts_in_memory_come_first(store):
+    pool = ExpertPool(store, 4)
+    ask(pool, 1, 3)
+    assert ask(pool, 1, 0, 3, 2) == [3, 0, 2]
+    pool.close()
+
+
+def test_one_slot_is_enough(store):
+    pool = ExpertPool(store, 1)
+    assert ask(pool, 0, 0, 1, 2, 3) == [0, 1, 2, 3]
+    assert ask(pool, 0, 3, 0) == [3, 0]
+    pool.close()
+
+
+def test_filling_reads_everything_once_and_then_nothing(store):
+    pool = ExpertPool(store, 8)
+    pool.fill()
+    assert (pool.counters.hits, pool.counters.misses) == (0, 0)
+    read = pool.counters.bytes_read
+    assert read == sum(store.layout.expert_bytes.values())
+    for layer in range(2):
+        ask(pool, layer, 0, 1, 2, 3)
+    assert pool.counters.bytes_read == read
+    assert pool.counters.hit_rate == 1.0
+    pool.close()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    slots=st.integers(1, 8),
+    requests=st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 3), min_size=1)), max_size=12),
+)
+def test_every_expert_asked_for_comes_once_with_its_own_weights(store, slots, requests):
+    full, pool = ExpertPool(store, 8), ExpertPool(store, slots)
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    for layer, experts in requests:
+        want = {e: expert(x, torch.nn.functional.silu) for e, expert in full.get(layer, sorted(experts))}
+        got = {e: expert(x, torch.nn.functional.silu) for e, expert in pool.get(layer, sorted(experts))}
+        assert got.keys() == want.keys() == experts
+        assert all(torch.equal(got[e], want[e]) for e in experts)
+        assert len(pool._resident) + len(pool._free) == slots
+    full.close()
+    pool.close()
+
+
+def test_a_request_left_in_the_middle_loses_no_slot(store):
+    pool = ExpertPool(store, 3)
+    request = pool.get(0, [0, 1, 2])
+    next(request)
+    request.close()
+    assert len(pool._resident) + len(pool._free) == 3
+    assert ask(pool, 1, 0, 1, 2) == [0, 1, 2]
+    pool.close()
+
+
+def test_a_flipped_bit_is_found_when_the_record_is_read(store, tmp_path):
+    damaged = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
+    file = damaged.path(damaged.layout.layer(1))
+    content = bytearray(file.read_bytes())
+    content[damaged.layout.record_offset(1, 2) + 100] ^= 1
+    file.write_bytes(content)
+    pool = ExpertPool(damaged, 4)
+    assert ask(pool, 1, 1) == [1]
+    with pytest.raises(StoreError, match=r"experts-00001.safetensors: the record of expert 2 is damaged"):
+        ask(pool, 1, 2)
+    assert len(pool._resident) + len(pool._free) == 4
+    assert ask(pool, 1, 3) == [3]
+    pool.close()
+
+
+def test_a_cancelled_pool_refuses_the_next_request(store):
+    pool = ExpertPool(store, 2)
+    pool.cancelled = True
+    with pytest.raises(Cancelled):
+        ask(pool, 0, 0)
+    pool.close()
+
+
+def test_slots_start_on_pages(store):
+    pool = ExpertPool(store, 3)
+    assert all(pool._slot(slot).data_ptr() % 4096 == 0 for slot in range(3))
+    pool.close()
