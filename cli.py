@@ -1,15 +1,18 @@
 """The command line: options, exit codes, and what goes to which stream.
 
-stdout carries the answer, stderr the rest. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 does not fit the budget,
-130 interrupted. Commands import what they need when they run: `--help` loads no torch.
+stdout carries the answer, stderr the rest. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 does not fit the
+budget, 130 interrupted. Commands import what they need when they run: `--help` loads no torch.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,37 @@ import click
 from qmix import __version__
 from qmix.errors import DoesNotFitError, QmixError, UsageError
 from qmix.models import DEFAULT_MODEL
+from qmix.units import format_bytes, parse_bytes
 
 EXIT_INTERRUPTED = 130
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
 
+
+class Size(click.ParamType[int]):
+    """Bytes as people write them, refused before any work begins."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            return parse_bytes(value)
+        except UsageError as error:
+            self.fail(str(error), parameter, context)
+
+
 precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
 dtype_option = click.option(
-    "--dtype", type=click.Choice(["bf16", "fp16"]), help="of dense weights; by default the checkpoint's own half"
+    "--dtype",
+    type=click.Choice(["bf16", "fp16"]),
+    help="of dense weights; by default the checkpoint's own half",
 )
-ram_option = click.option("--ram", metavar="SIZE", help="ceiling for the whole process, as 12GiB [90% of free memory]")
-context_option = click.option("--context", type=int, metavar="TOKENS", help="prompt and answer together [4096]")
+ram_option = click.option(
+    "--ram", type=Size(), metavar="SIZE", help="ceiling for the whole process, as 12GiB [90% of free memory]"
+)
+context_option = click.option(
+    "--context", type=click.IntRange(min=1), metavar="TOKENS", help="prompt and answer together [4096]"
+)
 attention_option = click.option(
     "--attn", type=click.Choice(["eager", "sdpa", "flash_attention_2"]), default="sdpa", show_default=True
 )
@@ -71,10 +94,11 @@ def generate(prompt: str | None, **options: Any) -> None:
         from qmix.terminal import say, statistics
 
         result = None
-        for piece in runner.generate(text, sampling):
-            result = piece.result
-            if not as_json:
-                _out(piece.text)
+        with closing(runner.generate(text, sampling)) as pieces:  # what ends the loop ends the computation
+            for piece in pieces:
+                result = piece.result
+                if not as_json:
+                    _out(piece.text)
         assert result is not None
         _out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
         say(statistics(result))
@@ -89,12 +113,12 @@ def generate(prompt: str | None, **options: Any) -> None:
 def quantize(model: str, store: Path, precision: str | None, dtype: str | None, evict: bool) -> None:
     """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped."""
     from qmix.checkpoint import open_checkpoint
-    from qmix.prepare import layout_for, open_source
+    from qmix.prepare import INTERRUPTED, layout_for, open_source
     from qmix.quantize import quantize as run
-    from qmix.store import partial_directory
+    from qmix.store import is_store, partial_directory
     from qmix.terminal import ProgressDisplay, say
-    from qmix.units import format_bytes
 
+    there = is_store(store)
     scratch = partial_directory(store) / "shards" if evict else None
     checkpoint = open_checkpoint(open_source(model, scratch))
     layout = layout_for(checkpoint, precision, dtype)
@@ -102,9 +126,8 @@ def quantize(model: str, store: Path, precision: str | None, dtype: str | None, 
         try:
             made = run(checkpoint, store, layout, display)
         except KeyboardInterrupt:
-            say(f"stopped; the same command goes on where it was ({partial_directory(store)})")
-            raise
-    say(f"{made.directory}: {format_bytes(made.layout.total_bytes)}")
+            raise KeyboardInterrupt(INTERRUPTED) from None
+    say(f"{made.directory}: {'already there, ' if there else ''}{format_bytes(made.layout.total_bytes)}")
 
 
 @qmix.command()
@@ -115,21 +138,14 @@ def quantize(model: str, store: Path, precision: str | None, dtype: str | None, 
 @dtype_option
 @attention_option
 @click.option("--json", "as_json", is_flag=True, help="the plan as JSON")
-def plan(
-    model: str | None,
-    ram: str | None,
-    context: int | None,
-    precision: str | None,
-    dtype: str | None,
-    attn: str,
-    as_json: bool,
-) -> None:
+def plan(model: str | None, as_json: bool, **options: Any) -> None:
     """Say what of MODEL lies where under a budget, reading no weights. Exit code 3: it does not fit."""
     from qmix.prepare import layout_of, plan_for
 
     name = _model_or_default(model)
     try:
-        made = plan_for(layout_of(name, precision, dtype), ram, context, attn)
+        layout = layout_of(name, options["precision"], options["dtype"])
+        made = plan_for(layout, options["ram"], options["context"], options["attn"])
     except DoesNotFitError as error:
         if as_json:
             _out(json.dumps({"schema": "qmix-plan-1", "fits": False, "smallest": error.smallest}) + "\n")
@@ -143,20 +159,27 @@ def plan(
 
 
 def _model_or_default(model: str | None) -> str:
-    if model is None:
-        click.echo(f"no model named: using the embedded {DEFAULT_MODEL}, a toy for trying things out", err=True)
-    return model or DEFAULT_MODEL
+    if model is not None:
+        return model
+    click.echo(f"no model named: using the embedded {DEFAULT_MODEL}, a toy for trying things out", err=True)
+    return DEFAULT_MODEL
 
 
 def _read_prompt(prompt: str | None) -> str:
+    """The prompt from the argument or stdin; refused before anything is loaded if it is no text."""
     if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
+        where, raw = "PROMPT", os.fsencode(prompt)
+    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise UsageError("no prompt: give one as an argument, or on stdin")
+    else:
+        where, raw = "stdin", sys.stdin.buffer.read()
     try:
-        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"stdin: not UTF-8 text (byte {error.start})") from None
+        raise UsageError(f"{where}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise UsageError(f"{where}: is empty; give some text to continue")
+    return text if where != "stdin" else text.rstrip("\n")
 
 
 def _loaded(model: str | None, attention: str, **options: Any) -> Any:
@@ -180,18 +203,29 @@ def _quiet_libraries() -> None:
 
 
 def _out(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    click.echo(text, nl=False)
 
 
-def main(run: Callable[..., Any] = qmix.main) -> None:
+def _run() -> Any:
+    """Run the command that was typed; click's own `main` would put an empty line before an interrupt's."""
+    if "_QMIX_COMPLETE" in os.environ:  # the shell asks what could follow
+        return qmix.main()
+    with qmix.make_context("qmix", sys.argv[1:]) as context:
+        return qmix.invoke(context)
+
+
+def main(run: Callable[[], Any] = _run) -> None:
     """The console command: every failure is one line on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the locale lacks is no reason to stop
     try:
-        status = run(standalone_mode=False)
+        status = run()
     except click.exceptions.Exit as done:
         status = done.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        status = _fail("interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        if sys.stderr is not None and sys.stderr.isatty():
+            click.echo(err=True)  # after the text, and the ^C that the terminal shows
+        status = _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
         status = error.exit_code
@@ -208,6 +242,7 @@ def main(run: Callable[..., Any] = qmix.main) -> None:
         if os.environ.get("QMIX_DEBUG"):
             raise
         status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows where", 1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more Ctrl-C ends it at once, without a traceback
     sys.exit(status or 0)
 
 

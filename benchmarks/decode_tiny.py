@@ -72,7 +72,11 @@ def main(tokens: int, rounds: int, precision: str) -> None:
     table = Table(title=f"decode on tiny, {tokens} tokens, {torch.get_num_threads()} threads, {rounds} rounds")
     for column in ("", "min ms/token", "median", "max"):
         table.add_column(column)
-    rows = ((f"qmix {precision}", ours_times, 1e3), ("transformers bf16", theirs_times, 1e3), ("ratio", ratios, 1.0))
+    rows = (
+        (f"qmix {precision}", ours_times, 1e3),
+        ("transformers bf16", theirs_times, 1e3),
+        ("ratio", ratios, 1.0),
+    )
     for name, values, scale in rows:
         table.add_row(name, *(f"{scale * f(values):.2f}" for f in (min, statistics.median, max)))
     Console().print(table)

@@ -1,10 +1,10 @@
 """Mixtral on one workstation: experts quantised tensor by tensor, held in RAM and on disk under a budget.
 
-    import qmix
+import qmix
 
-    with qmix.load("tiny", ram="2GiB") as runner:
-        for piece in runner.generate("To install a package,", temperature=0):
-            print(piece.text, end="", flush=True)
+with qmix.load("tiny", ram="2GiB") as runner:
+    for piece in runner.generate("To install a package,", temperature=0):
+        print(piece.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ __version__ = "0.1.0"
 
 __all__ = ["DoesNotFitError", "Piece", "QmixError", "Result", "Runner", "Sampling", "UsageError", "load"]
 
-_LAZY = {"Piece": "generate", "Result": "generate", "Runner": "runner", "Sampling": "sampling", "load": "runner"}
+_LAZY = {
+    "Piece": "generate",
+    "Result": "generate",
+    "Runner": "runner",
+    "Sampling": "sampling",
+    "load": "runner",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,19 +7,18 @@ does; what is then resident is the part of a budget that no plan can save.
 from __future__ import annotations
 
 import torch
-from transformers import GenerationConfig, MixtralConfig
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from qmix.bitsandbytes_quiet import functional as bnb
 from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
-from qmix.machine import peak_memory
+from qmix.machine import give_back_freed_memory, peak_memory
 from qmix.models import EMBEDDED
 from qmix.runner import load_tokenizer
 
 
 def main() -> None:
-    from transformers import MixtralForCausalLM
-
+    give_back_freed_memory()
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=64,

@@ -27,7 +27,7 @@ def _quiet() -> Iterator[None]:
     was_disabled, compiler = logger.disabled, torch.compile
     kernels = sys.modules.get("kernels")
     logger.disabled = True
-    torch.compile = _uncompiled
+    torch.compile = _uncompiled  # type: ignore[assignment]
     sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail at once
     try:
         yield

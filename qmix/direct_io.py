@@ -77,7 +77,7 @@ class Read:
         check: Callable[[memoryview], None],
     ) -> None:
         self.done: Future[None] = Future()
-        self._view, self._file, self._offset, self._check = memoryview(buffer.numpy()), file, offset, check
+        self._view, self._file, self._offset, self._check = buffer.numpy().data, file, offset, check
         starts = range(0, len(self._view), PIECE_BYTES)
         self._left, self._lock = len(starts), Lock()
         self._error: BaseException | None = None

@@ -8,7 +8,7 @@ from a queue.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from queue import SimpleQueue
@@ -99,7 +99,7 @@ class Engine:
         self._thread.shutdown()
         self.pool.close()
 
-    def generate(self, prompt: list[int], sampling: Sampling):  # -> Iterator[Piece]
+    def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[Piece]:
         """Yield pieces, the last with the result. Closing the iterator stops the computation within a layer."""
         queue: SimpleQueue[Piece | None] = SimpleQueue()
         job = self._thread.submit(self._run, prompt, sampling, queue)
@@ -148,7 +148,12 @@ class Engine:
         return config
 
     def _result(
-        self, stream: _Stream, prompt: list[int], sampling: Sampling, config: GenerationConfig, before: PoolCounters
+        self,
+        stream: _Stream,
+        prompt: list[int],
+        sampling: Sampling,
+        config: GenerationConfig,
+        before: PoolCounters,
     ) -> Callable[[str], Result]:
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         stopped = stream.scanner.stopped or stream.ids[-1] in ends

@@ -65,9 +65,7 @@ class Geometry:
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Geometry:
         """From the contents of a Hugging Face config.json. Raises CheckpointError, naming `where`."""
         if config.get("model_type") != "mixtral":
-            raise CheckpointError(
-                f"{where}: model_type is {config.get('model_type')!r}; qmix runs Mixtral models only"
-            )
+            raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}; qmix runs Mixtral models only")
         full = _DEFAULTS | config
         if full["num_key_value_heads"] is None:
             full["num_key_value_heads"] = full.get("num_attention_heads")

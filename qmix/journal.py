@@ -19,11 +19,18 @@ class Journal:
     """
 
     def __init__(self, path: Path, subject: dict[str, Any], what: str) -> None:
-        self._file = path.open("a+b")  # noqa: SIM115 -- held, with its lock, until close
+        self._file = path.open("a+b")
+        try:
+            self.entries = self._opened(path, subject, what)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _opened(self, path: Path, subject: dict[str, Any], what: str) -> list[dict[str, Any]]:
+        """Take the lock, and what earlier runs noted."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
+        except BlockingIOError:
             raise StoreError(f"{what}: another qmix is writing it; wait until that one ends") from None
         self._file.seek(0)
         content = self._file.read()
@@ -32,17 +39,15 @@ class Journal:
         try:
             lines = [dict(json.loads(line)) for line in whole.splitlines()]
         except (TypeError, ValueError):
-            self._file.close()
             raise StoreError(f"{path}: damaged; delete the directory {path.parent} and start again") from None
         if lines and lines[0] != subject:
             differs = ", ".join(key for key in subject if lines[0].get(key) != subject[key])
-            self._file.close()
             raise StoreError(
                 f"{path.parent}: begun with another {differs}; delete that directory, or choose another name"
             )
-        self.entries: list[dict[str, Any]] = lines[1:]
         if not lines:
             self.append([subject])
+        return lines[1:]
 
     def append(self, entries: list[dict[str, Any]]) -> None:
         """Add lines and wait until they are on the disk."""

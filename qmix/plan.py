@@ -73,9 +73,7 @@ class Plan:
         return {"schema": "qmix-plan-1", **asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
-def make_plan(
-    layout: StoreLayout, ram: int, context: int, interpreter: int, attention: str = "sdpa"
-) -> Plan:
+def make_plan(layout: StoreLayout, ram: int, context: int, interpreter: int, attention: str = "sdpa") -> Plan:
     """The plan of a store under `ram` bytes. Raises DoesNotFitError with the smallest budget that works."""
     geometry = layout.geometry
     fixed = Plan(
@@ -116,7 +114,7 @@ def work_bytes(geometry: Geometry, context: int, attention: str) -> int:
     mask = tokens * context * (1 + HALF_BYTES)
     if attention == "eager":
         repeated = 2 * context * q_rows * HALF_BYTES
-        scores = geometry.num_heads * tokens * context * (2 * HALF_BYTES + 4) + repeated
+        scores = geometry.num_heads * tokens * context * (HALF_BYTES + 4 + 4) + repeated  # softmax in fp32
     else:
         scores = tokens * q_rows * (HALF_BYTES + 4)
     routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)

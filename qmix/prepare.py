@@ -1,22 +1,26 @@
-"""From whatever names a model to an opened store, quantising a checkpoint once into the user's cache directory.
+"""From whatever names a model to an opened store, quantising a checkpoint once into the user's cache.
 
-The quantiser runs in a process of its own: its compiler and buffers would otherwise stay in the memory of the run
-that follows, and count against its budget.
+The quantiser runs in a process of its own: its compiler and buffers would otherwise stay in the memory of the
+run that follows, and count against its budget.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from qmix import hub
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.checkpoint.source import HubSource, LocalSource, Source
 from qmix.errors import HubError, QmixError, UsageError
+from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.machine import cache_directory, default_budget, interpreter_memory
 from qmix.models import EMBEDDED
@@ -27,16 +31,23 @@ from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
 
 DEFAULT_PRECISION = "nf4"
+SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst
+AS_IT_IS = "leave it out, or quantize its checkpoint"
+INTERRUPTED = "interrupted; the same command goes on where it was stopped"
 
 
 def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     """The files of a checkpoint: an embedded model, a directory, or `org/name[@revision]` on the hub.
 
-    With `scratch`, weight files from the hub pass through there and are deleted when used. Raises UsageError where
-    the name is none of these.
+    With `scratch`, weight files from the hub pass through there and are deleted when used. Raises UsageError
+    where the name is none of these.
     """
+    if not str(model):
+        raise UsageError("the model's name is empty; leave it out for the embedded one")
     embedded = EMBEDDED.get(str(model))
     path = embedded or Path(model).expanduser()
+    if is_store(path):
+        raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
     if path.is_dir():
         return LocalSource(path)
     if hub.parse(str(model)) is None:
@@ -48,17 +59,28 @@ def layout_for(checkpoint: Checkpoint, precision: str | None, dtype: str | None)
     """The layout of a checkpoint's store. Raises UsageError for a precision or dtype that is none."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
-    precisions = parse_precisions(precision or DEFAULT_PRECISION, checkpoint.geometry)
+    precisions = _precisions(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry)
     return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype)
 
 
+def _precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ...]:
+    try:
+        return parse_precisions(spec, geometry)
+    except UsageError as error:
+        raise UsageError(f"--precision: {error}") from None
+
+
 def prepare_store(
-    model: str | Path, precision: str | None = None, dtype: str | None = None, on_progress: OnProgress = ignore
+    model: str | Path,
+    precision: str | None = None,
+    dtype: str | None = None,
+    on_progress: OnProgress = ignore,
+    check: Callable[[StoreLayout], object] = lambda layout: None,
 ) -> Store:
-    """The store of a model, made first if there is none yet."""
-    path = Path(model).expanduser()
-    if str(model) not in EMBEDDED and (is_store(path) or partial_directory(path).is_dir()):
-        return _as_asked(open_store(path), precision, dtype)
+    """The store of a model, made first if there is none yet; `check` may refuse its layout before that."""
+    store = _named_store(model, precision, dtype)
+    if store is not None:
+        return store
     cache = cache_directory()
     try:
         checkpoint = open_checkpoint(open_source(model))
@@ -71,25 +93,33 @@ def prepare_store(
     layout = layout_for(checkpoint, precision, dtype)
     directory = cache / f"{_slug(model, precision, dtype)}-{checkpoint.fingerprint[:12]}"
     if not is_store(directory):
+        check(layout)
         _quantize_in_child(model, precision, dtype, directory, on_progress)
     store = open_store(directory)
     assert store.layout == layout
     return store
 
 
-def _as_asked(store: Store, precision: str | None, dtype: str | None) -> Store:
-    wanted = precision and parse_precisions(precision, store.geometry)
-    if wanted and wanted != store.layout.precisions:
-        raise UsageError(f"--precision {precision}: the store {store.directory} has another; quantize its checkpoint")
+def _named_store(model: str | Path, precision: str | None, dtype: str | None) -> Store | None:
+    """The store that `model` names, None where it names no store. Raises StoreError if it is unfinished."""
+    path = Path(model).expanduser()
+    if not str(model) or str(model) in EMBEDDED or not (is_store(path) or partial_directory(path).is_dir()):
+        return None
+    store = open_store(path)
+    if precision is not None and _precisions(precision, store.geometry) != store.layout.precisions:
+        raise UsageError(f"--precision {precision}: the store {store.directory} has another; {AS_IT_IS}")
     if dtype and dtype != store.layout.dtype:
-        raise UsageError(f"--dtype {dtype}: the store {store.directory} is {store.layout.dtype}")
+        raise UsageError(f"--dtype {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
     return store
 
 
 def _slug(model: str | Path, precision: str | None, dtype: str | None) -> str:
     named = str(model) if hub.parse(str(model)) else Path(model).expanduser().absolute().name
-    parts = (named.replace("/", "--"), precision or DEFAULT_PRECISION, dtype or "half")
-    return "-".join(re.sub(r"[^\w.@-]+", "_", part) for part in parts)
+    asked = f"{named.replace('/', '--')}-{precision or DEFAULT_PRECISION}-{dtype or 'half'}"
+    plain = re.sub(r"[^\w.@-]+", "_", asked)
+    if plain == asked and len(plain) <= SLUG_LENGTH:
+        return plain
+    return f"{plain[:SLUG_LENGTH]}-{hashlib.sha256(os.fsencode(asked)).hexdigest()[:8]}"
 
 
 def _quantize_in_child(
@@ -97,8 +127,11 @@ def _quantize_in_child(
 ) -> None:
     request = {"model": str(model), "precision": precision, "dtype": dtype, "directory": str(directory)}
     command = [sys.executable, "-m", "qmix.quantize_child", json.dumps(request)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None and child.stderr is not None
+    pipe = subprocess.PIPE
+    # in a session of its own: a Ctrl-C reaches it once, from here, and not a second time while it is ending
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
         try:
             for line in child.stdout:
                 message = json.loads(line)
@@ -107,20 +140,24 @@ def _quantize_in_child(
                     error.exit_code = message["exit_code"]
                     raise error
                 on_progress(Progress(**message))
-        except BaseException:
+        except BaseException as error:
             child.send_signal(signal.SIGINT)  # it notes what it has finished, and ends
+            child.wait()  # or the same command, given again at once, would find it writing
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(INTERRUPTED) from None
             raise
         complaint = child.stderr.read().strip().splitlines()[-1:]
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        raise QmixError(f"quantizing {model}: ended by {name}; the same command goes on where it was stopped")
     if child.returncode != 0:
         raise QmixError(f"quantizing {model} ended with status {child.returncode}: {''.join(complaint)}")
 
 
 def layout_of(model: str | Path, precision: str | None, dtype: str | None) -> StoreLayout:
     """The layout that a model has or would have as a store, from config and headers alone."""
-    path = Path(model).expanduser()
-    if str(model) not in EMBEDDED and is_store(path):
-        return _as_asked(open_store(path), precision, dtype).layout
-    return layout_for(open_checkpoint(open_source(model)), precision, dtype)
+    store = _named_store(model, precision, dtype)
+    return store.layout if store else layout_for(open_checkpoint(open_source(model)), precision, dtype)
 
 
 def plan_for(layout: StoreLayout, ram: int | str | None, context: int | None, attention: str = "sdpa") -> Plan:

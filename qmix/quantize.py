@@ -27,10 +27,9 @@ from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
 CHUNK_WEIGHTS = 4 * 2**20  # weights in one chunk: 8 MiB of bf16 in, 2 MiB of codes out
+MAX_WORKERS = 8  # each holds a chunk; so many keep up with any disk
 
-Note = Callable[
-    [], Any
-]  # what a worker leaves to the one thread that keeps the books; may give one more task
+Note = Callable[[], Any]  # what a worker leaves to the one thread that keeps the books; may give one more task
 Task = Callable[[], Note]
 
 
@@ -81,9 +80,7 @@ def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout) -> S
         (directory / JOURNAL).unlink(missing_ok=True)
     store = open_store(directory)
     if store.fingerprint != checkpoint.fingerprint:
-        raise StoreError(
-            f"{directory}: is the store of another model ({store.source_name}); choose another name"
-        )
+        raise StoreError(f"{directory}: is the store of another model ({store.source_name}); choose another name")
     if (store.layout.precisions, store.layout.dtype) != (layout.precisions, layout.dtype):
         raise StoreError(f"{directory}: is a store of this model in another precision; choose another name")
     return store
@@ -111,16 +108,12 @@ class _Run:
         sizes = {key: w.rows * w.cols * ITEM_BYTES[w.dtype] for key, w in checkpoint.weights.items()}
         self.total = sum(sizes.values())
         self.done = sum(sizes[key] for key in writer.written)
-        self.workers = max(2, os.cpu_count() or 2)
+        self.workers = min(MAX_WORKERS, max(2, os.cpu_count() or 2))
 
     def run(self) -> None:
         with ThreadPoolExecutor(self.workers, "qmix-quantize") as pool:
             for file in self.checkpoint.files:
-                todo = [
-                    weight
-                    for weight in self.checkpoint.of_file(file)
-                    if weight.key not in self.writer.written
-                ]
+                todo = [weight for weight in self.checkpoint.of_file(file) if weight.key not in self.writer.written]
                 if not todo:
                     self.checkpoint.source.release(file)  # a run killed just before may have left it
                     continue

@@ -1,4 +1,4 @@
-"""`python -m qmix.quantize_child REQUEST`: quantises in a process of its own; JSON lines of progress on stdout."""
+"""`python -m qmix.quantize_child REQUEST`: quantises in its own process, with progress as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def main() -> None:
         nonlocal reported
         if time.monotonic() - reported > REPORT_SECONDS or progress.done == progress.total:
             reported = time.monotonic()
-            print(json.dumps(asdict(progress)), flush=True)
+            try:
+                print(json.dumps(asdict(progress)), flush=True)
+            except BrokenPipeError:  # who asked for it is gone
+                raise KeyboardInterrupt from None
 
     try:
         checkpoint = open_checkpoint(open_source(request["model"]))
@@ -34,7 +37,7 @@ def main() -> None:
         quantize(checkpoint, Path(request["directory"]), layout, report)
     except QmixError as error:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}), flush=True)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(130)
 

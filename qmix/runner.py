@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerB
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
 from qmix.kv_cache import PlannedCache
+from qmix.machine import give_back_freed_memory
 from qmix.model import HALF, build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
@@ -26,6 +27,7 @@ class Runner:
     lies where. Close it, or use it as a context manager."""
 
     def __init__(self, store: Store, plan: Plan, attention: str = "sdpa") -> None:
+        give_back_freed_memory()
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
         pool = ExpertPool(store, plan.slots)
@@ -85,7 +87,7 @@ class Runner:
             raise UsageError(f"the prompt holds the token id {worst}, outside the model's vocabulary")
         return ids
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -122,5 +124,3 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StoreError(f"{directory}: its tokenizer cannot be loaded ({reason[:200]})") from None
-
-

@@ -84,23 +84,17 @@ def check_header(header: Any, data_start: int, file_size: int | None, where: str
             raise CheckpointError(f"{damaged} at tensor {name!r}; fetch it again")
         nbytes = prod(shape) * item
         if end - begin != nbytes:
-            raise CheckpointError(
-                f"{damaged}: tensor {name!r} does not have the size of its shape; fetch it again"
-            )
+            raise CheckpointError(f"{damaged}: tensor {name!r} does not have the size of its shape; fetch it again")
         tensors.append(TensorInfo(name, dtype, shape, data_start + begin, nbytes))
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))  # empty ones lie before what follows
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
-            raise CheckpointError(
-                f"{damaged}: a hole or an overlap before tensor {tensor.name!r}; fetch it again"
-            )
+            raise CheckpointError(f"{damaged}: a hole or an overlap before tensor {tensor.name!r}; fetch it again")
         position += tensor.nbytes
     if file_size is not None and file_size != position:
         kind = "cut short" if file_size < position else "too long"
-        raise CheckpointError(
-            f"{where}: {kind}: {file_size} bytes, its header says {position}; fetch it again"
-        )
+        raise CheckpointError(f"{where}: {kind}: {file_size} bytes, its header says {position}; fetch it again")
     return {tensor.name: tensor for tensor in tensors}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from qmix.errors import UsageError
 
+LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -27,20 +29,24 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        self._require(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "at least 1")
-        self._require(self.temperature is None or 0 <= self.temperature <= 100, "--temperature", self.temperature, "0 to 100")
-        self._require(self.top_p is None or 0 < self.top_p <= 1, "--top-p", self.top_p, "above 0 and at most 1")
-        self._require(self.top_k is None or self.top_k >= 0, "--top-k", self.top_k, "0 (off) or more")
-        self._require(self.min_p is None or 0 <= self.min_p <= 1, "--min-p", self.min_p, "0 to 1")
-        penalty = self.repetition_penalty
-        self._require(penalty is None or penalty > 0, "--repetition-penalty", penalty, "above 0")
-        self._require(0 <= self.seed < 2**63, "--seed", self.seed, "0 to 2^63 - 1")
-        self._require(all(self.stop), "--stop", "''", "a text that is not empty")
-
-    @staticmethod
-    def _require(holds: bool, option: str, value: object, wanted: str) -> None:
-        if not holds:
-            raise UsageError(f"{option} {value}: must be {wanted}")
+        heat, penalty = self.temperature, self.repetition_penalty
+        for option, value, holds, wanted in (
+            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            (
+                "--temperature",
+                heat,
+                not heat or LEAST_HEAT <= heat <= 100,
+                f"0 (greedy), or {LEAST_HEAT:f} to 100",
+            ),
+            ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--top-k", self.top_k, self.top_k is None or self.top_k >= 0, "0 (off) or more"),
+            ("--min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
+            ("--repetition-penalty", penalty, penalty is None or 0.01 <= penalty <= 100, "0.01 to 100"),
+            ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
+            ("--stop", "''", all(self.stop), "a text that is not empty"),
+        ):
+            if not holds:
+                raise UsageError(f"{option} {value}: must be {wanted}")
 
     def overrides(self) -> dict[str, Any]:
         """What these options change in a transformers GenerationConfig."""

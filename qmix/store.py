@@ -77,9 +77,7 @@ def open_store(directory: Path) -> Store:
     path = directory / MANIFEST
     if not path.is_file():
         if partial_directory(directory).is_dir():
-            raise StoreError(
-                f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on"
-            )
+            raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
     content = _json(path)
     version = content.get("format_version")
@@ -105,9 +103,7 @@ def open_store(directory: Path) -> Store:
     if not known:
         raise StoreError(f"{path}: damaged; quantize the model again")
     if shape != {geometry.num_experts} or not len(precisions) == len(records) == geometry.num_layers:
-        raise StoreError(
-            f"{path}: belongs to another model than {directory / 'config.json'}; quantize the model again"
-        )
+        raise StoreError(f"{path}: belongs to another model than {directory / 'config.json'}; quantize the model again")
     store = Store(directory, layout, config, source, fingerprint, dense, records)
     for file in layout.files:
         _check_file(store.path(file), file)

@@ -116,9 +116,7 @@ class StoreWriter:
         for file in self.layout.files:
             path = self.partial / file.name
             if self.journal.entries and not (path.is_file() and path.stat().st_size == file.size):
-                raise StoreError(
-                    f"{path}: not as an earlier run left it; delete {self.partial} and start again"
-                )
+                raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
             self._fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             os.ftruncate(self._fds[file.name], file.size)
             self.write(file, file.header, 0)

@@ -1,22 +1,45 @@
-"""What commands show beside their answer: progress on a terminal or in a log, tables, one line of statistics."""
+"""What commands show beside their answer: progress on a terminal or in a log, tables, statistics."""
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as RichProgress
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from qmix.generate import Result
 from qmix.plan import Plan
 from qmix.progress import Progress
 from qmix.units import format_bytes
 
+if TYPE_CHECKING:  # it imports torch, which a plan does without
+    from qmix.generate import Result
+
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
+
+
+class _Words(TextColumn):
+    """Text as it is, on one line; cut where the terminal has no room beside the numbers."""
+
+    def __init__(self, text_format: str) -> None:
+        super().__init__(text_format, markup=False, table_column=Column(overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap = True
+        return text
 
 
 class ProgressDisplay:
@@ -30,7 +53,7 @@ class ProgressDisplay:
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._started = self._printed = 0.0
-        self._first = self._last = Progress(0, 0)
+        self._first = self._last = self._shown = Progress(0, 0)
 
     def __enter__(self) -> ProgressDisplay:
         return self
@@ -40,7 +63,7 @@ class ProgressDisplay:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self._started and kind is None:
+        elif kind is None and self._last != self._shown:
             self._line(self._last)
 
     def __call__(self, progress: Progress) -> None:
@@ -53,44 +76,46 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=progress.done, total=progress.total, note=progress.note)
         elif now - self._printed >= LINE_SECONDS:
-            self._printed = now
             self._line(progress)
 
     def _start_bar(self, progress: Progress) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            _Words("{task.description}"),
             BarColumn(bar_width=None),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            DownloadColumn(table_column=Column(no_wrap=True)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            _Words("{task.fields[note]}"),
         )
         self._bar = RichProgress(*columns, console=self._console, transient=False)
         self._task = self._bar.add_task(self._title, total=progress.total, completed=progress.done, note="")
         self._bar.start()
 
     def _line(self, progress: Progress) -> None:
-        seconds = time.monotonic() - self._started
-        rate = (progress.done - self._first.done) / seconds if seconds > 0 else 0.0
-        left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate and progress.done < progress.total else ""
+        now = time.monotonic()
+        self._printed, self._shown = now, progress
         share = 100 * progress.done / max(1, progress.total)
+        parts = [f"{format_bytes(progress.done)} of {format_bytes(progress.total)}", f"{share:.0f}%"]
+        rate = (progress.done - self._first.done) / max(now - self._started, 1e-9)
+        if rate:
+            parts.append(f"{format_bytes(rate)}/s")
+        if rate and progress.done < progress.total:
+            parts.append(f"{(progress.total - progress.done) / rate:.0f} s left")
         note = f" ({progress.note})" if progress.note else ""
-        say(
-            f"{self._title}: {format_bytes(progress.done)} of {format_bytes(progress.total)}, {share:.0f}%, "
-            f"{format_bytes(rate)}/s{left}{note}"
-        )
+        say(f"{self._title}: {', '.join(parts)}{note}")
 
 
 def say(line: str) -> None:
     """One line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    click.echo(line, err=True)
 
 
 def statistics(result: Result) -> str:
     """The one line behind an answer."""
     return (
         f"{result.prompt_tokens} prompt tokens in {result.ttft_s:.2f} s ({result.prompt_rate:.1f} tok/s), "
-        f"{result.completion_tokens} new at {result.rate:.2f} tok/s, {100 * result.hit_rate:.1f}% of experts in memory, "
+        f"{result.completion_tokens} new at {result.rate:.2f} tok/s, "
+        f"{100 * result.hit_rate:.1f}% of experts in memory, "
         f"{format_bytes(result.bytes_read)} read, peak {format_bytes(result.peak_memory)} "
         f"of {format_bytes(result.budget)}, seed {result.seed}"
     )
@@ -98,7 +123,7 @@ def statistics(result: Result) -> str:
 
 def plan_table(plan: Plan, title: str) -> Table:
     """What lies where, in bytes."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("what")
     table.add_column("where")
     table.add_column("bytes", justify="right")

@@ -15,7 +15,7 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, int):
         value = text
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
         if match is None:
             raise UsageError(f"{text!r} is not a size; write it like 12GiB, 500MB or 20000000000")
         value = round(float(match[1]) * (_FACTORS | _BINARY)[(match[2] or "").lower()])
@@ -25,7 +25,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Four digits and a decimal unit: 71.9 GB, 512 kB, 80 B."""
+    """Three digits and a decimal unit: 71.9 GB, 512 kB, 80 B."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= factor:
             scaled = count / factor

@@ -32,9 +32,7 @@ TINY_CONFIG = {
 }
 
 
-def random_weights(
-    config: dict, seed: int = 0, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, torch.Tensor]:
+def random_weights(config: dict, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """Weights in Hugging Face names, scaled so that logits differ clearly between tokens."""
     rng = torch.Generator().manual_seed(seed)
     hidden, inner = config["hidden_size"], config["intermediate_size"]

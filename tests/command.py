@@ -1,8 +1,8 @@
-"""`qmix ARGUMENTS` as a user meets it: a process of its own, its exit code, and what it left on its two streams.
+"""`qmix ARGUMENTS` as a user meets it: a process, its exit code, and what it left on its two streams.
 
-Starting Python with torch takes seconds, so one process imports everything once and forks for every command. A fork
-has streams, environment and working directory of its own and ends as the console command does; `real` starts the
-installed command itself, for what a fork cannot show.
+Starting Python with torch takes seconds, so one process imports everything once and forks for every command.
+A fork has streams, environment and working directory of its own; `real` starts a fresh Python, for what a fork
+cannot show: what the imports say, and how it all ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,26 @@ from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "cli"]
 LIMIT_SECONDS = 120  # a command that hangs is killed, and fails its test by its status
+
+NO_NETWORK = """
+import os, socket
+
+def _refuse(*address, **options):
+    if not (isinstance(address[0], socket.socket) and address[0].family == socket.AF_UNIX):
+        with open(os.environ["WATCH_LOG"], "a") as log:
+            log.write(f"network: {address}\\n")
+        raise OSError("no network here")
+
+socket.getaddrinfo = socket.socket.connect = socket.socket.connect_ex = _refuse
+"""
+TELLTALE_KERNELS = """
+import os
+
+def get_kernel(name, *args, **options):
+    with open(os.environ["WATCH_LOG"], "a") as log:
+        log.write(f"get_kernel: {name}\\n")
+    raise OSError("no network here")
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,14 @@ class Commands:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
+        self.hub_cache = scratch / "hf" / "hub"  # read from the environment once, at the imports
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1"},
+            text=True,
+            bufsize=1,
         )
 
     def close(self) -> None:
@@ -47,9 +73,7 @@ class Commands:
         self._server.stdin.close()
         self._server.wait(LIMIT_SECONDS)
 
-    def __call__(
-        self, *argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str
-    ) -> Finished:
+    def __call__(self, *argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Finished:
         """`environment` is on top of the test's own."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -67,11 +91,12 @@ class Commands:
         return Finished(status, streams[1].read_text("utf-8"), streams[2].read_text("utf-8"))
 
 
-def real(*argv: str | Path, stdin: bytes = b"", **environment: str) -> Finished:
+def real(*argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Finished:
     """A command in a fresh Python."""
     done = subprocess.run(
         [*COMMAND, *argv],
         input=stdin,
+        cwd=cwd,
         capture_output=True,
         env=os.environ | environment,
         timeout=LIMIT_SECONDS,
@@ -80,18 +105,56 @@ def real(*argv: str | Path, stdin: bytes = b"", **environment: str) -> Finished:
     return Finished(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+@dataclass(frozen=True)
+class FirstUse:
+    """The first command in an empty home; `cache` is what later ones find there, `watched` an environment in
+    which reaching for a network, or for a kernel on a hub, is refused and noted in `log`."""
+
+    home: Path
+    watched: dict[str, str]
+    finished: Finished
+
+    @property
+    def cache(self) -> Path:
+        return self.home / "cache"
+
+    @property
+    def log(self) -> Path:
+        return Path(self.watched["WATCH_LOG"])
+
+    @classmethod
+    def of(cls, directory: Path, *argv: str) -> FirstUse:
+        home, modules = directory / "home", directory / "modules"
+        installed = modules / "kernels-0.12.0.dist-info"
+        installed.mkdir(parents=True)
+        (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.12.0\n")
+        (modules / "kernels.py").write_text(TELLTALE_KERNELS)
+        (modules / "sitecustomize.py").write_text(NO_NETWORK)
+        watched = {"PYTHONPATH": str(modules), "WATCH_LOG": str(directory / "log"), "HF_HUB_OFFLINE": "0"}
+        watched |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HOME": str(home / "hf")}
+        home.mkdir()
+        return cls(home, watched, real(*argv, **watched))
+
+
 def _serve() -> None:
     import cli
+
+    cli._quiet_libraries()  # which a command calls before it imports them
+    from transformers import MixtralForCausalLM  # noqa: F401
+
     import qmix.quantize
     import qmix.runner
     import qmix.terminal  # noqa: F401 -- imported for the forks
-    from transformers import MixtralForCausalLM  # noqa: F401
 
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             _become(**json.loads(line))
-            cli.main()
+            try:
+                cli.main()
+            except SystemExit as end:
+                sys.stdout.flush()
+                os._exit(end.code)  # Python's own end takes longer than most commands
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

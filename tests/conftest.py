@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import Commands, FirstUse
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 TINY = Path(__file__).parent.parent / "qmix" / "models" / "tiny"
@@ -25,3 +27,25 @@ def isolated_home(tmp_path_factory, monkeypatch):
 def tiny() -> Path:
     """The embedded checkpoint."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory) -> Iterator[Commands]:
+    """Runs `qmix` commands; what they find in the user's cache is up to each test."""
+    running = Commands(tmp_path_factory.mktemp("commands"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def first_use(tmp_path_factory) -> FirstUse:
+    """The first command on a new machine."""
+    argv = ("generate", "To install a package,", "--seed", "1", "--max-new-tokens", "24")
+    return FirstUse.of(tmp_path_factory.mktemp("first-use"), *argv)
+
+
+@pytest.fixture
+def qmix(commands, first_use, monkeypatch) -> Commands:
+    """`qmix` commands of a user who has used it before: the embedded model lies ready in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(first_use.cache))
+    return commands

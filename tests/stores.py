@@ -18,6 +18,11 @@ def make_store(checkpoint: Path, directory: Path, precision: str = "nf4", dtype:
     return quantize(opened, directory, layout_for(opened, precision, dtype))
 
 
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file of a store, whole."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def make_model(store: Store, slots: int | None = None, attention: str = "sdpa"):
     """transformers' model over a pool of `slots` slots, by default one for every expert."""
     return build_model(store, ExpertPool(store, slots or store.geometry.num_records), attention)

@@ -288,9 +288,7 @@ def test_what_a_killed_run_left_is_cleared(hub: HubServer, into: Path) -> None:
 
 @pytest.mark.parametrize("where", ["into", "shared"])
 @pytest.mark.parametrize("harm", ["bit", "size"])
-def test_a_damaged_download_is_refused(
-    hub: HubServer, cache: Path, into: Path, where: str, harm: str
-) -> None:
+def test_a_damaged_download_is_refused(hub: HubServer, cache: Path, into: Path, where: str, harm: str) -> None:
     repo = HubRepo.open("org/name", endpoint=hub.url)
     size = repo.files[2].size
     assert size is not None
@@ -347,16 +345,12 @@ def test_a_download_that_stays_broken_says_how_to_go_on(hub: HubServer, into: Pa
     repo = HubRepo.open("org/name", endpoint=hub.url)
     hub.fault(f"*/{SHARDS[0]}", break_at=1000, times=math.inf)
     message = told(lambda: repo.fetch(SHARDS[0], into=into))
-    assert message == (
-        f"{SHARDS[0]} of org/name: the connection to {hub.url} broke off; check the network and {KEPT}"
-    )
+    assert message == (f"{SHARDS[0]} of org/name: the connection to {hub.url} broke off; check the network and {KEPT}")
     assert below(into) == []
 
 
 @pytest.mark.parametrize("where", ["into", "shared"])
-def test_a_full_disk(
-    hub: HubServer, cache: Path, into: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_a_full_disk(hub: HubServer, cache: Path, into: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -364,8 +358,7 @@ def test_a_full_disk(
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
     folder, place = (into, into) if where == "into" else (None, cache)
     assert told(lambda: repo.fetch(SHARDS[0], into=folder)) == (
-        f"{SHARDS[0]} of org/name: the disk of {place} is full, the download of 1.2 MB stopped; "
-        f"free some and {KEPT}"
+        f"{SHARDS[0]} of org/name: the disk of {place} is full, the download of 1.2 MB stopped; free some and {KEPT}"
     )
     assert below(into) == []
 
@@ -459,9 +452,7 @@ def test_headers_without_the_weights(hub: HubServer, model: Path, cache: Path) -
 
 
 def test_a_long_header_takes_two_requests(hub: HubServer, model: Path) -> None:
-    save_file(
-        {f"{index:0100d}": np.zeros(1, np.float32) for index in range(1000)}, model / "long.safetensors"
-    )
+    save_file({f"{index:0100d}": np.zeros(1, np.float32) for index in range(1000)}, model / "long.safetensors")
     repo = HubRepo.open("org/name", endpoint=hub.url)
     header = repo.headers(["long.safetensors"])["long.safetensors"]
     assert len(header) == 1000
@@ -479,9 +470,7 @@ def test_a_header_that_is_none(hub: HubServer) -> None:
 # Who may read, and what is not there.
 
 
-def test_the_token_is_sent_with_every_request(
-    hub: HubServer, into: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_token_is_sent_with_every_request(hub: HubServer, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token = "hf_secret"
     private = f"org/name: not on {hub.url}, or private; check the name, or set HF_TOKEN"
     assert told(lambda: HubRepo.open("org/name", endpoint=hub.url)) == private
@@ -613,9 +602,7 @@ def test_through_the_environment(hub: HubServer, tmp_path: Path) -> None:
         """
     )
     home = tmp_path / "own home"
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     set_by_user = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_secret"}
 
     def run(**more: str) -> str:
@@ -637,6 +624,4 @@ def test_through_the_environment(hub: HubServer, tmp_path: Path) -> None:
         "config.json of org/name: not in the cache, and HF_HUB_OFFLINE is set; unset it to download\n"
     )
     assert hub.requests == []
-    assert run(HF_TOKEN="hf_other") == (
-        f"org/name: not on {hub.url}, or private; check the name, or set HF_TOKEN\n"
-    )
+    assert run(HF_TOKEN="hf_other") == (f"org/name: not on {hub.url}, or private; check the name, or set HF_TOKEN\n")

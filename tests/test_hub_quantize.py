@@ -16,7 +16,11 @@ from qmix.store import open_store
 
 def run_qmix(*arguments: str, home: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "XDG_CACHE_HOME": str(home / "cache")}
+    environment |= {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home / "hf"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+    }
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "cli", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
@@ -50,9 +54,7 @@ def test_without_evict_shards_stay_in_the_shared_cache_and_are_not_fetched_again
     assert run_qmix("quantize", "org/mix", str(tmp_path / "a"), home=tmp_path, endpoint=hub.url).returncode == 0
     assert len(list((tmp_path / "hf").rglob("snapshots/*/*.safetensors"))) == 4
     hub.forget()
-    again = run_qmix(
-        "quantize", "org/mix", str(tmp_path / "b"), "--precision", "int8", home=tmp_path, endpoint=hub.url
-    )
+    again = run_qmix("quantize", "org/mix", str(tmp_path / "b"), "--precision", "int8", home=tmp_path, endpoint=hub.url)
     assert again.returncode == 0, again.stderr
     assert not [name for name in (f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)) if hub.gets(name)]
 

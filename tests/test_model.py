@@ -39,7 +39,10 @@ def logits(model, ids, mask):
         for end in range(ids.shape[1] - 3, ids.shape[1] + 1):
             position = mask[:, :end].sum(1, keepdim=True) - 1
             out = model(
-                ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache, position_ids=position
+                ids[:, end - 1 : end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                position_ids=position,
             )
             parts.append(out.logits)
     return torch.cat(parts, dim=1).float()
@@ -119,7 +122,10 @@ def test_the_planned_cache_gives_what_transformers_own_gives(tmp_path, attention
     cache = PlannedCache(store.geometry, 30, torch.bfloat16)
     with torch.inference_mode():
         want = model(ids).logits
-        chunks = [model(ids[:, :13], past_key_values=cache).logits, model(ids[:, 13:20], past_key_values=cache).logits]
+        chunks = [
+            model(ids[:, :13], past_key_values=cache).logits,
+            model(ids[:, 13:20], past_key_values=cache).logits,
+        ]
         chunks += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 30)]
     assert cache.get_seq_length() == 30
     torch.testing.assert_close(torch.cat(chunks, dim=1), want, rtol=0.02, atol=0.03)

@@ -83,15 +83,13 @@ def resolve(found: dict[str, tuple[int, ...]], geometry: Geometry, where: str) -
             pieces[piece.key] = piece
     missing = [key for key in expected if key not in pieces]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: tensor {missing[0]!r}{more} is missing; is a shard missing?")
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing{more}; is a shard missing?")
     return pieces
 
 
 def _wrong_shape(where: str, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: tensor {tensor!r} has shape {list(shape)}, its config asks for {list(want)}"
-    )
+    return CheckpointError(f"{where}: tensor {tensor!r} has shape {list(shape)}, its config asks for {list(want)}")
 
 
 def _pieces(tensor: str, shape: tuple[int, ...], geometry: Geometry, where: str) -> list[Piece]:
@@ -123,9 +121,7 @@ def _fused_pieces(tensor: str, geometry: Geometry, layer: int, kind: str) -> lis
     matrices = ("w1", "w3") if kind == "gate_up_proj" else ("w2",)
     rows, cols = geometry.expert_matrices[matrices[0]]
     return [
-        Piece(
-            expert_key(layer, expert, matrix), tensor, (rows, cols), (expert * len(matrices) + index) * rows
-        )
+        Piece(expert_key(layer, expert, matrix), tensor, (rows, cols), (expert * len(matrices) + index) * rows)
         for expert in range(geometry.num_experts)
         for index, matrix in enumerate(matrices)
     ]

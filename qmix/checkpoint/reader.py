@@ -96,9 +96,7 @@ def read_config(source: Source) -> tuple[dict[str, Any], Geometry]:
     if path is not None:
         config = config_from_params(load_json(path), str(path))
         return config, Geometry.from_config(config, str(path))
-    raise CheckpointError(
-        f"{source.name}: neither config.json nor params.json is there; is it a Mixtral checkpoint?"
-    )
+    raise CheckpointError(f"{source.name}: neither config.json nor params.json is there; is it a Mixtral checkpoint?")
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -109,7 +107,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
         tensors = [(name, info) for name, header in source.headers(names).items() for info in header.values()]
     else:
         tensors = _pickle_tensors(source, names)
-    shapes, places = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[str, TensorInfo]] = {}
     for file, info in tensors:
         if info.name in places:
             first = places[info.name][0]
@@ -195,8 +194,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     except Exception:
         raise CheckpointError(
-            f"{path}: damaged, or a pickle with code in it, which is never run; "
-            "fetch it again, or take the safetensors"
+            f"{path}: damaged, or a pickle with code in it, which is never run; fetch it again, or take the safetensors"
         ) from None
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()

@@ -59,18 +59,14 @@ class WeightFile:
         dtype = _TORCH[weight.dtype]
         rows = torch.empty((stop - start, weight.cols), dtype=dtype)
         begin = weight.offset + start * weight.cols * dtype.itemsize
-        view, done = memoryview(rows.view(torch.uint8).numpy()).cast("B"), 0
+        view, done = rows.view(torch.uint8).numpy().data.cast("B"), 0
         while done < rows.nbytes:
             try:
                 count = os.preadv(self._fd, [view[done:]], begin + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"{self.path}: {error.strerror} while reading {weight.piece.tensor!r}"
-                ) from None
+                raise CheckpointError(f"{self.path}: {error.strerror} while reading {weight.piece.tensor!r}") from None
             if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: cut short inside {weight.piece.tensor!r}; fetch it again"
-                )
+                raise CheckpointError(f"{self.path}: cut short inside {weight.piece.tensor!r}; fetch it again")
             done += count
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, begin, rows.nbytes, os.POSIX_FADV_DONTNEED)

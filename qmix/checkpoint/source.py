@@ -58,9 +58,7 @@ class LocalSource:
 
     def files(self) -> dict[str, int | None]:
         try:
-            return {
-                path.name: path.stat().st_size for path in sorted(self.directory.iterdir()) if path.is_file()
-            }
+            return {path.name: path.stat().st_size for path in sorted(self.directory.iterdir()) if path.is_file()}
         except OSError as error:
             raise CheckpointError(f"{self.directory}: {error.strerror}") from None
 
@@ -139,9 +137,7 @@ class HubSource:
     def fingerprint(self, names: Iterable[str]) -> str:
         """The hub's own SHA-256 of each file; the commit where it gives none."""
         wanted = set(names)
-        known = sorted(
-            (file.name, file.sha256 or self.repo.commit) for file in self.repo.files if file.name in wanted
-        )
+        known = sorted((file.name, file.sha256 or self.repo.commit) for file in self.repo.files if file.name in wanted)
         return "hub:" + hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 

@@ -20,7 +20,13 @@ from qmix.precision.formats import BLOCK, PACK_ROWS, fits_kernels
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
 
-_TORCH = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_TORCH = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
 
 
 class Matrix:
@@ -134,10 +140,11 @@ class Expert:
 
 def _matrix(precision: str, tensors: list[torch.Tensor], rows: int, cols: int) -> Matrix:
     if precision == "half":
-        return HalfMatrix(*tensors, rows, cols)
+        return HalfMatrix(tensors[0], rows, cols)
+    codes, scales = tensors
     if precision == "int8":
-        return Int8Matrix(*tensors, rows, cols)
-    return FourBitMatrix(precision, *tensors, rows, cols)
+        return Int8Matrix(codes, scales, rows, cols)
+    return FourBitMatrix(precision, codes, scales, rows, cols)
 
 
 @cache

@@ -10,6 +10,7 @@ from qmix.precision.formats import BLOCK, fits_kernels, parts
 from qmix.precision.kernels import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 
 
 class MatrixQuantizer:
@@ -24,12 +25,12 @@ class MatrixQuantizer:
         self.rows, self.cols = rows, cols
         self.main, *scales = parts(precision, dtype, rows, cols)
         self._packed = precision in ("nf4", "fp4") and fits_kernels(rows, cols)
-        self._scales = np.empty(scales[0].shape, np.float32) if scales else None
+        self._scales = np.empty(scales[0].shape if scales else 0, np.float32)
 
     def quantize(self, chunk: torch.Tensor, start: int) -> tuple[int, np.ndarray]:
         """Rows [start, start + len(chunk)): the offset in bytes inside the first part, and its uint8 bytes.
 
-        Raises CheckpointError where a weight is NaN or infinite.
+        Raises CheckpointError where a weight is NaN, infinite, or too large for what holds it.
         """
         if self.precision == "half":
             return start * self.cols * 2, self._to_half(chunk)
@@ -40,9 +41,8 @@ class MatrixQuantizer:
             offset = start * self.cols
         elif self._packed:
             codes = np.empty(chunk.numel() // 2, np.uint8)
-            finite = quantize_4bit_packed(
-                weights, self.precision, codes, self._scales[:, start : start + len(chunk)]
-            )
+            scales = self._scales[:, start : start + len(chunk)]
+            finite = quantize_4bit_packed(weights, self.precision, codes, scales)
             offset = start * self.cols // 2
         else:
             first, count = start * self.cols, chunk.numel()
@@ -53,22 +53,30 @@ class MatrixQuantizer:
             offset = first // 2
         if not finite:
             raise self._not_finite()
+        if self.precision != "int8" and scales.max() > _LARGEST_SCALE:
+            raise self._too_large("bf16")
         return offset, codes.view(np.uint8).reshape(-1)
 
     def scales(self) -> np.ndarray | None:
         """The second part's uint8 bytes: row maxima in fp32, or absmax rounded to bf16; None for half."""
-        if self._scales is None or self.precision == "int8":
-            return None if self._scales is None else self._scales.view(np.uint8)
+        if self.precision == "half":
+            return None
+        if self.precision == "int8":
+            return self._scales.view(np.uint8)
         return torch.from_numpy(self._scales).bfloat16().view(torch.uint8).numpy().reshape(-1)
 
     def _to_half(self, chunk: torch.Tensor) -> np.ndarray:
         half = chunk.to(_HALF[self.dtype])
         # a value times zero is zero unless it is NaN or infinite: one pass, no mask in memory
         if not bool(torch.isfinite((half * 0).sum())):
-            if self.dtype == "fp16" and bool(torch.isfinite(chunk).all()):
-                raise CheckpointError(f"tensor {self.name!r} has values too large for fp16; use --dtype bf16")
+            if bool(torch.isfinite(chunk).all()):
+                raise self._too_large(self.dtype)
             raise self._not_finite()
         return half.contiguous().view(torch.uint8).numpy().reshape(-1)
+
+    def _too_large(self, dtype: str) -> CheckpointError:
+        advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
+        return CheckpointError(f"tensor {self.name!r} has values too large for {dtype}; {advice}")
 
     def _not_finite(self) -> CheckpointError:
         return CheckpointError(

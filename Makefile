@@ -1,0 +1,43 @@
+# One entry for each development action. `make setup` first.
+PYTHON = .venv/bin/python
+
+.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-replay build clean
+
+setup:           ## a virtual environment with all that development needs
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet -e '.[dev]'
+
+test:            ## the suite, a few minutes
+	$(PYTHON) -m pytest
+
+slow:            ## tests at full-size shapes: minutes, and 8 GB of disk
+	$(PYTHON) -m pytest -m slow
+
+lint:            ## style and common mistakes
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format:          ## put the code in form
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+types:
+	.venv/bin/mypy
+
+ci:              ## what a change must pass
+	.ci/run
+
+bench-quantize:  ## the quantiser beside bitsandbytes'
+	$(PYTHON) benchmarks/quantize_speed.py
+
+bench-decode:    ## decode on the embedded model beside transformers'
+	$(PYTHON) benchmarks/decode_tiny.py
+
+bench-replay:    ## recorded routing through caches of every size
+	$(PYTHON) benchmarks/replay_tiny.py
+
+build:           ## the distribution files
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""What is learned from running a model on text, for the plan and the pool to use.
+
+trace     which experts a run routed to
+replay    a trace through caches of any size: least recently used, and the best that any cache could do
+"""

@@ -1,0 +1,156 @@
+"""Runs of the quantiser in processes of their own that are killed (SIGKILL), by the clock or at a point.
+
+Importing torch takes seconds, so one process imports everything once and forks for every run. In a fork
+chunks are small and slow and the journal is flushed all the time, so that a tiny checkpoint has many moments
+to be killed at.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CHUNK_WEIGHTS = 2048
+CHUNK_SECONDS = 0.001
+FLUSH_SECONDS = 0.004
+
+
+class Runs:
+    """Starts runs, one at a time; close it when done."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
+        )
+        assert self._server.stdout is not None
+        assert self._server.stdout.readline() == "ready\n"
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(60)
+
+    def __call__(self, checkpoint: Path, store: Path, precision: str, **kill: Any) -> int:
+        """The exit status, -9 if it was killed: `after` seconds, or `at` the `count`th call of something."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        request = {"checkpoint": str(checkpoint), "store": str(store), "precision": precision, "kill": kill}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        return int(self._server.stdout.readline())
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _torn_write(write: Callable[..., Any]) -> Callable[..., Any]:
+    def half(writer: Any, file: Any, data: Any, offset: int) -> None:
+        write(writer, file, memoryview(data)[: len(data) // 2], offset)
+        _die()
+
+    return half
+
+
+def _torn_journal(append: Callable[..., Any]) -> Callable[..., Any]:
+    def half(journal: Any, entries: list[dict[str, Any]]) -> None:
+        text = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+        os.write(journal._file.fileno(), text[:-7])
+        _die()
+
+    return half
+
+
+def _torn_text(write_text: Callable[..., Any]) -> Callable[..., Any]:
+    def half(path: Path, text: str, *more: Any) -> None:
+        write_text(path, text[: len(text) // 2], *more)
+        _die()
+
+    return half
+
+
+def _instead(_: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *_: _die()
+
+
+def _behind(done: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: (done(*args), _die())
+
+
+def _arm(at: str, count: int) -> None:
+    """Make the `count`th call of a function the last thing that this process does."""
+    from qmix.journal import Journal
+    from qmix.store_writer import StoreWriter
+
+    owner, name, fatal = {
+        "write": (StoreWriter, "write", _torn_write),
+        "journal": (Journal, "append", _torn_journal),
+        "digest": (StoreWriter, "unit_digested", _instead),
+        "text": (Path, "write_text", _torn_text),
+        "before the rename": (Path, "rename", _instead),
+        "after the rename": (Path, "rename", _behind),
+    }[at]
+    original, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        return (fatal(original) if next(calls) == count else original)(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def _run(checkpoint: str, store: str, precision: str, kill: dict[str, Any]) -> None:
+    from stores import make_store
+
+    from qmix import quantize, store_writer
+
+    quantize.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = CHUNK_WEIGHTS, FLUSH_SECONDS
+    rows = quantize.WeightFile.rows
+    quantize.WeightFile.rows = lambda *args: time.sleep(CHUNK_SECONDS) or rows(*args)
+    if "at" in kill:
+        _arm(kill["at"], kill.get("count", 1))
+    make_store(Path(checkpoint), Path(store), precision)
+
+
+def _warm_up() -> None:
+    """Load what every fork needs, the compiled kernels included."""
+    import stores  # noqa: F401
+    import torch
+
+    from qmix.precision.quantizer import MatrixQuantizer
+
+    for precision, rows, cols in (("nf4", 32, 64), ("nf4", 2, 3), ("int8", 2, 3)):
+        weights = torch.ones(rows, cols, dtype=torch.bfloat16)
+        MatrixQuantizer(precision, "bf16", rows, cols, "").quantize(weights, 0)
+
+
+def _serve() -> None:
+    _warm_up()
+    gc.freeze()  # or each fork's first collection would copy every page
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                _run(**request)
+                status = 0
+            finally:
+                os._exit(status)
+        if "after" in request["kill"]:
+            time.sleep(request["kill"]["after"])
+            os.kill(child, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

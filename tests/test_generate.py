@@ -1,0 +1,156 @@
+"""Generation through the Python API, on the embedded model."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from stores import make_store
+from transformers import MixtralForCausalLM
+
+import qmix
+from qmix.errors import DoesNotFitError, UsageError
+from qmix.plan import Plan, make_plan
+from qmix.runner import Runner
+
+PROMPT = "To install a package on this system, open a terminal and"
+
+
+@pytest.fixture(scope="module")
+def store(tiny, tmp_path_factory):
+    return make_store(tiny, tmp_path_factory.mktemp("generate") / "store")
+
+
+def runner_of(store, slots, context=1024) -> Runner:
+    plan = make_plan(store.layout, 2**40, context, 2**28)
+    fields = {name: getattr(plan, name) for name in Plan.__slots__} | {"slots": slots}
+    return Runner(store, Plan(**fields))
+
+
+@pytest.fixture(scope="module")
+def runner(store):
+    with runner_of(store, store.geometry.num_records) as runner:
+        yield runner
+
+
+def test_greedy_text_is_transformers_own_when_experts_are_half(tiny, tmp_path):
+    theirs = MixtralForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
+    with runner_of(make_store(tiny, tmp_path / "half", "half"), 48) as runner:
+        ids = torch.tensor([runner.tokenizer(PROMPT)["input_ids"]])
+        want = theirs.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        got = runner.complete(PROMPT, max_new_tokens=40, temperature=0)
+    assert got.token_ids == want.tolist()
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.95, "seed": 5}])
+def test_the_text_is_the_same_whatever_the_budget(store, options):
+    texts = []
+    for slots in (48, 24, 2):
+        with runner_of(store, slots) as runner:
+            long = runner.complete(PROMPT * 60, max_new_tokens=40, ignore_eos=True, **options)
+            short = runner.complete(PROMPT, max_new_tokens=40, ignore_eos=True, **options)
+            texts.append((long.token_ids, short.token_ids))
+            assert (short.misses == 0) == (slots == 48)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_seed_fixes_the_draws_and_another_changes_them(runner):
+    one, same, other = (runner.complete(PROMPT, max_new_tokens=30, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert one.token_ids == same.token_ids != other.token_ids
+
+
+def test_a_run_does_not_touch_the_callers_random_stream(runner):
+    torch.manual_seed(3)
+    want = torch.rand(1)
+    torch.manual_seed(3)
+    runner.complete(PROMPT, max_new_tokens=3, temperature=1.0)
+    assert torch.equal(torch.rand(1), want)
+
+
+def test_pieces_add_up_to_the_result(runner):
+    pieces = list(runner.generate(PROMPT, max_new_tokens=30, temperature=0, ignore_eos=True))
+    result = pieces[-1].result
+    assert result is not None
+    assert [piece.result for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert "".join(piece.text for piece in pieces) == result.text
+    assert [token for piece in pieces for token in piece.token_ids] == result.token_ids
+    assert len(pieces) > 10
+    assert (result.completion_tokens, result.finish_reason) == (30, "length")
+
+
+def test_a_stop_sequence_ends_the_text_before_it(runner):
+    whole = runner.complete(PROMPT, max_new_tokens=30, temperature=0, ignore_eos=True).text
+    stop = whole[12:16]
+    cut = runner.complete(PROMPT, max_new_tokens=30, temperature=0, ignore_eos=True, stop=(stop,))
+    assert cut.text == whole[: whole.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.completion_tokens < 30
+
+
+def test_the_end_of_text_token_stops_unless_ignored(runner):
+    ids = runner.tokenizer(f"[INST]{PROMPT}[/INST]", add_special_tokens=False)["input_ids"]
+    ends = runner.complete([1, *ids], max_new_tokens=400, temperature=0)
+    goes_on = runner.complete([1, *ids], max_new_tokens=400, temperature=0, ignore_eos=True)
+    assert (ends.finish_reason, ends.token_ids[-1]) == ("stop", 2)
+    assert goes_on.token_ids[: len(ends.token_ids)] == ends.token_ids
+    assert (goes_on.finish_reason, goes_on.completion_tokens) == ("length", 400)
+
+
+def test_context_is_shared_by_prompt_and_answer(store):
+    with runner_of(store, 48, context=32) as runner:
+        count = len(runner.tokenizer(PROMPT)["input_ids"])
+        result = runner.complete(PROMPT, max_new_tokens=100, temperature=0, ignore_eos=True)
+        assert (result.prompt_tokens, result.completion_tokens) == (count, 32 - count)
+        with pytest.raises(UsageError, match="too long for a context of 32"):
+            runner.generate(PROMPT * 3)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", []])
+def test_an_empty_prompt_is_refused(runner, prompt):
+    with pytest.raises(UsageError, match="prompt"):
+        runner.generate(prompt)
+
+
+def test_ids_outside_the_vocabulary_are_refused(runner):
+    with pytest.raises(UsageError, match="4096"):
+        runner.generate([1, 4096])
+
+
+def test_leaving_the_stream_stops_the_work_and_the_next_run_is_right(runner):
+    want = runner.complete(PROMPT, max_new_tokens=20, temperature=0).token_ids
+    stream = runner.generate(PROMPT, max_new_tokens=400, temperature=0, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert runner.complete(PROMPT, max_new_tokens=20, temperature=0).token_ids == want
+
+
+def test_runs_share_threads_and_leave_none_behind(store):
+    before = threading.active_count()
+    with runner_of(store, 4) as runner:
+        runner.complete(PROMPT, max_new_tokens=3)
+        during = threading.active_count()
+        for _ in range(5):
+            runner.complete(PROMPT, max_new_tokens=3)
+        assert threading.active_count() == during
+    assert threading.active_count() == before
+
+
+def test_the_model_can_be_used_as_any_of_transformers(runner):
+    ids = torch.tensor([runner.tokenizer(PROMPT)["input_ids"]] * 2)
+    out = runner.model.generate(ids, min_new_tokens=8, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, ids.shape[1] + 8)
+    assert torch.equal(out[0], out[1])
+
+
+def test_load_takes_a_budget_in_words_and_refuses_one_too_small():
+    with pytest.raises(DoesNotFitError, match=r"smallest budget that works is --ram \d+MiB") as refused:
+        qmix.load("tiny", ram="100MB")
+    with qmix.load("tiny", ram=refused.value.smallest) as runner:
+        assert runner.plan.slots >= 2
+        assert runner.complete(PROMPT, max_new_tokens=5, temperature=0).completion_tokens == 5
+
+
+def test_flash_attention_that_is_not_installed_is_a_clear_error():
+    with pytest.raises(UsageError, match="flash-attn is not installed"):
+        qmix.load("tiny", attention="flash_attention_2")

@@ -1,0 +1,81 @@
+"""Budgets against what processes really take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stores import make_store
+
+PROMPT = "To install a package on this system, open a terminal and type the name. " * 40
+
+
+@pytest.fixture(scope="module")
+def store(tiny, tmp_path_factory):
+    return make_store(tiny, tmp_path_factory.mktemp("memory") / "store")
+
+
+def qmix_json(*arguments: str, prefix: tuple[str, ...] = ()) -> dict:
+    command = [*prefix, sys.executable, "-m", "cli", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ram", "4GiB", "--context", "2048"),
+        ("--ram", "4GiB", "--context", "1024", "--attn", "eager"),
+        ("--ram", "{smallest}", "--context", "1024"),
+    ],
+    ids=["roomy", "eager attention", "smallest pool"],
+)
+def test_the_plans_total_is_the_runs_peak(store, options):
+    """Within 5%, and never above the budget."""
+    if "{smallest}" in options:
+        planned = qmix_json("plan", str(store.directory), "--ram", "4GiB", *options[2:])
+        options = ("--ram", str(planned["smallest"]), *options[2:])
+    planned = qmix_json("plan", str(store.directory), *options)
+    ran = qmix_json("generate", PROMPT, "-m", str(store.directory), *options, "--max-new-tokens", "30", "--ignore-eos")
+    peak = ran["memory"]["peak_memory"]
+    assert peak == pytest.approx(planned["total"], rel=0.05)
+    assert peak <= planned["ram"]
+
+
+@pytest.fixture
+def cgroup_of():
+    """Gives the command prefix that runs a command with its memory, page cache included, held to some bytes."""
+    root = Path("/sys/fs/cgroup")
+    parent = root / "memory" if (root / "memory").is_dir() else root
+    group = parent / f"qmix-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no permission to make a cgroup")
+
+    def prefix(limit: int) -> tuple[str, ...]:
+        name = "memory.limit_in_bytes" if parent != root else "memory.max"
+        if not (group / name).exists():
+            pytest.skip("no memory controller")
+        (group / name).write_text(str(limit))
+        return ("sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh")
+
+    yield prefix
+    group.rmdir()
+
+
+def test_a_run_completes_under_a_hard_limit_of_its_budget(store, cgroup_of):
+    planned = qmix_json("plan", str(store.directory), "--ram", "4GiB", "--context", "1024")
+    smallest = planned["smallest"]
+    ran = qmix_json(
+        *("generate", PROMPT, "-m", str(store.directory), "--ram", str(smallest), "--context", "1024"),
+        *("--max-new-tokens", "30", "--ignore-eos", "--temperature", "0"),
+        prefix=cgroup_of(smallest),
+    )
+    assert ran["usage"]["completion_tokens"] == 30
+    assert ran["cache"]["misses"] > 0
