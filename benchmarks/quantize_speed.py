@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import click
 import numpy as np
@@ -51,7 +53,7 @@ def main(shape: tuple[int, int], kind: str, layout: str, threads: int, rounds: i
         scales = absmax[start * cols // BLOCK : end * cols // BLOCK]
         return quantize_4bit_flat(chunk.reshape(-1), kind, out, scales, end == rows)
 
-    jobs = {
+    jobs: dict[str, Callable[[], Any]] = {
         "bitsandbytes": lambda: bnb.quantize_4bit(weights, blocksize=BLOCK, quant_type=kind),
         "qmix": lambda: all(pool.map(quantize_chunk, range(0, rows, CHUNK))),
         "reading alone": large.sum,

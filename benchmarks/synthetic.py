@@ -74,7 +74,7 @@ def write_checkpoint(directory: Path, geometry: Geometry, seed: int = 0) -> None
         offsets = np.cumsum([0, *(2 * prod(shape) for shape in shard.values())]).tolist()
         tensors = [(name, "BF16", shape, at) for (name, shape), at in zip(shard.items(), offsets, strict=False)]
         header, _ = build_header(tensors, offsets[-1], 8)
-        with open(directory / file, "wb") as out:
+        with (directory / file).open("wb") as out:
             out.write(header)
             for name, shape in shard.items():
                 _write_tensor(out, values, shape, int(random.integers(PATTERN)))
@@ -110,8 +110,19 @@ def _write_tensor(out: BinaryIO, values: np.ndarray, shape: tuple[int, ...], sta
 @click.option("--max-position", default=32768)
 def main(directory: Path, **sizes: int) -> None:
     """Write a checkpoint to DIRECTORY."""
-    order = ("hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "experts", "experts_per_token")
-    write_checkpoint(directory, Geometry(*(sizes[name] for name in (*order, "vocabulary", "max_position"))))
+    geometry = Geometry(
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["intermediate"],
+        num_layers=sizes["layers"],
+        num_heads=sizes["heads"],
+        num_kv_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        num_experts=sizes["experts"],
+        experts_per_token=sizes["experts_per_token"],
+        vocab_size=sizes["vocabulary"],
+        max_position=sizes["max_position"],
+    )
+    write_checkpoint(directory, geometry)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,10 +59,8 @@ def give_back_freed_memory() -> None:
     glibc otherwise keeps blocks of up to 32 MiB for later, in which activations of changing sizes find no place: a
     long prefill then held 150 MB more than it used. Does nothing where the C library has no such setting.
     """
-    try:
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-    except (OSError, AttributeError):
-        pass
 
 
 def _cgroups(root: Path) -> list[Path]:

@@ -46,8 +46,7 @@ STRIP = 8
 
 Array = npt.NDArray[Any]
 
-# The values of a kind, ascending, to be divided by the last; and their codes. Codes 0 and 8 of fp4 are both zero:
-# in this order, which is that of bitsandbytes' sort, 0.0 gets code 0 and 0.001 gets 8.
+# The values of each kind, ascending, to be divided by the last.
 VALUES = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -57,7 +56,8 @@ VALUES = {
     ),
     "fp4": (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0, 0.0625, 2, 3, 4, 6, 8, 12),
 }  # fmt: skip
-CODES = {"nf4": tuple(range(16)), "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)}
+# By rank (NF4 codes are ranks). In this order, that of bitsandbytes' sort, 0.0 gets code 0 and 0.001 the zero 8.
+FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
 
 TINY = np.float32(1e-38)  # bitsandbytes divides by no absmax below this
 
@@ -66,8 +66,7 @@ class Grid(NamedTuple):
     """What a kernel needs to know of a kind."""
 
     midpoints: tuple[np.float32, ...]  # 15, ascending; a tuple so that LLVM unrolls the loop over them
-    codes: npt.NDArray[np.uint8]  # [16], by rank
-    ranked: bool  # every code is its rank
+    is_fp4: bool  # ranks are not yet codes
 
 
 @cache
@@ -77,7 +76,7 @@ def _grid(kind: str) -> Grid:
     values = np.array(VALUES[kind], np.float32)
     values /= values[-1]
     midpoints = (values[:-1] + values[1:]) / np.float32(2)
-    return Grid(tuple(midpoints), np.array(CODES[kind], np.uint8), kind == "nf4")
+    return Grid(tuple(midpoints), kind == "fp4")
 
 
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,6 +105,14 @@ def _absmax(row: Array, count: int, shift: int) -> np.float32:
 
 
 @njit(inline="always")
+def _fp4_code(rank: int) -> int:
+    """FP4_CODES[rank], in arithmetic: that runs in vector lanes, a table does not."""
+    magnitude = np.uint8(rank ^ (7 if rank < 8 else 8))  # rank among the eight magnitudes
+    sign = 8 if (rank < 8) == (magnitude > 0) else 0  # the two zeros have it the wrong way round
+    return magnitude ^ ((magnitude & 2) << 1) | sign  # and codes 2, 3 change places with 6, 7
+
+
+@njit(inline="always")
 def _encode(row: Array, shift: int, absmax: np.float32, grid: Grid, codes: Array) -> None:
     """The 64 codes of a block, a byte each. No clamping to -1..1: there is no midpoint outside."""
     inverse = np.float32(1) / max(absmax, TINY)
@@ -115,9 +122,9 @@ def _encode(row: Array, shift: int, absmax: np.float32, grid: Grid, codes: Array
         for midpoint in grid.midpoints:
             rank += np.uint8(scaled > midpoint)
         codes[j] = rank
-    if not grid.ranked:
+    if grid.is_fp4:
         for j in range(BLOCK):
-            codes[j] = grid.codes[codes[j]]
+            codes[j] = _fp4_code(codes[j])
 
 
 @njit(inline="always")
@@ -231,7 +238,8 @@ def _short_block(bits: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
     absmax[0] = max(np.abs(weights).max(), TINY)
     scaled = np.zeros(2 * codes.size, np.float32)
     scaled[: weights.size] = weights / absmax[0]
-    wide = grid.codes[np.searchsorted(np.array(grid.midpoints), scaled)]
+    ranks = np.searchsorted(np.array(grid.midpoints), scaled).astype(np.uint8)
+    wide = FP4_CODES[ranks] if grid.is_fp4 else ranks
     codes[:] = wide[::2] << 4 | wide[1::2]
     return True
 

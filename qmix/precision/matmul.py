@@ -1,8 +1,9 @@
 """Products with quantised matrices, read in place from a record's bytes.
 
-Each class holds views into a buffer (a pool slot, whose content changes: nothing is derived from it beforehand) and offers `multiply(x)`: x [T, cols] to [T, rows], in x's type,
-and `dequantize(start, stop)`: those rows in fp32, the definition that every kernel is tested against. Where no
-fast kernel takes the shape, or the CPU has none, rows are dequantised a few at a time and multiplied in fp32.
+Each class holds views into a buffer and offers `multiply(x)`: x [T, cols] to [T, rows], in x's type, and
+`dequantize(start, stop)`: those rows in fp32, the definition that every kernel is tested against. Where no fast
+kernel takes the shape, or the CPU has none, rows are dequantised a few at a time and multiplied in fp32. The
+buffer is a pool slot, whose content changes: nothing is worked out from it beforehand.
 """
 
 from __future__ import annotations
