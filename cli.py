@@ -223,6 +223,7 @@ def main(run: Callable[[], Any] = _run) -> None:
     except click.exceptions.Exit as done:
         status = done.exit_code
     except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once, without a traceback
         if sys.stderr is not None and sys.stderr.isatty():
             click.echo(err=True)  # after the text, and the ^C that the terminal shows
         status = _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
@@ -242,7 +243,6 @@ def main(run: Callable[[], Any] = _run) -> None:
         if os.environ.get("QMIX_DEBUG"):
             raise
         status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows where", 1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more Ctrl-C ends it at once, without a traceback
     sys.exit(status or 0)
 
 

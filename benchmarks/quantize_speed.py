@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,7 +52,7 @@ def main(shape: tuple[int, int], kind: str, layout: str, threads: int, rounds: i
         scales = absmax[start * cols // BLOCK : end * cols // BLOCK]
         return quantize_4bit_flat(chunk.reshape(-1), kind, out, scales, end == rows)
 
-    jobs: dict[str, Callable[[], Any]] = {
+    jobs: dict[str, Any] = {
         "bitsandbytes": lambda: bnb.quantize_4bit(weights, blocksize=BLOCK, quant_type=kind),
         "qmix": lambda: all(pool.map(quantize_chunk, range(0, rows, CHUNK))),
         "reading alone": large.sum,

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import READ_THREADS, DirectFile, Read, anonymous_memory
 from qmix.errors import StoreError, UsageError
 from qmix.experts import PooledExperts
@@ -42,7 +43,8 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
     config = MixtralConfig(**store.config)
     dtype = HALF[store.layout.dtype]
     config.dtype = dtype
-    config._attn_implementation = attention
+    register()
+    config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
     with init_empty_weights(include_buffers=True):
         model = MixtralForCausalLM(config)
     activation = ACT2FN[config.hidden_act]

@@ -104,7 +104,8 @@ def work_bytes(geometry: Geometry, context: int, attention: str) -> int:
     """The most that one step allocates besides weights and cache: a prefill chunk's activations.
 
     Counted from transformers' Mixtral as it is: RMSNorm works in fp32, rotary makes four tensors the size of q,
-    the mask is [1, 1, T, context], eager attention keeps scores for every head in half and in fp32.
+    the mask is [1, 1, T, context] and is turned into numbers to add, eager attention repeats keys and values for
+    every query head and keeps scores in half and twice in fp32.
     """
     tokens = min(PREFILL_CHUNK, context)
     hidden, q_rows = geometry.hidden_size, geometry.num_heads * geometry.head_dim

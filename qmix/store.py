@@ -5,7 +5,7 @@
     experts-00000.safetensors   one layer's expert records, aligned for O_DIRECT
     config.json, tokenizer*     the model's own
 
-Checksums are XXH3 (64 bits) of a record's bytes, or of a dense tensor's.
+Checksums are XXH3 (64 bits) of a record's bytes, of a dense tensor's, and of config.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from qmix.errors import CheckpointError, StoreError
 from qmix.geometry import Geometry
@@ -55,9 +57,7 @@ def partial_directory(directory: Path) -> Path:
     return whole.parent / f"{whole.name}.partial"
 
 
-def manifest(
-    layout: StoreLayout, source: str, fingerprint: str, dense: dict[str, str], records: list[list[str]]
-) -> dict[str, Any]:
+def manifest(layout: StoreLayout, source: str, fingerprint: str, checksums: dict[str, Any]) -> dict[str, Any]:
     """The contents of qmix.json; a function of the weights alone, so that two runs write the same bytes."""
     return {
         "format": "qmix-store",
@@ -65,7 +65,7 @@ def manifest(
         "source": {"name": source, "fingerprint": fingerprint},
         "dtype": layout.dtype,
         "precisions": [list(row) for row in layout.precisions],
-        "checksums": {"dense": dense, "records": records},
+        "checksums": checksums,
     }
 
 
@@ -107,6 +107,9 @@ def open_store(directory: Path) -> Store:
     store = Store(directory, layout, config, source, fingerprint, dense, records)
     for file in layout.files:
         _check_file(store.path(file), file)
+    path = directory / "config.json"
+    if xxhash.xxh3_64_hexdigest(path.read_bytes()) != content["checksums"].get("config"):
+        raise StoreError(f"{path}: changed since the store was made; quantize the model again")
     return store
 
 

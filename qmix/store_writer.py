@@ -184,14 +184,16 @@ class StoreWriter:
         self.flush()
         for path in tokenizer_files:
             shutil.copyfile(path, self.partial / path.name)
-        (self.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config_text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (self.partial / "config.json").write_text(config_text)
         geometry = self.layout.geometry
         records = [
             [self.checksums[f"{layer}.{expert}"] for expert in range(geometry.num_experts)]
             for layer in range(geometry.num_layers)
         ]
         dense = {name: self.checksums[name] for name in geometry.dense_tensors}
-        content = manifest(self.layout, self.source_name, self.fingerprint, dense, records)
+        checksums = {"config": xxhash.xxh3_64_hexdigest(config_text), "dense": dense, "records": records}
+        content = manifest(self.layout, self.source_name, self.fingerprint, checksums)
         (self.partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
         for path in self.partial.iterdir():
             if path.is_dir():

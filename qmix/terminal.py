@@ -70,7 +70,7 @@ class ProgressDisplay:
         now = time.monotonic()
         if not self._started:
             self._started, self._first = now, progress
-            if self._console.is_terminal:
+            if self._console.file.isatty():  # not rich's `is_terminal`: FORCE_COLOR in a log makes no terminal
                 self._start_bar(progress)
         self._last = progress
         if self._bar is not None:
@@ -151,6 +151,6 @@ def plan_table(plan: Plan, title: str) -> Table:
 def print_table(table: Table) -> None:
     """A table to stdout, as wide as the terminal, or as wide as it needs where there is none."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    if not console.file.isatty():
+        console = Console(width=120, force_terminal=False)
     console.print(table)

@@ -119,6 +119,11 @@ class FirstUse:
         return self.home / "cache"
 
     @property
+    def store(self) -> Path:
+        (made,) = (self.cache / "qmix").glob("tiny-*/")
+        return made
+
+    @property
     def log(self) -> Path:
         return Path(self.watched["WATCH_LOG"])
 

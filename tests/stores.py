@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.model import build_model
 from qmix.pool import ExpertPool
 from qmix.prepare import layout_for
+from qmix.progress import Progress
 from qmix.quantize import quantize
-from qmix.store import Store
+from qmix.store import Store, partial_directory
+from qmix.store_writer import JOURNAL
 
 
 def make_store(checkpoint: Path, directory: Path, precision: str = "nf4", dtype: str | None = None) -> Store:
     opened = open_checkpoint(LocalSource(checkpoint))
     return quantize(opened, directory, layout_for(opened, precision, dtype))
+
+
+def interrupt_store(checkpoint: Path, directory: Path, precision: str, after: int) -> None:
+    """Begin a store, and stop as a user does after so many chunks."""
+    opened, calls = open_checkpoint(LocalSource(checkpoint)), iter(range(1, 10**6))
+
+    def stop(progress: Progress) -> None:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(opened, directory, layout_for(opened, precision, None), stop)
+
+
+def journaled(directory: Path) -> set[str]:
+    """The weights that runs have noted as finished in a store that is not."""
+    journal = partial_directory(directory) / JOURNAL
+    entries = map(json.loads, journal.read_text().splitlines()[1:])
+    return {entry["weight"] for entry in entries if "weight" in entry}
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

@@ -86,8 +86,7 @@ def test_the_embedded_model_needs_no_network_and_no_kernels_from_a_hub(first_use
 
 
 def test_the_store_is_made_in_the_users_cache_and_nothing_elsewhere(first_use, commands, tmp_path):
-    (store,) = (path for path in (first_use.cache / "qmix").iterdir() if path.is_dir())
-    assert (store / "qmix.json").is_file()
+    assert (first_use.store / "qmix.json").is_file()
     assert {path.name for path in first_use.home.iterdir()} == {"cache"}
     shutil.copytree(first_use.cache, tmp_path / ".cache")
     done = commands(*SEEDED, "--max-new-tokens", "24", HOME=str(tmp_path), XDG_CACHE_HOME="")
@@ -196,7 +195,7 @@ def test_the_smallest_budget_gives_the_same_text(qmix, greedy):
 
 def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
     options = ("plan", "tiny", "--ram", "2GiB", "--context", "512")
-    table, found = qmix(*options), json.loads(qmix(*options, "--json").out)
+    table, found = qmix(*options, FORCE_COLOR="1"), json.loads(qmix(*options, "--json").out)
     assert (table.status, table.err) == (0, "")
     rows = re.findall(r"^│ (.+?) +│ (\w+) +│ +([\d,]+) │", table.out, re.MULTILINE)
     shown = {what: (where, int(count.replace(",", ""))) for what, where, count in rows}
@@ -238,7 +237,7 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
 def test_quantizing_shows_plain_lines_and_again_it_is_already_there(qmix, tmp_path):
     model, store = make_checkpoint(tmp_path / "model", shards=2), tmp_path / "store"
     title, size = re.escape(str(model)), "469 kB"
-    first = qmix("quantize", model, store)
+    first = qmix("quantize", model, store, FORCE_COLOR="1")  # as many a log has it
     progress = f"({PROGRESS.format(title, size)})?{DONE.format(title, size, size)}"
     assert (first.status, first.out) == (0, "")
     assert re.fullmatch(f"{progress}{re.escape(str(store))}: 221 kB\n", first.err), first.err

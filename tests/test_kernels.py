@@ -158,7 +158,7 @@ def test_every_bfloat16_number(kind: str, absmax: float) -> None:
 
 def near_midpoints(kind: str, absmax: np.float32) -> torch.Tensor:
     """absmax, and each midpoint times absmax with its two neighbours: 46 fp32 numbers."""
-    middle = np.array(kernels._grid(kind).midpoints) * absmax
+    middle = np.array(kernels._midpoints(kind)) * absmax
     below, above = np.nextafter(middle, np.float32(-np.inf)), np.nextafter(middle, np.float32(np.inf))
     return torch.from_numpy(np.concatenate([[absmax], below, middle, above]))
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_checkpoint
-from stores import files_of, make_store
+from stores import files_of, interrupt_store, make_store
 
 from qmix import quantize as quantizing
 from qmix.checkpoint import open_checkpoint
@@ -41,18 +41,6 @@ def checkpoint(tmp_path_factory) -> Path:
 def whole(checkpoint: Path, tmp_path_factory) -> dict[str, bytes]:
     """The files of a store of the checkpoint."""
     return files_of(make_store(checkpoint, tmp_path_factory.mktemp("whole") / "s", SPEC).directory)
-
-
-def interrupted(checkpoint: Path, store: Path, after: int) -> None:
-    """A run that the user stops after so many chunks."""
-    opened, calls = open_checkpoint(LocalSource(checkpoint)), iter(range(1, 10**6))
-
-    def stop(progress: Progress) -> None:
-        if next(calls) == after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantizing.quantize(opened, store, layout_for(opened, SPEC, None), stop)
 
 
 def test_two_at_once_do_not_write_the_same_store(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -92,7 +80,7 @@ def test_a_path_that_ends_in_dots_has_its_partial_directory_beside_it(
 def test_what_passed_through_the_partial_directory_is_not_in_the_store(
     checkpoint: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    interrupted(checkpoint, tmp_path / "s", after=20)
+    interrupt_store(checkpoint, tmp_path / "s", SPEC, after=20)
     shards = tmp_path / "s.partial" / "shards" / "deep"
     shards.mkdir(parents=True)
     (shards / "model-00001-of-00003.safetensors").write_bytes(b"left by a killed run")
@@ -117,7 +105,7 @@ def test_what_is_no_store_is_not_overwritten(checkpoint: Path, tmp_path: Path, k
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupted(checkpoint, tmp_path / "begun", after=20)
+    interrupt_store(checkpoint, tmp_path / "begun", SPEC, after=20)
     needed = layout_for(open_checkpoint(LocalSource(checkpoint)), SPEC, None).total_bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
     target = tmp_path / "new" / "deep" / "store"

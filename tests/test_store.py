@@ -260,3 +260,11 @@ def test_a_store_half_written_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "s.partial").mkdir()
     want = f"{tmp_path}/s: not finished yet; run the same `qmix quantize` again and it goes on"
     assert refusal(lambda: open_store(tmp_path / "s")) == want
+
+
+def test_a_config_that_was_changed_is_refused(tmp_path):
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
+    config = store.directory / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "10001.0"))
+    with pytest.raises(StoreError, match=r"config\.json: changed since the store was made"):
+        open_store(store.directory)

@@ -32,7 +32,7 @@ Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functio
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,7 @@ PACK_ROWS = 32  # rows interleaved in the packed layout
 STRIP = 8
 
 Array = npt.NDArray[Any]
+Midpoints = tuple[np.float32, ...]
 
 # The values of each kind, ascending, to be divided by the last.
 VALUES = {
@@ -62,21 +63,14 @@ FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.
 TINY = np.float32(1e-38)  # bitsandbytes divides by no absmax below this
 
 
-class Grid(NamedTuple):
-    """What a kernel needs to know of a kind."""
-
-    midpoints: tuple[np.float32, ...]  # 15, ascending; a tuple so that LLVM unrolls the loop over them
-    is_fp4: bool  # ranks are not yet codes
-
-
 @cache
-def _grid(kind: str) -> Grid:
+def _midpoints(kind: str) -> Midpoints:
+    """Fifteen, ascending; a tuple so that LLVM unrolls the loop over them."""
     if kind not in VALUES:
         raise ValueError(f"kind must be 'nf4' or 'fp4', not {kind!r}")
     values = np.array(VALUES[kind], np.float32)
     values /= values[-1]
-    midpoints = (values[:-1] + values[1:]) / np.float32(2)
-    return Grid(tuple(midpoints), kind == "fp4")
+    return tuple((values[:-1] + values[1:]) / np.float32(2))
 
 
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,16 +85,18 @@ def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @njit(inline="always")
-def _widen(bits: Any, shift: int) -> np.float32:
-    return np.uint32(np.uint32(bits) << shift).view(np.float32)
+def _widen(row: Array, j: int) -> np.uint32:
+    """Weight j as the bit pattern of a float32."""
+    shift = 16 if row.itemsize == 2 else 0  # apart: inside the call below, Numba on Python 3.10 cannot inline it
+    return np.uint32(np.uint32(row[j]) << shift)
 
 
 @njit(inline="always")
-def _absmax(row: Array, count: int, shift: int) -> np.float32:
+def _absmax(row: Array, count: int) -> np.float32:
     """The largest magnitude of `count` weights; NaN or infinite if one of them is."""
     top = np.uint32(0)
     for j in range(count):
-        top = max(top, np.uint32((np.uint32(row[j]) << shift) & 0x7FFFFFFF))
+        top = max(top, np.uint32(_widen(row, j) & 0x7FFFFFFF))
     return np.uint32(top).view(np.float32)
 
 
@@ -113,16 +109,16 @@ def _fp4_code(rank: int) -> int:
 
 
 @njit(inline="always")
-def _encode(row: Array, shift: int, absmax: np.float32, grid: Grid, codes: Array) -> None:
+def _encode(row: Array, absmax: np.float32, midpoints: Midpoints, fp4: bool, codes: Array) -> None:
     """The 64 codes of a block, a byte each. No clamping to -1..1: there is no midpoint outside."""
     inverse = np.float32(1) / max(absmax, TINY)
     for j in range(BLOCK):
-        scaled = _widen(row[j], shift) * inverse
+        scaled = _widen(row, j).view(np.float32) * inverse
         rank = np.uint8(0)
-        for midpoint in grid.midpoints:
+        for midpoint in midpoints:
             rank += np.uint8(scaled > midpoint)
         codes[j] = rank
-    if grid.is_fp4:
+    if fp4:
         for j in range(BLOCK):
             codes[j] = _fp4_code(codes[j])
 
@@ -136,9 +132,8 @@ def _interleave(pairs: Array, words: Array) -> None:
 
 
 @_kernel
-def _packed(weights: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
+def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
     """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
-    shift = 16 if weights.itemsize == 2 else 0
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
     pairs = scratch.view(np.uint16)  # [8, 32, 32]
     for group in range(codes.shape[0]):
@@ -147,28 +142,27 @@ def _packed(weights: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
             for r in range(PACK_ROWS):
                 for block in strip:
                     row = weights[group * PACK_ROWS + r, block]
-                    largest = _absmax(row, BLOCK, shift)
+                    largest = _absmax(row, BLOCK)
                     if not np.isfinite(largest):
                         return False
                     absmax[block, group * PACK_ROWS + r] = largest
-                    _encode(row, shift, largest, grid, scratch[block - first, r])
+                    _encode(row, largest, midpoints, fp4, scratch[block - first, r])
             for block in strip:
                 _interleave(pairs[block - first], codes[group, block])
     return True
 
 
 @_kernel
-def _flat(weights: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
+def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
     """weights [B, 64], codes [B, 32], absmax [B]"""
-    shift = 16 if weights.itemsize == 2 else 0
     scratch = np.empty(BLOCK, np.uint8)
     pairs = scratch.view(np.uint16)  # [32]
     for block in range(weights.shape[0]):
         row = weights[block]
-        absmax[block] = _absmax(row, BLOCK, shift)
+        absmax[block] = _absmax(row, BLOCK)
         if not np.isfinite(absmax[block]):
             return False
-        _encode(row, shift, absmax[block], grid, scratch)
+        _encode(row, absmax[block], midpoints, fp4, scratch)
         for p in range(BLOCK // 2):
             codes[block, p] = (pairs[p] << 4) | (pairs[p] >> 8)
     return True
@@ -177,10 +171,9 @@ def _flat(weights: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
 @_kernel
 def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
     """weights [R, C], codes [R, C], row_max [R]"""
-    shift = 16 if weights.itemsize == 2 else 0
     for r in range(weights.shape[0]):
         row = weights[r]
-        row_max[r] = _absmax(row, row.size, shift)
+        row_max[r] = _absmax(row, row.size)
         if not np.isfinite(row_max[r]):
             return False
         scale = np.float32(127) * (np.float32(1) / row_max[r])  # torch's rounding of 127.0 / row_max
@@ -188,7 +181,7 @@ def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
             codes[r] = 0
         else:
             for j in range(row.size):
-                codes[r, j] = np.int8(np.rint(_widen(row[j], shift) * scale))
+                codes[r, j] = np.int8(np.rint(_widen(row, j).view(np.float32) * scale))
     return True
 
 
@@ -206,7 +199,7 @@ def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array)
     _require_output(absmax, np.float32, (cols // BLOCK, rows), contiguous=False)
     blocks = _bits(weights).reshape(rows, cols // BLOCK, BLOCK)
     words = codes.view(np.uint16).reshape(rows // PACK_ROWS, cols // BLOCK, BLOCK // 2, PACK_ROWS // 2)
-    return _packed(blocks, _grid(kind), words, absmax)
+    return _packed(blocks, _midpoints(kind), kind == "fp4", words, absmax)
 
 
 def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, last: bool) -> bool:
@@ -223,14 +216,14 @@ def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, l
     _require(last or n == full, f"{n} weights, not the last, do not divide into blocks of {BLOCK}")
     _require_output(codes, np.uint8, ((n + 1) // 2,))
     _require_output(absmax, np.float32, (-(-n // BLOCK),))
-    bits, grid = _bits(weights), _grid(kind)
-    finite = _flat(bits[:full].reshape(-1, BLOCK), grid, codes[: full // 2].reshape(-1, BLOCK // 2), absmax)
+    bits, words = _bits(weights), codes[: full // 2].reshape(blocks, BLOCK // 2)
+    finite = _flat(bits[:full].reshape(blocks, BLOCK), _midpoints(kind), kind == "fp4", words, absmax)
     if not finite or n == full:
         return finite
-    return _short_block(bits[full:], grid, codes[full // 2 :], absmax[blocks:])
+    return _short_block(bits[full:], kind, codes[full // 2 :], absmax[blocks:])
 
 
-def _short_block(bits: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
+def _short_block(bits: Array, kind: str, codes: Array, absmax: Array) -> bool:
     """As bitsandbytes has it: divided by the clamped absmax, which is stored; an odd weight paired with 0."""
     weights = (bits.astype(np.uint32) << (16 if bits.itemsize == 2 else 0)).view(np.float32)
     if not np.isfinite(weights).all():
@@ -238,8 +231,8 @@ def _short_block(bits: Array, grid: Grid, codes: Array, absmax: Array) -> bool:
     absmax[0] = max(np.abs(weights).max(), TINY)
     scaled = np.zeros(2 * codes.size, np.float32)
     scaled[: weights.size] = weights / absmax[0]
-    ranks = np.searchsorted(np.array(grid.midpoints), scaled).astype(np.uint8)
-    wide = FP4_CODES[ranks] if grid.is_fp4 else ranks
+    ranks = np.searchsorted(np.array(_midpoints(kind)), scaled).astype(np.uint8)
+    wide = FP4_CODES[ranks] if kind == "fp4" else ranks
     codes[:] = wide[::2] << 4 | wide[1::2]
     return True
 
