@@ -192,7 +192,7 @@ class StoreWriter:
             for layer in range(geometry.num_layers)
         ]
         dense = {name: self.checksums[name] for name in geometry.dense_tensors}
-        checksums = {"config": xxhash.xxh3_64_hexdigest(config_text), "dense": dense, "records": records}
+        checksums = {"config": xxhash.xxh3_64_hexdigest(config_text.encode()), "dense": dense, "records": records}
         content = manifest(self.layout, self.source_name, self.fingerprint, checksums)
         (self.partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
         for path in self.partial.iterdir():

@@ -175,11 +175,11 @@ def test_max_new_tokens_and_the_context_bound_the_answer(qmix):
 
 
 def test_ignore_eos_goes_on_after_the_end_of_text(qmix):
-    ended = result(qmix(*SEEDED, "--json"))
+    options = ("generate", PROMPT, "-m", "tiny", "--temperature", "0", "--json")
+    ended = result(qmix(*options))
     assert (ended["token_ids"][-1], ended["finish_reason"]) == (END_OF_TEXT, "stop")
     longer = len(ended["token_ids"]) + 5
-    options = ("--json", "--ignore-eos", "--max-new-tokens", str(longer))
-    found = result(qmix(*SEEDED, *options))
+    found = result(qmix(*options, "--ignore-eos", "--max-new-tokens", str(longer)))
     assert (len(found["token_ids"]), found["finish_reason"]) == (longer, "length")
     assert found["token_ids"][: len(ended["token_ids"])] == ended["token_ids"]
 
