@@ -6,29 +6,21 @@ HF_HUB_OFFLINE mean what they mean everywhere else.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qmix.errors import Cancelled, HubError, QmixError
-from qmix.units import format_bytes
-
-T = TypeVar("T")
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all); may be called from another thread
+from qmix.hub_calls import AGAIN, NO_FILE, Progress, explain, muted, retried, silent_bar, why_away
 
 _MODEL = re.compile(r"(?!.*\.\.)(?![^@]*--)(\w[\w.-]*/\w(?:[\w.-]*\w)?)(?:@(\w\S*))?", re.ASCII)
-_NO_FILE = "no such file; check the name or the revision"
-_AGAIN = "run the same command again, files already done are kept"
 
 
 def parse(model: str) -> tuple[str, str | None] | None:
@@ -70,9 +62,9 @@ class HubRepo:
             api = HfApi(endpoint=asked.endpoint)
             options: dict[str, Any] = {"revision": asked.revision, "files_metadata": True, "timeout": 30}
             try:
-                info = _retried(lambda: api.model_info(asked.repo, **options))
+                info = retried(lambda: api.model_info(asked.repo, **options))
             except Exception as error:
-                away = _why_away(error, asked.endpoint)
+                away = why_away(error, asked.endpoint)
                 if not away:
                     raise
                 return replace(asked, away=away)._from_cache()
@@ -131,7 +123,7 @@ class HubRepo:
                 found = parse_local_safetensors_file_metadata(path)
             else:
                 options: dict[str, Any] = {"revision": self.commit}
-                found = _retried(lambda: api.parse_safetensors_file_metadata(self.repo, name, **options))
+                found = retried(lambda: api.parse_safetensors_file_metadata(self.repo, name, **options))
             header: dict[str, Any] = {"__metadata__": found.metadata} if found.metadata else {}
             for key, info in found.tensors.items():
                 offsets = list(info.data_offsets)
@@ -145,26 +137,20 @@ class HubRepo:
     @contextmanager
     def _calling(self, file: HubFile | None = None, into: Path | None = None) -> Iterator[None]:
         """Inside, huggingface_hub's messages are muted, and what it raises becomes a one-line HubError."""
-        from huggingface_hub.utils import logging
-
-        level = logging.get_verbosity()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="huggingface_hub")
-            logging.set_verbosity(logging.CRITICAL)
+        with muted():
             try:
                 yield
             except (QmixError, Cancelled):  # also what `progress` raises
                 raise
             except Exception as error:
-                raise HubError(self._explain(error, file, into)) from error
-            finally:
-                logging.set_verbosity(level)
+                told = explain(error, self.endpoint, self.repo, self._label, file, into)
+                raise HubError(told) from error
 
     def _file(self, name: str) -> HubFile:
         for file in self.files:
             if file.name == name:
                 return file
-        gone = f"not in the cache, and {self.away}" if self.away else _NO_FILE
+        gone = f"not in the cache, and {self.away}" if self.away else NO_FILE
         raise HubError(f"{name} of {self._label}: {gone}")
 
     def cached(self, name: str) -> Path | None:
@@ -213,8 +199,8 @@ class HubRepo:
         from huggingface_hub import hf_hub_download
 
         options: dict[str, Any] = {"revision": self.commit, "local_dir": folder, "endpoint": self.endpoint}
-        options["tqdm_class"] = _silent_bar(progress, file.size or 0)
-        path = Path(_retried(lambda: hf_hub_download(self.repo, file.name, **options)))
+        options["tqdm_class"] = silent_bar(progress, file.size or 0)
+        path = Path(retried(lambda: hf_hub_download(self.repo, file.name, **options)))
         if file.size is not None and path.stat().st_size != file.size:
             wrong = f"came with {path.stat().st_size} bytes instead of {file.size}"
         elif file.sha256 is not None and _sha256(path) != file.sha256:
@@ -223,7 +209,7 @@ class HubRepo:
             return path
         for each in (path.resolve(), path):  # in the shared cache, a blob and the link to it
             each.unlink(missing_ok=True)
-        raise HubError(f"{file.name} of {self._label}: {wrong} and was deleted; {_AGAIN}")
+        raise HubError(f"{file.name} of {self._label}: {wrong} and was deleted; {AGAIN}")
 
     def _remember_revision(self, snapshot: Path) -> None:
         """Note in the shared cache which commit the revision is, which fetching by commit does not do."""
@@ -235,40 +221,6 @@ class HubRepo:
                 new.write_text(self.commit)
                 new.replace(ref)
 
-    def _explain(self, error: BaseException, file: HubFile | None, into: Path | None) -> str:
-        from huggingface_hub import constants
-        from huggingface_hub import errors as hf
-
-        if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__  # why a download could not even begin
-        label, host, page = self._label, self.endpoint, f"{self.endpoint}/{self.repo}"
-        where = f"{file.name} of {label}" if file else label
-        if away := _why_away(error, host):
-            return f"{where}: {away}"
-        status = error.response.status_code if isinstance(error, hf.HfHubHTTPError) else 0
-        for kind, told in (
-            (hf.GatedRepoError, f"{label}: gated; accept its licence at {page} and set HF_TOKEN"),
-            (
-                hf.RepositoryNotFoundError,
-                f"{label}: not on {host}, or private; check the name, or set HF_TOKEN",
-            ),
-            (hf.DisabledRepoError, f"{label}: disabled on {host}; take another repository"),
-            (hf.RevisionNotFoundError, f"{label}: no such revision; check what stands after the @"),
-            (hf.EntryNotFoundError, f"{where}: {_NO_FILE}"),
-            (hf.SafetensorsParsingError, f"{where}: not a safetensors file; check the name or the revision"),
-            (401, f"{label}: {host} does not accept the token; check HF_TOKEN"),
-            (403, f"{label}: the token may not read it; give it that right at {host}/settings/tokens"),
-        ):
-            if kind == status or (isinstance(kind, type) and isinstance(error, kind)):
-                return told
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            needed = f" of {format_bytes(file.size)}" if file and file.size else ""
-            full = f"the disk of {into or constants.HF_HUB_CACHE} is full, the download{needed} stopped"
-            return f"{where}: {full}; free some and {_AGAIN}"
-        reason = str(error).strip().partition("\n")[0] or "no reason given"
-        what = f"{host} answers with HTTP {status}" if status else f"{type(error).__name__}: {reason}"
-        return f"{where}: {what}; if it seems passing, {_AGAIN}"
-
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
@@ -276,64 +228,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(4 * 2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _silent_bar(progress: Progress | None, size: int) -> type:
-    """A class for `tqdm_class`: it draws nothing and passes the bytes written on to `progress`."""
-
-    class Bar:
-        def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
-            self.total, self.n = total, initial
-
-        def update(self, n: float | None = 1) -> None:
-            self.n += int(n or 0)
-            if progress is not None:
-                progress(self.n, self.total or size)
-
-        def update_transfer(self, n: float | None = 1) -> None:
-            """Without it, Xet asks for a second bar, for the bytes on the wire."""
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *_, **__: None  # close, refresh, set_postfix_str, ...
-
-    return Bar
-
-
-def _retried(call: Callable[[], T], tries: int = 3) -> T:
-    """`call()`, again after 1 s and 2 s for passing failures that huggingface_hub does not retry itself."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    for pause in range(1, tries):
-        try:
-            return call()
-        except HTTPError as error:
-            if isinstance(error, HfHubHTTPError):
-                passing = error.response.status_code in (408, 429, 500, 502, 503, 504)
-            else:
-                passing = type(error).__name__ not in ("ConnectError", "ConnectTimeout")
-            if not passing:
-                raise
-        time.sleep(pause)
-    return call()
-
-
-def _why_away(error: BaseException, host: str) -> str:
-    """Why the hub could not answer, and what to do; "" where it is something else."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to download"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return f"{host} answers with HTTP {status}; later, {_AGAIN}" if status == 429 or status >= 500 else ""
-    if isinstance(error, HTTPError):
-        broken = type(error).__name__ not in ("ConnectError", "ConnectTimeout")
-        what = f"the connection to {host} broke off" if broken else f"there is no connection to {host}"
-        return f"{what}; check the network and {_AGAIN}"
-    return ""

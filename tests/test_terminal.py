@@ -183,11 +183,13 @@ def test_ctrl_c_while_a_model_is_made_ready_leaves_nobody_writing(commands, firs
     wait_until(lambda: any(map(begun, (tmp_path / "qmix").glob("*.partial"))), terminal)
     (quantizer,) = psutil.Process(terminal.pid).children()
     quantizer.suspend()
-    terminal.sendintr()
-    terminal.expect_exact("^C")
-    with pytest.raises(pexpect.TIMEOUT):
-        terminal.expect("interrupted", timeout=0.5)
-    quantizer.resume()
+    try:
+        terminal.sendintr()
+        terminal.expect_exact("^C")
+        with pytest.raises(pexpect.TIMEOUT):
+            terminal.expect("interrupted", timeout=0.5)
+    finally:
+        quantizer.resume()
     assert end(terminal).endswith("\r\n" + GOES_ON)
     assert terminal.exitstatus == 130
     assert not quantizer.is_running()
