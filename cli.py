@@ -24,6 +24,7 @@ from qmix.models import DEFAULT_MODEL
 from qmix.units import format_bytes, parse_bytes
 
 EXIT_INTERRUPTED = 130
+LOADING_PATIENCE = 10.0  # seconds from the start, imports included, before a run says that it is still loading
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
 
@@ -189,8 +190,9 @@ def _loaded(model: str | None, attention: str, **options: Any) -> Any:
     from qmix.runner import load
     from qmix.terminal import ProgressDisplay
 
-    with ProgressDisplay(f"quantizing {name}, once") as display:
-        return load(name, attention=attention, on_progress=display, **options)
+    making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
+    with making, loading:
+        return load(name, attention=attention, on_progress=making, on_load=loading, **options)
 
 
 def _quiet_libraries() -> None:

@@ -17,6 +17,7 @@ import xxhash
 from qmix.direct_io import READ_THREADS, DirectFile, Read, anonymous_memory
 from qmix.errors import Cancelled, StoreError
 from qmix.precision.matmul import Expert
+from qmix.progress import OnProgress, Progress, ignore
 from qmix.store import Store
 
 Key = tuple[int, int]  # layer, expert
@@ -69,12 +70,15 @@ class ExpertPool:
         for file in self._files:
             file.close()
 
-    def fill(self) -> None:
+    def fill(self, on_progress: OnProgress = ignore) -> None:
         """Read records in order, first layer first, until the pool is full or every expert is in it."""
         layers, experts = self.store.geometry.num_layers, self.store.geometry.num_experts
         wanted = [(layer, expert) for layer in range(layers) for expert in range(experts)]
-        for _ in self._stream(wanted[: self.slots]):
-            pass
+        sizes = [self.store.layout.record(*key).nbytes for key in wanted[: self.slots]]
+        done = 0
+        for _, size in zip(self._stream(wanted[: self.slots]), sizes, strict=True):
+            done += size
+            on_progress(Progress(done, sum(sizes)))
 
     def get(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
         """Each of these experts of a layer once, those in memory first while the others are read.

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerB
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
 from qmix.kv_cache import PlannedCache
+from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
 from qmix.model import HALF, build_model, check_attention
 from qmix.models import DEFAULT_MODEL
@@ -26,14 +27,14 @@ class Runner:
     """A model ready to run. `model` is transformers' MixtralForCausalLM and can be used as any; `plan` says what
     lies where. Close it, or use it as a context manager."""
 
-    def __init__(self, store: Store, plan: Plan, attention: str = "sdpa") -> None:
+    def __init__(self, store: Store, plan: Plan, attention: str = "sdpa", on_load: OnProgress = ignore) -> None:
         give_back_freed_memory()
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
         pool = ExpertPool(store, plan.slots)
         self.model: MixtralForCausalLM = build_model(store, pool, attention)
         if plan.slots == plan.num_records:
-            pool.fill()
+            pool.fill(on_load)
         cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
         self._engine = Engine(self.model, pool, cache, self._decode, plan.ram)
 
@@ -100,17 +101,23 @@ def load(
     dtype: str | None = None,
     attention: str = "sdpa",
     on_progress: OnProgress = ignore,
+    on_load: OnProgress = ignore,
 ) -> Runner:
     """Open a model under a memory budget and return a Runner.
 
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
     into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
     default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum. Raises QmixError; DoesNotFitError where the budget is too small.
+    the model's own maximum. `on_progress` is told of a quantisation, `on_load` of experts read into memory beforehand,
+    which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
-    store = prepare_store(model, precision, dtype, on_progress)
-    return Runner(store, plan_for(store.layout, ram, context, attention), attention)
+
+    def planned(layout: StoreLayout) -> Plan:
+        return plan_for(layout, ram, context, attention)
+
+    store = prepare_store(model, precision, dtype, on_progress, planned)
+    return Runner(store, planned(store.layout), attention, on_load)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

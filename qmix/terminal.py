@@ -45,11 +45,12 @@ class _Words(TextColumn):
 class ProgressDisplay:
     """A bar with bytes, rate and time left where stderr is a terminal, plain lines elsewhere.
 
-    Called with each Progress; appears with the first one.
+    Called with each Progress; appears with the first one that comes `patience` seconds or more after its making.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, patience: float = 0.0) -> None:
         self._title = title
+        self._appears = time.monotonic() + patience
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._started = self._printed = 0.0
@@ -69,6 +70,8 @@ class ProgressDisplay:
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         if not self._started:
+            if now < self._appears:
+                return
             self._started, self._first = now, progress
             if self._console.file.isatty():  # not rich's `is_terminal`: FORCE_COLOR in a log makes no terminal
                 self._start_bar(progress)

@@ -171,7 +171,6 @@ def test_the_command_itself_says_the_same_as_its_fork(qmix, stage, argv):
     assert "Traceback" not in done.err
 
 
-@pytest.mark.xfail(reason="qmix.load does not pass prepare_store its check yet", strict=True)
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_quantized(qmix, first_use, stage):
     before = listing(first_use.cache)
     done = qmix("generate", "x", "-m", "other", "--ram", "1MB", cwd=stage)
