@@ -15,7 +15,7 @@ from threading import Lock
 
 import torch
 
-from qmix.errors import StoreError
+from qmix.errors import REMAKE, StoreError
 from qmix.layout import PAGE
 
 PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
@@ -58,7 +58,7 @@ class DirectFile:
             except OSError as error:
                 raise StoreError(f"{self.path}: {error.strerror} while reading") from None
             if count == 0:
-                raise StoreError(f"{self.path}: cut short; quantize the model again")
+                raise StoreError(f"{self.path}: cut short; {REMAKE}")
             done += count
 
 

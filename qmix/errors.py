@@ -5,6 +5,8 @@ Each class carries the exit code that the command line ends with; a message is o
 
 from __future__ import annotations
 
+REMAKE = "delete the store and quantize the model again"  # what to do where a store cannot be trusted
+
 
 class QmixError(Exception):
     """Base of all errors that qmix reports without a traceback."""

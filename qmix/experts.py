@@ -36,4 +36,4 @@ class PooledExperts(nn.Module):
                 token, position = torch.where(top_k_index == expert)
                 outputs[token, position] = forward(hidden_states[token], self.activation)
         # [T, 1, k] @ [T, k, H]
-        return torch.bmm(top_k_weights.float().unsqueeze(1), outputs.float()).squeeze(1).to(hidden_states.dtype)
+        return torch.bmm(top_k_weights.unsqueeze(1), outputs.float()).squeeze(1).to(hidden_states.dtype)

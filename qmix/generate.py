@@ -18,12 +18,15 @@ import torch
 from transformers import GenerationConfig, MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
 from qmix.machine import peak_memory
 from qmix.plan import PREFILL_CHUNK
 from qmix.pool import ExpertPool, PoolCounters
 from qmix.sampling import Sampling
 from qmix.text import Detokenizer, StopScanner
+
+SHARED_WEIGHTS = 2**19  # in the largest matrix of an expert, from where on cores share a product
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,15 @@ class Piece:
     result: Result | None = None
 
 
+def compute_threads(geometry: Geometry) -> int:
+    """Threads that share one product: as many as torch takes, but one for matrices that are done sooner by one.
+
+    Waking the others costs some 20 microseconds; a matrix of half a million weights takes one core about that long.
+    """
+    largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
+    return torch.get_num_threads() if largest >= SHARED_WEIGHTS else 1
+
+
 class Engine:
     """The model with its pool, cache and thread. One generation at a time."""
 
@@ -93,7 +105,8 @@ class Engine:
         budget: int,
     ) -> None:
         self.model, self.pool, self.cache, self.decode, self.budget = model, pool, cache, decode, budget
-        self._thread = ThreadPoolExecutor(1, "qmix-compute")
+        threads = compute_threads(pool.store.geometry)
+        self._thread = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -16,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import READ_THREADS, DirectFile, Read, anonymous_memory
-from qmix.errors import StoreError, UsageError
+from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
 from qmix.pool import ExpertPool
 from qmix.store import Store
@@ -47,7 +48,7 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
     with init_empty_weights(include_buffers=True):
         model = MixtralForCausalLM(config)
-    activation = ACT2FN[config.hidden_act]
+    activation = _activation(config)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
     model.model.rotary_emb = MixtralRotaryEmbedding(config)
@@ -58,6 +59,17 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
     model.lm_head.register_forward_pre_hook(_natural_strides)
     model.generation_config = _generation_config(store)
     return model.eval().requires_grad_(False)
+
+
+def _activation(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    if config.hidden_act == "silu":  # every published Mixtral's; as a function it is done sooner than as a module
+        return nn.functional.silu
+    try:
+        return ACT2FN[config.hidden_act]
+    except KeyError:
+        raise StoreError(
+            f"config.json: hidden_act {config.hidden_act!r} is no activation that transformers has"
+        ) from None
 
 
 def read_dense(store: Store) -> dict[str, torch.Tensor]:
@@ -73,7 +85,7 @@ def read_dense(store: Store) -> dict[str, torch.Tensor]:
     for name, info in layout.tensors.items():
         raw = memory[info.offset - start : info.offset - start + info.nbytes]
         if xxhash.xxh3_64_hexdigest(raw.numpy().data) != store.dense_checksums.get(name):
-            raise StoreError(f"{file.path}: the tensor {name} is damaged; quantize the model again")
+            raise StoreError(f"{file.path}: the tensor {name} is damaged; {REMAKE}")
         tensors[name] = raw.view(dtype).view(info.shape)
     return tensors
 

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from qmix.direct_io import READ_THREADS, DirectFile, Read, anonymous_memory
-from qmix.errors import Cancelled, StoreError
+from qmix.errors import REMAKE, Cancelled, StoreError
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store import Store
@@ -137,7 +137,7 @@ class ExpertPool:
 
         def check(record: memoryview) -> None:
             if xxhash.xxh3_64_hexdigest(record) != want:
-                raise StoreError(f"{path}: the record of expert {expert} is damaged; quantize the model again")
+                raise StoreError(f"{path}: the record of expert {expert} is damaged; {REMAKE}")
 
         self.counters.bytes_read += len(buffer)
         return Read(self._threads, self._files[layer], buffer, layout.record_offset(layer, expert), check)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from qmix import hub
 from qmix.checkpoint import Checkpoint, open_checkpoint
+from qmix.checkpoint.reader import TOKENIZERS
 from qmix.checkpoint.source import HubSource, LocalSource, Source
-from qmix.errors import HubError, QmixError, UsageError
+from qmix.errors import CheckpointError, HubError, QmixError, UsageError
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.machine import cache_directory, default_budget, interpreter_memory
@@ -94,6 +95,8 @@ def prepare_store(
     directory = cache / f"{_slug(model, precision, dtype)}-{checkpoint.fingerprint[:12]}"
     if not is_store(directory):
         check(layout)
+        if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files()):
+            raise CheckpointError(f"{model}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
         _quantize_in_child(model, precision, dtype, directory, on_progress)
     store = open_store(directory)
     assert store.layout == layout

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
 
+from qmix.checkpoint.reader import TOKENIZERS
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
 from qmix.kv_cache import PlannedCache
@@ -80,7 +81,7 @@ class Runner:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str) and not prompt.strip():
             raise UsageError("the prompt is empty; give some text to continue")
-        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise UsageError("the prompt has no tokens; give some text to continue")
         worst = max(ids, key=abs)
@@ -122,10 +123,8 @@ def load(
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a store or checkpoint; nothing is looked up elsewhere. Raises StoreError."""
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise StoreError(
-            f"{directory}: has no tokenizer (tokenizer.json or tokenizer.model); copy the model's own there"
-        )
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        raise StoreError(f"{directory}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from qmix.errors import CheckpointError, StoreError
+from qmix.errors import REMAKE, CheckpointError, StoreError
 from qmix.geometry import Geometry
 from qmix.layout import FileLayout, StoreLayout
 from qmix.precision.formats import DTYPES, PRECISIONS
@@ -82,9 +82,7 @@ def open_store(directory: Path) -> Store:
     content = _json(path)
     version = content.get("format_version")
     if content.get("format") != "qmix-store" or version != FORMAT_VERSION:
-        raise StoreError(
-            f"{path}: format version {version!r}, this qmix reads {FORMAT_VERSION}; quantize the model again"
-        )
+        raise StoreError(f"{path}: format version {version!r}, this qmix reads {FORMAT_VERSION}; {REMAKE}")
     config = _json(directory / "config.json")
     try:
         geometry = Geometry.from_config(config, str(directory / "config.json"))
@@ -98,18 +96,18 @@ def open_store(directory: Path) -> Store:
     except CheckpointError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError):
-        raise StoreError(f"{path}: damaged; quantize the model again") from None
+        raise StoreError(f"{path}: damaged; {REMAKE}") from None
     shape = {len(row) for row in (*precisions, *records)}
     if not known:
-        raise StoreError(f"{path}: damaged; quantize the model again")
+        raise StoreError(f"{path}: damaged; {REMAKE}")
     if shape != {geometry.num_experts} or not len(precisions) == len(records) == geometry.num_layers:
-        raise StoreError(f"{path}: belongs to another model than {directory / 'config.json'}; quantize the model again")
+        raise StoreError(f"{path}: belongs to another model than {directory / 'config.json'}; {REMAKE}")
     store = Store(directory, layout, config, source, fingerprint, dense, records)
     for file in layout.files:
         _check_file(store.path(file), file)
     path = directory / "config.json"
     if xxhash.xxh3_64_hexdigest(path.read_bytes()) != content["checksums"].get("config"):
-        raise StoreError(f"{path}: changed since the store was made; quantize the model again")
+        raise StoreError(f"{path}: changed since the store was made; {REMAKE}")
     return store
 
 
@@ -119,20 +117,20 @@ def _check_file(path: Path, layout: FileLayout) -> None:
         with path.open("rb") as file:
             header = file.read(len(layout.header))
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; quantize the model again") from None
+        raise StoreError(f"{path}: {error.strerror}; {REMAKE}") from None
     if header != layout.header[: len(header)]:
-        raise StoreError(f"{path}: damaged, or of another model than this store; quantize the model again")
+        raise StoreError(f"{path}: damaged, or of another model than this store; {REMAKE}")
     if size != layout.size:
-        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; quantize the model again")
+        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {REMAKE}")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; quantize the model again") from None
+        raise StoreError(f"{path}: {error.strerror}; {REMAKE}") from None
     except ValueError:
-        raise StoreError(f"{path}: damaged, not valid JSON; quantize the model again") from None
+        raise StoreError(f"{path}: damaged, not valid JSON; {REMAKE}") from None
     if not isinstance(value, dict):
-        raise StoreError(f"{path}: damaged; quantize the model again")
+        raise StoreError(f"{path}: damaged; {REMAKE}")
     return value

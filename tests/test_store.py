@@ -14,7 +14,7 @@ from checkpoints import TINY_CONFIG, make_checkpoint, random_weights
 from safetensors.torch import load_file
 from stores import make_model, make_store
 
-from qmix.errors import StoreError
+from qmix.errors import REMAKE, StoreError
 from qmix.geometry import Geometry
 from qmix.model import read_dense
 from qmix.pool import ExpertPool
@@ -112,7 +112,7 @@ def test_a_missing_file_is_named(store: Path, name: str) -> None:
     if name == "qmix.json":
         assert message == f"{store}: not a qmix store (qmix.json is missing)"
     else:
-        assert message == f"{store / name}: No such file or directory; quantize the model again"
+        assert message == f"{store / name}: No such file or directory; {REMAKE}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -122,7 +122,7 @@ def test_a_file_that_is_cut_short_is_named(store: Path, name: str, left: float) 
     (store / name).write_bytes(raw[: left if left >= 1 else int(len(raw) * left)])
     message = refusal(lambda: open_store(store))
     assert message.startswith(f"{store / name}: ")
-    assert message.endswith("quantize the model again")
+    assert message.endswith(f"{REMAKE}")
 
 
 @pytest.mark.parametrize("name", FILES[2:])
@@ -130,16 +130,14 @@ def test_a_file_that_is_too_long_is_named(store: Path, name: str) -> None:
     size = (store / name).stat().st_size
     with (store / name).open("ab") as file:
         file.write(b"\0")
-    assert refusal(lambda: open_store(store)) == (
-        f"{store / name}: {size + 1} bytes, {size} expected; quantize the model again"
-    )
+    assert refusal(lambda: open_store(store)) == (f"{store / name}: {size + 1} bytes, {size} expected; {REMAKE}")
 
 
 @pytest.mark.parametrize("name", FILES[2:])
 @pytest.mark.parametrize("offset", [0, 7, 8, 30, 4095])
 def test_a_flipped_bit_of_a_header_is_found_when_the_store_is_opened(store: Path, name: str, offset: int) -> None:
     flip(store / name, offset)
-    want = f"{store / name}: damaged, or of another model than this store; quantize the model again"
+    want = f"{store / name}: damaged, or of another model than this store; {REMAKE}"
     assert refusal(lambda: open_store(store)) == want
 
 
@@ -156,7 +154,7 @@ def test_a_flipped_bit_of_a_record_is_found_when_it_is_read(store: Path, expert:
     }[where]
     flip(store / LAYER, start + offset)
     damaged = open_store(store)
-    want = f"{store / LAYER}: the record of expert {expert} is damaged; quantize the model again"
+    want = f"{store / LAYER}: the record of expert {expert} is damaged; {REMAKE}"
     assert refusal(lambda: read_records(damaged)) == want
     pool = ExpertPool(damaged, 3)
     others = [other for other in range(4) if other != expert]
@@ -169,7 +167,7 @@ def test_a_flipped_bit_of_a_record_is_found_when_it_is_read(store: Path, expert:
 def test_a_flipped_bit_of_a_dense_weight_is_found_when_it_is_read(store: Path, name: str, last: bool) -> None:
     info = open_store(store).layout.dense.tensors[name]
     flip(store / "dense.safetensors", info.offset + (info.nbytes - 1 if last else 0))
-    want = f"{store}/dense.safetensors: the tensor {name} is damaged; quantize the model again"
+    want = f"{store}/dense.safetensors: the tensor {name} is damaged; {REMAKE}"
     assert refusal(lambda: read_dense(open_store(store))) == want
     assert refusal(lambda: make_model(open_store(store))) == want
 
@@ -182,15 +180,21 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_found_when_it_is_read(s
         assert str(store / name) in refusal(lambda read=read: read(opened))
 
 
-DAMAGED = "damaged; quantize the model again"
+DAMAGED = f"damaged; {REMAKE}"
 MANIFESTS = {
-    "no JSON": (lambda path: path.write_text("{"), "damaged, not valid JSON; quantize the model again"),
-    "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "damaged, not valid JSON; quantize the model again"),
+    "no JSON": (
+        lambda path: path.write_text("{"),
+        f"damaged, not valid JSON; {REMAKE}",
+    ),
+    "no text": (
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        f"damaged, not valid JSON; {REMAKE}",
+    ),
     "no object": (lambda path: path.write_text("[]"), DAMAGED),
     "other format": (lambda path: edit(path, lambda m: m.update(format="x")), "format version 1, this qmix"),
     "other version": (
         lambda path: edit(path, lambda m: m.update(format_version=2)),
-        "format version 2, this qmix reads 1; quantize the model again",
+        f"format version 2, this qmix reads 1; {REMAKE}",
     ),
     "no precisions": (lambda path: edit(path, lambda m: m.pop("precisions")), DAMAGED),
     "precisions of another kind": (lambda path: edit(path, lambda m: m.update(precisions=4)), DAMAGED),
@@ -252,7 +256,7 @@ def test_the_config_of_another_model_does_not_open_a_store(
 def test_a_layer_of_another_store_of_the_same_shape_is_found_when_it_is_read(store: Path, tmp_path: Path) -> None:
     other = make_store(make_checkpoint(tmp_path / "other", seed=1), tmp_path / "other.q", SPEC)
     shutil.copy(other.directory / LAYER, store / LAYER)
-    want = f"{store / LAYER}: the record of expert 0 is damaged; quantize the model again"
+    want = f"{store / LAYER}: the record of expert 0 is damaged; {REMAKE}"
     assert refusal(lambda: read_records(open_store(store))) == want
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pexpect
 import psutil
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from command import COMMAND, LIMIT_SECONDS
 
 PROMPT = "To install a package,"
@@ -119,10 +119,11 @@ def test_a_plan_stays_within_a_narrow_terminal(qmix, columns):
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
+def large(tiny, tmp_path_factory) -> Path:
     """133 MB of weights: some time passes between the first and the last. The name looks like markup."""
     sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 3, "num_local_experts": 8}
-    return make_checkpoint(tmp_path_factory.mktemp("large") / "[" / "x]", shards=3, **sizes)
+    directory = tmp_path_factory.mktemp("large") / "[" / "x]"
+    return write_checkpoint(directory, random_weights(TINY_CONFIG | sizes), TINY_CONFIG | sizes, 3, tokenizer=tiny)
 
 
 def begun(directory: Path) -> bool:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # either will do
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    *TOKENIZERS,
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
