@@ -1,7 +1,7 @@
 # One entry for each development action. `make setup` first.
 PYTHON = .venv/bin/python
 
-.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-replay build clean
+.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-plan bench-replay build clean
 
 setup:           ## a virtual environment with all that development needs
 	python3 -m venv .venv
@@ -32,6 +32,9 @@ bench-quantize:  ## the quantiser beside bitsandbytes'
 
 bench-decode:    ## decode on the embedded model beside transformers'
 	$(PYTHON) benchmarks/decode_tiny.py
+
+bench-plan:      ## predicted against measured memory, of the store named by STORE
+	$(PYTHON) benchmarks/plan_accuracy.py $(STORE)
 
 bench-replay:    ## recorded routing through caches of every size
 	$(PYTHON) benchmarks/replay_tiny.py
