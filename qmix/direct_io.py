@@ -15,6 +15,7 @@ from threading import Lock
 
 import torch
 
+from qmix.disk import read_fully
 from qmix.errors import REMAKE, StoreError
 from qmix.layout import PAGE
 
@@ -51,15 +52,12 @@ class DirectFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset`; in the calling thread, without the GIL. Raises StoreError."""
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self.fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise StoreError(f"{self.path}: {error.strerror} while reading") from None
-            if count == 0:
-                raise StoreError(f"{self.path}: cut short; {REMAKE}")
-            done += count
+        try:
+            read_fully(self.fd, buffer, offset)
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror} while reading") from None
+        except EOFError:
+            raise StoreError(f"{self.path}: cut short; {REMAKE}") from None
 
 
 class Read:

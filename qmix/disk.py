@@ -1,7 +1,8 @@
-"""Room on disks, asked for before the first byte is written."""
+"""Disks: room asked for before the first byte is written, and reads that give all that was asked for."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,3 +36,13 @@ def require_space(needs: Iterable[tuple[Path, int]]) -> None:
                 f"{path}: needs {format_bytes(count)} more on its disk, {format_bytes(free)} are free; "
                 "free some space or choose another disk"
             )
+
+
+def read_fully(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from `offset`, without the GIL. Raises OSError, and EOFError where the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            raise EOFError
+        done += count

@@ -92,7 +92,9 @@ def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreErro
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
             "Free some space and run the same command: it goes on where it was"
         )
-    return StoreError(f"{error.filename or directory}: {error.strerror}; choose a directory that can be written")
+    no_place = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+    advice = "choose a directory that can be written" if no_place else "the same command goes on where it was"
+    return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")
 
 
 class _Run:

@@ -9,6 +9,7 @@ import pytest
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
+from qmix.errors import StoreError
 from qmix.model import build_model
 from qmix.pool import ExpertPool
 from qmix.prepare import layout_for
@@ -50,3 +51,11 @@ def files_of(directory: Path) -> dict[str, bytes]:
 def make_model(store: Store, slots: int | None = None, attention: str = "sdpa"):
     """transformers' model over a pool of `slots` slots, by default one for every expert."""
     return build_model(store, ExpertPool(store, slots or store.geometry.num_records), attention)
+
+
+def refusal(*arguments) -> str:
+    """The one line with which `make_store` refuses these arguments."""
+    with pytest.raises(StoreError) as caught:
+        make_store(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

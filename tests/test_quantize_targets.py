@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_checkpoint
-from stores import files_of, interrupt_store, make_store
+from stores import files_of, interrupt_store, make_store, refusal
 
 from qmix import quantize as quantizing
 from qmix.checkpoint import open_checkpoint
@@ -23,13 +23,6 @@ from qmix.store_writer import StoreWriter
 from qmix.units import format_bytes
 
 SPEC = "nf4,0.*=int8,*.2=half"
-
-
-def refusal(*arguments) -> str:
-    with pytest.raises(StoreError) as caught:
-        make_store(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qmix.checkpoint.reader import Weight, load_pickle
+from qmix.disk import read_fully
 from qmix.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -59,15 +60,12 @@ class WeightFile:
         dtype = _TORCH[weight.dtype]
         rows = torch.empty((stop - start, weight.cols), dtype=dtype)
         begin = weight.offset + start * weight.cols * dtype.itemsize
-        view, done = rows.view(torch.uint8).numpy().data.cast("B"), 0
-        while done < rows.nbytes:
-            try:
-                count = os.preadv(self._fd, [view[done:]], begin + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: {error.strerror} while reading {weight.piece.tensor!r}") from None
-            if count == 0:
-                raise CheckpointError(f"{self.path}: cut short inside {weight.piece.tensor!r}; fetch it again")
-            done += count
+        try:
+            read_fully(self._fd, rows.view(torch.uint8).numpy().data.cast("B"), begin)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror} while reading {weight.piece.tensor!r}") from None
+        except EOFError:
+            raise CheckpointError(f"{self.path}: cut short inside {weight.piece.tensor!r}; fetch it again") from None
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, begin, rows.nbytes, os.POSIX_FADV_DONTNEED)
         return rows
