@@ -114,6 +114,7 @@ def generate(prompt: str | None, **options: Any) -> None:
 def quantize(model: str, store: Path, precision: str | None, dtype: str | None, evict: bool) -> None:
     """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped."""
     from qmix.checkpoint import open_checkpoint
+    from qmix.checkpoint.source import LocalSource
     from qmix.prepare import INTERRUPTED, layout_for, open_source
     from qmix.quantize import quantize as run
     from qmix.store import is_store, partial_directory
@@ -121,7 +122,10 @@ def quantize(model: str, store: Path, precision: str | None, dtype: str | None, 
 
     there = is_store(store)
     scratch = partial_directory(store) / "shards" if evict else None
-    checkpoint = open_checkpoint(open_source(model, scratch))
+    source = open_source(model, scratch)
+    if evict and isinstance(source, LocalSource):
+        raise UsageError(f"--evict: {model} is not on the hub; your own files are never deleted")
+    checkpoint = open_checkpoint(source)
     layout = layout_for(checkpoint, precision, dtype)
     with ProgressDisplay(f"quantizing {model}") as display:
         try:
@@ -205,7 +209,12 @@ def _quiet_libraries() -> None:
 
 
 def _out(text: str) -> None:
-    click.echo(text, nl=False)
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise QmixError(f"stdout: {error.strerror}; give the answer another place to go") from None
 
 
 def _run() -> Any:

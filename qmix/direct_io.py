@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -17,21 +18,28 @@ import torch
 
 from qmix.disk import read_fully
 from qmix.errors import REMAKE, StoreError
-from qmix.layout import PAGE
+from qmix.precision.record import PAGE
 
 PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
 READ_THREADS = 4
+MADV_POPULATE_WRITE = 23  # of Linux's mman.h; Python's mmap does not name it
 
 
 def anonymous_memory(nbytes: int) -> torch.Tensor:
     """A page-aligned uint8 buffer in one mapping of its own, on huge pages where the system allows.
 
-    Pages are taken when they are first written.
+    Its pages are taken at once: what was planned is there from the start, or the system says now that it is not.
     """
     mapping = mmap.mmap(-1, max(nbytes, PAGE))
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+        with suppress(OSError):  # a kernel without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+    try:
+        mapping.madvise(MADV_POPULATE_WRITE)
+    except OSError:  # Linux before 5.14
+        memory.zero_()
+    return memory
 
 
 class DirectFile:
@@ -40,22 +48,37 @@ class DirectFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        except OSError:
+            self.fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}; {REMAKE}") from None
+        with suppress(OSError):
+            direct = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
             try:
-                self.fd = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise StoreError(f"{path}: {error.strerror}") from None
+                os.preadv(direct, [mmap.mmap(-1, PAGE)], 0)  # some filesystems refuse only now
+            except OSError:
+                os.close(direct)
+            else:
+                os.close(self.fd)
+                self.fd = direct
+
+    def __enter__(self) -> DirectFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        os.close(self.fd)
+        """Close the file; harmless to repeat."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset`; in the calling thread, without the GIL. Raises StoreError."""
         try:
             read_fully(self.fd, buffer, offset)
         except OSError as error:
-            raise StoreError(f"{self.path}: {error.strerror} while reading") from None
+            raise StoreError(f"{self.path}: {error.strerror} while reading; try again, or {REMAKE}") from None
         except EOFError:
             raise StoreError(f"{self.path}: cut short; {REMAKE}") from None
 

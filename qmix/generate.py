@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig, MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
 from qmix.machine import peak_memory
@@ -106,14 +107,19 @@ class Engine:
     ) -> None:
         self.model, self.pool, self.cache, self.decode, self.budget = model, pool, cache, decode, budget
         threads = compute_threads(pool.store.geometry)
+        self.closed = False
         self._thread = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
 
     def close(self) -> None:
-        self._thread.shutdown()
+        """Stop what is running, within a layer, and let go of the files; harmless to repeat."""
+        self.closed = self.pool.cancelled = True
+        self._thread.shutdown(cancel_futures=True)
         self.pool.close()
 
     def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[Piece]:
         """Yield pieces, the last with the result. Closing the iterator stops the computation within a layer."""
+        if self.closed:
+            raise UsageError("this runner is closed; load the model again")
         queue: SimpleQueue[Piece | None] = SimpleQueue()
         job = self._thread.submit(self._run, prompt, sampling, queue)
         job.add_done_callback(lambda _: queue.put(None))
@@ -122,10 +128,10 @@ class Engine:
                 yield piece
             job.result()
         finally:
-            if not job.done():
+            if not job.done() and not job.cancel():  # one that waits for another has not begun
                 self.pool.cancelled = True
                 job.exception()
-                self.pool.cancelled = False
+                self.pool.cancelled = self.closed
 
     def _run(self, prompt: list[int], sampling: Sampling, queue: SimpleQueue[Piece | None]) -> None:
         before = self.pool.counters.copy()

@@ -60,6 +60,6 @@ class PlannedCache(Cache):
         shape = (2, geometry.num_layers, 1, geometry.num_kv_heads, context, geometry.head_dim)
         memory = anonymous_memory(geometry.kv_bytes_per_token * context)
         assert dtype.itemsize == HALF_BYTES
-        both = memory.zero_().view(dtype).view(shape)
+        both = memory.view(dtype).view(shape)
         super().__init__(layers=[PlannedLayer(keys, values) for keys, values in zip(both[0], both[1], strict=True)])
         self.context = context

@@ -14,30 +14,11 @@ from functools import cached_property
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.precision.formats import DTYPES, Part, check_precision, parts
+from qmix.precision.formats import DTYPES, Part, check_precision
+from qmix.precision.record import LINE, PAGE, RecordLayout, record_layout
 from qmix.safetensors_header import TensorInfo, aligned, build_header
 
-PAGE = 4096
-LINE = 64
 DENSE_FILE = "dense.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedPart:
-    """One part of one matrix, at `offset` bytes from the start of its record."""
-
-    matrix: str
-    part: Part
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class RecordLayout:
-    """The inside of an expert record in one precision; `nbytes` is a multiple of 4096."""
-
-    precision: str
-    parts: tuple[PlacedPart, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +33,6 @@ class FileLayout:
 
 def layer_file(layer: int) -> str:
     return f"experts-{layer:05d}.safetensors"
-
-
-def record_layout(geometry: Geometry, precision: str, dtype: str) -> RecordLayout:
-    """Parts of one expert in record order: w1, w3, w2, each with its scales behind its codes."""
-    placed, position = [], 0
-    for matrix, (rows, cols) in geometry.expert_matrices.items():
-        for part in parts(precision, dtype, rows, cols):
-            position = aligned(position, LINE)
-            placed.append(PlacedPart(matrix, part, position))
-            position += part.nbytes
-    return RecordLayout(precision, tuple(placed), aligned(position, PAGE))
 
 
 def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ...]:

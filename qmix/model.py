@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import xxhash
@@ -21,9 +23,9 @@ from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
 from qmix.pool import ExpertPool
 from qmix.store import Store
+from qmix.torch_dtypes import HALF
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_attention(name: str) -> None:
@@ -41,17 +43,18 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
 
     Raises StoreError where a dense weight is damaged.
     """
-    config = MixtralConfig(**store.config)
+    config = _config(store)
     dtype = HALF[store.layout.dtype]
     config.dtype = dtype
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
-    with init_empty_weights(include_buffers=True):
+    with _refusals(store.directory / "config.json"), init_empty_weights(include_buffers=True):
         model = MixtralForCausalLM(config)
     activation = _activation(config)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
-    model.model.rotary_emb = MixtralRotaryEmbedding(config)
+    with _refusals(store.directory / "config.json"):
+        model.model.rotary_emb = MixtralRotaryEmbedding(config)
     for name, value in read_dense(store).items():
         set_module_tensor_to_device(model, _module_name(name), "cpu", value=value, dtype=dtype)
     if store.geometry.tie_embeddings:
@@ -77,10 +80,8 @@ def read_dense(store: Store) -> dict[str, torch.Tensor]:
     layout = store.layout.dense
     start = len(layout.header)
     memory = anonymous_memory(layout.size - start)
-    file = DirectFile(store.path(layout))
-    with ThreadPoolExecutor(READ_THREADS) as threads:
+    with DirectFile(store.path(layout)) as file, ThreadPoolExecutor(READ_THREADS) as threads:
         Read(threads, file, memory, start, lambda whole: None).done.result()
-    file.close()
     dtype, tensors = HALF[store.layout.dtype], {}
     for name, info in layout.tensors.items():
         raw = memory[info.offset - start : info.offset - start + info.nbytes]
@@ -106,11 +107,30 @@ def _module_name(published: str) -> str:
 
 
 def _generation_config(store: Store) -> GenerationConfig:
-    if (store.directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(store.directory, local_files_only=True)
-    return GenerationConfig.from_model_config(MixtralConfig(**store.config))
+    path = store.directory / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig.from_model_config(_config(store))
+    with _refusals(path):
+        config = GenerationConfig.from_pretrained(store.directory, local_files_only=True)
+        config.validate()
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(config, name), int | float | None):
+                raise TypeError(f"{name} is no number")
+        return config
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters that a model holds itself."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+def _config(store: Store) -> MixtralConfig:
+    with _refusals(store.directory / "config.json"):
+        return MixtralConfig(**store.config)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Turn whatever transformers raises about the content of a file into one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoreError(
+            f"{path}: transformers does not take it ({reason[:200]}); correct it or fetch it again"
+        ) from None

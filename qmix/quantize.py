@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -65,6 +66,9 @@ def quantize(
         name = Path(checkpoint.source.name).absolute().name
         writer = StoreWriter(directory, layout, name, checkpoint.fingerprint, downloads)
         try:
+            if directory.exists():  # finished by another process between the look above and the lock
+                shutil.rmtree(writer.partial)
+                return _existing(checkpoint, directory, layout)
             _Run(checkpoint, writer, layout, on_progress).run()
         finally:
             writer.close()

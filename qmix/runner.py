@@ -14,7 +14,7 @@ from qmix.generate import Engine, Piece, Result
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
-from qmix.model import HALF, build_model, check_attention
+from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
 from qmix.pool import ExpertPool
@@ -22,6 +22,7 @@ from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
 from qmix.sampling import Sampling
 from qmix.store import Store
+from qmix.torch_dtypes import HALF
 
 
 class Runner:
@@ -33,10 +34,14 @@ class Runner:
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
         pool = ExpertPool(store, plan.slots)
-        self.model: MixtralForCausalLM = build_model(store, pool, attention)
-        if plan.slots == plan.num_records:
-            pool.fill(on_load)
-        cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
+        try:
+            self.model: MixtralForCausalLM = build_model(store, pool, attention)
+            if plan.slots == plan.num_records:
+                pool.fill(on_load)
+            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
+        except BaseException:
+            pool.close()
+            raise
         self._engine = Engine(self.model, pool, cache, self._decode, plan.ram)
 
     @property
@@ -82,6 +87,8 @@ class Runner:
         if isinstance(prompt, str) and not prompt.strip():
             raise UsageError("the prompt is empty; give some text to continue")
         ids = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        if not all(type(token) is int for token in ids):
+            raise UsageError("the prompt must be text, or a list of whole numbers")
         if not ids:
             raise UsageError("the prompt has no tokens; give some text to continue")
         worst = max(ids, key=abs)

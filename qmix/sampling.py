@@ -29,6 +29,8 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise UsageError(f"stop {self.stop!r}: give a tuple of texts")
         heat, penalty = self.temperature, self.repetition_penalty
         for option, value, holds, wanted in (
             ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),

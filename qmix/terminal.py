@@ -78,7 +78,7 @@ class ProgressDisplay:
         self._last = progress
         if self._bar is not None:
             self._bar.update(self._task, completed=progress.done, total=progress.total, note=progress.note)
-        elif now - self._printed >= LINE_SECONDS:
+        elif now - self._printed >= LINE_SECONDS or progress.done == progress.total:
             self._line(progress)
 
     def _start_bar(self, progress: Progress) -> None:
@@ -129,8 +129,8 @@ def plan_table(plan: Plan, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left")
     table.add_column("what")
     table.add_column("where")
-    table.add_column("bytes", justify="right")
-    table.add_column("", justify="right")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
 
     def row(what: str, where: str, count: int) -> None:
         table.add_row(what, where, f"{count:,}", format_bytes(count))

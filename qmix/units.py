@@ -12,8 +12,10 @@ _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 def parse_bytes(text: str | int) -> int:
     """'12GiB', '500 MB', '1.5g' or a plain number to bytes. Raises UsageError."""
-    if isinstance(text, int):
+    if type(text) is int:
         value = text
+    elif not isinstance(text, str):
+        raise UsageError(f"{text!r} is not a size; give whole bytes, or a text like '12GiB'")
     else:
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
         if match is None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from stores import make_store
+from checkpoints import make_checkpoint
+from stores import make_model, make_store
 from transformers import MixtralForCausalLM
 
 import qmix
-from qmix.errors import DoesNotFitError, UsageError
+from qmix.errors import Cancelled, DoesNotFitError, StoreError, UsageError
 from qmix.plan import Plan, make_plan
 from qmix.runner import Runner
+from qmix.sampling import Sampling
 
 PROMPT = "To install a package on this system, open a terminal and"
 
@@ -154,3 +157,48 @@ def test_load_takes_a_budget_in_words_and_refuses_one_too_small():
 def test_flash_attention_that_is_not_installed_is_a_clear_error():
     with pytest.raises(UsageError, match="flash-attn is not installed"):
         qmix.load("tiny", attention="flash_attention_2")
+
+
+def test_a_closed_runner_can_be_closed_again_and_says_so_when_used(store):
+    runner = runner_of(store, 4)
+    runner.close()
+    runner.close()
+    with pytest.raises(UsageError, match="closed"):
+        list(runner.generate(PROMPT))
+
+
+def test_closing_ends_a_generation_under_way(store):
+    runner = runner_of(store, 48)
+    stream = runner.generate(PROMPT, max_new_tokens=900, temperature=0, ignore_eos=True)
+    next(stream)
+    runner.close()
+    with pytest.raises(Cancelled):
+        list(stream)
+
+
+def test_one_text_to_stop_at_must_come_in_a_tuple():
+    with pytest.raises(UsageError, match="tuple"):
+        Sampling(stop="abc")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("generation_config.json", lambda content: "{"),
+        ("generation_config.json", lambda content: '{"temperature": "abc"}'),
+    ],
+)
+def test_a_file_that_transformers_does_not_take_is_named(tiny, tmp_path, file, change):
+    store = make_store(tiny, tmp_path / "store")
+    (store.directory / file).write_text(change(""))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StoreError, match=rf"{file}: transformers does not take it"):
+        runner_of(store, 4)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_rope_that_transformers_does_not_know_is_named(tmp_path):
+    strange = {"rope_theta": 1e4, "rope_type": "bogus"}
+    store = make_store(make_checkpoint(tmp_path / "checkpoint", rope_parameters=strange), tmp_path / "store")
+    with pytest.raises(StoreError, match=r"config\.json: transformers does not take it"):
+        make_model(store)

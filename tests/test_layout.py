@@ -10,8 +10,9 @@ from test_geometry import CONFIG_8X22B
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.layout import PAGE, StoreLayout, parse_precisions, part_name, record_layout
+from qmix.layout import StoreLayout, parse_precisions, part_name
 from qmix.precision.formats import PRECISIONS, chunk_rows, fits_kernels, parts
+from qmix.precision.record import PAGE, record_layout
 
 TINY = Geometry.from_config(TINY_CONFIG)  # hidden 64, intermediate 128, 2 layers of 4 experts
 ODD = Geometry.from_config(TINY_CONFIG | {"hidden_size": 20, "intermediate_size": 30})

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qmix.geometry import Geometry
-from qmix.layout import record_layout
 from qmix.precision import matmul
 from qmix.precision.matmul import Expert
 from qmix.precision.quantizer import MatrixQuantizer
+from qmix.precision.record import record_layout
 
 SHAPES = {"packed": (64, 128), "one group of rows": (64, 32), "odd": (33, 47), "even": (72, 100)}
 PRECISIONS = ("nf4", "fp4", "int8", "half")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from stores import make_store
 
 PROMPT = "To install a package on this system, open a terminal and type the name. " * 40
@@ -45,6 +46,20 @@ def test_the_plans_total_is_the_runs_peak(store, options):
     peak = ran["memory"]["peak_memory"]
     assert peak == pytest.approx(planned["total"], rel=0.05)
     assert peak <= planned["ram"]
+
+
+def test_a_short_runs_peak_is_the_plans_too(tiny, tmp_path):
+    """Pool and cache are taken at once, not as they are first used: here a pool of half of 132 MB of experts."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 3, "num_local_experts": 8}
+    config = TINY_CONFIG | sizes | {"vocab_size": 4096}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", random_weights(config), config, tokenizer=tiny)
+    store = str(make_store(checkpoint, tmp_path / "store", "half").directory)
+    whole = qmix_json("plan", store, "--ram", "4GiB")
+    ram = ("--ram", str(whole["smallest"] + whole["pool"] // 2))
+    planned = qmix_json("plan", store, *ram)
+    assert 10 <= planned["slots"] <= 14
+    ran = qmix_json("generate", "Hello", "-m", store, *ram, "--max-new-tokens", "1")
+    assert ran["memory"]["peak_memory"] == pytest.approx(planned["total"], rel=0.05)
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ import torch
 from qmix.checkpoint.reader import Weight, load_pickle
 from qmix.disk import read_fully
 from qmix.errors import CheckpointError
+from qmix.torch_dtypes import TORCH
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class WeightFile:
@@ -57,7 +56,7 @@ class WeightFile:
             first = weight.piece.first_row
             return tensor.reshape(-1, weight.cols)[first + start : first + stop]
         assert weight.offset is not None
-        dtype = _TORCH[weight.dtype]
+        dtype = TORCH[weight.dtype]
         rows = torch.empty((stop - start, weight.cols), dtype=dtype)
         begin = weight.offset + start * weight.cols * dtype.itemsize
         try:

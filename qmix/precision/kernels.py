@@ -38,8 +38,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-BLOCK = 64  # weights that share an absmax
-PACK_ROWS = 32  # rows interleaved in the packed layout
+from qmix.precision.formats import BLOCK, PACK_ROWS
+
 # Blocks of a row read before going to the next. Rows a multiple of 4096 bytes apart share a few sets of the first
 # cache: one block at a time, the 32 rows evict each other's prefetched lines (twice as slow at 14336 columns).
 STRIP = 8

@@ -17,18 +17,11 @@ import torch.nn.functional as F
 
 from qmix.bitsandbytes_quiet import functional as bnb
 from qmix.geometry import MATRICES
-from qmix.layout import RecordLayout
 from qmix.precision.formats import BLOCK, PACK_ROWS, fits_kernels
+from qmix.precision.record import RecordLayout
+from qmix.torch_dtypes import TORCH
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
-
-_TORCH = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
 
 
 class Matrix:
@@ -134,7 +127,7 @@ class Expert:
         tensors: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
         for item in layout.parts:
             raw = buffer[item.offset : item.offset + item.part.nbytes]
-            tensors[item.matrix].append(raw.view(_TORCH[item.part.dtype]).view(item.part.shape))
+            tensors[item.matrix].append(raw.view(TORCH[item.part.dtype]).view(item.part.shape))
         self.gate, self.up, self.down = (
             _matrix(layout.precision, tensors[matrix], *shapes[matrix]) for matrix in MATRICES
         )

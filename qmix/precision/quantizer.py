@@ -8,8 +8,8 @@ import torch
 from qmix.errors import CheckpointError
 from qmix.precision.formats import BLOCK, fits_kernels, parts
 from qmix.precision.kernels import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
+from qmix.torch_dtypes import HALF
 
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 
 
@@ -66,7 +66,7 @@ class MatrixQuantizer:
         return torch.from_numpy(self._scales).bfloat16().view(torch.uint8).numpy().reshape(-1)
 
     def _to_half(self, chunk: torch.Tensor) -> np.ndarray:
-        half = chunk.to(_HALF[self.dtype])
+        half = chunk.to(HALF[self.dtype])
         # a value times zero is zero unless it is NaN or infinite: one pass, no mask in memory
         if not bool(torch.isfinite((half * 0).sum())):
             if bool(torch.isfinite(chunk).all()):

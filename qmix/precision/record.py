@@ -1,0 +1,41 @@
+"""The inside of an expert record: three matrices' parts, one behind the other. Arithmetic only, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qmix.geometry import Geometry
+from qmix.precision.formats import Part, parts
+from qmix.safetensors_header import aligned
+
+PAGE = 4096  # what O_DIRECT asks of offsets and sizes
+LINE = 64  # a cache line, and the kernels' vectors
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedPart:
+    """One part of one matrix, at `offset` bytes from the start of its record."""
+
+    matrix: str
+    part: Part
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """The inside of an expert record in one precision; `nbytes` is a multiple of 4096."""
+
+    precision: str
+    parts: tuple[PlacedPart, ...]
+    nbytes: int
+
+
+def record_layout(geometry: Geometry, precision: str, dtype: str) -> RecordLayout:
+    """Parts of one expert in record order: w1, w3, w2, each with its scales behind its codes."""
+    placed, position = [], 0
+    for matrix, (rows, cols) in geometry.expert_matrices.items():
+        for part in parts(precision, dtype, rows, cols):
+            position = aligned(position, LINE)
+            placed.append(PlacedPart(matrix, part, position))
+            position += part.nbytes
+    return RecordLayout(precision, tuple(placed), aligned(position, PAGE))
