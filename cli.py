@@ -24,7 +24,7 @@ from qmix.models import DEFAULT_MODEL
 from qmix.units import format_bytes, parse_bytes
 
 EXIT_INTERRUPTED = 130
-LOADING_PATIENCE = 10.0  # seconds from the start, imports included, before a run says that it is still loading
+LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
 

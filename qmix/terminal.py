@@ -45,12 +45,13 @@ class _Words(TextColumn):
 class ProgressDisplay:
     """A bar with bytes, rate and time left where stderr is a terminal, plain lines elsewhere.
 
-    Called with each Progress; appears with the first one that comes `patience` seconds or more after its making.
+    Called with each Progress; appears with the first one, or with one that comes `patience` seconds after the first.
     """
 
     def __init__(self, title: str, patience: float = 0.0) -> None:
         self._title = title
-        self._appears = time.monotonic() + patience
+        self._patience = patience
+        self._called = 0.0
         self._console = Console(stderr=True)
         self._bar: RichProgress | None = None
         self._started = self._printed = 0.0
@@ -70,7 +71,8 @@ class ProgressDisplay:
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         if not self._started:
-            if now < self._appears:
+            self._called = self._called or now
+            if now < self._called + self._patience:
                 return
             self._started, self._first = now, progress
             if self._console.file.isatty():  # not rich's `is_terminal`: FORCE_COLOR in a log makes no terminal

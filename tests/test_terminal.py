@@ -19,6 +19,9 @@ import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from command import COMMAND, LIMIT_SECONDS
 
+from qmix.progress import Progress
+from qmix.terminal import ProgressDisplay
+
 PROMPT = "To install a package,"
 LONG = ("generate", PROMPT, "-m", "tiny", "--seed", "1", "--ignore-eos", "--max-new-tokens", "2000")
 PROMPTLY = 10.0  # seconds; all of LONG takes longer
@@ -224,3 +227,15 @@ def test_sigterm_ends_it(generating):
     assert generating.stderr.read() == b""
     assert generating.wait(LIMIT_SECONDS) == -signal.SIGTERM
     assert time.monotonic() - started < PROMPTLY
+
+
+def test_patience_counts_from_the_first_call(capsys, monkeypatch):
+    """What is over soon is not shown; what is not over after a while is."""
+    clock = iter([100.0, 101.0, 102.5, 103.0, 103.0, 103.0])
+    monkeypatch.setattr("qmix.terminal.time.monotonic", lambda: next(clock))
+    display = ProgressDisplay("loading x", patience=2.0)
+    for done in (1, 2):
+        display(Progress(done * 10**6, 4 * 10**6))
+    assert capsys.readouterr().err == ""
+    display(Progress(3 * 10**6, 4 * 10**6))
+    assert capsys.readouterr().err == "loading x: 3 MB of 4 MB, 75%\n"
