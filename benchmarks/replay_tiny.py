@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from calibration.replay import belady_hits, lru_hits, requests
+from calibration.replay import belady_hits, hits, requests
 from calibration.trace import recorded
+from qmix.eviction import POLICIES
 
 PROMPTS = (
     "To install a package on this system, open a terminal and",
@@ -31,16 +32,17 @@ def main(tokens: int) -> None:
     with qmix.load("tiny") as runner, recorded(runner.pool) as trace:
         for prompt in PROMPTS:
             runner.complete(prompt, max_new_tokens=tokens, temperature=0.8, seed=0, ignore_eos=True)
-        records = runner.plan.num_records
-    total = requests(trace)
+        geometry = runner.store.geometry
+    total, records = requests(trace), geometry.num_records
     table = Table(title=f"hit rate over {total} requests of {len(PROMPTS)} x {tokens} tokens, {records} experts")
-    for column in ("slots", "share of experts", "LRU", "best possible"):
+    for column in ("slots", "share of experts", *POLICIES, "best possible"):
         table.add_column(column, justify="right")
     rows = []
     for slots in range(records // 8, records + 1, records // 8):
-        rates = [hits(trace, slots) / total for hits in (lru_hits, belady_hits)]
-        rows.append({"slots": slots, "lru": rates[0], "belady": rates[1]})
-        table.add_row(str(slots), f"{slots / records:.0%}", *(f"{rate:.1%}" for rate in rates))
+        found = {name: hits(trace, slots, policy(geometry)) for name, policy in POLICIES.items()}
+        rates = {name: count / total for name, count in (found | {"belady": belady_hits(trace, slots)}).items()}
+        rows.append({"slots": slots} | rates)
+        table.add_row(str(slots), f"{slots / records:.0%}", *(f"{rate:.1%}" for rate in rates.values()))
     Console().print(table)
     print(json.dumps(rows))
 

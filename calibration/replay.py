@@ -7,28 +7,29 @@ a step's own experts never push each other out where there are slots enough for 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
-from qmix.pool import Key
+from qmix.eviction import Eviction, Key
 
 Trace = Sequence[Sequence[Key]]
 
 
-def lru_hits(trace: Trace, slots: int) -> int:
-    """Requests found in a cache that drops what was used least recently."""
-    held: OrderedDict[Key, None] = OrderedDict()
-    hits = 0
+def hits(trace: Trace, slots: int, policy: Eviction) -> int:
+    """Requests found in a pool of so many slots under an eviction policy.
+
+    What a step asks for takes a slot at once; when there are too many, what is worth least goes, be it of the step
+    itself once it is computed.
+    """
+    held: set[Key] = set()
+    found = 0
     for step in trace:
-        present = [key for key in step if key in held]
-        hits += len(present)
-        for key in present:
-            held.move_to_end(key)
-        for key in step:
-            held[key] = None
-            if len(held) > slots:
-                held.popitem(last=False)
-    return hits
+        found += len(held.intersection(step))
+        layer = step[0][0]
+        policy.used(layer, [expert for _, expert in step])
+        wanted = held.union(step)
+        held = set(sorted(wanted, key=lambda key: (policy.worth(key, layer), key), reverse=True)[:slots])
+    return found
 
 
 def belady_hits(trace: Trace, slots: int) -> int:

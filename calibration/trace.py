@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
-from qmix.pool import ExpertPool, Key
+from qmix.eviction import Key
+from qmix.pool import ExpertPool
 from qmix.precision.matmul import Expert
 
 
@@ -16,9 +17,9 @@ def recorded(pool: ExpertPool) -> Iterator[list[list[Key]]]:
     steps: list[list[Key]] = []
     get = pool.get
 
-    def recording(layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+    def recording(layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
         steps.append([(layer, expert) for expert in experts])
-        return get(layer, experts)
+        return get(layer, experts, coming)
 
     with mock.patch.object(pool, "get", recording):
         yield steps

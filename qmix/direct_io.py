@@ -1,4 +1,4 @@
-"""Reads past the page cache, straight into memory that stays where it is.
+"""Files read past the page cache, and memory that stays where it is to read them into.
 
 With O_DIRECT a read lands in the buffer without a copy and leaves no cached pages behind, so that what a process
 holds is what it planned to hold. Filesystems that refuse it (tmpfs) are read through the cache.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
 
 import torch
 
@@ -20,8 +17,6 @@ from qmix.disk import read_fully
 from qmix.errors import REMAKE, StoreError
 from qmix.precision.record import PAGE
 
-PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
-READ_THREADS = 4
 MADV_POPULATE_WRITE = 23  # of Linux's mman.h; Python's mmap does not name it
 
 
@@ -81,49 +76,3 @@ class DirectFile:
             raise StoreError(f"{self.path}: {error.strerror} while reading; try again, or {REMAKE}") from None
         except EOFError:
             raise StoreError(f"{self.path}: cut short; {REMAKE}") from None
-
-
-class Read:
-    """One read of `buffer` from `offset`, split among threads; `done` resolves when all of it is there and checked.
-
-    `check` is called by the thread that finishes last, with the whole buffer; what it raises, `done` raises.
-    """
-
-    def __init__(
-        self,
-        threads: ThreadPoolExecutor,
-        file: DirectFile,
-        buffer: torch.Tensor,
-        offset: int,
-        check: Callable[[memoryview], None],
-    ) -> None:
-        self.done: Future[None] = Future()
-        self._view, self._file, self._offset, self._check = buffer.numpy().data, file, offset, check
-        starts = range(0, len(self._view), PIECE_BYTES)
-        self._left, self._lock = len(starts), Lock()
-        self._error: BaseException | None = None
-        for start in starts:
-            threads.submit(self._piece, start)
-
-    def _piece(self, start: int) -> None:
-        error: BaseException | None = None
-        try:
-            self._file.read_into(self._view[start : start + PIECE_BYTES], self._offset + start)
-        except BaseException as caught:
-            error = caught
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-            self._error = self._error or error
-        if last:
-            self._settle()
-
-    def _settle(self) -> None:
-        try:
-            if self._error is not None:
-                raise self._error
-            self._check(self._view)
-        except BaseException as error:
-            self.done.set_exception(error)
-        else:
-            self.done.set_result(None)

@@ -6,20 +6,28 @@ depend on which experts happened to be in memory: each lands in its own place an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
+from qmix.lookahead import Lookahead
 from qmix.pool import ExpertPool
+from qmix.precision.matmul import Expert
 
 
 class PooledExperts(nn.Module):
-    """Stands in for transformers' MixtralExperts of one layer."""
+    """Stands in for transformers' MixtralExperts of one layer. Without `lookahead`, reads wait for the router."""
 
-    def __init__(self, layer: int, pool: ExpertPool, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        layer: int,
+        pool: ExpertPool,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        lookahead: Lookahead | None = None,
+    ) -> None:
         super().__init__()
-        self.layer, self.pool, self.activation = layer, pool, activation
+        self.layer, self.pool, self.activation, self.lookahead = layer, pool, activation, lookahead
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -27,13 +35,18 @@ class PooledExperts(nn.Module):
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
         tokens, top_k = top_k_index.shape
         outputs = hidden_states.new_empty(tokens, top_k, hidden_states.shape[-1])  # [T, k, H]
-        if tokens == 1:
-            choice = top_k_index[0].tolist()
-            for expert, forward in self.pool.get(self.layer, choice):
-                outputs[0, choice.index(expert)] = forward(hidden_states, self.activation)[0]
-        else:
-            for expert, forward in self.pool.get(self.layer, top_k_index.unique().tolist()):
+        chosen = top_k_index[0].tolist() if tokens == 1 else top_k_index.unique().tolist()
+        for expert, forward in self._get(hidden_states, chosen):
+            if tokens == 1:
+                outputs[0, chosen.index(expert)] = forward(hidden_states, self.activation)[0]
+            else:
                 token, position = torch.where(top_k_index == expert)
                 outputs[token, position] = forward(hidden_states[token], self.activation)
         # [T, 1, k] @ [T, k, H]
         return torch.bmm(top_k_weights.unsqueeze(1), outputs.float()).squeeze(1).to(hidden_states.dtype)
+
+    def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Expert]]:
+        if self.lookahead is None:
+            return self.pool.get(self.layer, chosen)
+        self.lookahead.chosen(self.layer, chosen)
+        return self.pool.get(self.layer, chosen, self.lookahead.coming(self.layer, hidden_states))

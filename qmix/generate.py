@@ -147,7 +147,7 @@ class Engine:
                     ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=config,
-                    past_key_values=self.cache,
+                    cache=self.cache,
                     streamer=stream,
                     stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
                 )

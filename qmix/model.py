@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,10 +17,12 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.attention import GROUPED_SDPA, register
-from qmix.direct_io import READ_THREADS, DirectFile, Read, anonymous_memory
+from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
+from qmix.lookahead import EMBEDDING, Lookahead
 from qmix.pool import ExpertPool
+from qmix.reading import Read, Reader
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
 
@@ -61,7 +62,23 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
         model.tie_weights()
     model.lm_head.register_forward_pre_hook(_natural_strides)
     model.generation_config = _generation_config(store)
+    if not pool.holds_all:
+        _look_ahead(model, pool)
     return model.eval().requires_grad_(False)
+
+
+def _look_ahead(model: MixtralForCausalLM, pool: ExpertPool) -> None:
+    """Let each layer, and the embeddings before the first, tell the pool what later layers will probably ask for."""
+    norms = torch.stack([layer.post_attention_layernorm.weight for layer in model.model.layers])
+    gates = torch.stack([layer.mlp.gate.weight for layer in model.model.layers])
+    lookahead = Lookahead(norms, gates, pool.store.geometry.experts_per_token)
+    for layer in model.model.layers:
+        layer.mlp.experts.lookahead = lookahead
+
+    def embedded(module: nn.Module, arguments: object, embeddings: torch.Tensor) -> None:
+        pool.look_ahead(EMBEDDING, lookahead.coming(EMBEDDING, embeddings.flatten(0, -2)))
+
+    model.model.embed_tokens.register_forward_hook(embedded)
 
 
 def _activation(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -80,8 +97,8 @@ def read_dense(store: Store) -> dict[str, torch.Tensor]:
     layout = store.layout.dense
     start = len(layout.header)
     memory = anonymous_memory(layout.size - start)
-    with DirectFile(store.path(layout)) as file, ThreadPoolExecutor(READ_THREADS) as threads:
-        Read(threads, file, memory, start, lambda whole: None).done.result()
+    with DirectFile(store.path(layout)) as file, closing(Reader()) as reader:
+        reader.submit(Read(file, memory, start, lambda whole: None)).done.result()
     dtype, tensors = HALF[store.layout.dtype], {}
     for name, info in layout.tensors.items():
         raw = memory[info.offset - start : info.offset - start + info.nbytes]

@@ -122,7 +122,8 @@ def work_bytes(geometry: Geometry, context: int, attention: str) -> int:
     expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
     step = kept + max(norm, rotary + mask + scores, routed + expert + SLOW_PATH_BYTES)
     logits = geometry.vocab_size * 40  # scores, probabilities, and their sorted copies with indices
-    return max(step, kept + logits)
+    lookahead = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
+    return max(step, kept + logits) + lookahead
 
 
 def _with_reserve(needed: int) -> int:

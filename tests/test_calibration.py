@@ -5,19 +5,25 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import TINY_CONFIG, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import make_store
 
-from calibration.replay import belady_hits, lru_hits, requests
+from calibration.replay import belady_hits, hits, requests
 from calibration.trace import recorded
+from qmix.eviction import POLICIES, LeastRecentlyUsed
+from qmix.geometry import Geometry
 from qmix.pool import ExpertPool
 
 
 def steps(text: str) -> list[list[tuple[int, int]]]:
     """'01 2' is a step with experts 0 and 1, then one with expert 2, all of layer 0."""
     return [[(0, int(expert)) for expert in step] for step in text.split()]
+
+
+def lru_hits(trace, slots):
+    return hits(trace, slots, LeastRecentlyUsed())
 
 
 def test_by_hand():
@@ -38,9 +44,14 @@ traces = st.lists(
 )
 
 
+GEOMETRY = Geometry.from_config(TINY_CONFIG | {"num_hidden_layers": 1, "num_local_experts": 5})
+
+
+@pytest.mark.parametrize("name", POLICIES)
 @given(traces, st.integers(2, 5))
-def test_belady_bounds_lru_and_grows_with_slots(trace, slots):
-    assert lru_hits(trace, slots) <= belady_hits(trace, slots) <= belady_hits(trace, slots + 1) <= requests(trace)
+def test_belady_bounds_every_policy_and_grows_with_slots(name, trace, slots):
+    found = hits(trace, slots, POLICIES[name](GEOMETRY))
+    assert found <= belady_hits(trace, slots) <= belady_hits(trace, slots + 1) <= requests(trace)
 
 
 @given(traces.filter(lambda trace: len(trace) <= 5))
@@ -49,8 +60,8 @@ def test_belady_is_the_best_of_all_choices(trace):
     best = {frozenset(): 0}
     for step in trace:
         following: dict[frozenset, int] = {}
-        for held, hits in best.items():
-            found = hits + len(held.intersection(step))
+        for held, before in best.items():
+            found = before + len(held.intersection(step))
             for pair in product(held.union(step), repeat=2):
                 kept = frozenset(pair)
                 following[kept] = max(following.get(kept, 0), found)
@@ -61,7 +72,7 @@ def test_belady_is_the_best_of_all_choices(trace):
 @pytest.mark.parametrize("slots", [2, 3, 8])
 def test_replaying_a_recorded_run_counts_what_the_pool_counted(tmp_path, slots):
     store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
-    pool = ExpertPool(store, slots)
+    pool = ExpertPool(store, slots, LeastRecentlyUsed())
     with recorded(pool) as trace:
         for layer, experts in [(0, [0, 1]), (1, [2, 3]), (0, [1, 2]), (1, [2, 0]), (0, [0, 3]), (1, [2, 3])]:
             for _ in pool.get(layer, experts):

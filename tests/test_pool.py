@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Event, Timer
+
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -9,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_store
 
+from qmix.direct_io import DirectFile
 from qmix.errors import Cancelled, StoreError
+from qmix.eviction import LeastRecentlyUsed
 from qmix.pool import ExpertPool
 
 
@@ -25,8 +29,20 @@ def ask(pool, layer, *experts):
     return [expert for expert, _ in pool.get(layer, experts)]
 
 
-def test_the_least_recently_used_expert_makes_room(store):
-    pool = ExpertPool(store, 2)
+def settled(pool):
+    """Wait for what is being read ahead, and take it in."""
+    for _, read in pool._ahead.values():
+        read.done.exception()
+    pool._collect()
+
+
+def kept(pool):
+    """How many slots are accounted for: free, in use, or being written to."""
+    return len(pool._resident) + len(pool._free) + len(pool._ahead) + len(pool._ending)
+
+
+def test_the_expert_that_the_policy_values_least_makes_room(store):
+    pool = ExpertPool(store, 2, LeastRecentlyUsed())
     ask(pool, 0, 0)
     ask(pool, 0, 1)
     ask(pool, 0, 0)  # 1 is now the older one
@@ -67,17 +83,21 @@ def test_filling_reads_everything_once_and_then_nothing(store):
 @settings(max_examples=25, deadline=None)
 @given(
     slots=st.integers(1, 8),
-    requests=st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 3), min_size=1)), max_size=12),
+    requests=st.lists(
+        st.tuples(st.integers(0, 1), st.sets(st.integers(0, 3), min_size=1), st.sets(st.integers(0, 3))), max_size=12
+    ),
 )
 def test_every_expert_asked_for_comes_once_with_its_own_weights(store, slots, requests):
+    """Whatever is in memory, and whatever was guessed of the other layer."""
     full, pool = ExpertPool(store, 8), ExpertPool(store, slots)
     x = torch.ones(1, 64, dtype=torch.bfloat16)
-    for layer, experts in requests:
+    for layer, experts, guessed in requests:
+        coming = [(1 - layer, expert) for expert in sorted(guessed)]
         want = {e: expert(x, torch.nn.functional.silu) for e, expert in full.get(layer, sorted(experts))}
-        got = {e: expert(x, torch.nn.functional.silu) for e, expert in pool.get(layer, sorted(experts))}
+        got = {e: expert(x, torch.nn.functional.silu) for e, expert in pool.get(layer, sorted(experts), coming)}
         assert got.keys() == want.keys() == experts
         assert all(torch.equal(got[e], want[e]) for e in experts)
-        assert len(pool._resident) + len(pool._free) == slots
+        assert kept(pool) == slots
     full.close()
     pool.close()
 
@@ -87,7 +107,7 @@ def test_a_request_left_in_the_middle_loses_no_slot(store):
     request = pool.get(0, [0, 1, 2])
     next(request)
     request.close()
-    assert len(pool._resident) + len(pool._free) == 3
+    assert kept(pool) == 3
     assert ask(pool, 1, 0, 1, 2) == [0, 1, 2]
     pool.close()
 
@@ -102,9 +122,93 @@ def test_a_flipped_bit_is_found_when_the_record_is_read(store, tmp_path):
     assert ask(pool, 1, 1) == [1]
     with pytest.raises(StoreError, match=r"experts-00001.safetensors: the record of expert 2 is damaged"):
         ask(pool, 1, 2)
-    assert len(pool._resident) + len(pool._free) == 4
+    assert kept(pool) == 4
     assert ask(pool, 1, 3) == [3]
     pool.close()
+
+
+def test_what_is_coming_is_read_ahead_and_found_there(store):
+    pool = ExpertPool(store, 8)
+    list(pool.get(0, [0], coming=[(1, 1), (1, 2)]))
+    settled(pool)
+    assert set(pool._resident) == {(0, 0), (1, 1), (1, 2)}
+    assert ask(pool, 1, 1, 3) == [1, 3]
+    counters = pool.counters
+    assert (counters.hits, counters.misses, counters.ahead, counters.hidden, counters.unused) == (0, 3, 1, 1, 0)
+    assert ask(pool, 1, 1) == [1]
+    assert counters.hits == 1  # by now it is in memory from earlier use
+    pool.close()
+
+
+def test_a_read_ahead_that_is_still_under_way_is_waited_for(store, monkeypatch):
+    gate, read_into = Event(), DirectFile.read_into
+
+    def late(*arguments):
+        gate.wait()
+        read_into(*arguments)
+
+    monkeypatch.setattr(DirectFile, "read_into", late)
+    pool = ExpertPool(store, 8)
+    pool.look_ahead(-1, [(0, 1)])
+    Timer(0.1, gate.set).start()
+    assert ask(pool, 0, 1) == [1]
+    assert (pool.counters.misses, pool.counters.ahead, pool.counters.hidden) == (1, 1, 0)
+    assert pool.counters.bytes_read == store.layout.slot_bytes
+    pool.close()
+
+
+def test_a_wrong_guess_costs_its_read_but_no_slot(store):
+    pool = ExpertPool(store, 4)
+    pool.look_ahead(-1, [(0, 1)])
+    settled(pool)
+    assert ask(pool, 0, 0, 2, 3) == [0, 2, 3]
+    assert ask(pool, 1, 0, 1, 2, 3) == [0, 1, 2, 3]
+    assert pool.counters.unused == 1
+    assert kept(pool) == 4
+    pool.close()
+
+
+def test_looking_ahead_leaves_most_slots_to_what_is_asked_for(store):
+    pool = ExpertPool(store, 4)
+    pool.look_ahead(-1, [(0, 0), (0, 1), (0, 2)])
+    assert len(pool._ahead) <= 1
+    assert ask(pool, 1, 0, 1, 2, 3) == [0, 1, 2, 3]
+    pool.close()
+
+
+def test_what_is_coming_is_not_pushed_out_for_what_is_asked_for(store):
+    pool = ExpertPool(store, 4)
+    ask(pool, 1, 0)
+    ask(pool, 0, 0, 1, 2)
+    list(pool.get(0, [3], coming=[(1, 0)]))
+    assert (1, 0) in pool._resident
+    pool.close()
+
+
+def test_a_damaged_record_read_ahead_is_reported_when_it_is_asked_for(store, tmp_path):
+    damaged = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
+    file = damaged.path(damaged.layout.layer(1))
+    content = bytearray(file.read_bytes())
+    content[damaged.layout.record_offset(1, 2) + 100] ^= 1
+    file.write_bytes(content)
+    pool = ExpertPool(damaged, 4)
+    pool.look_ahead(0, [(1, 2)])
+    settled(pool)
+    assert ask(pool, 1, 3) == [3]
+    with pytest.raises(StoreError, match="the record of expert 2 is damaged"):
+        ask(pool, 1, 2)
+    assert kept(pool) == 4
+    pool.close()
+
+
+def test_every_record_is_read_at_most_once_for_one_pass_over_all(store):
+    """As a prefill chunk asks: all experts of each layer, the next layer's announced."""
+    for slots in (2, 4, 6):
+        pool = ExpertPool(store, slots)
+        for layer in range(2):
+            assert len(list(pool.get(layer, range(4), [(1, e) for e in range(4)] if layer == 0 else []))) == 4
+        assert pool.counters.bytes_read == 8 * store.layout.slot_bytes
+        pool.close()
 
 
 def test_a_cancelled_pool_refuses_the_next_request(store):

@@ -1,0 +1,39 @@
+"""Eviction policies, by hand."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import TINY_CONFIG
+
+from calibration.replay import belady_hits, hits
+from qmix.eviction import POLICIES, LeastFrequentlyUsed, UsesPerTime
+from qmix.geometry import Geometry
+
+GEOMETRY = Geometry.from_config(TINY_CONFIG | {"num_hidden_layers": 4, "num_local_experts": 8})  # top 2
+
+
+def test_the_rate_of_use_starts_at_chance_and_decays_with_each_visit():
+    policy = LeastFrequentlyUsed(GEOMETRY, decay=0.5)
+    assert policy.rate((0, 3)) == 0.25
+    policy.used(0, [3, 4])
+    assert policy.rate((0, 3)) == 0.25 / 2 + 0.5
+    assert policy.rate((0, 5)) == 0.25 / 2
+    policy.used(0, [4, 5])
+    assert policy.rate((0, 3)) == 0.625 / 2
+    assert policy.rate((0, 4)) == 0.625 / 2 + 0.5
+    assert policy.rate((1, 3)) == 0.25  # its layer was not visited
+
+
+def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
+    policy = UsesPerTime(GEOMETRY)
+    worth = [policy.worth((layer, 0), layer=1) for layer in range(4)]
+    # seen from layer 1: layer 2 comes next, then 3, then 0, and 1 itself in four steps
+    assert worth == pytest.approx([0.25 / 3, 0.25 / 4, 0.25 / 1, 0.25 / 2])
+
+
+def test_going_round_everything_uses_per_time_is_as_good_as_knowing_the_future():
+    """Every pass asks for every expert, as prefill does; dropping the least recently used finds nothing."""
+    trace = [[(layer, expert) for expert in range(8)] for _ in range(10) for layer in range(4)]
+    found = {name: hits(trace, 16, policy(GEOMETRY)) for name, policy in POLICIES.items()}
+    assert found["lru"] == 0
+    assert found["uses-per-time"] == belady_hits(trace, 16)
