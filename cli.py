@@ -80,6 +80,9 @@ def qmix() -> None:
 @click.option("--repetition-penalty", type=float, help="[the model's own]")
 @click.option("--seed", type=int, help="fixes the draws [random]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again")
+@click.option(
+    "--draft-ngram", type=int, default=0, metavar="N", help="draft N tokens from repetitions in the text [0: off]"
+)
 @click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of streamed text")
 def generate(prompt: str | None, **options: Any) -> None:

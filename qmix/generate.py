@@ -2,19 +2,22 @@
 
 transformers' `generate` runs in one thread that lives as long as its runner (its pool of compute threads is then
 always the same); a streamer there turns ids into text and finds stop sequences, and the caller takes the pieces
-from a queue.
+from a queue. Several prompts are decoded together: each step reads an expert once for all of them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -35,7 +38,8 @@ class Result:
     """A finished generation. Times in seconds, memory in bytes.
 
     `finish_reason` is "stop" (end of text, or a stop sequence) or "length". `text` leaves out the stop sequence,
-    `token_ids` are all that were generated. `hit_rate` is the share of experts found in memory.
+    `token_ids` are all that were generated. `hit_rate` is the share of experts found in memory; it and the other
+    counts of the pool are those of all prompts that were answered together.
     """
 
     text: str
@@ -116,16 +120,19 @@ class Engine:
         self._thread.shutdown(cancel_futures=True)
         self.pool.close()
 
-    def generate(self, prompt: list[int], sampling: Sampling) -> Iterator[Piece]:
-        """Yield pieces, the last with the result. Closing the iterator stops the computation within a layer."""
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Generator[tuple[int, Piece], None, None]:
+        """Yield pieces, each with its prompt's index, a prompt's last one with its result.
+
+        Closing the iterator stops the computation within a layer.
+        """
         if self.closed:
             raise UsageError("this runner is closed; load the model again")
-        queue: SimpleQueue[Piece | None] = SimpleQueue()
-        job = self._thread.submit(self._run, prompt, sampling, queue)
+        queue: SimpleQueue[tuple[int, Piece] | None] = SimpleQueue()
+        job = self._thread.submit(self._run, prompts, sampling, queue)
         job.add_done_callback(lambda _: queue.put(None))
         try:
-            while (piece := queue.get()) is not None:
-                yield piece
+            while (item := queue.get()) is not None:
+                yield item
             job.result()
         finally:
             if not job.done() and not job.cancel():  # one that waits for another has not begun
@@ -133,63 +140,80 @@ class Engine:
                 job.exception()
                 self.pool.cancelled = self.closed
 
-    def _run(self, prompt: list[int], sampling: Sampling, queue: SimpleQueue[Piece | None]) -> None:
+    def _run(
+        self, prompts: Sequence[list[int]], sampling: Sampling, queue: SimpleQueue[tuple[int, Piece] | None]
+    ) -> None:
         before = self.pool.counters.copy()
+        defaults, config = self.model.generation_config, self._config(sampling, len(prompts))
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        rows = []
+        for index, prompt in enumerate(prompts):
+            send = partial(_send, queue, index)
+            rows.append(_Row(Detokenizer(self.decode, prompt), StopScanner(sampling.stop), ends, send))
+        streamer = _Streamer(rows)
         self.cache.reset()
-        stream = _Stream(Detokenizer(self.decode, prompt), StopScanner(sampling.stop), queue)
-        ids = torch.tensor([prompt])
-        defaults, config = self.model.generation_config, self._config(sampling)
+        ids, mask = _left_padded(prompts, config.pad_token_id)
         self.model.generation_config = config  # transformers fills what is None here from the model's own
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sampling.seed)
-                self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=config,
-                    cache=self.cache,
-                    streamer=stream,
-                    stopping_criteria=StoppingCriteriaList([_Stopped(stream)]),
-                )
+                with self._prefilled(ids) if sampling.draft_ngram else nullcontext():
+                    self.model.generate(
+                        ids,
+                        attention_mask=mask,
+                        generation_config=config,
+                        cache=self.cache,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([_Stopped(rows)]),
+                    )
         finally:
             self.model.generation_config = defaults
-        stream.finish(self._result(stream, prompt, sampling, config, before))
+        for prompt, row in zip(prompts, rows, strict=True):
+            row.finish(self._result(row, streamer.started, prompt, sampling, before))
 
-    def _config(self, sampling: Sampling) -> GenerationConfig:
+    @contextmanager
+    def _prefilled(self, ids: torch.Tensor) -> Iterator[None]:
+        """All but the last id in the cache, read a chunk at a time, and the model told to leave them out.
+
+        With drafts transformers gives the model the whole prompt at once, which no plan for long ones allows.
+        """
+        for start in range(0, ids.shape[1] - 1, PREFILL_CHUNK):
+            chunk = ids[:, start : min(start + PREFILL_CHUNK, ids.shape[1] - 1)]
+            self.model.model(chunk, past_key_values=self.cache, use_cache=True)
+        hook = self.model.register_forward_pre_hook(_without_cached, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _config(self, sampling: Sampling, batch: int) -> GenerationConfig:
         """The model's own defaults with the options of this run on top."""
         config = GenerationConfig(**self.model.generation_config.to_diff_dict())
         config.update(**sampling.overrides())
         config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-        config.prefill_chunk_size = PREFILL_CHUNK
+        config.prefill_chunk_size = max(1, PREFILL_CHUNK // batch)
         config.use_cache = True
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = config.min_p = None
         return config
 
     def _result(
-        self,
-        stream: _Stream,
-        prompt: list[int],
-        sampling: Sampling,
-        config: GenerationConfig,
-        before: PoolCounters,
+        self, row: _Row, started: float, prompt: list[int], sampling: Sampling, before: PoolCounters
     ) -> Callable[[str], Result]:
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        stopped = stream.scanner.stopped or stream.ids[-1] in ends
-        count, used = len(stream.ids), self.pool.counters.since(before)
-        decoding = stream.times[-1] - stream.times[0]
+        count, used = len(row.ids), self.pool.counters.since(before)
+        decoding = row.times[-1] - row.times[0]
 
         def finished(text: str) -> Result:
             return Result(
                 text=text,
-                token_ids=stream.ids,
-                finish_reason="stop" if stopped else "length",
+                token_ids=row.ids,
+                finish_reason="stop" if row.ended else "length",
                 prompt_tokens=len(prompt),
                 completion_tokens=count,
                 seed=sampling.seed,
-                ttft_s=stream.times[0] - stream.started,
+                ttft_s=row.times[0] - started,
                 tpot_s=decoding / (count - 1) if count > 1 else 0.0,
-                total_s=time.perf_counter() - stream.started,
+                total_s=row.times[-1] - started,
                 peak_memory=peak_memory(),
                 budget=self.budget,
                 hits=used.hits,
@@ -201,46 +225,87 @@ class Engine:
         return finished
 
 
-class _Stream(BaseStreamer):
-    """Takes ids from transformers and puts pieces of text on a queue."""
+def _without_cached(
+    module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments without the ids that its cache holds already."""
+    cached = options["cache"].get_seq_length() - int(options["position_ids"][0, 0])
+    for name in ("input_ids", "position_ids"):
+        options[name] = options[name][:, cached:]
+    return arguments, options
 
-    def __init__(self, detokenizer: Detokenizer, scanner: StopScanner, queue: SimpleQueue[Piece | None]) -> None:
-        self.detokenizer, self.scanner, self.queue = detokenizer, scanner, queue
-        self.started = time.perf_counter()
+
+def _send(queue: SimpleQueue[tuple[int, Piece] | None], index: int, piece: Piece) -> None:
+    queue.put((index, piece))
+
+
+def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as ids [B, T] that end together, and the mask [B, T] of what is not padding."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+class _Row:
+    """One prompt's answer while it grows."""
+
+    def __init__(
+        self, detokenizer: Detokenizer, scanner: StopScanner, ends: Sequence[int | None], send: Callable[[Piece], None]
+    ) -> None:
+        self.detokenizer, self.scanner, self.ends, self.send = detokenizer, scanner, ends, send
         self.times: list[float] = []
         self.ids: list[int] = []
+        self.ended = False
         self._text: list[str] = []
         self._sent = 0
+
+    def add(self, token: int, now: float) -> None:
+        if self.ended:  # padding, while others go on
+            return
+        self.times.append(now)
+        self.ids.append(token)
+        self._pass_on(self.scanner.add(self.detokenizer.add(token)))
+        self.ended = self.scanner.stopped or token in self.ends
+
+    def finish(self, result: Callable[[str], Result]) -> None:
+        self._pass_on(self.scanner.add(self.detokenizer.finish()) + self.scanner.finish())
+        self.send(Piece("", [], result("".join(self._text))))
+
+    def _pass_on(self, text: str) -> None:
+        if text:
+            self._text.append(text)
+            self.send(Piece(text, self.ids[self._sent :]))
+            self._sent = len(self.ids)
+
+
+class _Streamer(BaseStreamer):
+    """Takes ids from transformers, a step at a time, and hands each row its own."""
+
+    def __init__(self, rows: list[_Row]) -> None:
+        self.rows = rows
+        self.started = time.perf_counter()
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
+        """[B] ids of one step, or [1, k] of a verified draft."""
         if not self._prompt_seen:  # transformers streams the prompt first
             self._prompt_seen = True
             return
-        self.times.append(time.perf_counter())
-        for token in value.view(-1).tolist():
-            self.ids.append(token)
-            self._send(self.scanner.add(self.detokenizer.add(token)))
+        now = time.perf_counter()
+        for row, tokens in zip(self.rows, value.view(len(self.rows), -1).tolist(), strict=True):
+            for token in tokens:
+                row.add(token, now)
 
     def end(self) -> None:
         pass
 
-    def finish(self, result: Callable[[str], Result]) -> None:
-        self._send(self.scanner.add(self.detokenizer.finish()) + self.scanner.finish())
-        self.queue.put(Piece("", [], result("".join(self._text))))
-
-    def _send(self, text: str) -> None:
-        if text:
-            self._text.append(text)
-            self.queue.put(Piece(text, self.ids[self._sent :]))
-            self._sent = len(self.ids)
-
 
 class _Stopped(StoppingCriteria):
-    """True once the stream has seen a stop sequence."""
+    """True for each row that has seen a stop sequence."""
 
-    def __init__(self, stream: _Stream) -> None:
-        self.stream = stream
+    def __init__(self, rows: list[_Row]) -> None:
+        self.rows = rows
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.stream.scanner.stopped)
+        return torch.tensor([row.scanner.stopped for row in self.rows])

@@ -10,7 +10,7 @@ from qmix.geometry import HALF_BYTES, Geometry
 
 
 class PlannedLayer(CacheLayerMixin):
-    """Keys and values [1, kv_heads, capacity, head_dim], of which the first `length` positions are filled."""
+    """Keys and values [batch, kv_heads, capacity, head_dim]: of the rows in use, the first `length` positions."""
 
     is_croppable = True
     is_sliding = False  # a sliding window is left to the mask: all positions are kept
@@ -29,11 +29,11 @@ class PlannedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None
         assert self.values is not None
-        end = self.length + key_states.shape[-2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
+        rows, end = len(key_states), self.length + key_states.shape[-2]
+        self.keys[:rows, :, self.length : end] = key_states
+        self.values[:rows, :, self.length : end] = value_states
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -54,12 +54,12 @@ class PlannedLayer(CacheLayerMixin):
 
 
 class PlannedCache(Cache):
-    """One sequence's cache for up to `context` positions; its memory is taken at once."""
+    """A cache for up to `batch` sequences of `context` positions; its memory is taken at once."""
 
-    def __init__(self, geometry: Geometry, context: int, dtype: torch.dtype) -> None:
-        shape = (2, geometry.num_layers, 1, geometry.num_kv_heads, context, geometry.head_dim)
-        memory = anonymous_memory(geometry.kv_bytes_per_token * context)
+    def __init__(self, geometry: Geometry, context: int, dtype: torch.dtype, batch: int = 1) -> None:
+        shape = (2, geometry.num_layers, batch, geometry.num_kv_heads, context, geometry.head_dim)
+        memory = anonymous_memory(geometry.kv_bytes_per_token * context * batch)
         assert dtype.itemsize == HALF_BYTES
         both = memory.view(dtype).view(shape)
         super().__init__(layers=[PlannedLayer(keys, values) for keys, values in zip(both[0], both[1], strict=True)])
-        self.context = context
+        self.context, self.batch = context, batch

@@ -29,6 +29,7 @@ class Plan:
 
     ram: int
     context: int
+    batch: int
     interpreter: int
     dense: int
     kv_cache: int
@@ -73,16 +74,22 @@ class Plan:
         return {"schema": "qmix-plan-1", **asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
-def make_plan(layout: StoreLayout, ram: int, context: int, interpreter: int, attention: str = "sdpa") -> Plan:
-    """The plan of a store under `ram` bytes. Raises DoesNotFitError with the smallest budget that works."""
+def make_plan(
+    layout: StoreLayout, ram: int, context: int, interpreter: int, attention: str = "sdpa", batch: int = 1
+) -> Plan:
+    """The plan of a store under `ram` bytes, for `batch` sequences of `context` tokens decoded together.
+
+    Raises DoesNotFitError with the smallest budget that works.
+    """
     geometry = layout.geometry
     fixed = Plan(
         ram=ram,
         context=context,
+        batch=batch,
         interpreter=interpreter,
         dense=layout.dense.size - len(layout.dense.header),
-        kv_cache=geometry.kv_bytes_per_token * context,
-        work=work_bytes(geometry, context, attention),
+        kv_cache=geometry.kv_bytes_per_token * context * batch,
+        work=work_bytes(geometry, context, attention, batch),
         slots=0,
         slot_bytes=layout.slot_bytes,
         num_records=geometry.num_records,
@@ -100,28 +107,28 @@ def default_context(geometry: Geometry) -> int:
     return min(DEFAULT_CONTEXT, geometry.max_position)
 
 
-def work_bytes(geometry: Geometry, context: int, attention: str) -> int:
+def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1) -> int:
     """The most that one step allocates besides weights and cache: a prefill chunk's activations.
 
     Counted from transformers' Mixtral as it is: RMSNorm works in fp32, rotary makes four tensors the size of q,
     the mask is [1, 1, T, context] and is turned into numbers to add, eager attention repeats keys and values for
     every query head and keeps scores in half and twice in fp32.
     """
-    tokens = min(PREFILL_CHUNK, context)
+    tokens = min(max(PREFILL_CHUNK, batch), context * batch)
     hidden, q_rows = geometry.hidden_size, geometry.num_heads * geometry.head_dim
     kept = tokens * hidden * HALF_BYTES * 3  # residual, normed input, output
     norm = tokens * hidden * 4 * 3
     rotary = tokens * q_rows * HALF_BYTES * 6
     mask = tokens * context * (1 + HALF_BYTES)
     if attention == "eager":
-        repeated = 2 * context * q_rows * HALF_BYTES
+        repeated = 2 * context * q_rows * HALF_BYTES * batch
         scores = geometry.num_heads * tokens * context * (HALF_BYTES + 4 + 4) + repeated  # softmax in fp32
     else:
         scores = tokens * q_rows * (HALF_BYTES + 4)
     routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)
     expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
     step = kept + max(norm, rotary + mask + scores, routed + expert + SLOW_PATH_BYTES)
-    logits = geometry.vocab_size * 40  # scores, probabilities, and their sorted copies with indices
+    logits = geometry.vocab_size * 40 * batch  # scores, probabilities, and their sorted copies with indices
     lookahead = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
     return max(step, kept + logits) + lookahead
 
@@ -135,7 +142,8 @@ def _refusal(fixed: Plan) -> str:
     return (
         f"does not fit {format_bytes(fixed.ram)} of RAM: needs {format_bytes(fixed.smallest)} "
         f"(Python {format_bytes(fixed.interpreter)}, dense weights {format_bytes(fixed.dense)}, "
-        f"KV cache for {fixed.context} tokens {format_bytes(fixed.kv_cache)}, work space {format_bytes(fixed.work)}, "
+        f"KV cache for {fixed.batch * fixed.context} tokens {format_bytes(fixed.kv_cache)}, "
+        f"work space {format_bytes(fixed.work)}, "
         f"{least} experts {format_bytes(least * fixed.slot_bytes)}); the smallest budget that works is "
         f"--ram {math.ceil(fixed.smallest / 2**20)}MiB"
     )

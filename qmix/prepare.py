@@ -163,11 +163,13 @@ def layout_of(model: str | Path, precision: str | None, dtype: str | None) -> St
     return store.layout if store else layout_for(open_checkpoint(open_source(model)), precision, dtype)
 
 
-def plan_for(layout: StoreLayout, ram: int | str | None, context: int | None, attention: str = "sdpa") -> Plan:
+def plan_for(
+    layout: StoreLayout, ram: int | str | None, context: int | None, attention: str = "sdpa", batch: int = 1
+) -> Plan:
     """The plan of a store on this machine, with the defaults that `qmix.load` has."""
     longest = layout.geometry.max_position
     if context is not None and not 1 <= context <= longest:
         raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
     budget = default_budget() if ram is None else parse_bytes(ram)
     tokens = context or default_context(layout.geometry)
-    return make_plan(layout, budget, tokens, interpreter_memory(), attention)
+    return make_plan(layout, budget, tokens, interpreter_memory(), attention, batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ class Runner:
             self.model: MixtralForCausalLM = build_model(store, pool, attention)
             if plan.slots == plan.num_records:
                 pool.fill(on_load)
-            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
+            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype], plan.batch)
         except BaseException:
             pool.close()
             raise
@@ -64,17 +66,27 @@ class Runner:
         """
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")
-        chosen = sampling or Sampling(**options)
-        ids = self._ids(prompt)
-        room = self.plan.context - len(ids)
+        return _pieces(self._generate([prompt], sampling or Sampling(**options)))
+
+    def complete_batch(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> list[Result]:
+        """The continuations of up to `plan.batch` prompts, decoded together. Raises UsageError as `generate` does."""
+        if len(prompts) > self.plan.batch or sampling.draft_ngram:
+            raise UsageError(f"{len(prompts)} prompts at once: planned for {self.plan.batch}, without drafting")
+        results = {index: piece.result for index, piece in self._generate(prompts, sampling) if piece.result}
+        return [results[index] for index in range(len(prompts))]
+
+    def _generate(
+        self, prompts: Sequence[str | list[int]], sampling: Sampling
+    ) -> Generator[tuple[int, Piece], None, None]:
+        ids = [self._ids(prompt) for prompt in prompts]
+        longest = max(map(len, ids))
+        room = self.plan.context - longest
         if room < 1:
             raise UsageError(
-                f"the prompt is {len(ids)} tokens, too long for a context of {self.plan.context}; "
+                f"the prompt is {longest} tokens, too long for a context of {self.plan.context}; "
                 "shorten it, or give a larger --context"
             )
-        fields = {name: getattr(chosen, name) for name in Sampling.__slots__}
-        fields["max_new_tokens"] = min(chosen.max_new_tokens, room)
-        return self._engine.generate(ids, Sampling(**fields))
+        return self._engine.generate(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
 
     def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
         """The whole continuation at once."""
@@ -100,6 +112,12 @@ class Runner:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _pieces(items: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
+    with closing(items):  # ends the computation when the caller has had enough
+        for _, piece in items:
+            yield piece
+
+
 def load(
     model: str | Path = DEFAULT_MODEL,
     *,
@@ -108,6 +126,7 @@ def load(
     precision: str | None = None,
     dtype: str | None = None,
     attention: str = "sdpa",
+    batch: int = 1,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
 ) -> Runner:
@@ -116,13 +135,14 @@ def load(
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
     into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
     default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum. `on_progress` is told of a quantisation, `on_load` of experts read into memory beforehand,
-    which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
+    the model's own maximum; `batch` how many prompts are decoded together at most. `on_progress` is told of a
+    quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
+    QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
 
     def planned(layout: StoreLayout) -> Plan:
-        return plan_for(layout, ram, context, attention)
+        return plan_for(layout, ram, context, attention, batch)
 
     store = prepare_store(model, precision, dtype, on_progress, planned)
     return Runner(store, planned(store.layout), attention, on_load)

@@ -15,7 +15,8 @@ LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
 class Sampling:
     """Options of one generation; None leaves a value to the model's own generation_config.json.
 
-    `temperature` 0 is greedy. `seed` fixes the draws; without one a random seed is taken and reported.
+    `temperature` 0 is greedy. `seed` fixes the draws; without one a random seed is taken and reported. `draft_ngram`
+    tokens are drafted from what followed the same words earlier in the text, and verified in one pass; 0 is off.
     """
 
     max_new_tokens: int = 256
@@ -27,6 +28,7 @@ class Sampling:
     seed: int = field(default_factory=lambda: secrets.randbelow(2**31))
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    draft_ngram: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -45,6 +47,7 @@ class Sampling:
             ("--min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
             ("--repetition-penalty", penalty, penalty is None or 0.01 <= penalty <= 100, "0.01 to 100"),
             ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
+            ("--draft-ngram", self.draft_ngram, 0 <= self.draft_ngram <= 64, "0 (off) to 64"),
             ("--stop", "''", all(self.stop), "a text that is not empty"),
         ):
             if not holds:
@@ -61,6 +64,8 @@ class Sampling:
             changed["temperature"] = self.temperature or 1.0
         elif any(getattr(self, name) is not None for name in ("top_p", "top_k", "min_p")):
             changed["do_sample"] = True
+        if self.draft_ngram:
+            changed["prompt_lookup_num_tokens"] = self.draft_ngram
         if self.ignore_eos:
             changed["eos_token_id"] = None
         return changed

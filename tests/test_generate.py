@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -13,7 +14,7 @@ from transformers import MixtralForCausalLM
 
 import qmix
 from qmix.errors import Cancelled, DoesNotFitError, StoreError, UsageError
-from qmix.plan import Plan, make_plan
+from qmix.plan import PREFILL_CHUNK, Plan, make_plan
 from qmix.runner import Runner
 from qmix.sampling import Sampling
 
@@ -25,8 +26,8 @@ def store(tiny, tmp_path_factory):
     return make_store(tiny, tmp_path_factory.mktemp("generate") / "store")
 
 
-def runner_of(store, slots, context=1024) -> Runner:
-    plan = make_plan(store.layout, 2**40, context, 2**28)
+def runner_of(store, slots, context=1024, batch=1) -> Runner:
+    plan = make_plan(store.layout, 2**40, context, 2**28, batch=batch)
     fields = {name: getattr(plan, name) for name in Plan.__slots__} | {"slots": slots}
     return Runner(store, Plan(**fields))
 
@@ -202,3 +203,67 @@ def test_a_rope_that_transformers_does_not_know_is_named(tmp_path):
     store = make_store(make_checkpoint(tmp_path / "checkpoint", rope_parameters=strange), tmp_path / "store")
     with pytest.raises(StoreError, match=r"config\.json: transformers does not take it"):
         make_model(store)
+
+
+PROMPTS = [PROMPT, "Pour installer", "The file", PROMPT * 30]
+
+
+def test_prompts_answered_together_give_what_each_gives_alone(tiny, tmp_path):
+    """Short ones are padded on the left, those that end early wait for the rest."""
+    sampling = Sampling(max_new_tokens=24, temperature=0, stop=(" the",))
+    with runner_of(make_store(tiny, tmp_path / "half", "half"), 48, batch=4) as runner:
+        alone = [runner.complete(prompt, sampling) for prompt in PROMPTS]
+        together = runner.complete_batch(PROMPTS, sampling)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.finish_reason, one.token_ids) == (other.text, other.finish_reason, other.token_ids)
+    assert len({len(result.token_ids) for result in together}) > 1
+
+
+def test_a_batch_asks_for_each_expert_once_a_step(store):
+    with runner_of(store, 48, batch=4) as runner:
+        sampling = Sampling(max_new_tokens=20, temperature=0, ignore_eos=True)
+        alone = sum(runner.complete(prompt, sampling).hits for prompt in PROMPTS)
+        together = runner.complete_batch(PROMPTS, sampling)[0].hits
+    assert together < 0.8 * alone
+
+
+def test_more_prompts_than_were_planned_are_refused(runner):
+    with pytest.raises(UsageError, match="2 prompts at once: planned for 1"):
+        runner.complete_batch(["a", "b"], Sampling())
+
+
+REPEATING = "sudo apt install python3. " * 15
+
+
+@pytest.mark.parametrize("prompt", [REPEATING, REPEATING * 6, "a"])
+def test_drafting_gives_the_same_text_in_fewer_passes(tiny, tmp_path, prompt):
+    passes = []
+    with runner_of(make_store(tiny, tmp_path / "half", "half"), 48) as runner:
+        runner.model.register_forward_hook(lambda *_: passes.append(1))
+        plain = runner.complete(prompt, max_new_tokens=50, temperature=0, ignore_eos=True)
+        without = len(passes)
+        drafted = runner.complete(prompt, max_new_tokens=50, temperature=0, ignore_eos=True, draft_ngram=6)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.completion_tokens == 50
+    assert len(passes) - without < without
+
+
+def test_drafting_reads_a_long_prompt_in_chunks_too(store):
+    lengths = []
+    with runner_of(store, 48, context=2048) as runner:
+        hook = lambda module, arguments, options, result: lengths.append(result[0].shape[1])  # noqa: E731
+        runner.model.model.register_forward_hook(hook, with_kwargs=True)
+        runner.complete(REPEATING * 12, max_new_tokens=10, temperature=0, draft_ngram=4)
+    assert max(lengths) == PREFILL_CHUNK
+
+
+def test_a_thousand_tokens_leave_nothing_behind(store):
+    """Memory, threads and open files are what they were after a hundred."""
+    process = psutil.Process()
+    with runner_of(store, 24) as runner:
+        seen = []
+        for tokens in (100, 900):
+            runner.complete(PROMPT, max_new_tokens=tokens, temperature=0.8, seed=1, ignore_eos=True)
+            seen.append((process.memory_info().rss, process.num_threads(), process.num_fds()))
+    assert seen[1][1:] == seen[0][1:]
+    assert seen[1][0] < seen[0][0] + 4 * 2**20
