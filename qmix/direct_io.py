@@ -25,7 +25,8 @@ def anonymous_memory(nbytes: int) -> torch.Tensor:
 
     Its pages are taken at once: what was planned is there from the start, or the system says now that it is not.
     """
-    mapping = mmap.mmap(-1, max(nbytes, PAGE))
+    # private: shared anonymous memory, which mmap gives by default, is kept on small pages
+    mapping = mmap.mmap(-1, max(nbytes, PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             mapping.madvise(mmap.MADV_HUGEPAGE)
