@@ -27,6 +27,8 @@ EXIT_INTERRUPTED = 130
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
+PROMPTS_HELP = "prompts to time, as 512 or 512,1024; 0 for none [512]"
+NEW_HELP = "tokens to generate, as 128 or 128,512; 0 for none [128]"
 
 
 class Size(click.ParamType[int]):
@@ -164,6 +166,43 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
         from qmix.terminal import plan_table, print_table
 
         print_table(plan_table(made, name))
+
+
+@qmix.command()
+@click.argument("model", required=False)
+@ram_option
+@click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[what the longest test takes]")
+@precision_option
+@dtype_option
+@attention_option
+@click.option("-p", "--prompt-tokens", multiple=True, metavar="LIST", default=["512"], help=PROMPTS_HELP)
+@click.option("-n", "--new-tokens", multiple=True, metavar="LIST", default=["128"], help=NEW_HELP)
+@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
+def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **options: Any) -> None:
+    """Measure how fast MODEL takes in a prompt (pp) and generates (tg), beside what this machine could do at best."""
+    name = _model_or_default(model)
+    from qmix.bound import workloads
+
+    tests = workloads(options.pop("prompt_tokens"), options.pop("new_tokens"))
+    _quiet_libraries()
+    from calibration.probes import probe_in_child
+    from qmix.bench import measure, prepare
+    from qmix.runner import Runner
+    from qmix.terminal import ProgressDisplay, bench_conditions, bench_table, print_table, say
+
+    with ProgressDisplay(f"quantizing {name}, once") as making:
+        store, plan = prepare(name, tests, attention=attn, on_progress=making, **options)
+    say("measuring this machine's memory and cores")
+    machine = probe_in_child()
+    with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
+        runner = Runner(store, plan, attn, loading)
+    with runner:
+        report = measure(runner, tests, repetitions, machine, say)
+    if as_json:
+        _out(json.dumps(report.to_json()) + "\n")
+    else:
+        print_table(bench_conditions(report), "", bench_table(report))
 
 
 def _model_or_default(model: str | None) -> str:
