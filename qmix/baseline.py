@@ -1,10 +1,13 @@
 """`python -m qmix.baseline` prints the memory of a process that has done all that a run does, on next to nothing.
 
 A generation with a model of a few kilobytes imports every module and starts every thread pool that a real run
-does; what is then resident is the part of a budget that no plan can save.
+does; what is then resident is the part of a budget that no plan can save. With the argument `kernels`, the products
+and the attention of large models are among it.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
@@ -40,9 +43,21 @@ def main() -> None:
             torch.arange(1, 20)[None],
             attention_mask=torch.ones(1, 19, dtype=torch.long),
             generation_config=options,
-            past_key_values=cache,
+            cache=cache,
         )
+    if sys.argv[1:] == ["kernels"]:
+        _load_kernels()
     print(peak_memory())
+
+
+def _load_kernels() -> None:
+    from qmix.attention_kernel import attend
+    from qmix.precision.formats import PRECISIONS
+    from qmix.precision.products import prepare
+
+    prepare(PRECISIONS, torch.bfloat16)
+    keys = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
+    attend(keys[:, :, :1], keys, keys, None, 1.0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from qmix.disk import read_fully
 from qmix.errors import REMAKE, StoreError
 from qmix.precision.record import PAGE
 
-MADV_POPULATE_WRITE = 23  # of Linux's mman.h; Python's mmap does not name it
+MADV_POPULATE_WRITE, MADV_COLLAPSE = 23, 25  # of Linux's mman.h; Python's mmap does not name them
 
 
 def anonymous_memory(nbytes: int) -> torch.Tensor:
@@ -35,6 +35,8 @@ def anonymous_memory(nbytes: int) -> torch.Tensor:
         mapping.madvise(MADV_POPULATE_WRITE)
     except OSError:  # Linux before 5.14
         memory.zero_()
+    with suppress(OSError):  # where memory was in pieces, huge pages are put together now; Linux 6.1 and later
+        mapping.madvise(MADV_COLLAPSE)
     return memory
 
 

@@ -100,24 +100,27 @@ def _room(group: Path) -> int | None:
     return None
 
 
-def interpreter_memory(cache: Path | None = None) -> int:
+def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
     """Resident bytes of Python with all that a run imports and warms up, before any weights.
 
-    Measured once in a process of its own for each set of installed versions, and kept in the cache directory.
+    With `kernels`, the products and the attention of large models are among it, compiled before. Measured once in a
+    process of its own for each set of installed versions, and kept in the cache directory.
     """
     directory = cache or cache_directory()
     versions = [f"{name} {version(name)}" for name in _STACK]
-    identity = [__version__, sys.version, sys.executable, os.cpu_count(), *versions]
+    identity = [__version__, sys.version, sys.executable, os.cpu_count(), kernels, *versions]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = directory / f"interpreter-{key}.json"
     try:
         return int(json.loads(path.read_text())["bytes"])
     except (OSError, ValueError, KeyError):
         pass
-    run = subprocess.run([sys.executable, "-m", "qmix.baseline"], capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        last = run.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise QmixError(f"measuring Python's own memory failed: {last[0]}")
+    command = [sys.executable, "-m", "qmix.baseline", *(["kernels"] if kernels else [])]
+    for _ in range(1 + kernels):  # the first run compiles them, and takes more for it
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            last = run.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise QmixError(f"measuring Python's own memory failed: {last[0]}")
     measured = int(run.stdout.split()[-1])
     try:
         directory.mkdir(parents=True, exist_ok=True)

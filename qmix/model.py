@@ -22,6 +22,8 @@ from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
 from qmix.lookahead import EMBEDDING, Lookahead
 from qmix.pool import ExpertPool
+from qmix.precision.dense import use_half_linear
+from qmix.precision.formats import uses_kernels
 from qmix.reading import Read, Reader
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
@@ -54,6 +56,8 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
     activation = _activation(config)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
+    if uses_kernels(store.geometry):
+        use_half_linear(model)
     with _refusals(store.directory / "config.json"):
         model.model.rotary_emb = MixtralRotaryEmbedding(config)
     for name, value in read_dense(store).items():

@@ -22,7 +22,8 @@ from qmix.progress import OnProgress, Progress, ignore
 from qmix.reading import Read, Reader
 from qmix.store import Store
 
-READS_IN_FLIGHT = 4  # records, when filling and when looking ahead
+READS_IN_FLIGHT = 4  # records, when filling
+READS_AHEAD = 2  # records: one that the disk works on and the one after it; each further one only takes a slot
 
 
 @dataclass(slots=True)
@@ -185,7 +186,7 @@ class ExpertPool:
         for key in coming:
             if key in self._resident or key in self._ahead:
                 continue
-            if len(self._ahead) + len(self._ending) >= min(READS_IN_FLIGHT, self.slots // 4):
+            if len(self._ahead) + len(self._ending) >= min(READS_AHEAD, self.slots // 4):
                 return
             if (slot := self._take_slot(layer, kept)) is None:
                 return

@@ -26,7 +26,7 @@ from qmix.layout import StoreLayout, parse_precisions
 from qmix.machine import cache_directory, default_budget, interpreter_memory
 from qmix.models import EMBEDDED
 from qmix.plan import Plan, default_context, make_plan
-from qmix.precision.formats import DTYPES
+from qmix.precision.formats import DTYPES, uses_kernels
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
@@ -172,4 +172,5 @@ def plan_for(
         raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
     budget = default_budget() if ram is None else parse_bytes(ram)
     tokens = context or default_context(layout.geometry)
-    return make_plan(layout, budget, tokens, interpreter_memory(), attention, batch)
+    own = interpreter_memory(kernels=uses_kernels(layout.geometry))
+    return make_plan(layout, budget, tokens, own, attention, batch)

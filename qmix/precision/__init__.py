@@ -4,4 +4,8 @@ formats     which parts a matrix becomes and how many bytes they take (no torch)
 kernels     the quantisers, in numba
 quantizer   rows of a checkpoint in, parts out
 matmul      parts in, products out
+dense       projections that stay in half precision
+products    qmix's own products, in numba: what is read, by whom, in which order
+row_tile, packed_tile, vectors   their innermost loops, in LLVM's vectors
+team        torch's threads for them
 """

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from math import gcd, prod
 
 from qmix.errors import UsageError
+from qmix.geometry import Geometry
 from qmix.safetensors_header import ITEM_BYTES
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
 DTYPES = {"bf16": "BF16", "fp16": "F16"}  # the two half precisions, as users and as safetensors name them
 BLOCK = 64  # weights that share an absmax
 PACK_ROWS = 32  # rows interleaved in the packed layout
+KERNEL_WEIGHTS = 2**19  # in a matrix, from where on qmix's own products pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ def fits_kernels(rows: int, cols: int) -> bool:
     reads past the end of rows that are no multiple of 32 long (torch 2.13).
     """
     return rows % PACK_ROWS == 0 and cols % BLOCK == 0
+
+
+def uses_kernels(geometry: Geometry) -> bool:
+    """Whether a run with this model loads qmix's products, and with them Numba: 100 MB of memory, a quarter second."""
+    return max(rows * cols for rows, cols in geometry.expert_matrices.values()) >= KERNEL_WEIGHTS
 
 
 def parts(precision: str, dtype: str, rows: int, cols: int) -> tuple[Part, ...]:

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 from qmix.bitsandbytes_quiet import functional as bnb
 from qmix.geometry import MATRICES
-from qmix.precision.formats import BLOCK, PACK_ROWS, fits_kernels
+from qmix.precision.formats import BLOCK, KERNEL_WEIGHTS, PACK_ROWS, fits_kernels
 from qmix.precision.record import RecordLayout
 from qmix.torch_dtypes import TORCH
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
+FEW_TOKENS = 32  # rows of x from which torch's product in bf16 is as fast as qmix's
 
 
 class Matrix:
@@ -44,6 +45,22 @@ class Matrix:
         return out
 
 
+def half_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [..., cols] @ weight.T, both in the same half precision, by whichever kernel is the faster.
+
+    torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
+    speed; in bf16 it is good at many rows.
+    """
+    tokens = x.numel() // weight.shape[1]
+    ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
+    ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
+    if not ours or x.dtype != weight.dtype or x.requires_grad:
+        return F.linear(x, weight)
+    from qmix.precision.products import multiply_rows
+
+    return multiply_rows(x.reshape(tokens, weight.shape[1]), weight).view(*x.shape[:-1], len(weight))
+
+
 class HalfMatrix(Matrix):
     """The weights themselves in bf16 or fp16."""
 
@@ -55,7 +72,7 @@ class HalfMatrix(Matrix):
         return self.weight[start:stop].float()
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return half_product(x, self.weight)
 
 
 class Int8Matrix(Matrix):
@@ -70,6 +87,10 @@ class Int8Matrix(Matrix):
         return self.codes[start:stop].float() * (self.row_max[start:stop, None] / 127)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.codes.numel() >= KERNEL_WEIGHTS:
+            from qmix.precision.products import multiply_rows
+
+            return multiply_rows(x, self.codes, self.row_max / 127)
         if not fits_kernels(self.rows, self.cols):
             return super().multiply(x)
         # the kernel is fast in bf16 only, and its scales would be bf16 too: ours stay in fp32, applied after it
@@ -82,11 +103,11 @@ class FourBitMatrix(Matrix):
 
     def __init__(self, kind: str, codes: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int) -> None:
         super().__init__(rows, cols)
-        self.codes, self.absmax = codes, absmax
+        self.kind, self.codes, self.absmax = kind, codes, absmax
         self.table = code_table(kind)
         self.packed = fits_kernels(rows, cols)
         self._kernel = packed_kernel(kind) if self.packed else None
-        self._places = codes.data_ptr(), absmax.data_ptr()
+        self.places = codes.data_ptr(), absmax.data_ptr()
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         if not self.packed:
@@ -113,10 +134,14 @@ class FourBitMatrix(Matrix):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._kernel is None:
             return super().multiply(x)
+        if self.rows * self.cols >= KERNEL_WEIGHTS:
+            from qmix.precision.products import multiply_packed
+
+            return multiply_packed(x, self.kind, *self.places, self.rows, self.cols)
         half = x.to(torch.bfloat16).contiguous()
         out = torch.empty((len(x), self.rows), dtype=torch.bfloat16)
         sizes = len(x), self.rows, self.cols
-        self._kernel(*sizes, half.data_ptr(), *self._places, out.data_ptr(), BLOCK, self.cols, self.rows)
+        self._kernel(*sizes, half.data_ptr(), *self.places, out.data_ptr(), BLOCK, self.cols, self.rows)
         return out.to(x.dtype)
 
 
