@@ -3,7 +3,8 @@
 transformers' sdpa repeats keys and values in memory wherever a mask is given (every prefill chunk but the first:
 100 MB for 8x22B at 4096 tokens, 1.6 GB at 65536), and leaves the single query of a decode step to a kernel that is slow
 on grouped heads. Here the query heads that share a key head are taken one after another in prefill, so that mask and
-heads are used as they lie, and as so many queries of one head in decode.
+heads are used as they lie. In decode they are so many queries of one head, for sdpa while the cache is small and for
+qmix's own kernel beyond.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 GROUPED_SDPA = "qmix_grouped_sdpa"  # its name among transformers' attention functions
+KERNEL_NUMBERS = 2**18  # in the keys of a sequence: from where on qmix's kernel pays; smaller caches never load Numba
+KERNEL_COLUMNS = 16  # of whose multiples the kernel wants a head
 
 
 def grouped_sdpa(
@@ -34,7 +37,7 @@ def grouped_sdpa(
     groups = key.shape[1]
     shared = query.view(batch, groups, heads // groups, tokens, width)  # [B, G, H / G, T, D]
     if tokens == 1:
-        out = F.scaled_dot_product_attention(shared[:, :, :, 0], key, value, attn_mask=attention_mask, scale=scaling)
+        out = _decode(shared[:, :, :, 0], key, value, attention_mask, scaling)
         return out.view(batch, 1, heads, width), None
     out = query.new_empty(batch, tokens, groups, heads // groups, width)
     causal = attention_mask is None
@@ -44,6 +47,33 @@ def grouped_sdpa(
         )
         out[:, :, :, index] = part.transpose(1, 2)
     return out.view(batch, tokens, heads, width), None
+
+
+def _decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """query [B, G, H / G, D] of one token a sequence to [B, G, H / G, D]."""
+    if key[0].numel() < KERNEL_NUMBERS or not _kernel_takes(query, key, value, mask):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    from qmix.attention_kernel import attend
+
+    bias = None
+    if mask is not None:
+        seen = mask[:, 0, 0]
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf) if seen.dtype == torch.bool else seen.float()
+    return attend(query, key, value, bias, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Half precision throughout, in main memory, rows of keys and of values one after another, one mask a sequence."""
+    batch, _, positions, width = key.shape
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and all(rows.dtype == query.dtype and rows.stride()[2:] == (width, 1) for rows in (key, value))
+        and all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in (query, key, value))
+        and width % KERNEL_COLUMNS == 0
+        and (mask is None or (mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, positions)))
+    )
 
 
 def register() -> None:
