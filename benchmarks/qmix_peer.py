@@ -81,6 +81,7 @@ def run(
         "hidden": used.hidden,
         "unused": used.unused,
         "misses": used.misses,
+        "asked": asked,
         "belady_bytes": (asked - warm) * plan.slot_bytes,
         "precision_ahead": [lookahead.precision(depth) for depth in (1, 2, 3, 4)] if lookahead else None,
         "token_ids": results[0].token_ids,
