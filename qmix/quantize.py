@@ -1,22 +1,27 @@
 """A checkpoint into a store: every matrix read by row chunks, quantised, and written where it belongs.
 
-Worker threads each take a chunk through read, quantise and write, all of it outside the GIL, so that disk and
-cores are busy at once and memory holds a few chunks whatever the model's size.
+Worker threads each take a chunk through read, quantise and write, all of it outside the GIL and past the page cache.
+There are more of them than cores, so that the disk has requests waiting while the cores are busy; memory holds the
+few chunks on their way, whatever the model's size. Chunks are taken and noted in the order that their bytes have in
+the store, so that a record's checksum is had in passing.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from qmix.checkpoint.reader import Checkpoint, Weight
 from qmix.checkpoint.rows import WeightFile
+from qmix.disk import DirectMemory, copied
 from qmix.errors import CheckpointError, StoreError
 from qmix.layout import StoreLayout
 from qmix.precision.formats import chunk_rows
@@ -27,11 +32,13 @@ from qmix.store import Store, is_store, open_store
 from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
-CHUNK_WEIGHTS = 4 * 2**20  # weights in one chunk: 8 MiB of bf16 in, 2 MiB of codes out
-MAX_WORKERS = 8  # each holds a chunk; so many keep up with any disk
+CHUNK_WEIGHTS = 2 * 2**20 - 4096  # at once: with the pages at its ends, 4 MiB of bf16 in; 1 MiB of codes out
+IN_FLIGHT = 8  # chunks, each with a worker: two cores compute while others wait for the disk
+READING = 6  # of them, that hold rows as they are read
+
 
 Note = Callable[[], Any]  # what a worker leaves to the one thread that keeps the books; may give one more task
-Task = Callable[[], Note]
+Task = Callable[[DirectMemory], Note]
 
 
 class _Job:
@@ -41,11 +48,25 @@ class _Job:
         self.weight, self.place = weight, place
         name = weight.piece.tensor
         self.quantizer = MatrixQuantizer(place.precision, layout.dtype, weight.rows, weight.cols, name)
-        step = chunk_rows(place.precision, weight.rows, weight.cols, CHUNK_WEIGHTS)
-        if weight.piece.interleaved:  # whole heads only: their rows change places among themselves
-            step = max(1, step // layout.geometry.head_dim) * layout.geometry.head_dim
+        step = _rows_at_once(weight, place, layout)
         self.chunks = [(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step)]
-        self.remaining = len(self.chunks)
+        self.scales: memoryview | None = None
+        self._remaining, self._lock = len(self.chunks), threading.Lock()
+
+    def was_last(self) -> bool:
+        """Count a chunk that is quantised; says whether it was the last."""
+        with self._lock:
+            self._remaining -= 1
+            return self._remaining == 0
+
+
+def _rows_at_once(weight: Weight, place: Place, layout: StoreLayout) -> int:
+    in_place = weight.dtype == "BF16" and place.precision != "half"  # else a wide copy is made on the way
+    weights = CHUNK_WEIGHTS if in_place else max(1, CHUNK_WEIGHTS // 2)
+    step = chunk_rows(place.precision, weight.rows, weight.cols, weights)
+    if weight.piece.interleaved:  # whole heads only: their rows change places among themselves
+        step = max(1, step // layout.geometry.head_dim) * layout.geometry.head_dim
+    return step
 
 
 def quantize(
@@ -114,10 +135,17 @@ class _Run:
         sizes = {key: w.rows * w.cols * ITEM_BYTES[w.dtype] for key, w in checkpoint.weights.items()}
         self.total = sum(sizes.values())
         self.done = sum(sizes[key] for key in writer.written)
-        self.workers = min(MAX_WORKERS, max(2, os.cpu_count() or 2))
+        weights = [(weight, self.places[weight.key]) for weight in checkpoint.weights.values()]
+        chunks = [(w.cols * _rows_at_once(w, place, layout), ITEM_BYTES[w.dtype]) for w, place in weights]
+        read, written = max(count * item for count, item in chunks), 2 * max(count for count, _ in chunks)  # bytes
+        memories = DirectMemory.several([read] * READING + [written] * IN_FLIGHT)
+        self.slots = memories[READING:]
+        self.reads: SimpleQueue[DirectMemory] = SimpleQueue()
+        for memory in memories[:READING]:
+            self.reads.put(memory)
 
     def run(self) -> None:
-        with ThreadPoolExecutor(self.workers, "qmix-quantize") as pool:
+        with ThreadPoolExecutor(IN_FLIGHT, "qmix-quantize") as pool:
             for file in self.checkpoint.files:
                 todo = [weight for weight in self.checkpoint.of_file(file) if weight.key not in self.writer.written]
                 if not todo:
@@ -142,57 +170,75 @@ class _Run:
         units = {place.unit.name: place.unit for place in self.places.values()}
         return [unit for name, unit in units.items() if name not in self.writer.checksums]
 
+    def _position(self, weight: Weight) -> tuple[str, int]:
+        """Where a weight lies in the store."""
+        place = self.places[weight.key]
+        return place.unit.file.name, place.parts[0].offset
+
     def _chunks(self, source: WeightFile, todo: list[Weight]) -> Iterator[Task]:
-        for weight in todo:
+        for weight in sorted(todo, key=self._position):
             job = _Job(weight, self.places[weight.key], self.layout)
             for start, stop in job.chunks:
                 yield partial(self._chunk, source, job, start, stop)
 
     def _drain(self, pool: ThreadPoolExecutor, tasks: Iterator[Task]) -> None:
-        """Run tasks in the workers, a few in flight, and in this thread what each leaves to be noted."""
-        running: set[Future[Note]] = set()
-        follow_up: list[Task] = []
+        """Run tasks in the workers, and in this thread, in order, what each leaves to be noted."""
+        running: deque[tuple[Future[Note], DirectMemory]] = deque()
+        free, follow_up = list(self.slots), deque[Task]()
         try:
             while True:
-                while len(running) < 2 * self.workers:
-                    task = follow_up.pop() if follow_up else next(tasks, None)
+                while free:
+                    task = follow_up.popleft() if follow_up else next(tasks, None)
                     if task is None:
                         break
-                    running.add(pool.submit(task))
+                    slot = free.pop()
+                    running.append((pool.submit(task, slot), slot))
                 if not running:
                     return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    task = future.result()()
-                    follow_up += [task] if task is not None else []
+                future, slot = running.popleft()
+                task = future.result()()
+                follow_up += [task] if task is not None else []
+                free.append(slot)
                 self.writer.flush_if_due()
         finally:
-            for future in running:
+            for future, _ in running:
                 future.cancel()
-            wait(running)
+            wait([future for future, _ in running])
 
-    def _chunk(self, source: WeightFile, job: _Job, start: int, stop: int) -> Note:
-        """In a worker: one chunk through read, quantise and write."""
-        rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim)
+    def _chunk(self, source: WeightFile, job: _Job, start: int, stop: int, memory: DirectMemory) -> Note:
+        """In a worker: one chunk through read, quantise and write, from `memory`."""
+        read = self.reads.get()
         try:
+            rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim, read)
+            nbytes = rows.nbytes
             offset, data = job.quantizer.quantize(rows, start)
+            file, offset = job.place.unit.file, job.place.parts[0].offset + offset
+            written = copied(data, offset, memory)
+            del data
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from None
-        self.writer.write(job.place.unit.file, data, job.place.parts[0].offset + offset)
-        return partial(self._chunk_done, job, rows.nbytes)
+        finally:
+            self.reads.put(read)
+        self.writer.write(file, written, offset)
+        if job.was_last():
+            scales = job.quantizer.scales()
+            if scales is not None:
+                job.scales = copied(scales, job.place.parts[1].offset)
+                self.writer.write(file, job.scales, job.place.parts[1].offset)
+        return partial(self._chunk_done, job, nbytes, written, offset, stop == job.weight.rows)
 
-    def _chunk_done(self, job: _Job, nbytes: int) -> Task | None:
+    def _chunk_done(self, job: _Job, nbytes: int, written: memoryview, offset: int, last: bool) -> Task | None:
         self.done += nbytes
         self.on_progress(Progress(self.done, self.total))
-        job.remaining -= 1
-        if job.remaining:
+        unit = job.place.unit
+        self.writer.digest_in_passing(unit, written, offset)
+        if not last:
             return None
-        scales = job.quantizer.scales()
-        if scales is not None:
-            self.writer.write(job.place.unit.file, scales, job.place.parts[1].offset)
-        complete = self.writer.weight_written(job.weight.key, job.place)
-        return partial(self._digest, job.place.unit) if complete else None
+        if job.scales is not None:
+            self.writer.digest_in_passing(unit, job.scales, job.place.parts[1].offset)
+        read_back = self.writer.weight_written(job.weight.key, job.place)
+        return partial(self._digest, unit) if read_back else None
 
-    def _digest(self, unit: Unit) -> Note:
+    def _digest(self, unit: Unit, slot: DirectMemory) -> Note:
         """In a worker: the checksum of a finished unit."""
-        return partial(self.writer.unit_digested, unit, self.writer.digest(unit))
+        return partial(self.writer.unit_digested, unit, self.writer.digest(unit, slot))

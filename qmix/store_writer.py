@@ -1,6 +1,7 @@
 """A store while it is being written: files, journal, checksums, and the rename that finishes it.
 
-Everything happens in `STORE.partial`; a journal there says which weights are safely on the disk. `write` and
+Everything happens in `STORE.partial`; a journal there says which weights are safely on the disk. A unit's checksum
+is taken of the bytes on their way there where they come in order, and read back where they do not. `write` and
 `digest` may be called from any thread, the rest from one.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import xxhash
 
 from qmix.checkpoint.naming import expert_key
-from qmix.disk import require_space
+from qmix.disk import DirectMemory, UncachedFile, require_space
 from qmix.errors import StoreError
 from qmix.journal import Journal
 from qmix.layout import FileLayout, StoreLayout, part_name
@@ -27,19 +28,22 @@ from qmix.safetensors_header import TensorInfo
 from qmix.store import FORMAT_VERSION, MANIFEST, manifest, partial_directory
 
 JOURNAL = "journal.jsonl"
-HASH_BYTES = 4 * 2**20
 FLUSH_SECONDS = 2.0  # a killed run repeats at most what it wrote since the last flush
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What has one checksum: a dense tensor, or an expert record of three weights. Offsets are in `file`."""
+    """What has one checksum: a dense tensor, or an expert record of three weights. Offsets are in `file`.
+
+    `parts` are in the order of their bytes; what lies between and behind them is zero.
+    """
 
     name: str
     file: FileLayout
     offset: int
     nbytes: int
     keys: tuple[str, ...]
+    parts: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +62,46 @@ def places(layout: StoreLayout) -> dict[str, Place]:
 
 def _places(layout: StoreLayout) -> Iterator[tuple[str, Place]]:
     for key, info in layout.dense.tensors.items():
-        yield key, Place(Unit(key, layout.dense, info.offset, info.nbytes, (key,)), "half", (info,))
+        yield key, Place(Unit(key, layout.dense, info.offset, info.nbytes, (key,), (info,)), "half", (info,))
     matrices = layout.geometry.expert_matrices
     for layer in range(layout.geometry.num_layers):
         file = layout.layer(layer)
         for expert in range(layout.geometry.num_experts):
             record = layout.record(layer, expert)
             keys = tuple(expert_key(layer, expert, matrix) for matrix in matrices)
-            unit = Unit(f"{layer}.{expert}", file, layout.record_offset(layer, expert), record.nbytes, keys)
+            parts = tuple(file.tensors[part_name(expert, item.matrix, item.part.name)] for item in record.parts)
+            unit = Unit(f"{layer}.{expert}", file, layout.record_offset(layer, expert), record.nbytes, keys, parts)
             for matrix, key in zip(matrices, keys, strict=True):
-                mine = (item.part.name for item in record.parts if item.matrix == matrix)
-                infos = tuple(file.tensors[part_name(expert, matrix, part)] for part in mine)
-                yield key, Place(unit, record.precision, infos)
+                mine = (part for item, part in zip(record.parts, parts, strict=True) if item.matrix == matrix)
+                yield key, Place(unit, record.precision, tuple(mine))
+
+
+class RunningDigest:
+    """The checksum of a unit from its parts' bytes as they come; None if they did not come all and in order."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._digest = xxhash.xxh3_64()
+        self._position, self._end = unit.offset, unit.offset + unit.nbytes
+        self._before: dict[int, int] = {}  # zeros before each part, by its offset
+        end = unit.offset
+        for part in unit.parts:
+            self._before[part.offset], end = part.offset - end, part.offset + part.nbytes
+        self._parts_end = end
+
+    def update(self, data: memoryview, offset: int) -> None:
+        """Bytes that lie at an offset of the unit's file."""
+        padding = self._before.get(offset, 0)
+        if offset - padding == self._position:
+            self._digest.update(bytes(padding))
+            self._digest.update(data)
+            self._position = offset + data.nbytes
+
+    def hexdigest(self) -> str | None:
+        if self._position != self._parts_end:
+            return None
+        whole = self._digest.copy()
+        whole.update(bytes(self._end - self._position))
+        return whole.hexdigest()
 
 
 class StoreWriter:
@@ -99,7 +131,8 @@ class StoreWriter:
             "dtype": layout.dtype,
         }
         self.journal = Journal(self.partial / JOURNAL, subject, str(directory))
-        self._fds: dict[str, int] = {}
+        self._files: dict[str, UncachedFile] = {}
+        self._digests: dict[str, RunningDigest] = {}
         try:
             self._open_files()
         except BaseException:
@@ -117,13 +150,13 @@ class StoreWriter:
             path = self.partial / file.name
             if self.journal.entries and not (path.is_file() and path.stat().st_size == file.size):
                 raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
-            self._fds[file.name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            os.ftruncate(self._fds[file.name], file.size)
+            self._files[file.name] = UncachedFile(path, os.O_RDWR | os.O_CREAT)
+            os.ftruncate(self._files[file.name].fd, file.size)
             self.write(file, file.header, 0)
 
     def _release(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
+        for file in self._files.values():
+            file.close()
         self.journal.close()
 
     def close(self) -> None:
@@ -135,25 +168,32 @@ class StoreWriter:
             self._release()
 
     def write(self, file: FileLayout, data: Any, offset: int) -> None:
-        """Put bytes at an offset of a file."""
-        view = memoryview(data)
-        while view.nbytes:
-            count = os.pwrite(self._fds[file.name], view, offset)
-            view, offset = view[count:], offset + count
+        """Put bytes at an offset of a file; past the page cache if they lie in DirectMemory."""
+        self._files[file.name].write(data, offset)
+
+    def digest_in_passing(self, unit: Unit, data: memoryview, offset: int) -> None:
+        """Note bytes of a unit that are written, in the order of their offsets or else in vain."""
+        self._digests.setdefault(unit.name, RunningDigest(unit)).update(data, offset)
 
     def weight_written(self, key: str, place: Place) -> bool:
-        """Note a weight whose parts are all written; says whether its unit is complete, to be digested."""
+        """Note a weight whose parts are all written; says whether it completes a unit that is to be read back."""
         self.written.add(key)
         self._pending.append({"weight": key})
-        return self.written.issuperset(place.unit.keys)
+        if not self.written.issuperset(place.unit.keys):
+            return False
+        running = self._digests.pop(place.unit.name, None)
+        checksum = running.hexdigest() if running else None
+        if checksum is not None:
+            self.unit_digested(place.unit, checksum)
+        return checksum is None
 
-    def digest(self, unit: Unit) -> str:
-        """The checksum of a complete unit, read back from its file."""
+    def digest(self, unit: Unit, memory: DirectMemory) -> str:
+        """The checksum of a complete unit, read back from its file piece by piece."""
         digest, position, end = xxhash.xxh3_64(), unit.offset, unit.offset + unit.nbytes
         while position < end:
-            block = os.pread(self._fds[unit.file.name], min(HASH_BYTES, end - position), position)
-            digest.update(block)
-            position += len(block)
+            piece = self._files[unit.file.name].read(memory, position, min(memory.nbytes, end - position))
+            digest.update(piece)
+            position += piece.nbytes
         return digest.hexdigest()
 
     def unit_digested(self, unit: Unit, digest: str) -> None:
@@ -207,8 +247,8 @@ class StoreWriter:
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
     def _sync(self, entries: list[dict[str, str]]) -> None:
-        for fd in self._fds.values():
-            os.fdatasync(fd)
+        for file in self._files.values():
+            os.fdatasync(file.fd)
         self.journal.append(entries)
 
     def _space_needed(self) -> int:

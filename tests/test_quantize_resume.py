@@ -57,7 +57,7 @@ def test_weights_that_were_finished_are_not_read_again(
     assert not store.exists()
     first, done = set(reads), journaled(store)
     assert done <= first
-    assert len(first - done) <= 2 * max(2, os.cpu_count() or 2) + 1  # what was in flight
+    assert len(first - done) <= quantizing.IN_FLIGHT + 1
     reads.clear()
     seen: list[Progress] = []
     quantizing.quantize(opened, store, layout_for(opened, SPEC, None), seen.append)
