@@ -143,8 +143,9 @@ class FirstUse:
 
 def _serve() -> None:
     import cli
+    from qmix.commands.shared import quiet_libraries
 
-    cli._quiet_libraries()  # which a command calls before it imports them
+    quiet_libraries()  # which a command calls before it imports them
     from transformers import MixtralForCausalLM  # noqa: F401
 
     import qmix.quantize

@@ -1,0 +1,26 @@
+"""The commands of the command line, a module each, named like its command and imported when it is used.
+
+Such a module has the command under its own name, and imports what the command needs when it runs: `--help` loads no
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+COMMANDS = ("generate", "quantize", "plan", "bench")
+
+
+class Commands(click.Group):
+    """A group that knows its commands' names, and imports a command when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"qmix.commands.{name}"), name)
+        return command

@@ -1,0 +1,59 @@
+"""`qmix bench`: speed beside the least time it could take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from qmix.commands.shared import (
+    LOADING_PATIENCE,
+    attention_option,
+    dtype_option,
+    model_or_default,
+    out,
+    precision_option,
+    quiet_libraries,
+    ram_option,
+)
+
+PROMPTS_HELP = "prompts to time, as 512 or 512,1024; 0 for none [512]"
+NEW_HELP = "tokens to generate, as 128 or 128,512; 0 for none [128]"
+
+
+@click.command()
+@click.argument("model", required=False)
+@ram_option
+@click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[what the longest test takes]")
+@precision_option
+@dtype_option
+@attention_option
+@click.option("-p", "--prompt-tokens", multiple=True, metavar="LIST", default=["512"], help=PROMPTS_HELP)
+@click.option("-n", "--new-tokens", multiple=True, metavar="LIST", default=["128"], help=NEW_HELP)
+@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
+def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **options: Any) -> None:
+    """Measure how fast MODEL takes in a prompt (pp) and generates (tg), beside what this machine could do at best."""
+    name = model_or_default(model)
+    from qmix.bound import workloads
+
+    tests = workloads(options.pop("prompt_tokens"), options.pop("new_tokens"))
+    quiet_libraries()
+    from calibration.probes import probe_in_child
+    from qmix.bench import measure, prepare
+    from qmix.runner import Runner
+    from qmix.terminal import ProgressDisplay, bench_conditions, bench_table, print_table, say
+
+    with ProgressDisplay(f"quantizing {name}, once") as making:
+        store, plan = prepare(name, tests, attention=attn, on_progress=making, **options)
+    say("measuring this machine's memory and cores")
+    machine = probe_in_child()
+    with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
+        runner = Runner(store, plan, attn, loading)
+    with runner:
+        report = measure(runner, tests, repetitions, machine, say)
+    if as_json:
+        out(json.dumps(report.to_json()) + "\n")
+    else:
+        print_table(bench_conditions(report), "", bench_table(report))

@@ -1,0 +1,84 @@
+"""`qmix generate`: text to continue in, its continuation out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import closing
+from typing import Any
+
+import click
+
+from qmix.commands.shared import (
+    MODEL_HELP,
+    attention_option,
+    context_option,
+    dtype_option,
+    loaded,
+    out,
+    precision_option,
+    ram_option,
+)
+from qmix.errors import UsageError
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
+@ram_option
+@context_option
+@precision_option
+@dtype_option
+@attention_option
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--temperature", type=float, help="0 is greedy [the model's own]")
+@click.option("--top-p", type=float, help="[the model's own]")
+@click.option("--top-k", type=int, help="0 turns it off [the model's own]")
+@click.option("--min-p", type=float, help="[the model's own]")
+@click.option("--repetition-penalty", type=float, help="[the model's own]")
+@click.option("--seed", type=int, help="fixes the draws [random]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again")
+@click.option(
+    "--draft-ngram", type=int, default=0, metavar="N", help="draft N tokens from repetitions in the text [0: off]"
+)
+@click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of streamed text")
+def generate(prompt: str | None, **options: Any) -> None:
+    """Continue PROMPT (or stdin, with - or nothing) and stream the text to stdout."""
+    from qmix.sampling import Sampling
+
+    as_json = options.pop("as_json")
+    loading = {name: options.pop(name) for name in ("model", "ram", "context", "precision", "dtype")}
+    attention = options.pop("attn")
+    sampling = Sampling(**{name: value for name, value in options.items() if value is not None})
+    text = _read_prompt(prompt)
+    with loaded(attention=attention, **loading) as runner:
+        from qmix.terminal import say, statistics
+
+        result = None
+        with closing(runner.generate(text, sampling)) as pieces:  # what ends the loop ends the computation
+            for piece in pieces:
+                result = piece.result
+                if not as_json:
+                    out(piece.text)
+        assert result is not None
+        out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
+        say(statistics(result))
+
+
+def _read_prompt(prompt: str | None) -> str:
+    """The prompt from the argument or stdin; refused before anything is loaded if it is no text."""
+    if prompt is not None and prompt != "-":
+        where, raw = "PROMPT", os.fsencode(prompt)
+    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise UsageError("no prompt: give one as an argument, or on stdin")
+    else:
+        where, raw = "stdin", sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: not UTF-8 text (byte {error.start})") from None
+    if not text.strip():
+        raise UsageError(f"{where}: is empty; give some text to continue")
+    return text if where != "stdin" else text.rstrip("\n")

@@ -1,0 +1,41 @@
+"""`qmix quantize`: a checkpoint in, a store out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qmix.commands.shared import dtype_option, precision_option
+from qmix.errors import UsageError
+from qmix.units import format_bytes
+
+
+@click.command()
+@click.argument("model")
+@click.argument("store", type=click.Path(path_type=Path))
+@precision_option
+@dtype_option
+@click.option("--evict", is_flag=True, help="hub only: delete each shard when it is used up")
+def quantize(model: str, store: Path, precision: str | None, dtype: str | None, evict: bool) -> None:
+    """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped."""
+    from qmix.checkpoint import open_checkpoint
+    from qmix.checkpoint.source import LocalSource
+    from qmix.prepare import INTERRUPTED, layout_for, open_source
+    from qmix.quantize import quantize as run
+    from qmix.store import is_store, partial_directory
+    from qmix.terminal import ProgressDisplay, say
+
+    there = is_store(store)
+    scratch = partial_directory(store) / "shards" if evict else None
+    source = open_source(model, scratch)
+    if evict and isinstance(source, LocalSource):
+        raise UsageError(f"--evict: {model} is not on the hub; your own files are never deleted")
+    checkpoint = open_checkpoint(source)
+    layout = layout_for(checkpoint, precision, dtype)
+    with ProgressDisplay(f"quantizing {model}") as display:
+        try:
+            made = run(checkpoint, store, layout, display)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(INTERRUPTED) from None
+    say(f"{made.directory}: {'already there, ' if there else ''}{format_bytes(made.layout.total_bytes)}")

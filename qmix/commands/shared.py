@@ -1,0 +1,82 @@
+"""What several commands have in common: options, the model they name, and what goes to stdout."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from qmix.errors import QmixError, UsageError
+from qmix.models import DEFAULT_MODEL
+from qmix.units import parse_bytes
+
+LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
+MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
+PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
+
+
+class Size(click.ParamType[int]):
+    """Bytes as people write them, refused before any work begins."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            return parse_bytes(value)
+        except UsageError as error:
+            self.fail(str(error), parameter, context)
+
+
+precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "fp16"]),
+    help="of dense weights; by default the checkpoint's own half",
+)
+ram_option = click.option(
+    "--ram", type=Size(), metavar="SIZE", help="ceiling for the whole process, as 12GiB [90% of free memory]"
+)
+context_option = click.option(
+    "--context", type=click.IntRange(min=1), metavar="TOKENS", help="prompt and answer together [4096]"
+)
+attention_option = click.option(
+    "--attn", type=click.Choice(["eager", "sdpa", "flash_attention_2"]), default="sdpa", show_default=True
+)
+
+
+def model_or_default(model: str | None) -> str:
+    if model is not None:
+        return model
+    click.echo(f"no model named: using the embedded {DEFAULT_MODEL}, a toy for trying things out", err=True)
+    return DEFAULT_MODEL
+
+
+def loaded(model: str | None, attention: str, **options: Any) -> Any:
+    """The runner of a model, with what is shown while it is made ready."""
+    name = model_or_default(model)
+    quiet_libraries()
+    from qmix.runner import load
+    from qmix.terminal import ProgressDisplay
+
+    making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
+    with making, loading:
+        return load(name, attention=attention, on_progress=making, on_load=loading, **options)
+
+
+def quiet_libraries() -> None:
+    """Keep what transformers and torch say to their developers away from the user."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def out(text: str) -> None:
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise QmixError(f"stdout: {error.strerror}; give the answer another place to go") from None
