@@ -77,14 +77,25 @@ def _tail(b: Builder, row: Value, offset: Value, item: ir.Type, lanes: int, coun
     return b.load(place)
 
 
-def _sum(b: Builder, sums: Value) -> Value:
-    """The sixteen sums as one, halves added to halves, in the same order on every machine."""
-    lanes = LANES
+def _sums(b: Builder, vectors: Sequence[Value]) -> Value:
+    """The sums of 1 or 4 vectors' sixteen numbers each, side by side; halves are added to halves in either case.
+
+    Four are folded together: what is left of each after a step shares a vector with what is left of the others.
+    """
+    parts, lanes = list(vectors), LANES
     while lanes > 1:
+        pairs = [parts[i : i + 2] for i in range(0, len(parts), 2)]
         lanes //= 2
-        low, high = (ir.Constant(ir.VectorType(I32, lanes), [*range(k, k + lanes)]) for k in (0, lanes))
-        sums = b.fadd(b.shuffle_vector(sums, sums, low), b.shuffle_vector(sums, sums, high))
-    return b.extract_element(sums, ir.Constant(I32, 0))
+        parts = [_fold(b, pair[0], pair[-1], lanes, len(pair)) for pair in pairs]
+    return parts[0]
+
+
+def _fold(b: Builder, left: Value, right: Value, lanes: int, count: int) -> Value:
+    """Vectors of runs of 2 * `lanes` numbers to one of runs of `lanes`: each run's halves added. 1 or 2 vectors."""
+    places = range(0, count * left.type.count, 2 * lanes)
+    low, high = ([start + half + i for start in places for i in range(lanes)] for half in (0, lanes))
+    taken = (ir.Constant(ir.VectorType(I32, len(places) * lanes), half) for half in (low, high))
+    return b.fadd(*(b.shuffle_vector(left, right, half) for half in taken))
 
 
 def _rows_by_tokens(b: Builder, holds: int, rows: int, tokens: int, arguments: Sequence[Value]) -> None:
@@ -115,9 +126,9 @@ def _rows_by_tokens(b: Builder, holds: int, rows: int, tokens: int, arguments: S
     with b.if_then(b.icmp_unsigned(">", rest, ir.Constant(I64, 0)), likely=False):
         step(done, lambda row, offset, item: _tail(b, row, offset, item, lanes, rest))
     for t, line in enumerate(totals):
-        for r, place in enumerate(line):
-            to = at(b, sums, 4 * (t * GROUP + r), FLOAT)
-            b.store(b.fadd(b.load(to, align=4), _sum(b, b.load(place))), to, align=4)
+        found = _sums(b, [b.load(place) for place in line])
+        to = at(b, sums, 4 * t * GROUP, found.type)
+        b.store(b.fadd(b.load(to, align=4), found), to, align=4)
 
 
 @intrinsic(prefer_literal=True)
