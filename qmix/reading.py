@@ -2,6 +2,7 @@
 
 A few threads take pieces of reads from two queues. Pieces of a read that somebody waits for ("demand") are always
 taken before those of one that only looks ahead, so that looking ahead uses the time in which the disk would be idle.
+Pieces end where a multiple of their size lies in the file: disks made of larger blocks read each block once then.
 """
 
 from __future__ import annotations
@@ -30,16 +31,21 @@ class Read:
     ) -> None:
         self.done: Future[None] = Future()
         self.view, self.file, self.offset, self.check = buffer.numpy().data, file, offset, check
-        self.waiting = deque(range(0, len(self.view), PIECE_BYTES))  # starts of pieces that no thread has taken
+        first = PIECE_BYTES - offset % PIECE_BYTES
+        self.waiting = deque([0, *range(first, len(self.view), PIECE_BYTES)])  # starts of pieces no thread has taken
         self.unfinished = len(self.waiting)
         self.error: BaseException | None = None
 
     def run(self, start: int) -> None:
         """Read one piece, in the calling thread."""
         try:
-            self.file.read_into(self.view[start : start + PIECE_BYTES], self.offset + start)
+            self.file.read_into(self.piece(start), self.offset + start)
         except BaseException as error:
             self.error = self.error or error
+
+    def piece(self, start: int) -> memoryview:
+        """The part of the buffer for the piece that starts there."""
+        return self.view[start : start + PIECE_BYTES - (self.offset + start) % PIECE_BYTES]
 
     def settle(self) -> None:
         """Check what was read and resolve `done`; after the last piece."""
@@ -91,7 +97,7 @@ class Reader:
         """Leave out the pieces that no thread has taken yet and give their bytes; `done` then raises CancelledError."""
         with self._changed:
             left_out = len(read.waiting)
-            nbytes = sum(len(read.view[start : start + PIECE_BYTES]) for start in read.waiting)
+            nbytes = sum(len(read.piece(start)) for start in read.waiting)
             read.waiting.clear()
             for queue in (self._demand, self._ahead):
                 if read in queue:
