@@ -6,8 +6,10 @@ holds is what it planned to hold. Filesystems that refuse it (tmpfs) are read th
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from qmix.errors import REMAKE, StoreError
 from qmix.precision.record import PAGE
 
 MADV_POPULATE_WRITE, MADV_COLLAPSE = 23, 25  # of Linux's mman.h; Python's mmap does not name them
+POPULATE_BYTES = 64 * 2**20  # a thread's piece of memory to be taken
+POPULATE_THREADS = 8
 
 
 def anonymous_memory(nbytes: int) -> torch.Tensor:
@@ -31,13 +35,23 @@ def anonymous_memory(nbytes: int) -> torch.Tensor:
         with suppress(OSError):  # a kernel without them
             mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
-    try:
-        mapping.madvise(MADV_POPULATE_WRITE)
-    except OSError:  # Linux before 5.14
-        memory.zero_()
+    _populate(memory)
     with suppress(OSError):  # where memory was in pieces, huge pages are put together now; Linux 6.1 and later
         mapping.madvise(MADV_COLLAPSE)
     return memory
+
+
+def _populate(memory: torch.Tensor) -> None:
+    """Have its pages now, taken by as many threads as there are cores: the system zeroes each."""
+    advise = ctypes.CDLL(None).madvise  # mmap's own method holds the GIL
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def populate(part: torch.Tensor) -> None:
+        if advise(part.data_ptr(), len(part), MADV_POPULATE_WRITE):  # Linux before 5.14
+            part.zero_()
+
+    with ThreadPoolExecutor(min(POPULATE_THREADS, os.cpu_count() or 1), "qmix-populate") as pool:
+        list(pool.map(populate, memory.split(POPULATE_BYTES)))
 
 
 class DirectFile:
