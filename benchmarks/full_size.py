@@ -1,76 +1,111 @@
-"""qmix beside llama.cpp at the geometry of 8x7B and 8x22B: the whole comparison, with the ceilings of the same run.
+"""qmix beside its peers at the geometry of 8x7B and 8x22B: the whole comparison, with the ceilings of the same run.
 
     python benchmarks/full_size.py DIRECTORY --peer PEER/bin/python
     python benchmarks/full_size.py DIRECTORY --peer PEER/bin/python --stage disk --layers 12 --rounds 3
 
-Models that DIRECTORY lacks are written there first. PEER is an environment with llama-cpp-python, gguf and numpy.
-Engines take turns, each in a process and a cgroup of its own with the page cache counted (this takes root), and
-ceilings are measured between them. Stages:
+Models that DIRECTORY lacks are written there first; with --discard each is deleted when no later stage needs it. PEER
+is an environment with llama-cpp-python, gguf and numpy. Engines take turns, each in a process and a cgroup of its own
+with the page cache counted (this takes root), and ceilings are measured between them. Stages:
 
-resident   everything in memory: a prompt of 512 tokens, then decode
-disk       memory for half of the store: a prompt of 128 tokens, then 100 tokens
+resident   everything in memory: a prompt of 512 tokens, then decode; llama.cpp
+disk       memory for half of the store: a prompt of 128 tokens, then 100 tokens; llama.cpp's mapping
 batch      the same budget, 32 prompts decoded together
+mapping    records of the store through a mapping of their file, and through a pool's slots
+offload    memory for half of a bf16 checkpoint: transformers with accelerate's disk offload
+quantize   that checkpoint into a store, beside the disk and the quantiser by themselves
 real       8x22B, 56 layers, context 4096, 20 GiB; expert files are hard links to a few distinct ones
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import click
+import mmap_or_pool
+import quantize_full
+from full_size_report import Result, show, summary
 from memory_cap import memory_group
-from rich.console import Console
-from rich.table import Table
 from synthetic_weights import SyntheticModel
 
 from calibration.probes import DiskProbe, probe_in_child
 from qmix.bound import dense_read
 from qmix.prepare import plan_for
 from qmix.store import Store, open_store
-from qmix.units import format_bytes
 
 HERE = Path(__file__).parent
 SLICE = 2 * 10**9  # bytes of disk reads between two runs
 REAL_RAM = 20 * 2**30
-
-Result = dict[str, Any]
+BESIDES_WEIGHTS = 1.2e9  # of transformers' memory: its imports, its cache, and one expert on its way from disk
 
 
 class Bench:
     """Models in a directory, and runs of engines on them."""
 
-    def __init__(self, directory: Path, peer: Path | None, layers: int, distinct: int) -> None:
-        self.directory, self.peer, self.layers, self.distinct = directory, peer, layers, distinct
+    def __init__(self, directory: Path, peer: Path | None, layers: int, distinct: int, checkpoint_layers: int) -> None:
+        self.directory, self.peer = directory.absolute(), peer
+        self.layers, self.distinct, self.checkpoint_layers = layers, distinct, checkpoint_layers
         directory.mkdir(exist_ok=True, parents=True)
         self.machine = probe_in_child()
         self.disk: list[float] = []
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where each kind of model lies."""
+        store, checkpoint = f"8x7b-{self.layers}", f"8x7b-{self.checkpoint_layers}"
+        return {
+            "store": self.directory / f"{store}.store",
+            "gguf": self.directory / f"{store}.bf16.gguf",
+            "checkpoint": self.directory / f"{checkpoint}.checkpoint",
+            "quantized": self.directory / f"{checkpoint}.quantized",
+            "real": self.directory / f"8x22b-56-{self.distinct}.store",
+        }
+
+    def discard(self, kinds: Iterable[str]) -> None:
+        for kind in kinds:
+            path = self.paths[kind]
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
     def store(self) -> Store:
-        return self._store(f"8x7b-{self.layers}.store", "--layers", str(self.layers))
+        return open_store(self._written("store", "synthetic_store.py", "--layers", self.layers))
 
     def real_store(self) -> Store:
-        sizes = ("--model", "8x22b", "--layers", "56", "--distinct-layers", str(self.distinct))
-        return self._store(f"8x22b-56-{self.distinct}.store", *sizes)
+        sizes = ("--model", "8x22b", "--layers", 56, "--distinct-layers", self.distinct)
+        return open_store(self._written("real", "synthetic_store.py", *sizes))
 
-    def _store(self, name: str, *sizes: str) -> Store:
-        path = self.directory / name
+    def checkpoint(self) -> Path:
+        return self._written("checkpoint", "synthetic.py", "--layers", self.checkpoint_layers)
+
+    def quantized(self) -> Store:
+        """The checkpoint's store, as the command makes it."""
+        path, checkpoint = self.paths["quantized"], self.checkpoint()
         if not path.is_dir():
-            subprocess.run([sys.executable, HERE / "synthetic_store.py", path, *sizes], check=True, stdout=sys.stderr)
+            command = [sys.executable, "-m", "cli", "quantize", str(checkpoint), str(path)]
+            subprocess.run(command, check=True, stdout=sys.stderr, cwd=HERE.parent)
         return open_store(path)
 
-    def gguf(self, store: Store, dense: str) -> Path:
+    def _written(self, kind: str, program: str, *options: object) -> Path:
+        path = self.paths[kind]
+        if not path.is_dir():
+            command = [sys.executable, *map(str, (HERE / program, path, *options))]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+        return path
+
+    def gguf(self, store: Store) -> Path:
         assert self.peer is not None
-        path = store.directory.with_suffix(f".{dense}.gguf")
+        path = self.paths["gguf"]
         if not path.is_file():
             subprocess.run(
-                [self.peer, HERE / "gguf_writer.py", store.directory, path, "--dense", dense],
+                [self.peer, HERE / "gguf_writer.py", store.directory, path, "--dense", "bf16"],
                 check=True,
                 stdout=sys.stderr,
                 env={"PYTHONPATH": str(HERE.parent)},
@@ -87,6 +122,11 @@ class Bench:
         command = [self.peer, HERE / "llamacpp_peer.py", path, "--prompt", json.dumps(prompt), *_flags(options), *more]
         return self._run(command, limit)
 
+    def transformers(self, checkpoint: Path, prompt: list[int], limit: int, tokens: int) -> Result:
+        command = [sys.executable, HERE / "transformers_peer.py", checkpoint, "--prompt", json.dumps(prompt)]
+        options = {"tokens": tokens, "ram": int(limit - BESIDES_WEIGHTS), "offload": self.directory}
+        return self._run([*command, *_flags(options)], limit)
+
     def _run(self, command: list[Any], limit: int | None) -> Result:
         with memory_group(limit) as group:
             done = group.run(list(map(str, command)), capture_output=True)
@@ -101,6 +141,12 @@ class Bench:
             self.disk.append(probe.slice(SLICE))
         return self.disk[-1]
 
+    def between_slices(self, store: Store, ram: int, limit: int, **options: object) -> Result:
+        """A run of qmix, with the disk's rate just before and just after it."""
+        before = self.slice(store)
+        mine = self.qmix(store, ram, limit, **options)
+        return mine | {"disk_read": statistics.mean((before, self.slice(store)))}
+
 
 def _flags(options: dict[str, object]) -> list[str]:
     return [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
@@ -113,29 +159,26 @@ def _active_bytes(store: Store, experts: float) -> float:
 
 def resident(bench: Bench, rounds: int, tokens: int) -> list[Result]:
     store = bench.store()
+    path = bench.gguf(store)
     ram = int(plan_for(store.layout, 2**50, 1024).total * 1.02) + 2**26
     prompt = SyntheticModel.of(store.directory).prompt(0, 512)
-    paths = {dense: bench.gguf(store, dense) for dense in ("bf16",)}
     runs = []
     for _ in range(rounds):
         bench.machine = probe_in_child()
         mine = bench.qmix(store, ram, None, prompt_tokens=512, tokens=tokens)
         runs.append(mine | {"memory_read": bench.machine.memory_read.median, "matmul": bench.machine.matmul.median})
-        for path in paths.values():
-            runs.append(bench.llama(path, prompt, None, "--warm-up", tokens=tokens))
+        runs.append(bench.llama(path, prompt, None, "--warm-up", tokens=tokens))
     return runs
 
 
 def disk(bench: Bench, rounds: int, tokens: int) -> list[Result]:
     store = bench.store()
+    path = bench.gguf(store)
     limit = store.layout.total_bytes // 2
     prompt = SyntheticModel.of(store.directory).prompt(0, 128)
-    path = bench.gguf(store, "bf16")
     runs = []
     for _ in range(rounds):
-        before = bench.slice(store)
-        mine = bench.qmix(store, limit, limit, prompt_tokens=128, tokens=tokens)
-        runs.append(mine | {"disk_read": statistics.mean((before, bench.slice(store)))})
+        runs.append(bench.between_slices(store, limit, limit, prompt_tokens=128, tokens=tokens))
         runs.append(bench.llama(path, prompt, limit, tokens=tokens) | {"disk_read": bench.disk[-1]})
     return runs
 
@@ -146,86 +189,73 @@ def batch(bench: Bench, rounds: int, tokens: int) -> list[Result]:
     runs = []
     for _ in range(rounds):
         for count, steps in ((1, tokens), (32, max(2, tokens // 4))):
-            before = bench.slice(store)
             options = {"prompt_tokens": 32, "context": 192, "batch": count, "tokens": steps}
-            mine = bench.qmix(store, limit, limit, **options)
-            runs.append(mine | {"disk_read": statistics.mean((before, bench.slice(store)))})
+            runs.append(bench.between_slices(store, limit, limit, **options))
+    return runs
+
+
+def offload(bench: Bench, rounds: int, tokens: int) -> list[Result]:
+    checkpoint, store = bench.checkpoint(), bench.quantized()
+    half = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) // 2
+    steps = max(2, tokens // 10)
+    prompt = SyntheticModel.of(checkpoint).prompt(0, 128)
+    runs = []
+    for _ in range(rounds):
+        runs.append(bench.between_slices(store, half, half, prompt_tokens=128, tokens=steps))
+        runs.append(bench.transformers(checkpoint, prompt, half, steps))
     return runs
 
 
 def real(bench: Bench, rounds: int, tokens: int) -> list[Result]:
     store = bench.real_store()
-    runs = []
-    for _ in range(rounds):
-        before = bench.slice(store)
-        options = {"prompt_tokens": 64, "context": 4096, "tokens": max(2, tokens // 4)}
-        mine = bench.qmix(store, REAL_RAM, REAL_RAM, **options)
-        runs.append(mine | {"disk_read": statistics.mean((before, bench.slice(store)))})
-    return runs
+    options = {"prompt_tokens": 64, "context": 4096, "tokens": max(2, tokens // 4)}
+    return [bench.between_slices(store, REAL_RAM, REAL_RAM, **options) for _ in range(rounds)]
 
 
-STAGES: dict[str, Callable[[Bench, int, int], list[Result]]] = {
-    "resident": resident,
-    "disk": disk,
-    "batch": batch,
-    "real": real,
+def mapping(bench: Bench, rounds: int, tokens: int) -> Result:
+    return mmap_or_pool.report(bench.store(), 8 * rounds)
+
+
+def quantize(bench: Bench, rounds: int, tokens: int) -> Result:
+    with tempfile.TemporaryDirectory(dir=bench.directory) as scratch:
+        return quantize_full.report(*quantize_full.measure(bench.checkpoint(), Path(scratch), "nf4", rounds))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the comparison, and the models that it takes. `run` gives runs to be shown, or shows them itself."""
+
+    run: Callable[[Bench, int, int], list[Result] | Result]
+    models: tuple[str, ...]
+
+
+STAGES = {
+    "resident": Stage(resident, ("store", "gguf")),
+    "disk": Stage(disk, ("store", "gguf")),
+    "batch": Stage(batch, ("store",)),
+    "mapping": Stage(mapping, ("store",)),
+    "offload": Stage(offload, ("checkpoint", "quantized")),
+    "quantize": Stage(quantize, ("checkpoint",)),
+    "real": Stage(real, ("real",)),
 }
 
 
-def summary(bench: Bench, run: Result) -> Result:
-    """What the table shows of one run; the bound is the longest of what disk and memory must at least take."""
-    decode = statistics.median(run["decode_s"])
-    row = {
-        "engine": run["engine"],
-        "batch": run.get("batch", 1),
-        "prefill_tok_s": run["prompt_tokens"] * run.get("batch", 1) / run["prefill_s"],
-        "decode_s": decode,
-        "decode_mean_s": statistics.mean(run["decode_s"]),
-        "decode_range_s": (min(run["decode_s"]), max(run["decode_s"])),
-        "tok_s": run.get("batch", 1) / statistics.mean(run["decode_s"]),
-        "limit": run["limit"],
-        "group_peak": run["group_peak"],
+def run_stage(bench: Bench, name: str, rounds: int, tokens: int) -> Result:
+    """Runs a stage and shows its table; its rows, and the ceilings of the same minutes."""
+    bench.disk.clear()
+    found = STAGES[name].run(bench, rounds, tokens)
+    if isinstance(found, dict):
+        return {name: found}
+    rows = [summary(run, bench.machine.memory_read.median) for run in found]
+    show(f"{name}, {max(run.get('layers', 0) for run in found)} layers", rows)
+    ceilings = {
+        "memory_gb_s": bench.machine.memory_read.median / 1e9,
+        "matmul_gflop_s": bench.machine.matmul.median / 1e9,
+        "disk_gb_s": statistics.median(bench.disk) / 1e9 if bench.disk else 0.0,
+        "disk_slices_gb_s": [rate / 1e9 for rate in bench.disk],
     }
-    if run["engine"] != "qmix":
-        return row
-    steps = len(run["decode_s"])
-    memory = run["active_bytes"] / bench.machine.memory_read.median
-    least = own = 0.0
-    if "disk_read" in run:
-        least, own = (run[name] / steps / run["disk_read"] for name in ("belady_bytes", "bytes_read"))
-    names = ("hit_rate", "misses", "ahead", "hidden", "unused", "precision_ahead", "slots", "experts", "planned")
-    return row | {
-        "bytes_per_step": run["bytes_read"] / steps,
-        "belady_bytes_per_step": run["belady_bytes"] / steps,
-        "disk_gb_s": run["bytes_read"] / sum(run["decode_s"]) / 1e9,
-        "memory_gb_s": run["active_bytes"] / decode / 1e9,
-        "disk_ceiling_gb_s": run.get("disk_read", 0) / 1e9,
-        "of_bound": max(least, memory) / row["decode_mean_s"],
-        "of_own_reads": max(own, memory) / row["decode_mean_s"],
-        "as_expected": run["all_as_expected"],
-        "peak_memory": run["peak_memory"],
-        "prefill_bytes": run["prefill_bytes"],
-        **{name: run[name] for name in names},
-    }
-
-
-def show(stage: str, rows: list[Result]) -> None:
-    table = Table(title=stage)
-    columns = ("engine", "prefill tok/s", "s a step, median (range)", "tok/s", "hits", "GB a step", "GB/s", "of bound")
-    for column in (*columns, "of own reads", "peak"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        low, high = row["decode_range_s"]
-        mine = ["", "", "", "", ""]
-        if row["engine"] == "qmix":
-            rate = row["disk_gb_s"] if row["bytes_per_step"] else row["memory_gb_s"]
-            mine = [f"{row['hit_rate']:.0%}", f"{row['bytes_per_step'] / 1e9:.2f}", f"{rate:.2f}"]
-            mine += [f"{row['of_bound']:.0%}", f"{row['of_own_reads']:.0%}"]
-        name = row["engine"] + (f" x {row['batch']}" if row["batch"] > 1 else "")
-        times = f"{row['decode_s']:.3f} ({low:.3f}-{high:.3f})"
-        cells = (f"{row['prefill_tok_s']:.1f}", times, f"{row['tok_s']:.2f}", *mine)
-        table.add_row(name, *cells, format_bytes(row["group_peak"] or 0))
-    Console(width=150).print(table)
+    click.echo(f"ceilings: {json.dumps(ceilings)}")
+    return {name: rows, f"{name} ceilings": ceilings}
 
 
 @click.command()
@@ -234,25 +264,23 @@ def show(stage: str, rows: list[Result]) -> None:
 @click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="[all]")
 @click.option("--layers", default=24, show_default=True, help="of the 8x7B geometry")
 @click.option("--distinct", default=8, show_default=True, help="layers of 8x22B whose experts are on disk")
+@click.option("--checkpoint-layers", default=3, show_default=True, help="of the bf16 checkpoint, in 8x7B's geometry")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--tokens", default=100, show_default=True)
+@click.option("--discard", is_flag=True, help="delete each model when no later stage needs it")
 def main(
-    directory: Path, peer: Path | None, stages: tuple[str, ...], layers: int, distinct: int, rounds: int, tokens: int
+    directory: Path, peer: Path | None, stages: tuple[str, ...], rounds: int, tokens: int, discard: bool, **sizes: int
 ) -> None:
     """Print conditions, a table for each stage, and last one JSON line."""
-    bench = Bench(directory, peer, layers, distinct)
-    found: dict[str, Any] = {}
-    for stage in stages or STAGES:
-        runs = STAGES[stage](bench, rounds, tokens)
-        found[stage] = [summary(bench, run) for run in runs]
-        memory, product = bench.machine.memory_read, bench.machine.matmul
-        ceilings = {"memory_gb_s": memory.median / 1e9, "matmul_gflop_s": product.median / 1e9}
-        ceilings["disk_gb_s"] = statistics.median(bench.disk) / 1e9 if bench.disk else 0.0
-        found[f"{stage} ceilings"] = ceilings | {"disk_slices_gb_s": [rate / 1e9 for rate in bench.disk]}
-        show(f"{stage}, {layers if stage != 'real' else 56} layers", found[stage])
-        click.echo(f"ceilings: {json.dumps(found[f'{stage} ceilings'])}")
-        bench.disk.clear()
-    click.echo(json.dumps({"date": date.today().isoformat(), "layers": layers, "rounds": rounds} | found))
+    bench = Bench(directory, peer, **sizes)
+    found: Result = {"date": date.today().isoformat(), "rounds": rounds, **sizes}
+    left = list(stages or STAGES)
+    while left:
+        name = left.pop(0)
+        found |= run_stage(bench, name, rounds, tokens)
+        if discard:
+            bench.discard(set(STAGES[name].models).difference(*(STAGES[later].models for later in left)))
+    click.echo(json.dumps(found))
 
 
 if __name__ == "__main__":
