@@ -60,11 +60,13 @@ class PoolCounters:
 class ExpertPool:
     """`slots` slots over a store's records; serves one thread, reads with several.
 
-    Setting `cancelled` makes the next request raise Cancelled.
+    With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes the next request raise Cancelled.
     """
 
-    def __init__(self, store: Store, slots: int, policy: Eviction | None = None) -> None:
-        self.store, self.slots = store, slots
+    def __init__(
+        self, store: Store, slots: int, policy: Eviction | None = None, invariant: bool = False
+    ) -> None:
+        self.store, self.slots, self.invariant = store, slots, invariant
         self.policy = policy or POLICIES[DEFAULT_POLICY](store.geometry)
         self.slot_bytes = store.layout.slot_bytes
         self.memory = anonymous_memory(slots * self.slot_bytes)
@@ -268,6 +270,6 @@ class ExpertPool:
         view = self._views.get((slot, precision))
         if view is None:
             record = self.store.layout.records[precision]
-            view = Expert(self._slot(slot), record, self.store.geometry.expert_matrices)
+            view = Expert(self._slot(slot), record, self.store.geometry.expert_matrices, self.invariant)
             self._views[slot, precision] = view
         return view
