@@ -336,8 +336,8 @@ def _combined() -> int:
         while row < tokens * groups * heads:
             positions = carray(_integers(table + row // (groups * heads) * 32), 4)[2]
             used = (positions + BLOCK - 1) // BLOCK
-            of_pair = carray(_pointer(parts + row // heads * blocks * heads * (width + 2) * 4), (blocks, heads, width + 2))
-            of_head = of_pair[:used, row % heads]
+            of_pair = parts + row // heads * blocks * heads * (width + 2) * 4
+            of_head = carray(_pointer(of_pair), (blocks, heads, width + 2))[:used, row % heads]
             maximum = of_head[:, width + 1].max()
             if maximum == -np.inf:
                 maximum = np.float32(0)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 from transformers import MixtralForCausalLM
@@ -27,7 +26,6 @@ from qmix.scheduler import Continuation, Scheduler
 PASS_TOKENS = PREFILL_CHUNK  # in a pass at most, as the plan reckons with
 MAX_BATCH = 256  # sequences at once: half of a pass is left to prompts
 
-Result = TypeVar("Result")
 OnLogits = Callable[[Continuation, torch.Tensor], bool]
 
 
@@ -42,6 +40,11 @@ class ContinuousEngine:
         self.scheduler = Scheduler(capacity, batch, PASS_TOKENS)
         threads = compute_threads(pool.store.geometry)
         self._thread = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        scheduler = self.scheduler
+        self.scheduler = Scheduler(scheduler.capacity, scheduler.batch, scheduler.pass_tokens)
 
     def close(self) -> None:
         """Let go of the files; harmless to repeat."""

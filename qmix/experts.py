@@ -43,8 +43,8 @@ class PooledExperts(nn.Module):
                 token, position = torch.where(top_k_index == expert)
                 outputs[token, position] = forward(hidden_states[token], self.activation)
         total = outputs[:, 0] * top_k_weights[:, :1]  # in fp32, [T, H]
-        for position in range(1, top_k):
-            total += outputs[:, position] * top_k_weights[:, position : position + 1]
+        for place in range(1, top_k):
+            total += outputs[:, place] * top_k_weights[:, place : place + 1]
         return total.to(hidden_states.dtype)
 
     def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Expert]]:

@@ -28,7 +28,7 @@ def make_invariant(model: MixtralForCausalLM) -> None:
     """Put invariant parts in place of transformers' own, with the same parameters; experts are the pool's matter."""
     use_half_linear(model, invariant=True)
     for layer in model.model.layers:
-        layer.mlp.gate = InvariantRouter(layer.mlp.gate)
+        layer.mlp.gate = InvariantRouter(layer.mlp.gate.weight, layer.mlp.gate.top_k)
         layer.mlp.experts.activation = row_by_row(layer.mlp.experts.activation)
     model.model.rotary_emb = BlockRotary(model.model.rotary_emb)
 
@@ -48,9 +48,9 @@ def row_by_row(function: Elementwise) -> Elementwise:
 class InvariantRouter(nn.Module):
     """transformers' MixtralTopKRouter with qmix's own product."""
 
-    def __init__(self, gate: nn.Module) -> None:
+    def __init__(self, weight: nn.Parameter, top_k: int) -> None:
         super().__init__()
-        self.weight, self.top_k = gate.weight, gate.top_k
+        self.weight, self.top_k = weight, top_k
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[..., H] to logits [T, E], weights [T, k] and experts [T, k]."""

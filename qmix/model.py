@@ -46,7 +46,9 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
     """The model in half precision, its experts drawn from the pool; ready to use, gradients off.
 
     Over a pool that is `invariant` the whole model is: a token's numbers then depend on its own sequence alone.
-    `attention` is one of ATTENTION, or the name of a function that transformers has been told of. Raises StoreError where a dense weight is damaged.
+    `attention` is one of ATTENTION, or the name of a function that transformers has been told of.
+
+    Raises StoreError where a dense weight is damaged.
     """
     config = _config(store)
     dtype = HALF[store.layout.dtype]

@@ -60,12 +60,11 @@ class PoolCounters:
 class ExpertPool:
     """`slots` slots over a store's records; serves one thread, reads with several.
 
-    With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes the next request raise Cancelled.
+    With `invariant`, an expert's result for a token does not depend on the tokens beside it.
+    Setting `cancelled` makes the next request raise Cancelled.
     """
 
-    def __init__(
-        self, store: Store, slots: int, policy: Eviction | None = None, invariant: bool = False
-    ) -> None:
+    def __init__(self, store: Store, slots: int, policy: Eviction | None = None, invariant: bool = False) -> None:
         self.store, self.slots, self.invariant = store, slots, invariant
         self.policy = policy or POLICIES[DEFAULT_POLICY](store.geometry)
         self.slot_bytes = store.layout.slot_bytes

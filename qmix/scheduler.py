@@ -16,7 +16,6 @@ class Stretches:
     """Which positions of an arena are taken: stretches of neighbours, the first that is long enough."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
         self._free = [(0, capacity)]  # starts and ends, in order, never touching
 
     def take(self, size: int) -> int | None:
@@ -60,7 +59,7 @@ class Scheduler:
 
     def __init__(self, capacity: int, batch: int, pass_tokens: int) -> None:
         assert 1 <= batch <= pass_tokens
-        self.batch, self.pass_tokens = batch, pass_tokens
+        self.capacity, self.batch, self.pass_tokens = capacity, batch, pass_tokens
         self._stretches = Stretches(capacity)
         self._waiting: deque[Continuation] = deque()
         self._running: list[Continuation] = []
@@ -71,7 +70,7 @@ class Scheduler:
 
     def add(self, sequence: Continuation) -> None:
         """Let a sequence wait for its turn; it fits an empty arena."""
-        assert 0 < len(sequence.tokens) < sequence.limit <= self._stretches.capacity + 1
+        assert 0 < len(sequence.tokens) < sequence.limit <= self.capacity + 1
         self._waiting.append(sequence)
 
     def finish(self, sequence: Continuation) -> None:
@@ -86,11 +85,10 @@ class Scheduler:
         left = self.pass_tokens - sum(count == 1 for count in waiting.values())
         chosen = []
         for sequence, count in waiting.items():
-            if count > 1:
-                count = min(count, left)
-                left -= count
-            if count:
-                chosen.append((sequence, count))
+            taken = min(count, left) if count > 1 else 1
+            left -= taken if count > 1 else 0
+            if taken:
+                chosen.append((sequence, taken))
         return chosen
 
     def _admit(self) -> None:

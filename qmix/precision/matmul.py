@@ -61,7 +61,9 @@ class Matrix:
 def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
     """x [..., cols] @ weight.T, both in the same half precision, by whichever kernel is the faster.
 
-    With `invariant` by qmix's own whatever the sizes. torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
+    With `invariant` by qmix's own whatever the sizes.
+
+    torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
     speed; in bf16 it is good at many rows.
     """
     tokens = x.numel() // weight.shape[1]
@@ -91,7 +93,9 @@ class HalfMatrix(Matrix):
 class Int8Matrix(Matrix):
     """bitsandbytes' row-wise int8: weight = code * row_max / 127."""
 
-    def __init__(self, codes: torch.Tensor, row_max: torch.Tensor, rows: int, cols: int, invariant: bool = False) -> None:
+    def __init__(
+        self, codes: torch.Tensor, row_max: torch.Tensor, rows: int, cols: int, invariant: bool = False
+    ) -> None:
         super().__init__(rows, cols, invariant)
         self.codes, self.row_max = codes, row_max
         self._ones = torch.ones(rows, dtype=torch.bfloat16)
