@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
 
 from qmix.choice import Chosen, TokenChooser
 from qmix.continuous import ContinuousEngine
@@ -15,7 +15,7 @@ from qmix.kv_arena import ROW_ATTENTION, Arena, register
 from qmix.machine import give_back_freed_memory
 from qmix.model import build_model
 from qmix.plan import Plan
-from qmix.pool import ExpertPool, PoolCounters
+from qmix.pool import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.runner import load_tokenizer
 from qmix.sampling import Sampling
@@ -118,8 +118,12 @@ class BatchRunner:
         self._growing: dict[Continuation, _Growing] = {}
 
     @property
-    def counters(self) -> PoolCounters:
-        return self.engine.pool.counters
+    def model(self) -> MixtralForCausalLM:
+        return self.engine.model
+
+    @property
+    def pool(self) -> ExpertPool:
+        return self.engine.pool
 
     def __enter__(self) -> BatchRunner:
         return self

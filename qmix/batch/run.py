@@ -121,7 +121,7 @@ class BatchRun:
 
     def summary(self, runner: BatchRunner | None) -> Summary:
         """How far the run is; without a runner there was nothing to compute."""
-        work, counters = (runner.work, runner.counters) if runner else (None, None)
+        work, counters = (runner.work, runner.pool.counters) if runner else (None, None)
         return Summary(
             lines=len(self.requests.entries),
             answered=self._answered,
