@@ -162,7 +162,7 @@ class BatchRunner:
         self._growing[sequence] = _Growing(
             request,
             sequence,
-            TokenChooser(self.engine.model, request.sampling, request.logprobs),
+            TokenChooser(self.model, request.sampling, len(prompt), request.logprobs),
             Detokenizer(self._decode, prompt),
             StopScanner(request.sampling.stop),
         )

@@ -46,15 +46,17 @@ def stream_seed(run_seed: int, name: str) -> int:
 
 
 class TokenChooser:
-    """Chooses the tokens of one sequence as transformers' `generate` would, from the draws of `sampling.seed`.
+    """Chooses what follows so many prompt tokens as transformers' `generate` would, from the draws of `sampling.seed`.
 
     `logprobs` is how many of the likeliest tokens are told with each, None for no log-probabilities at all.
     """
 
-    def __init__(self, model: MixtralForCausalLM, sampling: Sampling, logprobs: int | None = None) -> None:
+    def __init__(
+        self, model: MixtralForCausalLM, sampling: Sampling, prompt_tokens: int, logprobs: int | None = None
+    ) -> None:
         config = generation_config(model, sampling)
         self.ends, self.logprobs, self.samples = end_tokens(config), logprobs, bool(config.do_sample)
-        self._processors = _processors(model, config)
+        self._processors = _processors(model, config, prompt_tokens)
         self._random = torch.Generator().manual_seed(sampling.seed)
 
     def choose(self, tokens: list[int], logits: torch.Tensor) -> Chosen:
@@ -73,12 +75,12 @@ class TokenChooser:
         return Chosen(token, float(every[token]), tuple(zip(ids.tolist(), best.tolist(), strict=True)))
 
 
-def _processors(model: MixtralForCausalLM, config: GenerationConfig) -> LogitsProcessorList:
+def _processors(model: MixtralForCausalLM, config: GenerationConfig, prompt_tokens: int) -> LogitsProcessorList:
     """What `generate` itself would put between logits and choice for these options."""
     full, _ = model._prepare_generation_config(config)
     full.do_sample = config.do_sample
     model._prepare_special_tokens(full, kwargs_has_attention_mask=True, device=torch.device("cpu"))
     found: LogitsProcessorList = model._get_logits_processor(
-        full, input_ids_seq_length=0, logits_processor=LogitsProcessorList(), device="cpu"
+        full, input_ids_seq_length=prompt_tokens, logits_processor=LogitsProcessorList(), device="cpu"
     )
     return found
