@@ -46,8 +46,13 @@ class StreamAnswers:
         self.refused = 0
 
     def append(self, lines: list[bytes]) -> None:
-        self._stream.write(b"".join(lines))
-        self._stream.flush()
+        try:
+            self._stream.write(b"".join(lines))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise QmixError(f"stdout: {error.strerror}; give the answers another place to go") from None
 
 
 class FileAnswers:
@@ -99,9 +104,11 @@ class FileAnswers:
         try:
             self._write(b"".join(lines))
             os.fsync(self._file.fileno())
-        except OSError as error:
+        except BaseException as error:
             with suppress(OSError):
                 os.ftruncate(self._file.fileno(), self._end)
+            if not isinstance(error, OSError):
+                raise
             raise QmixError(
                 f"{self.path}: {error.strerror}; what is in it is whole, and the same command goes on from there"
             ) from None
