@@ -1,7 +1,7 @@
 """The command line: exit codes, and what becomes of a failure; the commands are in `qmix.commands`.
 
 stdout carries the answer, stderr the rest. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 does not fit the
-budget, 130 interrupted.
+budget, 4 done but for some lines of a batch, 130 interrupted.
 """
 
 from __future__ import annotations

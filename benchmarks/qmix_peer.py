@@ -3,8 +3,9 @@
     python benchmarks/qmix_peer.py STORE --prompt-tokens 128 --tokens 100 --ram 6GiB [--batch 32]
 
 Prompts are parts of the tour that the synthetic model continues greedily, those of a batch far from each other. Times
-in seconds, memory in bytes; the first token comes with the prefill. Counts are those of the decode steps alone,
-`belady_bytes` the fewest that any cache of as many slots could have read for them, had it known the routing beforehand.
+in seconds, memory in bytes; the first token comes with the prefill, that of a batch with all of its prompts. Counts are
+those of the decode steps alone, `belady_bytes` the fewest that any cache of as many slots could have read for them, had
+it known the routing beforehand.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,58 +25,107 @@ from synthetic_weights import SyntheticModel
 import qmix
 from calibration.replay import belady_hits, requests
 from calibration.trace import recorded
+from qmix.batch.sizing import plan_lines
+from qmix.batch_runner import BatchRunner, Request
+from qmix.machine import peak_memory
+from qmix.pool import ExpertPool, PoolCounters
 from qmix.runner import Runner
 from qmix.sampling import Sampling
+from qmix.store import open_store
+from qmix.units import parse_bytes
 
 
 class Clock:
-    """When each forward pass of the model ended, and what the pool had counted by then."""
+    """When each pass of the model ended, what the pool had counted and how many layers had asked by then."""
 
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.passes: list[tuple[float, Any, int]] = []
+    def __init__(self, pool: ExpertPool) -> None:
+        self.pool = pool
+        self.passes: list[tuple[float, PoolCounters, int]] = []
         self.steps: list[Any] = []
 
-    def note(self, now: float) -> None:
-        self.passes.append((now, self.runner.pool.counters.copy(), len(self.steps)))
+    def note(self) -> None:
+        self.passes.append((time.perf_counter(), self.pool.counters.copy(), len(self.steps)))
+
+
+@dataclass
+class Decoded:
+    """What was generated, and the passes: the one that ended the prompts, and those after it that had every sequence
+    in them."""
+
+    token_ids: list[list[int]]
+    peak_memory: int
+    clock: Clock
+    first: int
+    last: int
+
+
+def alone(runner: Runner, prompt: list[int], tokens: int) -> Decoded:
+    """One prompt: its last chunk is a pass, and each further token."""
+    clock = Clock(runner.pool)
+    runner.model.register_forward_hook(lambda *_: clock.note())
+    with recorded(runner.pool) as clock.steps:
+        result = runner.complete(prompt, max_new_tokens=tokens, temperature=0, ignore_eos=True)
+    last = len(clock.passes) - 1
+    return Decoded([result.token_ids], result.peak_memory, clock, last - tokens + 1, last)
+
+
+def together(runner: BatchRunner, prompts: list[list[int]], tokens: int) -> Decoded:
+    """Many prompts, which go through the model with the first tokens of those before them."""
+    sampling = Sampling(max_new_tokens=tokens, temperature=0, ignore_eos=True)
+    clock, answers, first, last = Clock(runner.pool), dict[str, list[int]](), None, None
+    requests = [Request(str(index), prompt, sampling) for index, prompt in enumerate(prompts)]
+    with recorded(runner.pool) as clock.steps:
+        for finished in runner.answer(requests):
+            clock.note()
+            if first is None and runner.work.prompt_tokens == sum(map(len, prompts)):
+                first = len(clock.passes) - 1
+            if finished and last is None:
+                last = len(clock.passes) - 1
+            answers |= {answer.name: answer.token_ids for answer in finished}
+    assert first is not None
+    assert last is not None
+    return Decoded([answers[request.name] for request in requests], peak_memory(), clock, first, last)
 
 
 def run(
-    model: SyntheticModel, store: Path, prompts: list[list[int]], tokens: int, ram: str, context: int
+    model: SyntheticModel, path: Path, prompts: list[list[int]], tokens: int, ram: str, context: int
 ) -> dict[str, Any]:
     """One measured run, as a JSON object."""
     started = time.perf_counter()
-    with qmix.load(store, ram=ram, context=context, batch=len(prompts)) as runner:
+    runner: Runner | BatchRunner
+    if len(prompts) == 1:
+        runner = qmix.load(path, ram=ram, context=context)
+    else:
+        store, needs = open_store(path), [len(prompt) + tokens for prompt in prompts]
+        runner = BatchRunner(store, plan_lines(store.layout, needs, parse_bytes(ram), len(prompts)))
+    with runner:
         loaded = time.perf_counter()
-        clock = Clock(runner)
-        runner.model.register_forward_hook(lambda *_: clock.note(time.perf_counter()))
-        sampling = Sampling(max_new_tokens=tokens, temperature=0, ignore_eos=True)
-        with recorded(runner.pool) as clock.steps:
-            results = runner.complete_batch(prompts, sampling)
+        if isinstance(runner, BatchRunner):
+            found = together(runner, prompts, tokens)
+        else:
+            found = alone(runner, prompts[0], tokens)
         plan = runner.plan
-        layers = runner.store.geometry.num_layers
         lookahead = runner.model.model.layers[0].mlp.experts.lookahead
-        threads = torch.get_num_threads()
-    # passes: the prompt's last chunk first, then one for each further token
-    prefill, decode = clock.passes[-tokens:][0], clock.passes[-1]
-    used, trace = decode[1].since(prefill[1]), clock.steps
+    passes, trace = found.clock.passes, found.clock.steps
+    prefill, decode = passes[found.first], passes[found.last]
+    used, trace = decode[1].since(prefill[1]), trace[: decode[2]]
     warm = belady_hits(trace, plan.slots) - belady_hits(trace[: prefill[2]], plan.slots)
     asked = requests(trace[prefill[2] :])
     return {
         "engine": "qmix",
-        "model": str(store),
+        "model": str(path),
         "prompt_tokens": len(prompts[0]),
         "batch": len(prompts),
-        "threads": threads,
-        "layers": layers,
+        "threads": torch.get_num_threads(),
+        "layers": runner.store.geometry.num_layers,
         "slots": plan.slots,
         "experts": plan.num_records,
         "budget": plan.ram,
         "planned": plan.total,
         "load_s": loaded - started,
-        "prefill_s": results[0].ttft_s,
+        "prefill_s": prefill[0] - loaded,
         "prefill_bytes": prefill[1].bytes_read,
-        "decode_s": [after[0] - before[0] for before, after in pairwise(clock.passes[-tokens:])],
+        "decode_s": [after[0] - before[0] for before, after in pairwise(passes[found.first : found.last + 1])],
         "hit_rate": used.hit_rate,
         "bytes_read": used.bytes_read,
         "ahead": used.ahead,
@@ -84,12 +135,11 @@ def run(
         "asked": asked,
         "belady_bytes": (asked - warm) * plan.slot_bytes,
         "precision_ahead": [lookahead.precision(depth) for depth in (1, 2, 3, 4)] if lookahead else None,
-        "token_ids": results[0].token_ids,
+        "token_ids": found.token_ids[0],
         "all_as_expected": all(
-            result.token_ids == model.continuation(prompt, tokens)
-            for prompt, result in zip(prompts, results, strict=True)
+            ids == model.continuation(prompt, tokens) for prompt, ids in zip(prompts, found.token_ids, strict=True)
         ),
-        "peak_memory": max(result.peak_memory for result in results),
+        "peak_memory": found.peak_memory,
     }
 
 
@@ -100,7 +150,9 @@ def run(
 @click.option("--tokens", default=20, show_default=True, help="to generate")
 @click.option("--ram", required=True)
 @click.option("--context", default=1024, show_default=True)
-@click.option("--batch", default=1, show_default=True, help="prompts decoded together")
+@click.option(
+    "--batch", default=1, show_default=True, help="prompts decoded together; more than one as `qmix batch` does"
+)
 def main(store: Path, prompt_tokens: int, start: int, tokens: int, ram: str, context: int, batch: int) -> None:
     """Print one JSON line."""
     warnings.simplefilter("ignore")

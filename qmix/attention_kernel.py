@@ -1,6 +1,6 @@
-"""Attention of one query token to a long KV cache, at about the speed of reading the cache.
+"""Attention of single query tokens to long KV caches, at about the speed of reading the cache.
 
-A piece of work is a block of 512 positions of one sequence and key head, for all query heads that share it: scores,
+A piece of work is a block of 512 positions of one token and key head, for all query heads that share it: scores,
 their softmax about the block's own maximum, and the weighted sum of values, all in fp32. A second pass puts the blocks
 of each query head together in their order. Blocks are the same whatever the number of threads, and so are results.
 
@@ -65,24 +65,39 @@ def attend(
     bf16 or fp16 throughout, D a multiple of 16; key and value with contiguous rows of D one after another. `bias` is
     added to the scaled scores; a sequence in which it hides every position gets zeros.
     """
-    batch, groups, heads, width = query.shape
     positions = key.shape[2]
-    blocks = -(-positions // BLOCK)
-    holds = FP16 if query.dtype == torch.float16 else BF16 if has_pairs() else BF16_WIDE
-    as_read = query.to(torch.bfloat16 if holds in PAIRED else torch.float32).contiguous()
-    parts = torch.empty(batch * groups, blocks, heads, width + 2)  # sums of values, their weights' sum, the maximum
-    out = torch.empty(batch, groups, heads, width, dtype=query.dtype)
-    scale = torch.tensor([scaling], dtype=torch.float32)
     bias_at = bias_step = 0
     if bias is not None:
         bias = bias.contiguous()
         bias_at, bias_step = bias.data_ptr(), 4 * positions if len(bias) > 1 else 0
-    shape = batch, groups, heads, width, positions
-    places = as_read.data_ptr(), key.data_ptr(), value.data_ptr(), bias_at, parts.data_ptr(), scale.data_ptr()
-    strides = 2 * key.stride(0), 2 * key.stride(1), 2 * value.stride(0), 2 * value.stride(1), bias_step
-    team.run(_blocks(holds), *shape, *places, *strides)
-    rows = batch * groups * heads
-    team.run(_combined(), rows, heads, width, blocks, parts.data_ptr(), out.data_ptr(), holds == FP16)
+    key_at, value_at, key_step, value_step = key.data_ptr(), value.data_ptr(), 2 * key.stride(0), 2 * value.stride(0)
+    rows = [
+        (key_at + b * key_step, value_at + b * value_step, positions, bias_at + b * bias_step)
+        for b in range(len(query))
+    ]
+    return attend_rows(query, torch.tensor(rows), (2 * key.stride(1), 2 * value.stride(1)), positions, scaling)
+
+
+def attend_rows(
+    query: torch.Tensor, rows: torch.Tensor, group_strides: tuple[int, int], longest: int, scaling: float
+) -> torch.Tensor:
+    """query [T, G, R, D], each row of it over positions of its own, to [T, G, R, D].
+
+    `rows`, int64 [T, 4], has the addresses of a row's first key and first value in the first group, how many positions
+    it sees, at most `longest`, and the address of so many fp32 numbers to add to its scaled scores, or 0. Groups lie
+    `group_strides` bytes apart, positions one after another. A row's result does not depend on the other rows.
+    """
+    tokens, groups, heads, width = query.shape
+    blocks = -(-longest // BLOCK)
+    holds = FP16 if query.dtype == torch.float16 else BF16 if has_pairs() else BF16_WIDE
+    as_read = query.to(torch.bfloat16 if holds in PAIRED else torch.float32).contiguous()
+    parts = torch.empty(tokens * groups, blocks, heads, width + 2)  # sums of values, their weights' sum, the maximum
+    out = torch.empty(tokens, groups, heads, width, dtype=query.dtype)
+    scale = torch.tensor([scaling], dtype=torch.float32)
+    shape = tokens, groups, heads, width, blocks
+    places = as_read.data_ptr(), rows.data_ptr(), parts.data_ptr(), scale.data_ptr()
+    team.run(_blocks(holds), *shape, *places, *group_strides)
+    team.run(_combined(), *shape, rows.data_ptr(), parts.data_ptr(), out.data_ptr(), holds == FP16)
     return out
 
 
@@ -226,27 +241,39 @@ def _pointer(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
     return types.CPointer(types.float32)(types.int64), emit
 
 
+@intrinsic
+def _integers(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
+    """An address as a pointer to int64."""
+
+    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
+        return at(b, arguments[0], 0, ir.IntType(64))
+
+    return types.CPointer(types.int64)(types.int64), emit
+
+
 @cache
 def _blocks(holds: int) -> int:
     query_item = 2 if holds in PAIRED else 4
 
     def kernel(block: Any) -> None:
-        numbers = carray(block, 17)
-        batch, groups, heads, width, positions = numbers[1:6]
-        query, key, value, bias, parts, scale_at = numbers[6:12]
-        key_batch, key_group, value_batch, value_group, bias_step = numbers[12:]
-        blocks = (positions + BLOCK - 1) // BLOCK
+        numbers = carray(block, 12)
+        tokens, groups, heads, width, blocks = numbers[1:6]
+        query, table, parts, scale_at, key_group, value_group = numbers[6:12]
         scale = float_at(scale_at)
         scores = np.empty((BLOCK // GROUP, heads, GROUP), np.float32)
         added = np.empty(BLOCK, np.float32)
         piece = next_piece(block)
-        while piece < batch * groups * blocks:
+        while piece < tokens * groups * blocks:
             pair, first = piece // blocks, piece % blocks * BLOCK
-            b, g = pair // groups, pair % groups
+            token, g = pair // groups, pair % groups
+            key, value, positions, bias = carray(_integers(table + token * 32), 4)
+            if first >= positions:
+                piece = next_piece(block)
+                continue
             count = min(BLOCK, positions - first)
             used = (count + GROUP - 1) // GROUP
-            keys = key + b * key_batch + g * key_group + first * width * 2
-            values = value + b * value_batch + g * value_group + first * width * 2
+            keys = key + g * key_group + first * width * 2
+            values = value + g * value_group + first * width * 2
             queries = query + pair * heads * width * query_item
             part = parts + piece * heads * (width + 2) * 4
             scores[:used] = 0
@@ -254,7 +281,7 @@ def _blocks(holds: int) -> int:
             added[count : used * GROUP] = -np.inf
             if bias:
                 for i in range(count):
-                    added[i] = float_at(bias + b * bias_step + (first + i) * 4)
+                    added[i] = float_at(bias + (first + i) * 4)
             position = 0
             while position < count:
                 taken = ROWS if position + ROWS <= count else 1
@@ -303,17 +330,20 @@ def _blocks(holds: int) -> int:
 @cache
 def _combined() -> int:
     def kernel(block: Any) -> None:
-        rows, heads, width, blocks, parts, out, fp16 = carray(block, 8)[1:]
+        tokens, groups, heads, width, blocks, table, parts, out, fp16 = carray(block, 10)[1:]
         sums = np.empty(width, np.float32)
         row = next_piece(block)
-        while row < rows:
-            of_head = carray(_pointer(parts), (rows // heads, blocks, heads, width + 2))[row // heads, :, row % heads]
+        while row < tokens * groups * heads:
+            positions = carray(_integers(table + row // (groups * heads) * 32), 4)[2]
+            used = (positions + BLOCK - 1) // BLOCK
+            of_pair = parts + row // heads * blocks * heads * (width + 2) * 4
+            of_head = carray(_pointer(of_pair), (blocks, heads, width + 2))[:used, row % heads]
             maximum = of_head[:, width + 1].max()
             if maximum == -np.inf:
                 maximum = np.float32(0)
             sums[:] = 0
             total = np.float32(0)
-            for part in range(blocks):
+            for part in range(used):
                 factor = np.exp(of_head[part, width + 1] - maximum)
                 total += factor * of_head[part, width]
                 for column in range(width):

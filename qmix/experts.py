@@ -42,8 +42,10 @@ class PooledExperts(nn.Module):
             else:
                 token, position = torch.where(top_k_index == expert)
                 outputs[token, position] = forward(hidden_states[token], self.activation)
-        # [T, 1, k] @ [T, k, H]
-        return torch.bmm(top_k_weights.unsqueeze(1), outputs.float()).squeeze(1).to(hidden_states.dtype)
+        total = outputs[:, 0] * top_k_weights[:, :1]  # in fp32, [T, H]
+        for place in range(1, top_k):
+            total += outputs[:, place] * top_k_weights[:, place : place + 1]
+        return total.to(hidden_states.dtype)
 
     def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Expert]]:
         if self.lookahead is None:

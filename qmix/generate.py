@@ -21,6 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qmix.choice import generation_config
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
@@ -187,14 +188,9 @@ class Engine:
             hook.remove()
 
     def _config(self, sampling: Sampling, batch: int) -> GenerationConfig:
-        """The model's own defaults with the options of this run on top."""
-        config = GenerationConfig(**self.model.generation_config.to_diff_dict())
-        config.update(**sampling.overrides())
-        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+        config = generation_config(self.model, sampling)
         config.prefill_chunk_size = max(1, PREFILL_CHUNK // batch)
         config.use_cache = True
-        if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = config.min_p = None
         return config
 
     def _result(

@@ -41,12 +41,15 @@ class Lookahead:
         self.guesses: Counter[int] = Counter()
 
     def coming(self, layer: int, hidden: torch.Tensor) -> list[Key]:
-        """Experts of the layers after `layer`, soonest first, from its normed input [T, H] (or the embeddings)."""
+        """Experts of the layers after `layer`, soonest first, from its normed input [T, H] (or the embeddings).
+
+        After the last layer of many tokens comes the first again: a prompt's next chunk, or a batch's next pass.
+        """
+        if len(hidden) > FEW_TOKENS:
+            return [((layer + 1) % self.layers, expert) for expert in range(self.experts)]
         ahead = range(layer + 1, min(layer + 1 + self.depth, self.layers))
         if not ahead:
             return []
-        if len(hidden) > FEW_TOKENS:
-            return [(layer + 1, expert) for expert in range(self.experts)]
         stream = hidden.float()
         if layer != EMBEDDING:
             stream = stream / self._norms[layer].float()

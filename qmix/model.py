@@ -20,6 +20,7 @@ from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
+from qmix.invariant import make_invariant
 from qmix.lookahead import EMBEDDING, Lookahead
 from qmix.pool import ExpertPool
 from qmix.precision.dense import use_half_linear
@@ -44,6 +45,9 @@ def check_attention(name: str) -> None:
 def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> MixtralForCausalLM:
     """The model in half precision, its experts drawn from the pool; ready to use, gradients off.
 
+    Over a pool that is `invariant` the whole model is: a token's numbers then depend on its own sequence alone.
+    `attention` is one of ATTENTION, or the name of a function that transformers has been told of.
+
     Raises StoreError where a dense weight is damaged.
     """
     config = _config(store)
@@ -56,10 +60,12 @@ def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> Mixt
     activation = _activation(config)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
-    if uses_kernels(store.geometry):
-        use_half_linear(model)
     with _refusals(store.directory / "config.json"):
         model.model.rotary_emb = MixtralRotaryEmbedding(config)
+    if pool.invariant:
+        make_invariant(model)
+    elif uses_kernels(store.geometry):
+        use_half_linear(model)
     for name, value in read_dense(store).items():
         set_module_tensor_to_device(model, _module_name(name), "cpu", value=value, dtype=dtype)
     if store.geometry.tie_embeddings:

@@ -128,7 +128,8 @@ def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1)
     routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)
     expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
     step = kept + max(norm, rotary + mask + scores, routed + expert + SLOW_PATH_BYTES)
-    logits = geometry.vocab_size * 40 * batch  # scores, probabilities, and their sorted copies with indices
+    sorting = geometry.vocab_size * 40  # one sequence's scores, probabilities, and their sorted copies with indices
+    logits = sorting + geometry.vocab_size * HALF_BYTES * batch
     lookahead = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
     return max(step, kept + logits) + lookahead
 

@@ -7,6 +7,7 @@ read ahead in the disk's idle time.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from qmix.errors import REMAKE, Cancelled, StoreError
 from qmix.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
-from qmix.reading import Read, Reader
+from qmix.reading import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.store import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
@@ -60,11 +61,12 @@ class PoolCounters:
 class ExpertPool:
     """`slots` slots over a store's records; serves one thread, reads with several.
 
+    With `invariant`, an expert's result for a token does not depend on the tokens beside it.
     Setting `cancelled` makes the next request raise Cancelled.
     """
 
-    def __init__(self, store: Store, slots: int, policy: Eviction | None = None) -> None:
-        self.store, self.slots = store, slots
+    def __init__(self, store: Store, slots: int, policy: Eviction | None = None, invariant: bool = False) -> None:
+        self.store, self.slots, self.invariant = store, slots, invariant
         self.policy = policy or POLICIES[DEFAULT_POLICY](store.geometry)
         self.slot_bytes = store.layout.slot_bytes
         self.memory = anonymous_memory(slots * self.slot_bytes)
@@ -79,6 +81,9 @@ class ExpertPool:
         self._views: dict[tuple[int, str], Expert] = {}
         self._files = [DirectFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
         self._reader = Reader()
+        # one whose last pieces are read, and those that keep all threads busy: each further one takes the slot of a
+        # record that a later layer will ask for
+        self._reads_awaited = 1 + math.ceil(READ_THREADS / math.ceil(self.slot_bytes / PIECE_BYTES))
 
     @property
     def holds_all(self) -> bool:
@@ -169,7 +174,11 @@ class ExpertPool:
         pinned = set(ready)
         try:
             while ready or waiting or reading:
-                while waiting and (slot := self._take_slot(layer, pinned)) is not None:
+                while (
+                    waiting
+                    and len(reading) < self._reads_awaited
+                    and (slot := self._take_slot(layer, pinned)) is not None
+                ):
                     reading.append(self._begin(waiting.popleft(), slot))
                 if not waiting:
                     self._read_ahead(layer, coming, pinned)
@@ -268,6 +277,6 @@ class ExpertPool:
         view = self._views.get((slot, precision))
         if view is None:
             record = self.store.layout.records[precision]
-            view = Expert(self._slot(slot), record, self.store.geometry.expert_matrices)
+            view = Expert(self._slot(slot), record, self.store.geometry.expert_matrices, self.invariant)
             self._views[slot, precision] = view
         return view

@@ -163,9 +163,7 @@ def layout_of(model: str | Path, precision: str | None, dtype: str | None) -> St
     return store.layout if store else layout_for(open_checkpoint(open_source(model)), precision, dtype)
 
 
-def plan_for(
-    layout: StoreLayout, ram: int | str | None, context: int | None, attention: str = "sdpa", batch: int = 1
-) -> Plan:
+def plan_for(layout: StoreLayout, ram: int | str | None, context: int | None, attention: str = "sdpa") -> Plan:
     """The plan of a store on this machine, with the defaults that `qmix.load` has."""
     longest = layout.geometry.max_position
     if context is not None and not 1 <= context <= longest:
@@ -173,4 +171,4 @@ def plan_for(
     budget = default_budget() if ram is None else parse_bytes(ram)
     tokens = context or default_context(layout.geometry)
     own = interpreter_memory(kernels=uses_kernels(layout.geometry))
-    return make_plan(layout, budget, tokens, own, attention, batch)
+    return make_plan(layout, budget, tokens, own, attention)

@@ -40,7 +40,7 @@ class Runner:
             self.model: MixtralForCausalLM = build_model(store, pool, attention)
             if plan.slots == plan.num_records:
                 pool.fill(on_load)
-            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype], plan.batch)
+            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
         except BaseException:
             pool.close()
             raise
@@ -67,13 +67,6 @@ class Runner:
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")
         return _pieces(self._generate([prompt], sampling or Sampling(**options)))
-
-    def complete_batch(self, prompts: Sequence[str | list[int]], sampling: Sampling) -> list[Result]:
-        """The continuations of up to `plan.batch` prompts, decoded together. Raises UsageError as `generate` does."""
-        if len(prompts) > self.plan.batch or sampling.draft_ngram:
-            raise UsageError(f"{len(prompts)} prompts at once: planned for {self.plan.batch}, without drafting")
-        results = {index: piece.result for index, piece in self._generate(prompts, sampling) if piece.result}
-        return [results[index] for index in range(len(prompts))]
 
     def _generate(
         self, prompts: Sequence[str | list[int]], sampling: Sampling
@@ -126,7 +119,6 @@ def load(
     precision: str | None = None,
     dtype: str | None = None,
     attention: str = "sdpa",
-    batch: int = 1,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
 ) -> Runner:
@@ -135,14 +127,14 @@ def load(
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
     into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
     default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum; `batch` how many prompts are decoded together at most. `on_progress` is told of a
+    the model's own maximum. `on_progress` is told of a
     quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
     QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
 
     def planned(layout: StoreLayout) -> Plan:
-        return plan_for(layout, ram, context, attention, batch)
+        return plan_for(layout, ram, context, attention)
 
     store = prepare_store(model, precision, dtype, on_progress, planned)
     return Runner(store, planned(store.layout), attention, on_load)

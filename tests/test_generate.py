@@ -26,8 +26,8 @@ def store(tiny, tmp_path_factory):
     return make_store(tiny, tmp_path_factory.mktemp("generate") / "store")
 
 
-def runner_of(store, slots, context=1024, batch=1) -> Runner:
-    plan = make_plan(store.layout, 2**40, context, 2**28, batch=batch)
+def runner_of(store, slots, context=1024) -> Runner:
+    plan = make_plan(store.layout, 2**40, context, 2**28)
     fields = {name: getattr(plan, name) for name in Plan.__slots__} | {"slots": slots}
     return Runner(store, Plan(**fields))
 
@@ -203,33 +203,6 @@ def test_a_rope_that_transformers_does_not_know_is_named(tmp_path):
     store = make_store(make_checkpoint(tmp_path / "checkpoint", rope_parameters=strange), tmp_path / "store")
     with pytest.raises(StoreError, match=r"config\.json: transformers does not take it"):
         make_model(store)
-
-
-PROMPTS = [PROMPT, "Pour installer", "The file", PROMPT * 30]
-
-
-def test_prompts_answered_together_give_what_each_gives_alone(tiny, tmp_path):
-    """Short ones are padded on the left, those that end early wait for the rest."""
-    sampling = Sampling(max_new_tokens=24, temperature=0, stop=(" the",))
-    with runner_of(make_store(tiny, tmp_path / "half", "half"), 48, batch=4) as runner:
-        alone = [runner.complete(prompt, sampling) for prompt in PROMPTS]
-        together = runner.complete_batch(PROMPTS, sampling)
-    for one, other in zip(alone, together, strict=True):
-        assert (one.text, one.finish_reason, one.token_ids) == (other.text, other.finish_reason, other.token_ids)
-    assert len({len(result.token_ids) for result in together}) > 1
-
-
-def test_a_batch_asks_for_each_expert_once_a_step(store):
-    with runner_of(store, 48, batch=4) as runner:
-        sampling = Sampling(max_new_tokens=20, temperature=0, ignore_eos=True)
-        alone = sum(runner.complete(prompt, sampling).hits for prompt in PROMPTS)
-        together = runner.complete_batch(PROMPTS, sampling)[0].hits
-    assert together < 0.8 * alone
-
-
-def test_more_prompts_than_were_planned_are_refused(runner):
-    with pytest.raises(UsageError, match="2 prompts at once: planned for 1"):
-        runner.complete_batch(["a", "b"], Sampling())
 
 
 REPEATING = "sudo apt install python3. " * 15

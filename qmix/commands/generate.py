@@ -19,6 +19,7 @@ from qmix.commands.shared import (
     out,
     precision_option,
     ram_option,
+    sampling_options,
 )
 from qmix.errors import UsageError
 
@@ -31,18 +32,10 @@ from qmix.errors import UsageError
 @precision_option
 @dtype_option
 @attention_option
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
-@click.option("--temperature", type=float, help="0 is greedy [the model's own]")
-@click.option("--top-p", type=float, help="[the model's own]")
-@click.option("--top-k", type=int, help="0 turns it off [the model's own]")
-@click.option("--min-p", type=float, help="[the model's own]")
-@click.option("--repetition-penalty", type=float, help="[the model's own]")
-@click.option("--seed", type=int, help="fixes the draws [random]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again")
+@sampling_options
 @click.option(
     "--draft-ngram", type=int, default=0, metavar="N", help="draft N tokens from repetitions in the text [0: off]"
 )
-@click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of streamed text")
 def generate(prompt: str | None, **options: Any) -> None:
     """Continue PROMPT (or stdin, with - or nothing) and stream the text to stdout."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -43,6 +44,26 @@ context_option = click.option(
 attention_option = click.option(
     "--attn", type=click.Choice(["eager", "sdpa", "flash_attention_2"]), default="sdpa", show_default=True
 )
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that become a Sampling: how the next token is chosen, and when to stop."""
+    own = "[the model's own]"
+    for option in reversed(
+        (
+            click.option("--max-new-tokens", type=int, default=256, show_default=True),
+            click.option("--temperature", type=float, help=f"0 is greedy {own}"),
+            click.option("--top-p", type=float, help=own),
+            click.option("--top-k", type=int, help=f"0 turns it off {own}"),
+            click.option("--min-p", type=float, help=own),
+            click.option("--repetition-penalty", type=float, help=own),
+            click.option("--seed", type=int, help="fixes the draws [random]"),
+            click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
+            click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token"),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 def model_or_default(model: str | None) -> str:

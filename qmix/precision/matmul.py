@@ -4,6 +4,9 @@ Each class holds views into a buffer and offers `multiply(x)`: x [T, cols] to [T
 `dequantize(start, stop)`: those rows in fp32, the definition that every kernel is tested against. Where no fast
 kernel takes the shape, or the CPU has none, rows are dequantised a few at a time and multiplied in fp32. The
 buffer is a pool slot, whose content changes: nothing is worked out from it beforehand.
+
+The fastest kernel for a few rows of x is another than for many, and rounds differently. A matrix made `invariant`
+takes one for all, so that a row's product does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -28,8 +31,13 @@ FEW_TOKENS = 32  # rows of x from which torch's product in bf16 is as fast as qm
 class Matrix:
     """A [rows, cols] matrix in some precision."""
 
-    def __init__(self, rows: int, cols: int) -> None:
-        self.rows, self.cols = rows, cols
+    def __init__(self, rows: int, cols: int, invariant: bool = False) -> None:
+        self.rows, self.cols, self.invariant = rows, cols, invariant
+
+    @property
+    def uses_ours(self) -> bool:
+        """Whether qmix's own products, which are invariant, are taken."""
+        return self.invariant or self.rows * self.cols >= KERNEL_WEIGHTS
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) in fp32."""
@@ -41,12 +49,19 @@ class Matrix:
         wide, step = x.float(), max(1, SLOW_PATH_WEIGHTS // self.cols)
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
-            out[:, start:stop] = wide @ self.dequantize(start, stop).T
+            weights = self.dequantize(start, stop)
+            if self.invariant:  # each row by itself, at an address of its own: the library's sums follow alignment
+                for row, token in zip(out, wide, strict=True):
+                    row[start:stop] = weights @ token.clone()
+            else:
+                out[:, start:stop] = wide @ weights.T
         return out
 
 
-def half_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
     """x [..., cols] @ weight.T, both in the same half precision, by whichever kernel is the faster.
+
+    With `invariant` by qmix's own whatever the sizes.
 
     torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
     speed; in bf16 it is good at many rows.
@@ -54,7 +69,7 @@ def half_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tokens = x.numel() // weight.shape[1]
     ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
     ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
-    if not ours or x.dtype != weight.dtype or x.requires_grad:
+    if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad:
         return F.linear(x, weight)
     from qmix.precision.products import multiply_rows
 
@@ -64,22 +79,24 @@ def half_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class HalfMatrix(Matrix):
     """The weights themselves in bf16 or fp16."""
 
-    def __init__(self, weight: torch.Tensor, rows: int, cols: int) -> None:
-        super().__init__(rows, cols)
+    def __init__(self, weight: torch.Tensor, rows: int, cols: int, invariant: bool = False) -> None:
+        super().__init__(rows, cols, invariant)
         self.weight = weight
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         return self.weight[start:stop].float()
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return half_product(x, self.weight)
+        return half_product(x, self.weight, self.invariant)
 
 
 class Int8Matrix(Matrix):
     """bitsandbytes' row-wise int8: weight = code * row_max / 127."""
 
-    def __init__(self, codes: torch.Tensor, row_max: torch.Tensor, rows: int, cols: int) -> None:
-        super().__init__(rows, cols)
+    def __init__(
+        self, codes: torch.Tensor, row_max: torch.Tensor, rows: int, cols: int, invariant: bool = False
+    ) -> None:
+        super().__init__(rows, cols, invariant)
         self.codes, self.row_max = codes, row_max
         self._ones = torch.ones(rows, dtype=torch.bfloat16)
 
@@ -87,7 +104,7 @@ class Int8Matrix(Matrix):
         return self.codes[start:stop].float() * (self.row_max[start:stop, None] / 127)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.codes.numel() >= KERNEL_WEIGHTS:
+        if self.uses_ours:
             from qmix.precision.products import multiply_rows
 
             return multiply_rows(x, self.codes, self.row_max / 127)
@@ -101,8 +118,10 @@ class Int8Matrix(Matrix):
 class FourBitMatrix(Matrix):
     """bitsandbytes' nf4 or fp4, packed for its CPU kernel where the shape allows, else in ordinary order."""
 
-    def __init__(self, kind: str, codes: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int) -> None:
-        super().__init__(rows, cols)
+    def __init__(
+        self, kind: str, codes: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int, invariant: bool = False
+    ) -> None:
+        super().__init__(rows, cols, invariant)
         self.kind, self.codes, self.absmax = kind, codes, absmax
         self.table = code_table(kind)
         self.packed = fits_kernels(rows, cols)
@@ -134,7 +153,7 @@ class FourBitMatrix(Matrix):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._kernel is None:
             return super().multiply(x)
-        if self.rows * self.cols >= KERNEL_WEIGHTS:
+        if self.uses_ours:
             from qmix.precision.products import multiply_packed
 
             return multiply_packed(x, self.kind, *self.places, self.rows, self.cols)
@@ -148,13 +167,19 @@ class FourBitMatrix(Matrix):
 class Expert:
     """One expert's three matrices, lying in a buffer; calling it is the expert's forward."""
 
-    def __init__(self, buffer: torch.Tensor, layout: RecordLayout, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        buffer: torch.Tensor,
+        layout: RecordLayout,
+        shapes: dict[str, tuple[int, int]],
+        invariant: bool = False,
+    ) -> None:
         tensors: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
         for item in layout.parts:
             raw = buffer[item.offset : item.offset + item.part.nbytes]
             tensors[item.matrix].append(raw.view(TORCH[item.part.dtype]).view(item.part.shape))
         self.gate, self.up, self.down = (
-            _matrix(layout.precision, tensors[matrix], *shapes[matrix]) for matrix in MATRICES
+            _matrix(layout.precision, tensors[matrix], *shapes[matrix], invariant) for matrix in MATRICES
         )
 
     def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -162,13 +187,13 @@ class Expert:
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 
 
-def _matrix(precision: str, tensors: list[torch.Tensor], rows: int, cols: int) -> Matrix:
+def _matrix(precision: str, tensors: list[torch.Tensor], rows: int, cols: int, invariant: bool) -> Matrix:
     if precision == "half":
-        return HalfMatrix(tensors[0], rows, cols)
+        return HalfMatrix(tensors[0], rows, cols, invariant)
     codes, scales = tensors
     if precision == "int8":
-        return Int8Matrix(codes, scales, rows, cols)
-    return FourBitMatrix(precision, codes, scales, rows, cols)
+        return Int8Matrix(codes, scales, rows, cols, invariant)
+    return FourBitMatrix(precision, codes, scales, rows, cols, invariant)
 
 
 @cache

@@ -1,0 +1,1 @@
+"""`qmix batch`: a file of requests in, a file of answers out."""

@@ -1,0 +1,186 @@
+"""The file of answers: whole lines that are on the disk, one run at a time, and a run that goes on where it ended.
+
+Beside OUT.jsonl lies OUT.jsonl.qmix.json, which says what the answers belong to: input, model, options. It is written
+before the first answer. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from qmix.errors import QmixError, UsageError
+
+SCHEMA = "qmix-batch-1"
+
+
+class Answers(Protocol):
+    """Where answers go. `done` are the ids that have a line, `refused` how many of those say an error.
+
+    `lasting` says whether a later run finds them.
+    """
+
+    @property
+    def done(self) -> Collection[str]: ...
+    @property
+    def refused(self) -> int: ...
+    @property
+    def lasting(self) -> bool: ...
+
+    def append(self, lines: list[bytes]) -> None: ...
+
+
+class StreamAnswers:
+    """Answers that go to a stream, and are gone with it."""
+
+    lasting = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.done: Collection[str] = ()
+        self.refused = 0
+
+    def append(self, lines: list[bytes]) -> None:
+        try:
+            self._stream.write(b"".join(lines))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise QmixError(f"stdout: {error.strerror}; give the answers another place to go") from None
+
+
+class FileAnswers:
+    """Answers in a file, held by one run at a time; close it, or use it as a context manager.
+
+    A last line that was cut off is dropped. Raises UsageError where the file is no output of a batch or belongs to
+    another, QmixError where it cannot be written.
+    """
+
+    lasting = True
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.manifest = path, path.with_name(path.name + ".qmix.json")
+        try:
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise QmixError(f"{path}: {error.strerror}; choose another place for the answers") from None
+        try:
+            self._lock()
+            self.done, self.refused, self._end = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> FileAnswers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """What the answers belong to: `subject`, which must be that of the file where it has answers, and `chosen`,
+        which a run takes over from the one before it."""
+        known = self._known()
+        if known is None and self.done:
+            raise UsageError(f"{self.path}: is there, without {self.manifest.name}; choose another name, or delete it")
+        if known is not None and self.done:
+            if differs := _differences(known["subject"], subject):
+                raise UsageError(
+                    f"{self.path}: has answers of another run ({differs}); give what it was begun with, "
+                    "choose another name, or delete it"
+                )
+            return dict(known["chosen"])
+        self._write_manifest({"schema": SCHEMA, "subject": dict(subject), "chosen": dict(chosen)})
+        return dict(chosen)
+
+    def append(self, lines: list[bytes]) -> None:
+        """Add lines, and return when they are on the disk. What cannot be written whole is taken back."""
+        try:
+            self._write(b"".join(lines))
+            os.fsync(self._file.fileno())
+        except BaseException as error:
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._end)
+            if not isinstance(error, OSError):
+                raise
+            raise QmixError(
+                f"{self.path}: {error.strerror}; what is in it is whole, and the same command goes on from there"
+            ) from None
+        self._end += sum(map(len, lines))
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file.fileno(), view) :]
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise QmixError(f"{self.path}: another qmix is writing it; wait until that one ends") from None
+
+    def _read(self) -> tuple[set[str], int, int]:
+        """Ids that have a line, how many of them say an error, and the bytes of whole lines."""
+        done: set[str] = set()
+        refused = end = 0
+        self._file.seek(0)
+        for number, raw in enumerate(self._file, 1):
+            if not raw.endswith(b"\n"):
+                break
+            try:
+                answer = json.loads(raw)
+                done.add(answer["custom_id"])
+                refused += answer["error"] is not None
+            except (ValueError, TypeError, KeyError):
+                raise UsageError(
+                    f"{self.path}: line {number} is no answer of a batch; choose another name, or delete the file"
+                ) from None
+            end += len(raw)
+        with suppress(OSError):  # what is no real file has no end to cut
+            os.ftruncate(self._file.fileno(), end)
+        return done, refused, end
+
+    def _known(self) -> dict[str, Any] | None:
+        try:
+            known = json.loads(self.manifest.read_text("utf-8"))
+            if known["schema"] != SCHEMA:
+                raise UsageError(f"{self.manifest}: of another version of qmix; choose another name for the answers")
+            return {"subject": dict(known["subject"]), "chosen": dict(known["chosen"])}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{self.manifest}: is damaged; choose another name for the answers") from None
+
+    def _write_manifest(self, content: dict[str, Any]) -> None:
+        scratch = self.manifest.with_name(f"{self.manifest.name}.{os.getpid()}")
+        try:
+            with scratch.open("w", encoding="utf-8") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(self.manifest)
+            directory = os.open(self.manifest.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was begun") from None
+
+
+def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Where two runs differ: options with both values, what is known by a checksum by name."""
+    found = []
+    for name in [*known, *(name for name in asked if name not in known)]:
+        was, now = known.get(name), asked.get(name)
+        if was != now:
+            by_name = isinstance(was, str) and isinstance(now, str) and len(was) == len(now) == 64
+            found.append(f"another {name}" if by_name else f"{name} {json.dumps(was)}, now {json.dumps(now)}")
+    return "; ".join(found)

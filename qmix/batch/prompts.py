@@ -1,0 +1,92 @@
+"""From lines to what the model is asked: templates applied, ids counted, room for the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qmix.batch.lines import Line
+from qmix.batch_runner import Request
+from qmix.choice import stream_seed
+from qmix.geometry import Geometry
+from qmix.sampling import Sampling
+
+PROBE = "qmix-probe"  # a text that no template has of its own
+
+
+class LineRefused(Exception):
+    """What the model cannot answer, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """Makes requests of lines: `context` is what prompt and answer may take together, `options` are Sampling's fields
+    for lines that have none of their own, `seed` is the run's. Without `takes_system` a system text goes into the first
+    turn of the user."""
+
+    tokenizer: PreTrainedTokenizerBase
+    takes_system: bool
+    geometry: Geometry
+    context: int
+    options: dict[str, Any]
+    seed: int
+
+    def request(self, line: Line) -> Request:
+        """Raises LineRefused where the model cannot answer it.
+
+        A line with a seed of its own draws by that alone, all others by the run's seed and their id.
+        """
+        prompt = self._ids(line)
+        room = self.context - len(prompt)
+        if room < 1:
+            raise LineRefused(f"the prompt is {len(prompt)} tokens, too long for a context of {self.context}")
+        own = {"seed": stream_seed(self.seed, line.id)} | line.options
+        sampling = Sampling(**(self.options | own))
+        if sampling.max_new_tokens > room:
+            sampling = Sampling(**(self.options | own | {"max_new_tokens": room}))
+        return Request(line.id, prompt, sampling, line.logprobs)
+
+    def _ids(self, line: Line) -> list[int]:
+        if line.messages:
+            ids = self._chat(line.messages)
+        elif isinstance(line.prompt, str):
+            ids = self.tokenizer(line.prompt, verbose=False)["input_ids"] if line.prompt.strip() else []
+        else:
+            ids = list(line.prompt)
+        if not ids:
+            raise LineRefused("the prompt is empty")
+        bad = next((token for token in ids if not 0 <= token < self.geometry.vocab_size), None)
+        if bad is not None:
+            raise LineRefused(f"the prompt holds the token id {bad}, outside the model's vocabulary")
+        return list(ids)
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise LineRefused("the model has no chat template: it continues text, so give a prompt")
+        roles = [message["role"] for message in messages[:2]]
+        if not self.takes_system and roles == ["system", "user"]:
+            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            messages = [{"role": "user", "content": content}, *messages[2:]]
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # whatever a template raises, of jinja's or its own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LineRefused(f"the model's chat template does not take these messages ({reason[:200]})") from None
+
+
+def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model's template takes a system message and shows it: some raise, some leave it out."""
+    messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
+    try:
+        return PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # whatever a template raises; there may be none at all
+        return False
+
+
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """One token's text as it stands inside a text: a leading space is kept."""
+    before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
+    first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return before[len(first) :] if before.startswith(first) else first

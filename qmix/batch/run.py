@@ -1,0 +1,141 @@
+"""One run over a file of requests: what is left of it is answered, each answer on the disk before it counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qmix.batch.forms import Forms
+from qmix.batch.lines import Entry, Requests
+from qmix.batch.output import SCHEMA, Answers
+from qmix.batch.prompts import Asking, LineRefused
+from qmix.batch_runner import BatchRunner, Request
+from qmix.machine import peak_memory
+
+ENTRY_BYTES = 600  # what a line takes in memory: its place, its id, what it needs
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run has to do: lines to answer, the tokens that each may need, and lines that cannot be answered."""
+
+    entries: list[Entry]
+    needs: list[int]
+    refused: list[tuple[str, str]]
+
+    @classmethod
+    def of(cls, requests: Requests, asking: Asking, answers: Answers) -> Job:
+        """Of every line that has no answer yet, the whole way to its prompt is gone once."""
+        job = cls([], [], [])
+        for entry in requests.entries:
+            if entry.id in answers.done:
+                continue
+            try:
+                request = asking.request(requests.line(entry))
+            except LineRefused as reason:
+                job.refused.append((entry.id, f"line {entry.number}: {reason}"))
+            else:
+                job.entries.append(entry)
+                job.needs.append(len(request.prompt) + request.sampling.max_new_tokens)
+        return job
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How far a run is, or what it came to. Seconds are of this run alone, `resumed` are lines of earlier ones.
+
+    `rate` is new tokens a second. `tokens_left` is what the lines without an answer may still need at most.
+    """
+
+    lines: int
+    answered: int
+    refused: int
+    resumed: int
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    tokens: int
+    tokens_left: int
+    passes: int
+    seconds: float
+    hit_rate: float
+    bytes_read: int
+    peak_memory: int
+    budget: int
+
+    @property
+    def done(self) -> int:
+        """Lines that have their line in the output."""
+        return self.answered + self.refused
+
+    @property
+    def rate(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: value for name, value in asdict(self).items() if not name.startswith("tokens")}
+        return {"schema": SCHEMA, **fields, "tok_s": self.rate}
+
+
+class BatchRun:
+    """Answers the lines of a job with a runner, and writes them."""
+
+    def __init__(self, requests: Requests, job: Job, asking: Asking, forms: Forms, answers: Answers) -> None:
+        self.requests, self.job, self.asking, self.forms, self.answers = requests, job, asking, forms, answers
+        self._resumed = len(answers.done)
+        self._answered, self._refused = self._resumed - answers.refused, answers.refused
+        self._left = sum(job.needs)
+        self._started = time.perf_counter()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether what is done stays done when the run is stopped."""
+        return self.answers.lasting
+
+    def refuse(self) -> None:
+        """Write the lines that cannot be answered."""
+        if self.job.refused:
+            self.answers.append([self.forms.refused(name, reason) for name, reason in self.job.refused])
+            self._refused += len(self.job.refused)
+
+    def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None]) -> Summary:
+        """Answer everything; `on_pass` is told after each pass how far it is."""
+        self._started = time.perf_counter()
+        entries = dict(zip((entry.id for entry in self.job.entries), self.job.entries, strict=True))
+        needs = dict(zip(entries, self.job.needs, strict=True))
+        for finished in runner.answer(self._ask(self.job.entries)):
+            if finished:
+                self.answers.append(
+                    [self.forms.answered(self.requests.line(entries[answer.name]), answer) for answer in finished]
+                )
+                self._answered += len(finished)
+                self._left -= sum(needs[answer.name] for answer in finished)
+            on_pass(self.summary(runner))
+        return self.summary(runner)
+
+    def _ask(self, entries: Sequence[Entry]) -> Iterator[Request]:
+        for entry in entries:
+            yield self.asking.request(self.requests.line(entry))
+
+    def summary(self, runner: BatchRunner | None) -> Summary:
+        """How far the run is; without a runner there was nothing to compute."""
+        work, counters = (runner.work, runner.pool.counters) if runner else (None, None)
+        return Summary(
+            lines=len(self.requests.entries),
+            answered=self._answered,
+            refused=self._refused,
+            resumed=self._resumed,
+            batch=runner.plan.batch if runner else 0,
+            prompt_tokens=work.prompt_tokens if work else 0,
+            new_tokens=work.new_tokens if work else 0,
+            tokens=work.tokens if work else 0,
+            tokens_left=self._left,
+            passes=work.passes if work else 0,
+            seconds=time.perf_counter() - self._started if runner else 0.0,
+            hit_rate=counters.hit_rate if counters else 1.0,
+            bytes_read=counters.bytes_read if counters else 0,
+            peak_memory=peak_memory(),
+            budget=runner.plan.ram if runner else 0,
+        )

@@ -1,0 +1,111 @@
+"""A run of a batch from its parts: what the file, the model and earlier runs say, put together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from qmix.batch.forms import Forms
+from qmix.batch.lines import Requests
+from qmix.batch.output import FileAnswers, StreamAnswers
+from qmix.batch.prompts import Asking, takes_system, token_text
+from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
+from qmix.batch.sizing import plan_lines
+from qmix.batch_runner import BatchRunner
+from qmix.errors import UsageError
+from qmix.plan import Plan, default_context
+from qmix.progress import OnProgress
+from qmix.runner import load_tokenizer
+from qmix.store import MANIFEST, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A run that can begin: `run` has looked at every line, `plan` is None where nothing is left to compute."""
+
+    store: Store
+    requests: Requests
+    run: BatchRun
+    plan: Plan | None
+    seed: int
+    folds_system: bool
+
+    def notes(self, name: str) -> list[str]:
+        """What the user should know before it begins."""
+        notes = []
+        others = sorted(self.requests.models - {name, self.store.source_name})
+        if others:
+            notes.append(f"lines name {', '.join(map(repr, others[:3]))} as their model; {name} answers all of them")
+        if self.folds_system and self.requests.has_system:
+            notes.append("the model's template has no system role: system texts go into the first turn of the user")
+        return notes
+
+    def interrupted(self) -> str:
+        """What to say of a run that was stopped."""
+        done = self.run.summary(None).done
+        lines = f"interrupted; {done} of {len(self.requests.entries)} lines are done"
+        return f"{lines}, the same command goes on" if self.run.resumable else lines
+
+    def answer(self, on_load: OnProgress, on_pass: Callable[[Summary], None]) -> Summary:
+        """Write what is left, lines that cannot be answered first."""
+        self.run.refuse()
+        if self.plan is None:
+            return self.run.summary(None)
+        with BatchRunner(self.store, self.plan, on_load) as runner:
+            return self.run.run(runner, on_pass)
+
+
+def begin(
+    store: Store,
+    requests: Requests,
+    answers: FileAnswers | StreamAnswers,
+    options: Mapping[str, Any],
+    seed: int | None,
+    context: int | None,
+    ram: int | None,
+    batch: int | None,
+) -> Session:
+    """Check that earlier answers belong to this run, look at every line, and make the plan.
+
+    `options` are Sampling's fields but the seed. Raises UsageError, and DoesNotFitError.
+    """
+    longest = store.geometry.max_position
+    if context is not None and not 1 <= context <= longest:
+        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
+    limit = context or default_context(store.geometry)
+    subject = _subject(store, requests, options, limit, seed)
+    chosen = {"seed": secrets.randbelow(2**31) if seed is None else seed, "created": int(time.time())}
+    if isinstance(answers, FileAnswers):
+        chosen = answers.begin(subject, chosen)
+    tokenizer = load_tokenizer(store.directory)
+    takes = takes_system(tokenizer)
+    asking = Asking(tokenizer, takes, store.geometry, limit, dict(options), chosen["seed"])
+    job = Job.of(requests, asking, answers)
+
+    @cache
+    def text_of(token: int) -> str:
+        return token_text(tokenizer, token)
+
+    identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
+    forms = Forms(identity, store.source_name, chosen["created"], text_of)
+    run = BatchRun(requests, job, asking, forms, answers)
+    held = ENTRY_BYTES * len(requests.entries)
+    plan = plan_lines(store.layout, job.needs, ram, batch, held) if job.needs else None
+    return Session(store, requests, run, plan, chosen["seed"], bool(tokenizer.chat_template) and not takes)
+
+
+def _subject(
+    store: Store, requests: Requests, options: Mapping[str, Any], context: int, seed: int | None
+) -> dict[str, Any]:
+    """What answers belong to, as JSON has it: input, model, and all options that change them."""
+    model = hashlib.sha256((store.directory / MANIFEST).read_bytes()).hexdigest()
+    named = {f"--{name.replace('_', '-')}": value for name, value in sorted(options.items())}
+    subject = {"input": requests.digest, "model": model, **named, "--context": context, "--seed": seed}
+    whole: dict[str, Any] = json.loads(json.dumps(subject))
+    return whole

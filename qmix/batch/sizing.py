@@ -1,0 +1,74 @@
+"""How many sequences are continued together: what sharing brings against the memory it takes. Loads no torch.
+
+A pass reads every dense weight once and every expert that any of its tokens is routed to, those without a slot from
+the disk. More sequences share these reads, until their keys and values take so many slots from the experts that a
+pass reads more than sharing saves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from qmix.errors import DoesNotFitError
+from qmix.geometry import Geometry
+from qmix.layout import StoreLayout
+from qmix.machine import default_budget, interpreter_memory
+from qmix.plan import PREFILL_CHUNK, Plan, make_plan
+
+MAX_BATCH = PREFILL_CHUNK // 2  # the other half of a pass is for prompts
+DISK_COST = 10.0  # a byte from disk, in bytes from memory: 3 to 4 GB/s against 30 to 50 on the machine measured
+TOKEN_COST = 0.2  # an expert's product for one more token, in readings of the expert from memory
+
+
+def choose_plan(geometry: Geometry, needs: Sequence[int], plan_of: Callable[[int, int], Plan]) -> Plan:
+    """The plan that computes a token soonest, for lines that need so many tokens of context each.
+
+    `plan_of` makes a plan of a batch and the context of each sequence in it, or raises DoesNotFitError, as this does
+    where even one sequence does not fit.
+    """
+    plans = [plan_of(1, max(needs))]
+    for batch in _candidates(len(needs)):
+        try:
+            plans.append(plan_of(batch, context_of(needs, batch)))
+        except DoesNotFitError:
+            break
+    return min(plans, key=lambda plan: token_cost(plan, geometry))
+
+
+def plan_lines(
+    layout: StoreLayout, needs: Sequence[int], ram: int | None = None, batch: int | None = None, held: int = 0
+) -> Plan:
+    """The plan of a store on this machine for lines that need so many tokens each; `batch` sequences, if it is given.
+
+    `held` are bytes that the caller takes beside it. Raises DoesNotFitError.
+    """
+    budget, own = default_budget() if ram is None else ram, interpreter_memory(kernels=True) + held
+
+    def plan_of(count: int, context: int) -> Plan:
+        return make_plan(layout, budget, context, own, batch=count)
+
+    if batch is not None:
+        return plan_of(batch, context_of(needs, batch))
+    return choose_plan(layout.geometry, needs, plan_of)
+
+
+def context_of(needs: Sequence[int], batch: int) -> int:
+    """Tokens for each of `batch` sequences that share one arena, so that the longest lines fit together."""
+    together = min(batch, len(needs))
+    return math.ceil(sum(sorted(needs, reverse=True)[:together]) / together)
+
+
+def token_cost(plan: Plan, geometry: Geometry) -> float:
+    """What a token of a pass with `plan.batch` of them takes, as bytes read from memory."""
+    experts, top_k = geometry.num_experts, geometry.experts_per_token
+    used = plan.num_records * (1 - (1 - top_k / experts) ** plan.batch)
+    from_disk = 1 - plan.slots / plan.num_records
+    reading = plan.dense + used * plan.slot_bytes * (1 + DISK_COST * from_disk)
+    return reading / plan.batch + TOKEN_COST * geometry.num_layers * top_k * plan.slot_bytes
+
+
+def _candidates(lines: int) -> list[int]:
+    most = min(lines, MAX_BATCH)
+    steps = {2**half for half in range(1, 9)} | {3 * 2**half for half in range(0, 8)}
+    return sorted({step for step in steps if 1 < step < most} | ({most} if most > 1 else set()))

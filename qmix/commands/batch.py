@@ -1,0 +1,153 @@
+"""`qmix batch`: a file of requests in, a file of answers out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from qmix.commands.shared import (
+    LOADING_PATIENCE,
+    MODEL_HELP,
+    context_option,
+    dtype_option,
+    model_or_default,
+    out,
+    precision_option,
+    quiet_libraries,
+    ram_option,
+    sampling_options,
+)
+from qmix.errors import QmixError, UsageError
+
+EXIT_SOME_REFUSED = 4
+MOST_PROBLEMS = 20  # told of a file; the rest is counted
+OUTPUT_HELP = "where answers go, a line each as it is finished; - is stdout"
+BATCH_HELP = "sequences continued together [by the plan, from --ram and the lines]"
+
+
+@click.command()
+@click.argument("requests", metavar="IN.jsonl", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="OUT.jsonl", type=click.Path(path_type=Path), required=True, help=OUTPUT_HELP)
+@click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
+@ram_option
+@context_option
+@precision_option
+@dtype_option
+@sampling_options
+@click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
+@click.option("--json", "as_json", is_flag=True, help="the summary as one JSON object on stdout")
+def batch(requests: Path, output: Path, model: str | None, as_json: bool, **options: Any) -> None:
+    """Answer every request of IN.jsonl (- is stdin), many at once.
+
+    A line is a request in the form of OpenAI's batches (custom_id, method, url, body), or short: an id, a prompt or
+    messages, and any of max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos,
+    logprobs. The options below are for lines that have none of their own. A line's answer depends on the line alone.
+
+    A run that was stopped goes on with the same command. Exit codes: 2 the file has lines that cannot be used (nothing
+    is run), 4 some lines could not be answered (each has a line that says why), 130 interrupted.
+    """
+    from qmix.sampling import Sampling
+
+    to_stdout = str(output) == "-"
+    if as_json and to_stdout:
+        raise UsageError("--json: stdout has the answers already; leave one of them, or give -o a file")
+    loading = {name: options.pop(name) for name in ("ram", "context", "precision", "dtype", "batch")}
+    given = {name: value for name, value in options.items() if value is not None}
+    Sampling(**given)
+    seed = given.pop("seed", None)
+    with _input(requests, output) as file:
+        checked = _checked(requests, file)
+        if to_stdout:
+            from qmix.batch.output import StreamAnswers
+
+            _answer(checked, StreamAnswers(sys.stdout.buffer), model, given, seed, loading, as_json)
+        else:
+            from qmix.batch.output import FileAnswers
+
+            with FileAnswers(output) as answers:
+                _answer(checked, answers, model, given, seed, loading, as_json)
+
+
+def _answer(
+    requests: Any,
+    answers: Any,
+    model: str | None,
+    options: dict[str, Any],
+    seed: int | None,
+    loading: dict[str, Any],
+    as_json: bool,
+) -> None:
+    name = model_or_default(model)
+    quiet_libraries()
+    from qmix.batch.session import begin
+    from qmix.batch_display import BatchDisplay, summary_line
+    from qmix.prepare import plan_for, prepare_store
+    from qmix.terminal import ProgressDisplay, say
+
+    ram = loading["ram"]
+    with ProgressDisplay(f"quantizing {name}, once") as making:
+        store = prepare_store(
+            name, loading["precision"], loading["dtype"], making, lambda layout: plan_for(layout, ram, 1)
+        )
+    session = begin(store, requests, answers, options, seed, loading["context"], ram, loading["batch"])
+    for note in session.notes(name):
+        say(note)
+    with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:
+        try:
+            summary = session.answer(load, display)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(session.interrupted()) from None
+    if as_json:
+        out(json.dumps(summary.to_json() | {"seed": session.seed}) + "\n")
+    say(summary_line(summary, session.seed))
+    if summary.refused:
+        raise click.exceptions.Exit(EXIT_SOME_REFUSED)
+
+
+@contextmanager
+def _input(path: Path, output: Path) -> Iterator[BinaryIO]:
+    """The requests as a file that can be gone back in."""
+    if str(path) == "-":
+        with tempfile.TemporaryFile() as copy:
+            if sys.stdin is not None:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+            yield copy
+        return
+    try:
+        if output.exists() and output.samefile(path):
+            raise UsageError(f"{output}: is the input too; choose another name for the answers")
+        file = path.open("rb")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give a file of requests, a JSON object a line") from None
+    with file:
+        yield file
+
+
+def _checked(path: Path, file: BinaryIO) -> Any:
+    """The requests, all of them as they should be; what is wrong is said a line at a time."""
+    from qmix.batch.lines import Requests
+
+    where = "stdin" if str(path) == "-" else str(path)
+    try:
+        found = Requests(file)
+    except OSError as error:
+        raise QmixError(f"{where}: {error.strerror}") from None
+    for problem in found.problems[:MOST_PROBLEMS]:
+        click.echo(f"{where}: {problem}", err=True)
+    if len(found.problems) > MOST_PROBLEMS:
+        click.echo(f"{where}: and {len(found.problems) - MOST_PROBLEMS} more", err=True)
+    if found.problems:
+        count = len(found.problems)
+        lines = "1 line" if count == 1 else f"{count} lines"
+        raise UsageError(f"{where}: {lines} cannot be used; nothing was run, correct {'it' if count == 1 else 'them'}")
+    if not found.entries:
+        raise UsageError(f"{where}: holds no requests; give a JSON object a line")
+    return found

@@ -1,0 +1,66 @@
+"""How many sequences are continued together."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import TINY_CONFIG
+
+from qmix.batch.sizing import MAX_BATCH, choose_plan, context_of, token_cost
+from qmix.errors import DoesNotFitError
+from qmix.geometry import Geometry
+from qmix.layout import StoreLayout, parse_precisions
+from qmix.plan import Plan, make_plan
+
+SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "vocab_size": 32000}
+GEOMETRY = Geometry.from_config(TINY_CONFIG | SIZES | HEADS | {"max_position_embeddings": 32768})  # 8x7B's
+LAYOUT = StoreLayout(GEOMETRY, parse_precisions("nf4", 32, 8), "bf16")
+GIB = 2**30
+
+
+def chosen(ram: int, needs: list[int]) -> Plan:
+    return choose_plan(GEOMETRY, needs, lambda batch, context: make_plan(LAYOUT, ram, context, GIB // 2, batch=batch))
+
+
+def test_the_longest_lines_fit_together():
+    assert context_of([10, 40, 20, 30], 2) == 35
+    assert context_of([10, 40, 20, 30], 4) == 25
+    assert context_of([10, 40], 8) == 25
+
+
+def test_where_everything_fits_all_lines_go_together():
+    plan = chosen(64 * GIB, [200] * 100)
+    assert (plan.batch, plan.slots) == (100, plan.num_records)
+    assert chosen(64 * GIB, [200] * 3000).batch == MAX_BATCH
+
+
+def test_short_lines_from_disk_go_together_and_take_few_slots():
+    one, many = chosen(12 * GIB, [100]), chosen(12 * GIB, [100] * 1000)
+    assert (one.batch, many.batch) == (1, MAX_BATCH)
+    assert many.slots > 0.5 * one.slots
+
+
+def test_long_lines_stop_where_their_cache_costs_more_experts_than_sharing_brings():
+    """8x7B's cache is 131 kB a token: lines of 16000 tokens take 2.1 GB each of some 8 GB for experts."""
+    plan = chosen(12 * GIB, [16000] * 100)
+    assert 1 < plan.batch < 5
+    assert plan.kv_cache < plan.pool
+    others = [make_plan(LAYOUT, 12 * GIB, 16000, GIB // 2, batch=batch) for batch in range(1, 5)]
+    assert token_cost(plan, GEOMETRY) == min(token_cost(other, GEOMETRY) for other in others)
+
+
+def test_a_tokens_cost_by_hand():
+    """All in memory: dense and every expert that 1, and 2, tokens are routed to, 2 of 8; then half of them on disk."""
+    plan = chosen(64 * GIB, [100])
+    record, product = plan.slot_bytes, 0.2 * 32 * 2 * plan.slot_bytes
+    assert token_cost(plan, GEOMETRY) == pytest.approx(plan.dense + 256 * record / 4 + product)
+    two = chosen(64 * GIB, [100, 100])
+    assert token_cost(two, GEOMETRY) == pytest.approx((plan.dense + 256 * record * (1 - 9 / 16)) / 2 + product)
+    half = Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"slots": 128})
+    assert token_cost(half, GEOMETRY) == pytest.approx(plan.dense + 256 * record / 4 * 6 + product)
+
+
+def test_a_line_that_does_not_fit_by_itself_is_refused_with_the_budget_that_works():
+    with pytest.raises(DoesNotFitError) as caught:
+        chosen(5 * GIB, [32000, 10, 10])
+    assert chosen(caught.value.smallest, [32000, 10, 10]).batch >= 1
