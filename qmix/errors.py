@@ -26,6 +26,10 @@ class HubError(QmixError):
     """The Hugging Face hub did not give what was asked of it."""
 
 
+class SessionError(QmixError):
+    """A saved conversation cannot be read or written."""
+
+
 class UsageError(QmixError):
     """An option or argument has a value that cannot be used."""
 
