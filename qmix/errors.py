@@ -5,6 +5,13 @@ Each class carries the exit code that the command line ends with; a message is o
 
 from __future__ import annotations
 
+EXIT_CODES = {
+    0: "done",
+    1: "failed",
+    2: "wrong usage",
+    3: "does not fit the budget; the message names the smallest that does",
+    130: "interrupted",
+}
 REMAKE = "delete the store and quantize the model again"  # what to do where a store cannot be trusted
 
 

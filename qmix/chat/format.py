@@ -74,7 +74,8 @@ class TemplateFormat:
     def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
         messages = self._messages(system, said, user)
         before, now = self._render(messages[:-1], False), self._render(messages, True)
-        if now[: len(before)] != before:
+        asked = self._text(messages[:-2], True)  # what `ids` were rendered from, without the last answer
+        if now[: len(before)] != before or not self._text(messages[:-1], False).startswith(asked):
             return now
         return ids + _missing(ids, self._closing) + now[len(before) :]
 
@@ -93,14 +94,16 @@ class TemplateFormat:
         options: dict[str, Any] = {"tokenize": True, "return_dict": False, "add_generation_prompt": asks}
         return list(self._tokenizer.apply_chat_template(messages, **options))
 
+    def _text(self, messages: list[dict[str, str]], asks: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+
     def _has_system_role(self) -> bool:
         """Whether a system message is taken, and appears: some templates raise, some leave it out."""
         messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
         try:
-            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return PROBE in self._text(messages, True)
         except TemplateError:
             return False
-        return PROBE in rendered
 
     def _behind_an_answer(self) -> list[int]:
         """What the template puts behind an answer: the end that two conversations with different answers share."""
