@@ -30,8 +30,13 @@ def existing_parent(path: Path) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` once all of it is on the disk; nothing changes there before."""
+    """A file to write, which takes the place of `path` once all of it is on the disk; nothing changes there before.
+
+    Raises OSError, also where there is something that is no file: a device must not be replaced by one.
+    """
     target = path.resolve()  # what a link points to is replaced, not the link
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     scratch = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:
         with scratch.open("w+b") as file:

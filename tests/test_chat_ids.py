@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import closing, contextmanager
-from itertools import islice
+from itertools import islice, permutations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import make_store
@@ -14,6 +15,7 @@ from qmix.chat.conversation import Conversation
 from qmix.chat.format import PlainFormat, Said, TemplateFormat, format_of
 from qmix.chat.session import Session, shown_ids
 from qmix.errors import Cancelled, StoreError, UsageError
+from qmix.generate import common_prefix
 from qmix.plan import PREFILL_CHUNK, Plan, make_plan
 from qmix.runner import Runner, load_tokenizer
 from qmix.text import Detokenizer
@@ -202,15 +204,25 @@ def test_going_on_is_exactly_as_if_it_had_not_been_left(runner):
     )
 
 
-def test_a_conversation_says_what_it_would_say_computed_afresh(half):
-    """Rounding differs between one token at a time and many; here no choice is so close that it shows."""
-    with runner_of(half) as runner:
-        session = Session(runner, GREEDY)
-        for question in QUESTIONS:
-            answer = say(session, question)
-            afresh = runner.complete(answer.prompt.ids, **GREEDY)
-            assert afresh.reused_tokens == 0
-            assert answer.ids == afresh.token_ids
+def test_a_conversation_says_what_it_would_say_computed_afresh_but_for_ties(half):
+    """Keys and values are rounded otherwise one token at a time than many at once. Where a text comes to differ, the
+    two tokens' logits, computed afresh, are within two steps of bf16."""
+    compared = 0
+    with runner_of(half) as runner, torch.inference_mode():
+        for questions in permutations(QUESTIONS):
+            session = Session(runner, GREEDY)
+            for question in questions:
+                answer = say(session, question)
+                afresh = runner.complete(answer.prompt.ids, **GREEDY)
+                assert afresh.reused_tokens == 0
+                same = common_prefix(answer.ids, afresh.token_ids)
+                compared += same
+                if same < len(answer.ids):
+                    ids = torch.tensor([answer.prompt.ids + answer.ids[:same]])
+                    logits = runner.model(ids).logits[0, -1].float()
+                    one, other = logits[answer.ids[same]], logits[afresh.token_ids[same]]
+                    assert abs(one - other) <= 2 * 2**-7 * abs(one)
+    assert compared > 200
 
 
 def test_without_reuse_a_prompt_is_computed_whole_each_time(runner):
