@@ -179,9 +179,10 @@ def test_another_model_takes_the_texts(qmix, saved, tiny, tmp_path):
     shutil.copytree(tiny, base, ignore=shutil.ignore_patterns("recipe", "*.jinja"))
     done = qmix("chat", base, *CHAT[2:], "--resume", saved / "s.json", stdin=typed(MORE))
     assert done.status == 0
-    assert "its texts are taken, all is read anew" in done.lines[1]
-    assert "of another conversation" in done.lines[2]
-    assert done.lines[3] == (
+    said = [line for line in done.lines if not line.startswith("quantizing")]
+    assert "its texts are taken, all is read anew" in said[1]
+    assert "of another conversation" in said[2]
+    assert said[3] == (
         f"{base} has no chat template: a pretrained base model, without any moderation mechanisms; "
         "it continues what you write"
     )
@@ -222,7 +223,7 @@ def test_names_with_spaces_and_links_are_files_like_any_other(qmix, tmp_path):
 
 def test_killed_while_it_saves_leaves_the_old_session_or_the_new(qmix, tmp_path, first_use):
     """Nothing between: the name always means a whole file."""
-    for count in (1, 2, 30):
+    for count in (1, 30):
         process = subprocess.Popen(
             [*COMMAND, *CHAT, "-q"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
