@@ -1,7 +1,7 @@
 # One entry for each development action. `make setup` first.
 PYTHON = .venv/bin/python
 
-.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-plan bench-replay build clean
+.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-plan bench-replay reference build clean
 
 setup:           ## a virtual environment with all that development needs
 	python3 -m venv .venv
@@ -38,6 +38,9 @@ bench-plan:      ## predicted against measured memory, of the store named by STO
 
 bench-replay:    ## recorded routing through caches of every size
 	$(PYTHON) benchmarks/replay_tiny.py
+
+reference:       ## docs/commands.md, from the commands themselves
+	$(PYTHON) -m qmix.commands.reference
 
 build:           ## the distribution files
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .

@@ -1,7 +1,6 @@
 """The command line: exit codes, and what becomes of a failure; the commands are in `qmix.commands`.
 
-stdout carries the answer, stderr the rest. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 does not fit the
-budget, 4 done but for some lines of a batch, 130 interrupted.
+stdout carries the answer, stderr the rest. The exit codes are those of `qmix.errors.EXIT_CODES`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import prompt_toolkit  # noqa: F401 -- what a chat reads its lines with
 import torch
 from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 

@@ -5,6 +5,14 @@ Each class carries the exit code that the command line ends with; a message is o
 
 from __future__ import annotations
 
+EXIT_CODES = {
+    0: "done",
+    1: "failed",
+    2: "wrong usage",
+    3: "does not fit the budget; the message names the smallest that does",
+    4: "done but for some lines of a batch, each of which says why",
+    130: "interrupted",
+}
 REMAKE = "delete the store and quantize the model again"  # what to do where a store cannot be trusted
 
 
@@ -24,6 +32,10 @@ class StoreError(QmixError):
 
 class HubError(QmixError):
     """The Hugging Face hub did not give what was asked of it."""
+
+
+class SessionError(QmixError):
+    """A saved conversation cannot be read or written."""
 
 
 class UsageError(QmixError):

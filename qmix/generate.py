@@ -39,7 +39,8 @@ class Result:
     """A finished generation. Times in seconds, memory in bytes.
 
     `finish_reason` is "stop" (end of text, or a stop sequence) or "length". `text` leaves out the stop sequence,
-    `token_ids` are all that were generated. `hit_rate` is the share of experts found in memory; it and the other
+    `token_ids` are all that were generated. The first `reused_tokens` of the prompt were in the KV cache already, the
+    `prefilled_tokens` were computed. `hit_rate` is the share of experts found in memory; it and the other
     counts of the pool are those of all prompts that were answered together.
     """
 
@@ -58,11 +59,16 @@ class Result:
     misses: int
     hit_rate: float
     bytes_read: int
+    reused_tokens: int = 0
+
+    @property
+    def prefilled_tokens(self) -> int:
+        return self.prompt_tokens - self.reused_tokens
 
     @property
     def prompt_rate(self) -> float:
-        """Prompt tokens a second, up to the first new token."""
-        return self.prompt_tokens / self.ttft_s
+        """Prompt tokens computed a second, up to the first new token."""
+        return self.prefilled_tokens / self.ttft_s
 
     @property
     def rate(self) -> float:
@@ -72,7 +78,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         fields = asdict(self)
         groups = {
-            "usage": ("prompt_tokens", "completion_tokens"),
+            "usage": ("prompt_tokens", "reused_tokens", "completion_tokens"),
             "timings": ("ttft_s", "tpot_s", "total_s"),
             "memory": ("peak_memory", "budget"),
             "cache": ("hits", "misses", "hit_rate", "bytes_read"),
@@ -100,7 +106,10 @@ def compute_threads(geometry: Geometry) -> int:
 
 
 class Engine:
-    """The model with its pool, cache and thread. One generation at a time."""
+    """The model with its pool, cache and thread. One generation at a time.
+
+    `held` are the token ids whose keys and values the cache holds, of the last prompt that was answered alone.
+    """
 
     def __init__(
         self,
@@ -113,6 +122,7 @@ class Engine:
         self.model, self.pool, self.cache, self.decode, self.budget = model, pool, cache, decode, budget
         threads = compute_threads(pool.store.geometry)
         self.closed = False
+        self.held: list[int] = []
         self._thread = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
 
     def close(self) -> None:
@@ -121,15 +131,18 @@ class Engine:
         self._thread.shutdown(cancel_futures=True)
         self.pool.close()
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> Generator[tuple[int, Piece], None, None]:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, reuse: bool = False
+    ) -> Generator[tuple[int, Piece], None, None]:
         """Yield pieces, each with its prompt's index, a prompt's last one with its result.
 
+        With `reuse`, what a single prompt has in common with `held`, from the beginning on, is not computed again.
         Closing the iterator stops the computation within a layer.
         """
         if self.closed:
             raise UsageError("this runner is closed; load the model again")
         queue: SimpleQueue[tuple[int, Piece] | None] = SimpleQueue()
-        job = self._thread.submit(self._run, prompts, sampling, queue)
+        job = self._thread.submit(self._run, prompts, sampling, reuse, queue)
         job.add_done_callback(lambda _: queue.put(None))
         try:
             while (item := queue.get()) is not None:
@@ -142,7 +155,11 @@ class Engine:
                 self.pool.cancelled = self.closed
 
     def _run(
-        self, prompts: Sequence[list[int]], sampling: Sampling, queue: SimpleQueue[tuple[int, Piece] | None]
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        reuse: bool,
+        queue: SimpleQueue[tuple[int, Piece] | None],
     ) -> None:
         before = self.pool.counters.copy()
         defaults, config = self.model.generation_config, self._config(sampling, len(prompts))
@@ -152,7 +169,7 @@ class Engine:
             send = partial(_send, queue, index)
             rows.append(_Row(Detokenizer(self.decode, prompt), StopScanner(sampling.stop), ends, send))
         streamer = _Streamer(rows)
-        self.cache.reset()
+        reused = self._keep(prompts[0]) if reuse and len(prompts) == 1 else self._keep([])
         ids, mask = _left_padded(prompts, config.pad_token_id)
         self.model.generation_config = config  # transformers fills what is None here from the model's own
         try:
@@ -169,8 +186,28 @@ class Engine:
                     )
         finally:
             self.model.generation_config = defaults
+            if len(prompts) == 1:
+                self._note_held(prompts[0] + rows[0].ids)
         for prompt, row in zip(prompts, rows, strict=True):
-            row.finish(self._result(row, streamer.started, prompt, sampling, before))
+            row.finish(self._result(row, streamer.started, prompt, sampling, before, reused))
+
+    def _keep(self, prompt: list[int]) -> int:
+        """Crop the cache to what it has in common with the prompt, all but its last token; how many tokens that is.
+
+        From there transformers goes on, a chunk at a time. The last token is always computed: its logits are needed.
+        """
+        same = common_prefix(self.held, prompt[:-1])
+        self.cache.keep(same)
+        self.held = []  # until the run has ended, one way or another
+        return same
+
+    def _note_held(self, ids: list[int]) -> None:
+        """Crop the cache to the positions that every layer has, and that hold one of these tokens for certain.
+
+        A run that was stopped has ended between two layers; one that drafts has tokens in it that nobody has seen.
+        """
+        self.held = ids[: self.cache.complete_length]
+        self.cache.keep(len(self.held))
 
     @contextmanager
     def _prefilled(self, ids: torch.Tensor) -> Iterator[None]:
@@ -178,9 +215,9 @@ class Engine:
 
         With drafts transformers gives the model the whole prompt at once, which no plan for long ones allows.
         """
-        for start in range(0, ids.shape[1] - 1, PREFILL_CHUNK):
+        for start in range(self.cache.get_seq_length(), ids.shape[1] - 1, PREFILL_CHUNK):
             chunk = ids[:, start : min(start + PREFILL_CHUNK, ids.shape[1] - 1)]
-            self.model.model(chunk, past_key_values=self.cache, use_cache=True)
+            self.model.model(chunk, cache=self.cache, use_cache=True)
         hook = self.model.register_forward_pre_hook(_without_cached, with_kwargs=True)
         try:
             yield
@@ -194,7 +231,7 @@ class Engine:
         return config
 
     def _result(
-        self, row: _Row, started: float, prompt: list[int], sampling: Sampling, before: PoolCounters
+        self, row: _Row, started: float, prompt: list[int], sampling: Sampling, before: PoolCounters, reused: int
     ) -> Callable[[str], Result]:
         count, used = len(row.ids), self.pool.counters.since(before)
         decoding = row.times[-1] - row.times[0]
@@ -216,9 +253,16 @@ class Engine:
                 misses=used.misses,
                 hit_rate=used.hit_rate,
                 bytes_read=used.bytes_read,
+                reused_tokens=reused,
             )
 
         return finished
+
+
+def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def _without_cached(

@@ -63,3 +63,14 @@ class PlannedCache(Cache):
         both = memory.view(dtype).view(shape)
         super().__init__(layers=[PlannedLayer(keys, values) for keys, values in zip(both[0], both[1], strict=True)])
         self.context, self.batch = context, batch
+
+    @property
+    def complete_length(self) -> int:
+        """The positions that every layer has; a step that was stopped left some layers with more."""
+        return min(layer.length for layer in self.layers)
+
+    def keep(self, length: int) -> None:
+        """Forget all but the first `length` positions of every layer."""
+        for layer in self.layers:
+            assert layer.length >= length
+            layer.length = length

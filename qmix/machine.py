@@ -20,7 +20,7 @@ from qmix.errors import QmixError
 
 SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numpy", "tokenizers")
+_STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numpy", "tokenizers", "prompt_toolkit")
 
 
 def cache_directory() -> Path:

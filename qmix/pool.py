@@ -61,8 +61,8 @@ class PoolCounters:
 class ExpertPool:
     """`slots` slots over a store's records; serves one thread, reads with several.
 
-    With `invariant`, an expert's result for a token does not depend on the tokens beside it.
-    Setting `cancelled` makes the next request raise Cancelled.
+    With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes
+    the next request raise Cancelled. `layer` is the one that asked last, for whoever watches.
     """
 
     def __init__(self, store: Store, slots: int, policy: Eviction | None = None, invariant: bool = False) -> None:
@@ -72,6 +72,7 @@ class ExpertPool:
         self.memory = anonymous_memory(slots * self.slot_bytes)
         self.counters = PoolCounters()
         self.cancelled = False
+        self.layer = 0
         self._resident: dict[Key, int] = {}
         self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet asked for
         self._ending: list[tuple[int, Read]] = []  # read ahead in error; the disk still writes to their slots
@@ -125,6 +126,7 @@ class ExpertPool:
         """
         if self.cancelled:
             raise Cancelled
+        self.layer = layer
         keys = [(layer, expert) for expert in experts]
         for key in [key for key in self._ahead if key[0] == layer and key not in keys]:
             self._abandon(key)

@@ -14,6 +14,7 @@ from qmix.checkpoint.reader import TOKENIZERS
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
 from qmix.kv_cache import PlannedCache
+from qmix.kv_file import kv_identity, read_kv, write_kv
 from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
 from qmix.model import build_model, check_attention
@@ -44,7 +45,7 @@ class Runner:
         except BaseException:
             pool.close()
             raise
-        self._engine = Engine(self.model, pool, cache, self._decode, plan.ram)
+        self._engine = Engine(self.model, pool, cache, self.decode, plan.ram)
 
     @property
     def pool(self) -> ExpertPool:
@@ -59,17 +60,41 @@ class Runner:
     def close(self) -> None:
         self._engine.close()
 
-    def generate(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Iterator[Piece]:
+    def generate(
+        self, prompt: str | list[int], sampling: Sampling | None = None, *, reuse: bool = False, **options: Any
+    ) -> Iterator[Piece]:
         """Stream the continuation of a prompt (text, or token ids): pieces of text, the last with `.result`.
 
-        Options are Sampling's fields. Raises UsageError where the prompt is empty or does not fit the context.
+        Options are Sampling's fields. With `reuse`, tokens that the prompt begins with and the KV cache still holds
+        from the last one are not computed again; keys and values that were computed one token at a time are rounded
+        otherwise than those of a whole prompt, so where two tokens are nearly as likely the text may differ from that
+        of a fresh run. Raises UsageError where the prompt is empty or does not fit the context.
         """
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")
-        return _pieces(self._generate([prompt], sampling or Sampling(**options)))
+        return _pieces(self._generate([prompt], sampling or Sampling(**options), reuse))
+
+    @property
+    def held(self) -> list[int]:
+        """The token ids whose keys and values the KV cache holds: what `reuse` can go on from."""
+        return list(self._engine.held)
+
+    def save_cache(self, path: Path) -> int:
+        """Write what the KV cache holds to a safetensors file; returns how many tokens. Raises OSError."""
+        write_kv(path, self._engine.cache, self._engine.held, kv_identity(self.store))
+        return len(self._engine.held)
+
+    def load_cache(self, path: Path) -> int:
+        """Read a KV cache that `save_cache` wrote; returns how many tokens it holds.
+
+        Raises SessionError where it is damaged, or of another store; the cache is empty then.
+        """
+        self._engine.held = []
+        self._engine.held = read_kv(path, self._engine.cache, kv_identity(self.store))
+        return len(self._engine.held)
 
     def _generate(
-        self, prompts: Sequence[str | list[int]], sampling: Sampling
+        self, prompts: Sequence[str | list[int]], sampling: Sampling, reuse: bool = False
     ) -> Generator[tuple[int, Piece], None, None]:
         ids = [self._ids(prompt) for prompt in prompts]
         longest = max(map(len, ids))
@@ -79,7 +104,7 @@ class Runner:
                 f"the prompt is {longest} tokens, too long for a context of {self.plan.context}; "
                 "shorten it, or give a larger --context"
             )
-        return self._engine.generate(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)))
+        return self._engine.generate(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
 
     def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
         """The whole continuation at once."""
@@ -101,7 +126,8 @@ class Runner:
             raise UsageError(f"the prompt holds the token id {worst}, outside the model's vocabulary")
         return ids
 
-    def _decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids to text, without special tokens and otherwise as it is."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

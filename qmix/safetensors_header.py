@@ -104,14 +104,17 @@ def aligned(offset: int, alignment: int) -> int:
 
 
 def build_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], size: int, alignment: int
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+    size: int,
+    alignment: int,
+    metadata: dict[str, str] | None = None,
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """Header bytes for tensors (name, dtype, shape, offset in the payload) in rising order of offset.
 
     Holes become U8 tensors named `__pad__.N`, so that the file stays a plain safetensors file; the payload
     is `size` bytes and starts at a multiple of `alignment`. Returns the bytes and where each tensor lies.
     """
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = pads = 0
 
     def pad_to(offset: int) -> None:

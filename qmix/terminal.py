@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import click
 from rich import box
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:  # it imports torch, which a plan does without
     from qmix.generate import Result
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
+THINKING_PATIENCE = 0.5  # seconds without a first token before a line says what is going on
 
 
 class _Words(TextColumn):
@@ -114,6 +118,41 @@ class ProgressDisplay:
         say(f"{self._title}: {', '.join(parts)}{note}")
 
 
+class ThinkingLine:
+    """A line on a terminal's stderr that says where the work is, until the block is left; then it is gone.
+
+    Shown after `THINKING_PATIENCE` seconds. `describe` is asked a few times a second, from another thread.
+    """
+
+    def __init__(self, describe: Callable[[], str]) -> None:
+        self._describe = describe
+        self._console = Console(stderr=True)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="qmix-thinking", daemon=True)
+
+    def __enter__(self) -> ThinkingLine:
+        if self._console.file.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _show(self) -> None:
+        if self._over.wait(THINKING_PATIENCE):
+            return
+        with Live(
+            console=self._console,
+            get_renderable=lambda: Text(self._describe(), style="dim", no_wrap=True, overflow="ellipsis"),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        ):
+            self._over.wait()
+
+
 def say(line: str) -> None:
     """One line to stderr."""
     click.echo(line, err=True)
@@ -121,8 +160,9 @@ def say(line: str) -> None:
 
 def statistics(result: Result) -> str:
     """The one line behind an answer."""
+    reused = f" after {result.reused_tokens} kept" if result.reused_tokens else ""
     return (
-        f"{result.prompt_tokens} prompt tokens in {result.ttft_s:.2f} s ({result.prompt_rate:.1f} tok/s), "
+        f"{result.prefilled_tokens} prompt tokens{reused} in {result.ttft_s:.2f} s ({result.prompt_rate:.1f} tok/s), "
         f"{result.completion_tokens} new at {result.rate:.2f} tok/s, "
         f"{100 * result.hit_rate:.1f}% of experts in memory, "
         f"{format_bytes(result.bytes_read)} read, peak {format_bytes(result.peak_memory)} "

@@ -59,7 +59,8 @@ def test_help_names_every_command(qmix):
     done = qmix("--help")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("Usage: qmix [OPTIONS] COMMAND [ARGS]...\n")
-    assert re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE) == ["generate", "batch", "quantize", "plan", "bench"]
+    commands = re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE)
+    assert commands == ["generate", "chat", "batch", "quantize", "plan", "bench"]
 
 
 def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use):
@@ -112,7 +113,7 @@ def test_json_is_one_object_with_every_field(qmix, first_use):
     assert found["text"] + "\n" == first_use.finished.out
     assert found["seed"] == 1
     usage, timings, memory, cache = (found[group] for group in ("usage", "timings", "memory", "cache"))
-    assert usage == {"prompt_tokens": 6, "completion_tokens": len(found["token_ids"])}
+    assert usage == {"prompt_tokens": 6, "reused_tokens": 0, "completion_tokens": len(found["token_ids"])}
     assert set(timings) == {"ttft_s", "tpot_s", "total_s"}
     decoding = timings["tpot_s"] * (usage["completion_tokens"] - 1)
     assert 0 < timings["ttft_s"] < timings["ttft_s"] + decoding <= timings["total_s"]

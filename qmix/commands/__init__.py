@@ -10,7 +10,7 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("generate", "batch", "quantize", "plan", "bench")
+COMMANDS = ("generate", "chat", "batch", "quantize", "plan", "bench")
 
 
 class Commands(click.Group):

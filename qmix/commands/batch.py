@@ -18,6 +18,7 @@ from qmix.commands.shared import (
     MODEL_HELP,
     context_option,
     dtype_option,
+    given,
     model_or_default,
     out,
     precision_option,
@@ -41,6 +42,7 @@ BATCH_HELP = "sequences continued together [by the plan, from --ram and the line
 @context_option
 @precision_option
 @dtype_option
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @sampling_options
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="the summary as one JSON object on stdout")
@@ -60,20 +62,20 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers already; leave one of them, or give -o a file")
     loading = {name: options.pop(name) for name in ("ram", "context", "precision", "dtype", "batch")}
-    given = {name: value for name, value in options.items() if value is not None}
-    Sampling(**given)
-    seed = given.pop("seed", None)
+    defaults = given(options)
+    Sampling(**defaults)
+    seed = defaults.pop("seed", None)
     with _input(requests, output) as file:
         checked = _checked(requests, file)
         if to_stdout:
             from qmix.batch.output import StreamAnswers
 
-            _answer(checked, StreamAnswers(sys.stdout.buffer), model, given, seed, loading, as_json)
+            _answer(checked, StreamAnswers(sys.stdout.buffer), model, defaults, seed, loading, as_json)
         else:
             from qmix.batch.output import FileAnswers
 
             with FileAnswers(output) as answers:
-                _answer(checked, answers, model, given, seed, loading, as_json)
+                _answer(checked, answers, model, defaults, seed, loading, as_json)
 
 
 def _answer(

@@ -10,32 +10,17 @@ from typing import Any
 
 import click
 
-from qmix.commands.shared import (
-    MODEL_HELP,
-    attention_option,
-    context_option,
-    dtype_option,
-    loaded,
-    out,
-    precision_option,
-    ram_option,
-    sampling_options,
-)
+from qmix.commands.shared import MODEL_HELP, draft_option, given, loaded, loading_options, out, sampling_options
 from qmix.errors import UsageError
 
 
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
-@ram_option
-@context_option
-@precision_option
-@dtype_option
-@attention_option
+@loading_options
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @sampling_options
-@click.option(
-    "--draft-ngram", type=int, default=0, metavar="N", help="draft N tokens from repetitions in the text [0: off]"
-)
+@draft_option
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of streamed text")
 def generate(prompt: str | None, **options: Any) -> None:
     """Continue PROMPT (or stdin, with - or nothing) and stream the text to stdout."""
@@ -44,7 +29,7 @@ def generate(prompt: str | None, **options: Any) -> None:
     as_json = options.pop("as_json")
     loading = {name: options.pop(name) for name in ("model", "ram", "context", "precision", "dtype")}
     attention = options.pop("attn")
-    sampling = Sampling(**{name: value for name, value in options.items() if value is not None})
+    sampling = Sampling(**given(options))
     text = _read_prompt(prompt)
     with loaded(attention=attention, **loading) as runner:
         from qmix.terminal import say, statistics

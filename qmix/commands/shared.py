@@ -12,6 +12,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.models import DEFAULT_MODEL
 from qmix.units import parse_bytes
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
@@ -46,24 +47,36 @@ attention_option = click.option(
 )
 
 
-def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that become a Sampling: how the next token is chosen, and when to stop."""
-    own = "[the model's own]"
-    for option in reversed(
-        (
-            click.option("--max-new-tokens", type=int, default=256, show_default=True),
-            click.option("--temperature", type=float, help=f"0 is greedy {own}"),
-            click.option("--top-p", type=float, help=own),
-            click.option("--top-k", type=int, help=f"0 turns it off {own}"),
-            click.option("--min-p", type=float, help=own),
-            click.option("--repetition-penalty", type=float, help=own),
-            click.option("--seed", type=int, help="fixes the draws [random]"),
-            click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
-            click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token"),
-        )
-    ):
-        command = option(command)
-    return command
+def together(*options: Decorator) -> Decorator:
+    """One decorator for several options, in the order in which help shows them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+loading_options = together(ram_option, context_option, precision_option, dtype_option, attention_option)
+sampling_options = together(
+    click.option("--temperature", type=float, help="0 is greedy [the model's own]"),
+    click.option("--top-p", type=float, help="[the model's own]"),
+    click.option("--top-k", type=int, help="0 turns it off [the model's own]"),
+    click.option("--min-p", type=float, help="[the model's own]"),
+    click.option("--repetition-penalty", type=float, help="[the model's own]"),
+    click.option("--seed", type=int, help="fixes the draws [random]"),
+    click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
+    click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token"),
+)
+draft_option = click.option(
+    "--draft-ngram", type=int, metavar="N", help="draft N tokens from repetitions in the text [0: off]"
+)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given a value; the others are left to what they have by default."""
+    return {name: value for name, value in options.items() if value is not None and value != () and value is not False}
 
 
 def model_or_default(model: str | None) -> str:

@@ -1,0 +1,159 @@
+"""A turn of a conversation to token ids: by the model's chat template, or as the plain continuation of a text.
+
+Answers stay the ids that were generated: encoding their text may give others, and the KV cache would be lost from
+there on. So only a new turn is encoded, as what it adds to the rendered conversation before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from qmix.errors import StoreError
+
+PROBE = "qmix-probe"  # a text that no template has of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One turn's two texts."""
+
+    user: str
+    answer: str
+
+
+class Format(Protocol):
+    """How conversations are put to a model.
+
+    `takes_roles` is false for a base model; `takes_system` is false where a system text goes into the first turn.
+    """
+
+    takes_roles: bool
+    takes_system: bool
+
+    def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:
+        """Everything that was said, and a new turn, encoded from its text."""
+        ...
+
+    def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
+        """`ids`, which is what was said as it was computed, with a new turn behind it.
+
+        What differs from `whole` is only that answers are the ids that were generated; where a template changes what
+        lies before a new turn, this is `whole`.
+        """
+        ...
+
+
+def format_of(tokenizer: PreTrainedTokenizerBase) -> Format:
+    """The template's, where the tokenizer has one. Raises StoreError where it cannot be rendered."""
+    return TemplateFormat(tokenizer) if tokenizer.chat_template else PlainFormat(tokenizer)
+
+
+class TemplateFormat:
+    """By the tokenizer's chat template."""
+
+    takes_roles = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        try:
+            self._render([{"role": "user", "content": PROBE}], True)
+        except TemplateError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StoreError(f"{tokenizer.name_or_path}: its chat template cannot be used ({reason[:200]})") from None
+        self.takes_system = self._has_system_role()
+        self._closing = self._behind_an_answer()
+
+    def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:
+        return self._render(self._messages(system, said, user), True)
+
+    def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
+        messages = self._messages(system, said, user)
+        before, now = self._render(messages[:-1], False), self._render(messages, True)
+        asked = self._text(messages[:-2], True)  # what `ids` were rendered from, without the last answer
+        if now[: len(before)] != before or not self._text(messages[:-1], False).startswith(asked):
+            return now
+        return ids + _missing(ids, self._closing) + now[len(before) :]
+
+    def _messages(self, system: str, said: Sequence[Said], user: str) -> list[dict[str, str]]:
+        messages = []
+        for turn in said:
+            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+        messages.append({"role": "user", "content": user})
+        if system and self.takes_system:
+            return [{"role": "system", "content": system}, *messages]
+        if system:
+            messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
+        return messages
+
+    def _render(self, messages: list[dict[str, str]], asks: bool) -> list[int]:
+        options: dict[str, Any] = {"tokenize": True, "return_dict": False, "add_generation_prompt": asks}
+        return list(self._tokenizer.apply_chat_template(messages, **options))
+
+    def _text(self, messages: list[dict[str, str]], asks: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+
+    def _has_system_role(self) -> bool:
+        """Whether a system message is taken, and appears: some templates raise, some leave it out."""
+        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
+        try:
+            return PROBE in self._text(messages, True)
+        except TemplateError:
+            return False
+
+    def _behind_an_answer(self) -> list[int]:
+        """What the template puts behind an answer: the end that two conversations with different answers share."""
+        one, other = (
+            self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], False)
+            for answer in ("0", "1")
+        )
+        same = next((at for at, pair in enumerate(zip(one[::-1], other[::-1], strict=False)) if pair[0] != pair[1]), 0)
+        return one[len(one) - same :]
+
+
+class PlainFormat:
+    """One text that user and model write in turns. A system text is its beginning."""
+
+    takes_roles = takes_system = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:
+        text = f"{system}\n\n" if system else ""
+        for turn in said:
+            text = _joined(text, turn.user) + turn.answer
+        return list(self._tokenizer(_joined(text, user), verbose=False)["input_ids"])
+
+    def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
+        end = self._tokenizer.eos_token_id
+        while ids and ids[-1] == end:  # the text goes on
+            ids = ids[:-1]
+        last = (said[-1].user + said[-1].answer)[-1:]
+        return ids + self._encoded_behind(last, _joined(last, user)[len(last) :])
+
+    def _encoded_behind(self, anchor: str, text: str) -> list[int]:
+        """Ids of a text that follows a character; tokenizers put a space of their own before a text that begins."""
+        before, both = (
+            self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+            for part in (anchor, anchor + text)
+        )
+        if both[: len(before)] == before:
+            return list(both[len(before) :])
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _joined(before: str, after: str) -> str:
+    """Two parts of a text, a space between them where neither has one."""
+    apart = not before or before[-1].isspace() or after[:1].isspace()
+    return before + ("" if apart else " ") + after
+
+
+def _missing(ids: list[int], closing: list[int]) -> list[int]:
+    """What of `closing` the ids do not end with yet: a model that ended by itself has generated some of it."""
+    there = next(count for count in range(len(closing), -1, -1) if ids[len(ids) - count :] == closing[:count])
+    return closing[there:]

@@ -1,0 +1,144 @@
+"""A chat from its first turn to its last: reads, asks, shows."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from qmix.chat import slash
+from qmix.chat.reader import Reader
+from qmix.chat.session import Answer, Session
+from qmix.errors import QmixError
+from qmix.generate import Result
+from qmix.units import format_bytes
+
+HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where things go. `show` takes an answer's text, `say` a line beside it, `thinking` a function that describes
+    what is going on until the first text. `sum_up` makes a line of a result; None where nothing is to be said."""
+
+    show: Callable[[str], None]
+    say: Callable[[str], None]
+    thinking: Callable[[Callable[[], str]], AbstractContextManager[object]]
+    sum_up: Callable[[Result], str] | None
+
+
+@dataclass
+class Chat:
+    """With `keeps_on`, an interrupt stops an answer and not the chat: somebody sits there."""
+
+    session: Session
+    reader: Reader
+    screen: Screen
+    keeps_on: bool
+    failed: bool = False
+
+    def run(self) -> None:
+        """Until the end of what is typed, or /exit; `failed` says then whether anything could not be done."""
+        while True:
+            try:
+                if not self._turn(self.reader.read()):
+                    return
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not self.keeps_on:
+                    raise
+                if not self.reader.left_something():
+                    self.screen.say(HINT)
+            except QmixError as error:
+                self.failed = True
+                self.screen.say(f"qmix: {' '.join(str(error).splitlines())}")
+
+    def _turn(self, text: str) -> bool:
+        """Do what was typed; False where that is to leave."""
+        if not text.strip():
+            return True
+        if not text.startswith("/"):
+            self._ask(text)
+            return True
+        outcome = slash.run(text, self.session)
+        for line in outcome.lines:
+            self.screen.say(line)
+        if outcome.ask is not None:
+            self._ask(outcome.ask, outcome.again)
+        return not outcome.leave
+
+    def _ask(self, text: str, again: bool = False) -> None:
+        with _on_interrupt(signal.SIG_IGN) if self.keeps_on else nullcontext():
+            answer = self.session.ask(text, again)
+            if answer.forgotten:
+                self.screen.say(_forgotten(answer.forgotten, self.session.conversation.context))
+            stopped = self._stream(answer)
+            kept = self.session.keep(answer)
+            self._sum_up(answer, stopped, kept)
+
+    def _stream(self, answer: Answer) -> bool:
+        """Show an answer as it comes; whether it was stopped."""
+        try:
+            with self._interruptible(), closing(answer.pieces) as pieces:
+                with self.screen.thinking(self._describe()):
+                    text = next(pieces, "")
+                self.screen.show(text)
+                for text in pieces:
+                    self.screen.show(text)
+        except KeyboardInterrupt:
+            if not self.keeps_on:
+                raise
+            return True
+        finally:
+            if not answer.text.endswith("\n"):
+                self.screen.show("\n")
+        return False
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        return _on_interrupt(_once) if self.keeps_on else nullcontext()
+
+    def _sum_up(self, answer: Answer, stopped: bool, kept: bool) -> None:
+        if not kept:
+            self.screen.say("stopped before the first token; this turn is not kept")
+        elif self.screen.sum_up is None:
+            return
+        elif stopped:
+            self.screen.say(f"stopped after {len(answer.ids)} tokens")
+        elif answer.result is not None:
+            self.screen.say(self.screen.sum_up(answer.result))
+
+    def _describe(self) -> Callable[[], str]:
+        pool = self.session.runner.pool
+        layers, before = pool.store.geometry.num_layers, pool.counters.copy()
+
+        def describe() -> str:
+            used = pool.counters.since(before)
+            return (
+                f"thinking: layer {pool.layer + 1} of {layers}, {100 * used.hit_rate:.0f}% of experts in memory, "
+                f"{format_bytes(used.bytes_read)} read"
+            )
+
+        return describe
+
+
+def _forgotten(turns: int, context: int) -> str:
+    oldest = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
+    return f"the context of {context} tokens is full: {oldest} out of it"
+
+
+@contextmanager
+def _on_interrupt(handler: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _once(number: int, frame: object) -> None:
+    """An impatient second Ctrl-C must not interrupt what the first one sets in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,141 @@
+"""A model, a conversation with it, and the settings of its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmix.chat.conversation import Conversation, Prompt, Turn
+from qmix.chat.format import Format, format_of
+from qmix.errors import UsageError
+from qmix.generate import Piece, Result
+from qmix.runner import Runner
+from qmix.sampling import Sampling
+from qmix.text import Detokenizer
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a session has taken so far, stopped answers included but for their rates."""
+
+    answers: int = 0
+    prefilled: int = 0
+    reused: int = 0
+    generated: int = 0
+
+    def add(self, result: Result) -> None:
+        self.answers += 1
+        self.prefilled += result.prefilled_tokens
+        self.reused += result.reused_tokens
+        self.generated += result.completion_tokens
+
+
+@dataclass(slots=True)
+class Answer:
+    """An answer that is being generated; iterate `pieces`, whatever ends that, then call `keep`.
+
+    `result` is there once the model has come to an end by itself. `forgotten` turns went to make room for it;
+    `before` is what the conversation returns to if nothing is said.
+    """
+
+    prompt: Prompt
+    forgotten: int
+    before: tuple[list[Turn], int]
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    result: Result | None = None
+    pieces: Generator[str, None, None] = field(init=False)
+
+
+class Session:
+    """`settings` are Sampling's fields as far as they were set; a seed among them is that of the first answer, and
+    each later answer takes the next one."""
+
+    def __init__(self, runner: Runner, settings: Mapping[str, Any], system: str = "") -> None:
+        self.runner, self.settings = runner, dict(settings)
+        form = format_of(runner.tokenizer)
+        self.conversation = Conversation(form, runner.plan.context, system)
+        self.totals = Totals()
+        self._drawn = 0  # answers, since the seed was set
+
+    @property
+    def form(self) -> Format:
+        return self.conversation.form
+
+    def set(self, name: str, value: object) -> None:
+        """Change a setting, or put it back with None. Raises UsageError where the value cannot be used."""
+        changed = {key: known for key, known in self.settings.items() if key != name}
+        changed |= {} if value is None else {name: value}
+        Sampling(**changed)
+        self.settings = changed
+        if name == "seed":
+            self._drawn = 0
+
+    def ask(self, text: str, again: bool = False) -> Answer:
+        """Begin the answer to a new turn, `again` to one that takes the last one's place.
+
+        Raises UsageError where the turn is empty or does not fit the context.
+        """
+        if not text.strip():
+            raise UsageError("the turn is empty; give some text")
+        sampling, conversation, before = self._sampling(), self.conversation, self.conversation.state
+        try:
+            if again:
+                conversation.take_back()
+            prompt = conversation.prompt(text, sampling.max_new_tokens)
+            pieces = self.runner.generate(prompt.ids, sampling, reuse=True)
+        except BaseException:
+            conversation.state = before
+            raise
+        answer = Answer(prompt, prompt.forgotten - conversation.forgotten, before)
+        answer.pieces = self._texts(pieces, answer)
+        return answer
+
+    def keep(self, answer: Answer) -> bool:
+        """Add an answer to the conversation, as far as it has come. False where it has no token: nothing was said."""
+        self._drawn += 1
+        if answer.result is not None:
+            self.totals.add(answer.result)
+        if not answer.ids:
+            self.conversation.state = answer.before
+            return False
+        decode = self.runner.decode
+        ids = shown_ids(decode, answer.prompt.ids, answer.ids, answer.text)
+        text = answer.text.strip() if self.form.takes_roles else answer.text
+        self.conversation.add(answer.prompt, text, ids)
+        return True
+
+    def _texts(self, pieces: Iterator[Piece], answer: Answer) -> Generator[str, None, None]:
+        """The text to show, piece by piece; a chat model's answer begins with its first word."""
+        with closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
+                bare = piece.text if answer.text.strip() or not self.form.takes_roles else piece.text.lstrip()
+                answer.text += piece.text
+                answer.ids += piece.token_ids
+                if piece.result is not None:
+                    answer.result = piece.result
+                    answer.ids = piece.result.token_ids
+                if bare:
+                    yield bare
+
+    def _sampling(self) -> Sampling:
+        changed = dict(self.settings)
+        changed.setdefault("max_new_tokens", self.runner.plan.context)
+        if "seed" in changed:
+            changed["seed"] = (changed["seed"] + self._drawn) % 2**63
+        return Sampling(**changed)
+
+
+def shown_ids(
+    decode: Callable[[Sequence[int]], str], prompt: Sequence[int], ids: Sequence[int], text: str
+) -> list[int]:
+    """The ids of an answer up to the end of the text that was shown of it: a stop sequence is no part of it."""
+    detokenizer, so_far, kept = Detokenizer(decode, prompt), "", 0
+    for count, token in enumerate(ids, 1):
+        so_far += detokenizer.add(token)
+        if not text.startswith(so_far):
+            return list(ids[:kept])
+        kept = count
+    return list(ids)

@@ -1,0 +1,57 @@
+"""Settings of a chat's answers as they are typed, and as they are saved: the fields of Sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qmix.errors import UsageError
+
+DEFAULT = "default"
+NUMBERS: dict[str, Callable[[str], int | float]] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+    "seed": int,
+    "draft_ngram": int,
+}
+TYPES = {name: (int, kind) for name, kind in NUMBERS.items()} | {"ignore_eos": (bool,)}
+NAMES = (*NUMBERS, "stop")
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`temperature 0.7` to a name and a value, `temperature default` to the name and None. Raises UsageError."""
+    name, _, value = text.strip().partition(" ")
+    name, value = name.replace("-", "_").lower(), value.strip()
+    if name not in NAMES:
+        raise UsageError(f"/set {name}: no such setting; there are {', '.join(NAMES)}")
+    if not value:
+        raise UsageError(f"/set {name}: give a value, or {DEFAULT}")
+    if value == DEFAULT:
+        return name, None
+    if name == "stop":
+        return name, (value.encode().decode("unicode_escape") if value.isascii() else value,)
+    try:
+        return name, NUMBERS[name](value)
+    except ValueError:
+        raise UsageError(f"/set {name} {value}: give a number, or {DEFAULT}") from None
+
+
+def saved_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def restored_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises ValueError where a name is unknown or a value of another type."""
+    found: dict[str, Any] = {}
+    for name, value in saved.items():
+        if name == "stop" and isinstance(value, list) and all(isinstance(text, str) for text in value):
+            found[name] = tuple(value)
+        elif type(value) in TYPES.get(name, ()):
+            found[name] = value
+        else:
+            raise ValueError(f"the setting {name!r}")
+    return found

@@ -1,0 +1,191 @@
+"""The commands of a chat, beginning with a slash."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmix.chat import record
+from qmix.chat.session import Session
+from qmix.chat.settings import parse_setting
+from qmix.errors import UsageError
+from qmix.machine import peak_memory
+from qmix.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command comes to: lines to show, and perhaps a turn to ask, or the end.
+
+    `again` makes the turn take the place of the last one.
+    """
+
+    lines: tuple[str, ...] = ()
+    ask: str | None = None
+    again: bool = False
+    leave: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SlashCommand:
+    """`takes` says what stands behind the name, in brackets where it may be left out; "" for nothing."""
+
+    takes: str
+    help: str
+    run: Callable[[Session, str], Outcome]
+
+
+def run(line: str, session: Session) -> Outcome:
+    """Do what a line that begins with a slash says. Raises QmixError where that is not possible."""
+    name, _, rest = line.strip().partition(" ")
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        near = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.0)[0]
+        raise UsageError(
+            f"{name}: no such command; the nearest is {near} (text that begins with / needs a space first)"
+        )
+    if rest.strip() and not command.takes:
+        raise UsageError(f"{name}: takes nothing behind it")
+    if not rest.strip() and command.takes and not command.takes.startswith("["):
+        raise UsageError(f"{name}: needs {command.takes}")
+    return command.run(session, rest.strip())
+
+
+def _help(session: Session, rest: str) -> Outcome:
+    width = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
+    lines = [f"{f'{name} {command.takes}':{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return Outcome((*lines, '"""  begins and ends a turn of several lines; so does Alt-Enter for each new line'))
+
+
+def _clear(session: Session, rest: str) -> Outcome:
+    session.conversation.clear()
+    return Outcome(("cleared",))
+
+
+def _regen(session: Session, rest: str) -> Outcome:
+    if not session.conversation.turns:
+        raise UsageError("/regen: nothing has been said yet")
+    return Outcome(ask=session.conversation.turns[-1].user, again=True)
+
+
+def _undo(session: Session, rest: str) -> Outcome:
+    turn = session.conversation.take_back()
+    first = (turn.user.strip().splitlines() or [""])[0]
+    return Outcome((f"taken back: {first[:60]}{'…' if len(first) > 60 else ''}",))
+
+
+def _system(session: Session, rest: str) -> Outcome:
+    if rest:
+        session.conversation.system = "" if rest in {'""', "''"} else rest
+    return Outcome((f"system: {session.conversation.system or 'none'}",))
+
+
+def _set(session: Session, rest: str) -> Outcome:
+    if rest:
+        session.set(*parse_setting(rest))
+    shown = ", ".join(f"{name} {value}" for name, value in record.saved_settings(session.settings).items())
+    return Outcome((f"settings: {shown or 'the model’s own'}",))
+
+
+def _save(session: Session, rest: str) -> Outcome:
+    words = _words("/save", rest)
+    with_cache = "--cache" in words
+    path = _path("/save", [word for word in words if word != "--cache"])
+    record.save(session, path)
+    lines = [f"saved {len(session.conversation.turns)} turns to {path}"]
+    if with_cache:
+        tokens = record.save_cache(session, path)
+        size = format_bytes(record.kv_path(path).stat().st_size)
+        lines.append(f"saved the KV cache, {tokens} tokens in {size}, to {record.kv_path(path)}")
+    return Outcome(tuple(lines))
+
+
+def load(session: Session, path: Path) -> Outcome:
+    """Take a saved session's place in this one."""
+    notices = [record.load(session, path), record.load_cache(session, path)]
+    told = f"loaded {len(session.conversation.turns)} turns from {path}"
+    return Outcome((told, *(notice for notice in notices if notice)))
+
+
+def _load(session: Session, rest: str) -> Outcome:
+    return load(session, _path("/load", _words("/load", rest)))
+
+
+def _read(session: Session, rest: str) -> Outcome:
+    name, *question = _words("/read", rest)
+    path = _path("/read", [name])
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise UsageError(f"/read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"/read {path}: not UTF-8 text") from None
+    if not text.strip():
+        raise UsageError(f"/read {path}: is empty")
+    return Outcome(ask="\n\n".join([text.rstrip("\n"), *([" ".join(question)] if question else [])]))
+
+
+def _stats(session: Session, rest: str) -> Outcome:
+    totals, pool = session.totals, session.runner.pool.counters
+    conversation, plan = session.conversation, session.runner.plan
+    used = len(conversation.ids)
+    return Outcome(
+        (
+            f"{len(conversation.turns)} turns, {conversation.forgotten} of them out of the context; "
+            f"{used} of {plan.context} tokens used",
+            f"{totals.answers} whole answers: {totals.prefilled} prompt tokens computed, "
+            f"{totals.reused} kept from before, {totals.generated} new",
+            f"{100 * pool.hit_rate:.1f}% of experts in memory, {format_bytes(pool.bytes_read)} read, "
+            f"peak {format_bytes(peak_memory())} of {format_bytes(plan.ram)}",
+        )
+    )
+
+
+def _model(session: Session, rest: str) -> Outcome:
+    store, plan = session.runner.store, session.runner.plan
+    precisions = ", ".join(plan.expert_bytes)
+    roles = "answers by its chat template" if session.form.takes_roles else "continues text (no chat template)"
+    return Outcome(
+        (
+            f"{store.source_name} in {store.directory}, {roles}",
+            f"experts in {precisions}, {plan.slots} of {plan.num_records} in memory, the rest in {store.layout.dtype}; "
+            f"context {plan.context}, {format_bytes(plan.ram)} of RAM",
+            "another model: leave, and start `qmix chat` with it; --resume takes this conversation along",
+        )
+    )
+
+
+def _exit(session: Session, rest: str) -> Outcome:
+    return Outcome(leave=True)
+
+
+def _words(command: str, rest: str) -> list[str]:
+    try:
+        return shlex.split(rest)
+    except ValueError as error:
+        raise UsageError(f"{command} {rest}: {str(error).lower()}; quote names with spaces") from None
+
+
+def _path(command: str, words: list[str]) -> Path:
+    if len(words) != 1 or not words[0]:
+        raise UsageError(f"{command}: give one file; quote a name with spaces")
+    return Path(words[0]).expanduser()
+
+
+COMMANDS = {
+    "/help": SlashCommand("", "this", _help),
+    "/clear": SlashCommand("", "forget everything that was said", _clear),
+    "/regen": SlashCommand("", "another answer to the last turn", _regen),
+    "/undo": SlashCommand("", "take back the last turn and its answer", _undo),
+    "/system": SlashCommand("[TEXT]", 'show or change the system text; "" for none', _system),
+    "/set": SlashCommand("[NAME VALUE]", "show the settings, or change one, as temperature 0.7", _set),
+    "/save": SlashCommand("FILE [--cache]", "write the session; with --cache what was computed, too", _save),
+    "/load": SlashCommand("FILE", "go on with a saved session", _load),
+    "/read": SlashCommand("FILE [QUESTION]", "a file's text as your turn, with a question behind it", _read),
+    "/stats": SlashCommand("", "what the session has taken so far", _stats),
+    "/model": SlashCommand("", "what is running", _model),
+    "/exit": SlashCommand("", "leave (as Ctrl-D)", _exit),
+}

@@ -1,0 +1,123 @@
+"""`qmix chat`: a conversation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
+from qmix.errors import UsageError
+
+MAX_HELP = "of an answer [what the context leaves]"
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("-s", "--system", metavar="TEXT", help="a text that stands before the conversation")
+@click.option("--system-file", type=FILE, metavar="FILE", help="the same from a file")
+@click.option("--resume", type=FILE, metavar="FILE", help="go on with a session that /save wrote")
+@click.option("--no-history", is_flag=True, help="neither read nor keep what was typed in other sessions")
+@click.option("-q", "--quiet", is_flag=True, help="no statistics behind the answers")
+@loading_options
+@click.option("--max-new-tokens", type=int, help=MAX_HELP)
+@sampling_options
+@draft_option
+def chat(
+    model: str | None,
+    system: str | None,
+    system_file: Path | None,
+    resume: Path | None,
+    no_history: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Talk with MODEL, a turn a line; /help says what else can be typed.
+
+    A model with a chat template answers, one without continues the text. Where stdin is no terminal, each of its
+    lines is a turn; the answers go to stdout, everything else to stderr, and the exit code is 1 where a line failed.
+    """
+    from qmix.sampling import Sampling
+
+    name = model_or_default(model)
+    loading = {option: options.pop(option) for option in ("ram", "context", "precision", "dtype")}
+    attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
+    Sampling(**settings)
+    with loaded(name, attention, **loading) as runner:
+        from qmix.chat import slash
+        from qmix.chat.loop import Chat, Screen
+        from qmix.chat.session import Session
+        from qmix.terminal import ThinkingLine, say, statistics
+
+        session = Session(runner, settings, text or "")
+        if resume is not None:
+            for line in slash.load(session, resume.expanduser()).lines:
+                say(line)
+            session.settings |= settings
+            session.conversation.system = session.conversation.system if text is None else text
+        _introduce(session, name, quiet)
+        screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics)
+        running = Chat(session, _reader(no_history), screen, keeps_on=_is_terminal(sys.stdin))
+        running.run()
+    if running.failed and not running.keeps_on:
+        raise click.exceptions.Exit(1)
+
+
+def _system_text(text: str | None, path: Path | None) -> str | None:
+    if text is not None and path is not None:
+        raise UsageError("--system and --system-file: give one of them")
+    if path is None:
+        return text
+    try:
+        return path.expanduser().read_text("utf-8").rstrip("\n")
+    except OSError as error:
+        raise UsageError(f"--system-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--system-file {path}: not UTF-8 text") from None
+
+
+def _introduce(session: Any, name: str, quiet: bool) -> None:
+    """What is to be known beforehand, once."""
+    from qmix.terminal import say
+
+    if not session.form.takes_roles:
+        say(
+            f"{name} has no chat template: a pretrained base model, without any moderation mechanisms; "
+            "it continues what you write"
+        )
+    if session.conversation.system and not session.form.takes_system:
+        say("no system role here: the system text goes into the first turn")
+    if not quiet and _is_terminal(sys.stdin):
+        say(f"{name}: /help says what can be typed, Ctrl-D leaves")
+
+
+def _reader(no_history: bool) -> Any:
+    """prompt_toolkit's line where a terminal is on both sides, plain lines elsewhere."""
+    import platformdirs
+
+    from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
+    from qmix.terminal import say
+
+    if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
+        path = Path(platformdirs.user_state_dir("qmix")) / "chat-history"
+        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say))
+    if sys.stdin is None:
+        raise UsageError("stdin is closed; there is nobody to talk with")
+    asks = _is_terminal(sys.stdin)
+    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
+
+
+def _shown(text: str) -> None:
+    """An answer's text to stdout; on a terminal without the control characters that would move it."""
+    out("".join(_visible(character) for character in text) if _is_terminal(sys.stdout) else text)
+
+
+def _visible(character: str) -> str:
+    return character if character in "\n\t" or character.isprintable() or ord(character) > 0x9F else "\ufffd"
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and stream.isatty()

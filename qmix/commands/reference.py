@@ -1,0 +1,47 @@
+"""`python -m qmix.commands.reference` writes docs/commands.md: the commands as they describe themselves."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import click
+
+from qmix.commands import Commands
+from qmix.errors import EXIT_CODES
+
+PATH = Path(__file__).parents[2] / "docs" / "commands.md"
+HEAD = """\
+# Commands
+
+Made by `make reference` from the commands themselves; change them, not this file. In brackets is what holds where an
+option is left out.
+"""
+
+
+def reference() -> str:
+    """The whole page, which depends on nothing but the commands."""
+    group = Commands("qmix")
+    context = click.Context(group, info_name="qmix", help_option_names=["-h", "--help"])
+    sections = [_section(context, name) for name in group.list_commands(context)]
+    codes = ["## Exit codes", "", "| | |", "|---:|---|", *(f"| {code} | {text} |" for code, text in EXIT_CODES.items())]
+    return "\n".join([HEAD, *sections, *codes, ""])
+
+
+def _section(group: click.Context, name: str) -> str:
+    command = group.command.get_command(group, name)  # type: ignore[attr-defined]
+    context = click.Context(command, group, name)
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    options = [option for option in command.get_params(context) if isinstance(option, click.Option)]
+    records = [record for option in options if (record := option.get_help_record(context))]
+    rows = [f"| `{_cell(names)}` | {_cell(text)} |" for names, text in records]
+    lines = [f"## qmix {name}", "", "```", usage, "```", "", inspect.cleandoc(command.help or ""), ""]
+    return "\n".join([*lines, "| option | |", "|---|---|", *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
+
+
+if __name__ == "__main__":
+    PATH.write_text(reference())

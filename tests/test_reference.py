@@ -1,0 +1,41 @@
+"""docs/commands.md says what the commands say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qmix import errors
+from qmix.commands import COMMANDS
+from qmix.commands.reference import PATH, reference
+
+
+def test_the_reference_is_current():
+    assert PATH.read_text() == reference(), "run `make reference`"
+
+
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_the_reference_is_the_same_on_any_terminal(columns):
+    script = "from qmix.commands.reference import reference; print(reference(), end='')"
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"COLUMNS": columns, "TERM": "dumb"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout == PATH.read_text()
+
+
+def test_every_command_and_exit_code_is_there(qmix):
+    page = PATH.read_text()
+    for name in COMMANDS:
+        section = page.split(f"## qmix {name}\n")[1].split("\n## ")[0]
+        shown = {word.rstrip(",") for word in qmix(name, "--help").out.split() if word.startswith("--")}
+        assert len(shown) > 2
+        assert shown - {"--help"} <= {word.strip("`,") for word in section.split()} | {"--help"}, name
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, errors.QmixError):
+            assert f"| {error.exit_code} | {errors.EXIT_CODES[error.exit_code]} |" in page
