@@ -7,12 +7,13 @@ records; what does not fit the pool stays on disk. `total` is the peak that a ru
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qmix.errors import DoesNotFitError
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.layout import StoreLayout
+from qmix.placement import even_use, host_placement
 from qmix.units import format_bytes
 
 DEFAULT_CONTEXT = 4096
@@ -24,8 +25,36 @@ SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Bytes of each part of a run on one GPU, whose ceiling is `budget`. `experts` are residents that stay."""
+
+    name: str  # "gpu:0"
+    budget: int
+    dense: int
+    kv_cache: int
+    experts: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """The predicted peak of allocated memory."""
+        return self.dense + self.kv_cache + self.experts + self.work
+
+    @property
+    def headroom(self) -> int:
+        """What the budget leaves free: CUDA's own context, the allocator's slack."""
+        return self.budget - self.total
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes of each part of a run, and how many of the model's expert records are held in memory."""
+    """Bytes of each part of a run, and where each layer and expert lies.
+
+    `layer_devices` says for each layer where its dense weights and KV cache lie, "cpu" or "gpu:0"; embeddings lie with
+    the first layer, the last norm and the head with the last. `placement` is [layer][expert]: "gpu:0" for a resident
+    that stays there, "ram" or "disk" for where the others are at the start; which of them the pool's `slots` hold
+    later is decided by use. `interpreter`, `dense`, `kv_cache`, `work` and the pool are the host's.
+    """
 
     ram: int
     context: int
@@ -39,6 +68,9 @@ class Plan:
     num_records: int
     expert_bytes: dict[str, int]
     store_bytes: int
+    devices: tuple[DevicePlan, ...] = ()
+    layer_devices: tuple[str, ...] = ()
+    placement: tuple[tuple[str, ...], ...] = ()
 
     @property
     def pool(self) -> int:
@@ -56,8 +88,13 @@ class Plan:
 
     @property
     def on_disk(self) -> int:
-        """Bytes of the expert records that the pool has no slot for."""
-        return self.expert_total * (self.num_records - self.slots) // self.num_records
+        """Bytes of the expert records that neither a GPU nor the pool has room for."""
+        return self.expert_total * (self.host_records - self.slots) // self.num_records
+
+    @property
+    def host_records(self) -> int:
+        """Experts that lie on no GPU: those that the pool serves."""
+        return sum(where in ("ram", "disk") for row in self.placement for where in row)
 
     @property
     def expert_total(self) -> int:
@@ -95,12 +132,14 @@ def make_plan(
         num_records=geometry.num_records,
         expert_bytes=layout.expert_bytes,
         store_bytes=layout.total_bytes,
+        layer_devices=("cpu",) * geometry.num_layers,
+        placement=host_placement(even_use(geometry), 0),
     )
     if ram < fixed.smallest:
         raise DoesNotFitError(_refusal(fixed), fixed.smallest)
     room = int((ram - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed.total
     slots = max(min(MIN_SLOTS, fixed.num_records), min(fixed.num_records, room // fixed.slot_bytes))
-    return Plan(**(asdict(fixed) | {"slots": slots}))
+    return replace(fixed, slots=slots, placement=host_placement(even_use(geometry), slots))
 
 
 def default_context(geometry: Geometry) -> int:

@@ -1,0 +1,70 @@
+"""A machine as figures: what it holds, and how fast its parts are. Pure data; loads no torch.
+
+Bytes, bytes/s, FLOP/s (a multiplication and an addition are two) and seconds. `qmix doctor` measures the rates of this
+machine; where nothing was measured or stated, typical ones stand in, and say that they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast a machine is. Defaults are typical of a desktop of 2024, its GPU of the class of an RTX 4090.
+
+    memory_read    bytes/s, reading memory with all cores
+    disk_read      bytes/s, O_DIRECT reads of expert records at random places
+    pcie           bytes/s, from pinned memory to one GPU
+    matmul         FLOP/s of bf16 products on the CPU
+    four_bit_read  bytes/s of 4-bit weights multiplied with one token on the CPU
+    gpu_memory     bytes/s, reading one GPU's memory
+    gpu_matmul     FLOP/s of half-precision products on one GPU
+    layer_seconds  what a layer takes in decode besides its weights: Python, small tensors, the router
+    read_seconds   what a record's read takes besides its bytes
+
+    `measured` and `stated` name those that were measured on the machine, and those that a user gave.
+    """
+
+    memory_read: float = 40e9
+    disk_read: float = 3e9
+    pcie: float = 20e9
+    matmul: float = 800e9
+    four_bit_read: float = 30e9
+    gpu_memory: float = 800e9
+    gpu_matmul: float = 80e12
+    layer_seconds: float = 0.6e-3
+    read_seconds: float = 0.3e-3
+    measured: frozenset[str] = frozenset()
+    stated: frozenset[str] = frozenset()
+
+    def source(self, name: str) -> str:
+        """Where a rate comes from: "measured", "stated" or "typical"."""
+        return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
+
+    def with_measured(self, found: Mapping[str, float]) -> Rates:
+        return replace(self, **found, measured=self.measured.union(found), stated=self.stated.difference(found))
+
+    def with_stated(self, given: Mapping[str, float]) -> Rates:
+        return replace(self, **given, stated=self.stated.union(given))
+
+    def to_json(self) -> dict[str, Any]:
+        """Name to {"value", "source"}."""
+        return {name: {"value": getattr(self, name), "source": self.source(name)} for name in RATE_NAMES}
+
+
+RATE_NAMES = tuple(field.name for field in fields(Rates) if field.name not in ("measured", "stated"))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan may use. `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` what is free
+    for a store (None: not asked), all in bytes; `fast_kernels`: the CPU multiplies packed 4-bit weights."""
+
+    ram: int
+    gpus: tuple[int, ...] = ()
+    disk: int | None = None
+    rates: Rates = Rates()
+    fast_kernels: bool = True
