@@ -19,7 +19,7 @@ from transformers import MixtralForCausalLM
 from qmix.device_experts import DeviceExperts, Loader, read_numbers
 from qmix.device_matrices import DeviceExpert, device_expert, is_made_over
 from qmix.device_work import device_record_bytes
-from qmix.devices import HOST, Device
+from qmix.devices import HOST, Device, open_devices
 from qmix.errors import UsageError
 from qmix.eviction import Key
 from qmix.hardware import Rates
@@ -48,9 +48,9 @@ class Spread:
         return [self.devices[name] for name in self.plan.layer_devices]
 
     @property
-    def residents(self) -> list[Key]:
-        """(layer, expert) of all experts that stay on a GPU, in a store's order."""
-        return residents(self.plan)
+    def residents(self) -> frozenset[Key]:
+        """(layer, expert) of all experts that stay on a GPU."""
+        return frozenset(residents(self.plan))
 
     def of_tensor(self, name: str) -> Device:
         """Where a dense weight lies, by its published name: the ends of the model with its first and last layer."""
@@ -58,7 +58,9 @@ class Spread:
             return self.layers[int(name.split(".")[2])]
         return self.layers[0 if name == "model.embed_tokens.weight" else -1]
 
-    def put_experts(self, model: MixtralForCausalLM, pool: ExpertPool, activation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def put_experts(
+        self, model: MixtralForCausalLM, pool: ExpertPool, activation: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
         """The experts of layers on GPUs, loaded through the pool, in place of transformers'."""
         by_layer = self._load(pool)
         loaders: dict[str, Loader] = {}
@@ -78,12 +80,12 @@ class Spread:
         geometry = layout.geometry
         nbytes = {name: device_record_bytes(geometry, name, layout.dtype) for name in layout.records}
         totals = dict.fromkeys(self.devices, 0)
-        for layer, expert in self.residents:
+        for layer, expert in residents(self.plan):
             totals[self.plan.placement[layer][expert]] += nbytes[layout.precisions[layer][expert]]
         blocks = {name: self.devices[name].empty((total,), torch.uint8) for name, total in totals.items() if total}
         found: dict[int, dict[int, DeviceExpert]] = {}
         used = dict.fromkeys(blocks, 0)
-        for (layer, expert), record in pool.pass_through(self.residents):
+        for (layer, expert), record in pool.pass_through(residents(self.plan)):
             name, precision = self.plan.placement[layer][expert], layout.precisions[layer][expert]
             memory = blocks[name][used[name] : used[name] + nbytes[precision]]
             used[name] += nbytes[precision]
@@ -128,12 +130,19 @@ class StepCopies:
 
 
 def _crossing(device: Device, copies: StepCopies) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def cross(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cross(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden, *rest = args
         shared = {name: copies.of(kwargs[name], device) for name in SHARED if kwargs.get(name) is not None}
         return (hidden.to(device.device), *rest), kwargs | shared
 
     return cross
+
+
+def spread_for(plan: Plan, rates: Rates, kind: str) -> Spread | None:
+    """The spread of a plan with GPUs; None for the host alone. Raises UsageError where they are not here."""
+    return Spread(plan, open_devices([gpu.name for gpu in plan.devices], kind), rates) if plan.devices else None
 
 
 def residents(plan: Plan) -> list[Key]:

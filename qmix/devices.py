@@ -7,7 +7,7 @@ a copy is done when the call returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,25 +71,19 @@ def open_devices(names: Sequence[str], kind: str = "cuda") -> dict[str, Device]:
     return found
 
 
-def pin(memory: torch.Tensor) -> bool:
-    """Lock memory in place so that a GPU can copy from it while Python goes on; False where the system refuses.
+def pin(memory: torch.Tensor) -> Callable[[], None]:
+    """Lock memory in place so that a GPU can copy from it while Python goes on; the function undoes it, once.
 
-    Copies from memory that is not pinned are right too, only slower, and nothing else happens during them.
+    Where the system refuses, nothing is locked: copies are then right too, only slower, and hold up everything else.
     """
-    return bool(memory.numel()) and _ok(_cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    places = [memory.data_ptr()] if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0 else []
 
+    def undo() -> None:
+        while places:
+            runtime.cudaHostUnregister(places.pop())
 
-def unpin(memory: torch.Tensor) -> None:
-    """Undo `pin`; before the memory is given back."""
-    _cudart().cudaHostUnregister(memory.data_ptr())
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _ok(code: Any) -> bool:
-    return int(code) == 0
+    return undo
 
 
 class Staged:
