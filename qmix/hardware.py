@@ -19,7 +19,7 @@ class Rates:
     disk_read      bytes/s, O_DIRECT reads of expert records at random places
     pcie           bytes/s, from pinned memory to one GPU
     matmul         FLOP/s of bf16 products on the CPU
-    four_bit_read  bytes/s of 4-bit weights multiplied with one token on the CPU
+    four_bit_read  bytes/s of 4-bit weights multiplied with one token on the CPU, by the product alone
     gpu_memory     bytes/s, reading one GPU's memory
     gpu_matmul     FLOP/s of half-precision products on one GPU
     layer_seconds  what a layer takes in decode besides its weights: Python, small tensors, the router
@@ -32,7 +32,7 @@ class Rates:
     disk_read: float = 3e9
     pcie: float = 20e9
     matmul: float = 800e9
-    four_bit_read: float = 30e9
+    four_bit_read: float = 42e9
     gpu_memory: float = 800e9
     gpu_matmul: float = 80e12
     layer_seconds: float = 0.6e-3
@@ -45,10 +45,12 @@ class Rates:
         return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
 
     def with_measured(self, found: Mapping[str, float]) -> Rates:
-        return replace(self, **found, measured=self.measured.union(found), stated=self.stated.difference(found))
+        changes: dict[str, Any] = {"measured": self.measured.union(found), "stated": self.stated.difference(found)}
+        return replace(self, **changes, **found)
 
     def with_stated(self, given: Mapping[str, float]) -> Rates:
-        return replace(self, **given, stated=self.stated.union(given))
+        changes: dict[str, Any] = {"stated": self.stated.union(given)}
+        return replace(self, **changes, **given)
 
     def to_json(self) -> dict[str, Any]:
         """Name to {"value", "source"}."""

@@ -213,7 +213,7 @@ def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
     }
     parts = ("interpreter", "dense", "kv_cache", "work", "pool")
     assert found["total"] == sum(found[part] for part in parts) == sum(count for _, count in list(shown.values())[:5])
-    assert (found["fits"], found["schema"]) == (True, "qmix-plan-1")
+    assert (found["fits"], found["schema"]) == (True, "qmix-plan-2")
     assert found["on_disk"] + found["pool"] == sum(found["expert_bytes"].values())
 
 
@@ -229,7 +229,7 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     answer = json.loads(less.out)
     assert json.loads(qmix(*options, str(answer["smallest"])).out)["slots"] == 2
     assert qmix(*options, str(answer["smallest"] - 1)).status == 3
-    assert answer == {"schema": "qmix-plan-1", "fits": False, "smallest": answer["smallest"]}
+    assert answer == {"schema": "qmix-plan-2", "fits": False, "smallest": answer["smallest"]}
     assert math.ceil(answer["smallest"] / 2**20) == int(told[1])
     assert qmix(*SEEDED, "--context", "64", "--ram", "100MB").err == refused.err
 
