@@ -132,7 +132,6 @@ class _Holdings:
             demand.batch,
             precisions=tuple(demand.layout.records),
             dtype=demand.layout.dtype,
-            first=first == 0,
             last=last == demand.geometry.num_layers,
             uploads=uploads,
         )

@@ -11,8 +11,11 @@ from typing import Any
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
 
 from qmix.checkpoint.reader import TOKENIZERS
+from qmix.device_model import spread_for
+from qmix.devices import pin
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
+from qmix.hardware import Rates
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
@@ -30,20 +33,33 @@ from qmix.torch_dtypes import HALF
 
 class Runner:
     """A model ready to run. `model` is transformers' MixtralForCausalLM and can be used as any; `plan` says what
-    lies where. Close it, or use it as a context manager."""
+    lies where, `rates` how fast the machine is. Close it, or use it as a context manager."""
 
-    def __init__(self, store: Store, plan: Plan, attention: str = "sdpa", on_load: OnProgress = ignore) -> None:
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        attention: str = "sdpa",
+        on_load: OnProgress = ignore,
+        rates: Rates | None = None,
+        kind: str = "cuda",
+    ) -> None:
+        """`kind` is torch's name for what stands behind the plan's GPUs, if it has any."""
         give_back_freed_memory()
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
-        pool = ExpertPool(store, plan.slots)
+        spread = spread_for(plan, rates or Rates(), kind)
+        pool = ExpertPool(store, plan.slots, elsewhere=spread.residents if spread else frozenset())
+        self._unpin = pin(pool.memory) if spread and kind == "cuda" else _nothing
         try:
-            self.model: MixtralForCausalLM = build_model(store, pool, attention)
-            if plan.slots == plan.num_records:
+            self.model: MixtralForCausalLM = build_model(store, pool, attention, spread)
+            if pool.holds_all:
                 pool.fill(on_load)
-            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype], plan.batch)
+            homes = [device.device for device in spread.layers] if spread else None
+            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype], plan.batch, homes)
         except BaseException:
             pool.close()
+            self._unpin()
             raise
         self._engine = Engine(self.model, pool, cache, self._decode, plan.ram)
 
@@ -59,6 +75,7 @@ class Runner:
 
     def close(self) -> None:
         self._engine.close()
+        self._unpin()
 
     def generate(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Iterator[Piece]:
         """Stream the continuation of a prompt (text, or token ids): pieces of text, the last with `.result`.
@@ -111,6 +128,10 @@ class Runner:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _pieces(items: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
