@@ -170,7 +170,7 @@ def _probed(runner: Runner) -> Iterator[dict[str, Probe]]:
     if runner.pool.holds_all:
         yield probes
         return
-    with DiskProbe(runner.store, min(DISK_BYTES, room)) as disk:
+    with DiskProbe.of_store(runner.store, min(DISK_BYTES, room)) as disk:
         yield probes | {"disk_read": disk}
 
 

@@ -19,6 +19,7 @@ from qmix.hardware import Rates
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
+from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
@@ -171,7 +172,7 @@ def load(
         return plan_for(layout, ram, context, attention, batch)
 
     store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
-    return Runner(store, planned(store.layout, store.fingerprint), attention, on_load)
+    return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -102,9 +102,7 @@ class Rehearsal:
         mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
         try:
             with torch.no_grad():
-                logits = self.model(
-                    ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1
-                ).logits
+                logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
             logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
         finally:
             for hook in hooks:
@@ -112,7 +110,9 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsal(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None) -> Iterator[Rehearsal]:
+def rehearsal(
+    plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None
+) -> Iterator[Rehearsal]:
     """Fake tensors, pretend devices and stand-ins for the time of the block, and a model on them."""
     pretend.register()
     made = Rehearsal(plan, layout, attention, rates or Rates())
@@ -155,7 +155,9 @@ class _NoGuesses(Lookahead):
 def _spread_out(geometry: Geometry) -> pretend.Choose:
     """Every expert used by as many tokens as any other."""
     count, top_k = geometry.num_experts, geometry.experts_per_token
-    return lambda layer, tokens: [[(token * top_k + place) % count for place in range(top_k)] for token in range(tokens)]
+    return lambda layer, tokens: [
+        [(token * top_k + place) % count for place in range(top_k)] for token in range(tokens)
+    ]
 
 
 def _together(geometry: Geometry, first: int) -> pretend.Choose:

@@ -42,7 +42,9 @@ def greedy(commands, first_use) -> dict:
     return result(commands(*GREEDY, "--json", XDG_CACHE_HOME=str(first_use.cache)))
 
 
-@pytest.mark.parametrize("command", ["--help", "generate --help", "bench --help", "plan tiny", "plan --ram 1MB"])
+@pytest.mark.parametrize(
+    "command", ["--help", "generate --help", "bench --help", "plan tiny", "plan --ram 1MB", "doctor --no-measure"]
+)
 def test_what_computes_nothing_imports_nothing_heavy(qmix, command):
     script = (
         "import sys, cli\n"
@@ -59,7 +61,7 @@ def test_help_names_every_command(qmix):
     done = qmix("--help")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("Usage: qmix [OPTIONS] COMMAND [ARGS]...\n")
-    assert re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE) == ["generate", "quantize", "plan", "bench"]
+    assert re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE) == ["generate", "quantize", "plan", "bench", "doctor"]
 
 
 def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use):
