@@ -25,7 +25,7 @@ from qmix.errors import UsageError
 from qmix.eviction import Key
 from qmix.generate import compute_threads
 from qmix.layout import StoreLayout
-from qmix.machine import cpu_name
+from qmix.machine import cpu_name, has_fast_kernels
 from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.plan_file import PlanFile
@@ -113,6 +113,7 @@ def measure(
         peak_memory=watch.peak_memory,
         cpu=cpu_name(),
         threads=compute_threads(store.geometry),
+        fast_kernels=has_fast_kernels(),
         versions={"qmix": __version__, "python": platform.python_version()} | {name: version(name) for name in STACK},
         ceilings=machine,
         rows=tuple(rows),

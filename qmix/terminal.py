@@ -22,6 +22,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
+from qmix.hardware import SLOW_FOUR_BIT
 from qmix.progress import Progress
 from qmix.units import format_bytes
 
@@ -163,6 +164,8 @@ def bench_conditions(report: Report) -> Table:
     row("memory", f"{format_bytes(plan.ram)} budget, peak {format_bytes(report.peak_memory)}")
     row("experts", f"{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
     row("machine", f"{report.cpu}, {report.threads} {'thread' if report.threads == 1 else 'threads'}")
+    if not report.fast_kernels:
+        row("", f"no fast 4-bit kernel on this CPU: 4-bit products are {SLOW_FOUR_BIT:.0f} times slower")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     row("memory read", _rate(ceilings.memory_read))
     if ceilings.disk_read is not None:
