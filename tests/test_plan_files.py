@@ -19,7 +19,7 @@ from qmix.prepare import Subject
 from qmix.profile import Profile, check_profile, read_profile
 
 GIB = 2**30
-SMALL = Geometry(64, 128, 2, 4, 2, 16, 4, 2, 96, 256)
+SMALL = Geometry(1024, 4096, 2, 4, 2, 64, 4, 2, 96, 256)  # large enough that a GPU pays
 USE = ((0.9, 0.5, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5))
 
 
@@ -34,7 +34,7 @@ def layout(precision: str = "nf4") -> StoreLayout:
 
 
 def write(path: Path, gpus=(), **options) -> Path:
-    planned = plan_on(Subject("org/small", layout(), "abc"), Machine(GIB, gpus), 100, **options)
+    planned = plan_on(Subject("org/small", layout(), "abc"), Machine(4 * GIB, gpus), 100, **options)
     path.write_text(json.dumps(planned.to_json()))
     return path
 
@@ -43,7 +43,7 @@ def write(path: Path, gpus=(), **options) -> Path:
 def test_a_plan_is_read_back_as_it_was_written(tmp_path, gpus, monkeypatch):
     monkeypatch.setattr(plan_file, "found_gpus", lambda: gpus)
     path = write(tmp_path / "plan.json", gpus, batch=3, use=USE)
-    made = plan_on(Subject("org/small", layout(), "abc"), Machine(GIB, gpus), 100, batch=3, use=USE).plan
+    made = plan_on(Subject("org/small", layout(), "abc"), Machine(4 * GIB, gpus), 100, batch=3, use=USE).plan
     assert read_plan(path).plan_of(layout(), "abc") == made
     assert read_plan(path).plan_of(layout()) == made  # where the weights are not known
 
