@@ -64,7 +64,7 @@ def prepare(
     def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
         if plan is not None:
             check_context(workloads, plan.plan.context, "the plan's is", "make a plan with a larger one")
-            return plan.plan_of(layout, fingerprint)
+            return plan.plan_of(layout, fingerprint, attention)
         if context is None:
             check_context(workloads, layout.geometry.max_position, "the model's longest is", "give fewer tokens")
         else:

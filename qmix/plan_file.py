@@ -30,8 +30,11 @@ class PlanFile:
     precision: str | None
     model: dict[str, Any]
 
-    def plan_of(self, layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+    def plan_of(self, layout: StoreLayout, fingerprint: str | None = None, attention: str = "sdpa") -> Plan:
         """The plan, for a store of this layout on this machine. Raises UsageError where it is for another."""
+        if attention != self.attention:
+            needed = f"made for --attn {self.attention}, which takes other work space than {attention}"
+            raise UsageError(f"{self.path}: is {needed}; give the same, or {AGAIN}")
         self._check_model(layout, fingerprint)
         self._check_machine()
         return self.plan

@@ -38,12 +38,15 @@ class Planned:
         limits = f"--ram {math.ceil(plan.ram / MIB)}MiB --context {plan.context}"
         if self.precision is not None:
             limits += f" --precision {shlex.quote(self.precision)}"
-        if self.attention != "sdpa":
-            limits += f" --attn {self.attention}"
+        attention = "" if self.attention == "sdpa" else f" --attn {self.attention}"
+        limits += attention
         if not plan.devices:
             return [f"qmix generate -m {model} {limits}"]
         gpus = " ".join(f"--gpu {budget // MIB}MiB" for budget in self.machine.gpus)
-        return [f"qmix plan {model} {gpus} {limits} --json > plan.json", f"qmix generate -m {model} --plan plan.json"]
+        return [
+            f"qmix plan {model} {gpus} {limits} --json > plan.json",
+            f"qmix generate -m {model} --plan plan.json{attention}",
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """As docs/plan.md describes it."""

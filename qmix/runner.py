@@ -168,7 +168,7 @@ def load(
 
     def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
         if plan is not None:
-            return plan.plan_of(layout, fingerprint)
+            return plan.plan_of(layout, fingerprint, attention)
         return plan_for(layout, ram, context, attention, batch)
 
     store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
