@@ -108,7 +108,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Rows, what they are compared with, and the conditions. Memory in bytes."""
+    """Rows, what they are compared with, and the conditions. Memory in bytes; `fast_kernels`: the CPU's 4-bit ones."""
 
     model: str
     precision: str
@@ -117,13 +117,14 @@ class Report:
     peak_memory: int
     cpu: str
     threads: int
+    fast_kernels: bool
     versions: dict[str, str]
     ceilings: Ceilings
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
         plan, ceilings = self.plan, self.ceilings
-        names = ("model", "precision", "dtype", "peak_memory", "cpu", "threads", "versions")
+        names = ("model", "precision", "dtype", "peak_memory", "cpu", "threads", "fast_kernels", "versions")
         return {
             "schema": "qmix-bench-1",
             **{name: getattr(self, name) for name in names},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -54,14 +57,28 @@ class PlannedLayer(CacheLayerMixin):
 
 
 class PlannedCache(Cache):
-    """A cache for up to `batch` sequences of `context` positions; its memory is taken at once."""
+    """A cache for up to `batch` sequences of `context` positions; its memory is taken at once.
 
-    def __init__(self, geometry: Geometry, context: int, dtype: torch.dtype, batch: int = 1) -> None:
-        shape = (2, geometry.num_layers, batch, geometry.num_kv_heads, context, geometry.head_dim)
-        memory = anonymous_memory(geometry.kv_bytes_per_token * context * batch)
+    `layer_devices` has a device for each layer; without it all lie in main memory.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        context: int,
+        dtype: torch.dtype,
+        batch: int = 1,
+        layer_devices: Sequence[torch.device] | None = None,
+    ) -> None:
         assert dtype.itemsize == HALF_BYTES
-        both = memory.view(dtype).view(shape)
-        super().__init__(layers=[PlannedLayer(keys, values) for keys, values in zip(both[0], both[1], strict=True)])
+        devices = layer_devices or [torch.device("cpu")] * geometry.num_layers
+        layers = {}
+        for device in dict.fromkeys(devices):  # one block on each
+            mine = [layer for layer, where in enumerate(devices) if where == device]
+            shape = (2, len(mine), batch, geometry.num_kv_heads, context, geometry.head_dim)
+            both = _memory(prod(shape) * HALF_BYTES, device).view(dtype).view(shape)
+            layers |= {layer: PlannedLayer(*pair) for layer, *pair in zip(mine, both[0], both[1], strict=True)}
+        super().__init__(layers=[layers[layer] for layer in range(geometry.num_layers)])
         self.context, self.batch = context, batch
 
     @property
@@ -74,3 +91,9 @@ class PlannedCache(Cache):
         for layer in self.layers:
             assert layer.length >= length
             layer.length = length
+
+
+def _memory(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return anonymous_memory(nbytes)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

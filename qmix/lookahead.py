@@ -11,7 +11,7 @@ How often guesses were right is measured for each layer and depth; those that ar
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,12 +27,19 @@ EMBEDDING = -1  # the "layer" before the first
 class Lookahead:
     """Guesses for a model with `norms` [L, H] (of the experts' inputs) and `gates` [L, E, H].
 
-    `right` and `guesses` count by depth, for reports.
+    Experts that lie `elsewhere` than in a pool are not among them. `right` and `guesses` count by depth, for reports.
     """
 
-    def __init__(self, norms: torch.Tensor, gates: torch.Tensor, top_k: int, depth: int = DEPTH) -> None:
+    def __init__(
+        self,
+        norms: torch.Tensor,
+        gates: torch.Tensor,
+        top_k: int,
+        depth: int = DEPTH,
+        elsewhere: frozenset[Key] = frozenset(),
+    ) -> None:
         self.layers, self.experts, _ = gates.shape
-        self.top_k, self.depth = top_k, depth
+        self.top_k, self.depth, self.elsewhere = top_k, depth, elsewhere
         self._gates = gates.float() * norms.float()[:, None]  # [L, E, H]
         self._norms = norms
         self._trust: defaultdict[tuple[int, int], float] = defaultdict(lambda: 1.0)  # by layer and depth
@@ -50,7 +57,7 @@ class Lookahead:
         ahead = range(layer + 1, min(layer + 1 + self.depth, self.layers))
         if not ahead:
             return []
-        stream = hidden.float()
+        stream = hidden.float().to(self._norms.device)
         if layer != EMBEDDING:
             stream = stream / self._norms[layer].float()
         scores = stream @ self._gates[ahead.start : ahead.stop].flatten(0, 1).T  # [T, D * E]
@@ -61,7 +68,10 @@ class Lookahead:
             self._guessed[later][depth] = experts
             if self._trust[later, depth] >= TRUSTED:
                 keys += [(later, expert) for expert in experts]
-        return keys
+        return self._wanted(keys)
+
+    def _wanted(self, keys: Iterable[Key]) -> list[Key]:
+        return [key for key in keys if key not in self.elsewhere]
 
     def chosen(self, layer: int, experts: Sequence[int]) -> None:
         """What a layer's router chose in the end."""

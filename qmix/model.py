@@ -17,6 +17,9 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.attention import GROUPED_SDPA, register
+from qmix.device_dense import read_dense_to
+from qmix.device_model import Spread
+from qmix.devices import download
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
@@ -42,46 +45,68 @@ def check_attention(name: str) -> None:
         raise UsageError("--attn flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
 
 
-def build_model(store: Store, pool: ExpertPool, attention: str = "sdpa") -> MixtralForCausalLM:
+def build_model(
+    store: Store, pool: ExpertPool, attention: str = "sdpa", spread: Spread | None = None
+) -> MixtralForCausalLM:
     """The model in half precision, its experts drawn from the pool; ready to use, gradients off.
 
-    Over a pool that is `invariant` the whole model is: a token's numbers then depend on its own sequence alone.
-    `attention` is one of ATTENTION, or the name of a function that transformers has been told of.
+    Over a pool that is `invariant` the whole model is: a token's numbers then depend on its own sequence alone. With
+    `spread` it lies on several devices. `attention` is one of ATTENTION, or the name of a function that transformers
+    has been told of.
 
     Raises StoreError where a dense weight is damaged.
     """
+    model = empty_model(store, attention)
+    furnish(model, store, pool, read_dense(store) if spread is None else read_dense_to(store, spread.of_tensor), spread)
+    return model
+
+
+def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
+    """transformers' model as the store's config says, all of it on torch's `meta` device."""
     config = _config(store)
-    dtype = HALF[store.layout.dtype]
-    config.dtype = dtype
+    config.dtype = HALF[store.layout.dtype]
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
     with _refusals(store.directory / "config.json"), init_empty_weights(include_buffers=True):
-        model = MixtralForCausalLM(config)
-    activation = _activation(config)
+        return MixtralForCausalLM(config)
+
+
+def furnish(
+    model: MixtralForCausalLM,
+    store: Store,
+    pool: ExpertPool,
+    dense: dict[str, torch.Tensor],
+    spread: Spread | None = None,
+) -> None:
+    """Put experts and dense weights, given by published name and lying where they are to stay, into an empty model."""
+    activation = _activation(model.config)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
     with _refusals(store.directory / "config.json"):
-        model.model.rotary_emb = MixtralRotaryEmbedding(config)
+        model.model.rotary_emb = MixtralRotaryEmbedding(model.config)
+    for name, value in dense.items():
+        set_module_tensor_to_device(model, _module_name(name), value.device, value=value, dtype=value.dtype)
+    if store.geometry.tie_embeddings:
+        model.tie_weights()
     if pool.invariant:
         make_invariant(model)
     elif uses_kernels(store.geometry):
         use_half_linear(model)
-    for name, value in read_dense(store).items():
-        set_module_tensor_to_device(model, _module_name(name), "cpu", value=value, dtype=dtype)
-    if store.geometry.tie_embeddings:
-        model.tie_weights()
+    if spread is not None:
+        spread.put_experts(model, pool, activation)
+        spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
     model.generation_config = _generation_config(store)
     if not pool.holds_all:
         _look_ahead(model, pool)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
 
 
 def _look_ahead(model: MixtralForCausalLM, pool: ExpertPool) -> None:
     """Let each layer, and the embeddings before the first, tell the pool what later layers will probably ask for."""
-    norms = torch.stack([layer.post_attention_layernorm.weight for layer in model.model.layers])
-    gates = torch.stack([layer.mlp.gate.weight for layer in model.model.layers])
-    lookahead = Lookahead(norms, gates, pool.store.geometry.experts_per_token)
+    norms = torch.stack([download(layer.post_attention_layernorm.weight) for layer in model.model.layers])
+    gates = torch.stack([download(layer.mlp.gate.weight) for layer in model.model.layers])
+    lookahead = Lookahead(norms, gates, pool.store.geometry.experts_per_token, elsewhere=pool.elsewhere)
     for layer in model.model.layers:
         layer.mlp.experts.lookahead = lookahead
 

@@ -7,16 +7,24 @@ records; what does not fit the pool stays on disk. `total` is the peak that a ru
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qmix.demand import PREFILL_CHUNK, Arrangement, Demand, DevicePlan, Holding, StepUse, Use, even_use
 from qmix.errors import DoesNotFitError
 from qmix.geometry import HALF_BYTES, Geometry
+from qmix.hardware import Rates
 from qmix.layout import StoreLayout
+from qmix.placement import arrange
+from qmix.predict import Prediction, speed_of
+from qmix.traffic import decode_load, prefill_load
 from qmix.units import format_bytes
 
+SCHEMA = "qmix-plan-2"
 DEFAULT_CONTEXT = 4096
-PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
+TYPICAL = Rates()
+CUDA_HOST_BYTES = 2**30  # CUDA's libraries and pinned buffers in the process' own memory; stated, not measured
 MIN_SLOTS = 2  # one expert computes while the next is read
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
 RESERVE_SHARE = 0.01
@@ -25,7 +33,13 @@ SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes of each part of a run, and how many of the model's expert records are held in memory."""
+    """Bytes of each part of a run, and where each layer and expert lies.
+
+    `layer_devices` says for each layer where its dense weights and KV cache lie, "cpu" or "gpu:0"; embeddings lie with
+    the first layer, the last norm and the head with the last. `placement` is [layer][expert]: "gpu:0" for a resident
+    that stays there, "ram" or "disk" for where the others are at the start; which of them the pool's `slots` hold
+    later is decided by use. `interpreter`, `dense`, `kv_cache`, `work` and the pool are the host's.
+    """
 
     ram: int
     context: int
@@ -39,6 +53,9 @@ class Plan:
     num_records: int
     expert_bytes: dict[str, int]
     store_bytes: int
+    devices: tuple[DevicePlan, ...] = ()
+    layer_devices: tuple[str, ...] = ()
+    placement: tuple[tuple[str, ...], ...] = ()
 
     @property
     def pool(self) -> int:
@@ -56,8 +73,13 @@ class Plan:
 
     @property
     def on_disk(self) -> int:
-        """Bytes of the expert records that the pool has no slot for."""
-        return self.expert_total * (self.num_records - self.slots) // self.num_records
+        """Bytes of the expert records that neither a GPU nor the pool has room for."""
+        return self.expert_total * (self.host_records - self.slots) // self.num_records
+
+    @property
+    def host_records(self) -> int:
+        """Experts that lie on no GPU: those that the pool serves."""
+        return sum(where in ("ram", "disk") for row in self.placement for where in row)
 
     @property
     def expert_total(self) -> int:
@@ -66,41 +88,131 @@ class Plan:
     @property
     def smallest(self) -> int:
         """The smallest budget that this model and context run in."""
-        least = min(MIN_SLOTS, self.num_records) * self.slot_bytes
+        least = min(MIN_SLOTS, self.host_records) * self.slot_bytes
         return _with_reserve(self.total - self.pool + least)
 
+    @property
+    def roomy(self) -> int:
+        """The smallest budget of memory with which nothing is read from disk once it is loaded."""
+        return _with_reserve(self.total - self.pool + self.host_records * self.slot_bytes)
+
     def to_json(self) -> dict[str, Any]:
-        derived = ("pool", "total", "headroom", "on_disk", "smallest")
-        return {"schema": "qmix-plan-1", **asdict(self), **{name: getattr(self, name) for name in derived}}
+        """Fields and what follows from them; `plan_file.read_plan` reads it back."""
+        derived = ("pool", "total", "headroom", "on_disk", "smallest", "roomy", "host_records")
+        devices = [asdict(device) | {"total": device.total, "headroom": device.headroom} for device in self.devices]
+        fields = asdict(self) | {"devices": devices}
+        return {"schema": SCHEMA, **fields, **{name: getattr(self, name) for name in derived}}
 
 
 def make_plan(
-    layout: StoreLayout, ram: int, context: int, interpreter: int, attention: str = "sdpa", batch: int = 1
+    layout: StoreLayout,
+    ram: int,
+    context: int,
+    interpreter: int,
+    attention: str = "sdpa",
+    batch: int = 1,
+    *,
+    gpus: Sequence[int] = (),
+    rates: Rates = TYPICAL,
+    use: Use | None = None,
 ) -> Plan:
-    """The plan of a store under `ram` bytes, for `batch` sequences of `context` tokens decoded together.
+    """The plan of a store under `ram` bytes and those of each GPU, for `batch` sequences of `context` tokens.
 
-    Raises DoesNotFitError with the smallest budget that works.
+    `interpreter` is what Python takes without GPUs. Of several ways to use the GPUs, `rates` decide; experts are
+    preferred by `use`, else evenly. Raises DoesNotFitError with the smallest `ram` that works.
     """
-    geometry = layout.geometry
-    fixed = Plan(
+    demand = Demand(layout, context, batch, attention, use or even_use(layout.geometry))
+    host = _Host(demand, ram, interpreter)
+    found = arrange(demand, gpus, host.slots, rates)
+    if found is None:
+        raise DoesNotFitError(host.refusal(), host.smallest)
+    return Plan(
         ram=ram,
         context=context,
         batch=batch,
-        interpreter=interpreter,
-        dense=layout.dense.size - len(layout.dense.header),
-        kv_cache=geometry.kv_bytes_per_token * context * batch,
-        work=work_bytes(geometry, context, attention, batch),
-        slots=0,
+        **host.parts(found.cpu_layers),
+        slots=found.slots,
         slot_bytes=layout.slot_bytes,
-        num_records=geometry.num_records,
+        num_records=layout.geometry.num_records,
         expert_bytes=layout.expert_bytes,
         store_bytes=layout.total_bytes,
+        devices=tuple(held.plan for held in found.holdings),
+        layer_devices=found.layer_devices,
+        placement=found.placement,
     )
-    if ram < fixed.smallest:
-        raise DoesNotFitError(_refusal(fixed), fixed.smallest)
-    room = int((ram - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed.total
-    slots = max(min(MIN_SLOTS, fixed.num_records), min(fixed.num_records, room // fixed.slot_bytes))
-    return Plan(**(asdict(fixed) | {"slots": slots}))
+
+
+class _Host:
+    """The host's bytes by how many layers lie on the CPU, and the least budget of all that were tried."""
+
+    def __init__(self, demand: Demand, ram: int, interpreter: int) -> None:
+        self.demand, self.ram, self.interpreter = demand, ram, interpreter
+        self.slot_bytes = demand.layout.slot_bytes
+        self._least: tuple[int, int, int] | None = None  # smallest budget, its layers on the CPU, its slots
+
+    def parts(self, cpu_layers: int) -> dict[str, int]:
+        demand, layout = self.demand, self.demand.layout
+        geometry = demand.geometry
+        whole = cpu_layers == geometry.num_layers
+        work = work_bytes if cpu_layers else expert_work_bytes
+        return {
+            "interpreter": self.interpreter + (0 if whole else CUDA_HOST_BYTES),
+            "dense": layout.dense.size - len(layout.dense.header) if whole else demand.dense_of(0, cpu_layers),
+            "kv_cache": demand.layer_kv * cpu_layers,
+            "work": work(geometry, demand.context, demand.attention, demand.batch),
+        }
+
+    def slots(self, cpu_layers: int, records: int) -> int | None:
+        """Slots for so many experts beside what else the host holds; None where too few fit."""
+        fixed = sum(self.parts(cpu_layers).values())
+        least = min(MIN_SLOTS, records)
+        smallest = _with_reserve(fixed + least * self.slot_bytes)
+        if self._least is None or smallest < self._least[0]:
+            self._least = smallest, cpu_layers, least
+        if self.ram < smallest:
+            return None
+        room = int((self.ram - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
+        return max(least, min(records, room // self.slot_bytes))
+
+    @property
+    def smallest(self) -> int:
+        assert self._least is not None
+        return self._least[0]
+
+    def refusal(self) -> str:
+        assert self._least is not None
+        smallest, cpu_layers, least = self._least
+        parts, tokens = self.parts(cpu_layers), self.demand.context * self.demand.batch
+        return (
+            f"does not fit {format_bytes(self.ram)} of RAM: needs {format_bytes(smallest)} "
+            f"(Python {format_bytes(parts['interpreter'])}, dense weights {format_bytes(parts['dense'])}, "
+            f"KV cache for {tokens} tokens {format_bytes(parts['kv_cache'])}, "
+            f"work space {format_bytes(parts['work'])}, "
+            f"{least} experts {format_bytes(least * self.slot_bytes)}); the smallest budget that works is "
+            f"--ram {math.ceil(smallest / 2**20)}MiB"
+        )
+
+
+def predict(plan: Plan, layout: StoreLayout, rates: Rates, use: Use | None = None) -> Prediction:
+    """The plan's speed: decode at half the context, and one chunk of a prompt."""
+    demand = Demand(layout, plan.context, plan.batch, "sdpa", use or even_use(layout.geometry))
+    found = Arrangement(plan.layer_devices.count("cpu"), _holdings(plan, demand), plan.slots, demand)
+    tokens = min(PREFILL_CHUNK, plan.context)
+    decode = decode_load(found, StepUse.of(demand, plan.batch))
+    prefill = prefill_load(found, StepUse.of(demand, tokens), tokens)
+    return Prediction(prefill=speed_of(prefill, rates, tokens), decode=speed_of(decode, rates, plan.batch))
+
+
+def _holdings(plan: Plan, demand: Demand) -> tuple[Holding, ...]:
+    found = []
+    for device in plan.devices:
+        first = plan.layer_devices.index(device.name)
+        last = first + plan.layer_devices.count(device.name)
+        ranks = [
+            rank for rank, (layer, expert) in enumerate(demand.order) if plan.placement[layer][expert] == device.name
+        ]
+        found.append(Holding(first, last, device, max(ranks, default=-1)))
+    return tuple(found)
 
 
 def default_context(geometry: Geometry) -> int:
@@ -125,26 +237,21 @@ def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1)
         scores = geometry.num_heads * tokens * context * (HALF_BYTES + 4 + 4) + repeated  # softmax in fp32
     else:
         scores = tokens * q_rows * (HALF_BYTES + 4)
-    routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)
-    expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
-    step = kept + max(norm, rotary + mask + scores, routed + expert + SLOW_PATH_BYTES)
+    step = kept + max(norm, rotary + mask + scores, expert_work_bytes(geometry, context, attention, batch))
     sorting = geometry.vocab_size * 40  # one sequence's scores, probabilities, and their sorted copies with indices
     logits = sorting + geometry.vocab_size * HALF_BYTES * batch
     lookahead = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
     return max(step, kept + logits) + lookahead
 
 
+def expert_work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1) -> int:
+    """The most that a step's experts allocate, when all else is computed elsewhere."""
+    tokens = min(max(PREFILL_CHUNK, batch), context * batch)
+    hidden = geometry.hidden_size
+    routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)
+    expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
+    return routed + expert + SLOW_PATH_BYTES
+
+
 def _with_reserve(needed: int) -> int:
     return math.ceil(needed * (1 + RESERVE_SHARE)) + RESERVE_BYTES
-
-
-def _refusal(fixed: Plan) -> str:
-    least = min(MIN_SLOTS, fixed.num_records)
-    return (
-        f"does not fit {format_bytes(fixed.ram)} of RAM: needs {format_bytes(fixed.smallest)} "
-        f"(Python {format_bytes(fixed.interpreter)}, dense weights {format_bytes(fixed.dense)}, "
-        f"KV cache for {fixed.batch * fixed.context} tokens {format_bytes(fixed.kv_cache)}, "
-        f"work space {format_bytes(fixed.work)}, "
-        f"{least} experts {format_bytes(least * fixed.slot_bytes)}); the smallest budget that works is "
-        f"--ram {math.ceil(fixed.smallest / 2**20)}MiB"
-    )

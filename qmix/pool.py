@@ -59,14 +59,21 @@ class PoolCounters:
 
 
 class ExpertPool:
-    """`slots` slots over a store's records; serves one thread, reads with several.
+    """`slots` slots over a store's records, but for those that lie `elsewhere`; serves one thread, reads with several.
 
     With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes
     the next request raise Cancelled. `layer` is the one that asked last, for whoever watches.
     """
 
-    def __init__(self, store: Store, slots: int, policy: Eviction | None = None, invariant: bool = False) -> None:
-        self.store, self.slots, self.invariant = store, slots, invariant
+    def __init__(
+        self,
+        store: Store,
+        slots: int,
+        policy: Eviction | None = None,
+        invariant: bool = False,
+        elsewhere: frozenset[Key] = frozenset(),
+    ) -> None:
+        self.store, self.slots, self.invariant, self.elsewhere = store, slots, invariant, elsewhere
         self.policy = policy or POLICIES[DEFAULT_POLICY](store.geometry)
         self.slot_bytes = store.layout.slot_bytes
         self.memory = anonymous_memory(slots * self.slot_bytes)
@@ -88,8 +95,8 @@ class ExpertPool:
 
     @property
     def holds_all(self) -> bool:
-        """Whether every expert has a slot, so that nothing is ever read twice."""
-        return self.slots >= self.store.geometry.num_records
+        """Whether every expert that is asked for here has a slot, so that nothing is ever read twice."""
+        return self.slots >= self.store.geometry.num_records - len(self.elsewhere)
 
     def close(self) -> None:
         """End the reads under way and close the files; the pool cannot be used afterwards."""
@@ -102,7 +109,8 @@ class ExpertPool:
     def fill(self, on_progress: OnProgress = ignore) -> None:
         """Read records in order, first layer first, until the pool is full or every expert is in it."""
         layers, experts = self.store.geometry.num_layers, self.store.geometry.num_experts
-        wanted = [(layer, expert) for layer in range(layers) for expert in range(experts)][: self.slots]
+        keys = [(layer, expert) for layer in range(layers) for expert in range(experts)]
+        wanted = [key for key in keys if key not in self.elsewhere][: self.slots]
         waiting = deque(key for key in wanted if key not in self._resident)
         total, done = sum(self.store.layout.record(*key).nbytes for key in waiting), 0
         reading: deque[tuple[Key, int, Read]] = deque()
@@ -117,6 +125,28 @@ class ExpertPool:
                 on_progress(Progress(done, total))
         finally:
             self._release(reading)
+
+    def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Each record's bytes once, in a slot that is used again when the next is asked for; in order, checked.
+
+        For what is kept in other memory; needs a free slot.
+        """
+        waiting, reading = deque(keys), deque[tuple[Key, int, Read]]()
+        try:
+            while waiting or reading:
+                if self.cancelled:
+                    raise Cancelled
+                while waiting and self._free and len(reading) < READS_IN_FLIGHT:
+                    reading.append(self._begin(waiting.popleft(), self._free.pop()))
+                key = self._finish(reading)
+                yield key, self.record(*key)
+                self._free.append(self._resident.pop(key))
+        finally:
+            self._release(reading)
+
+    def record(self, layer: int, expert: int) -> torch.Tensor:
+        """The bytes, uint8, of a record that is in memory."""
+        return self._slot(self._resident[layer, expert])[: self.store.layout.record(layer, expert).nbytes]
 
     def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
         """Each of these experts of a layer once, those in memory first while the others are read.

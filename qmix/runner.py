@@ -11,15 +11,20 @@ from typing import Any
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
 
 from qmix.checkpoint.reader import TOKENIZERS
+from qmix.device_model import spread_for
+from qmix.devices import pin
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
+from qmix.hardware import Rates
 from qmix.kv_cache import PlannedCache
 from qmix.kv_file import kv_identity, read_kv, write_kv
 from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
+from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
+from qmix.plan_file import PlanFile
 from qmix.pool import ExpertPool
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
@@ -30,20 +35,33 @@ from qmix.torch_dtypes import HALF
 
 class Runner:
     """A model ready to run. `model` is transformers' MixtralForCausalLM and can be used as any; `plan` says what
-    lies where. Close it, or use it as a context manager."""
+    lies where, `rates` how fast the machine is. Close it, or use it as a context manager."""
 
-    def __init__(self, store: Store, plan: Plan, attention: str = "sdpa", on_load: OnProgress = ignore) -> None:
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        attention: str = "sdpa",
+        on_load: OnProgress = ignore,
+        rates: Rates | None = None,
+        kind: str = "cuda",
+    ) -> None:
+        """`kind` is torch's name for what stands behind the plan's GPUs, if it has any."""
         give_back_freed_memory()
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
-        pool = ExpertPool(store, plan.slots)
+        spread = spread_for(plan, rates or Rates(), kind)
+        pool = ExpertPool(store, plan.slots, elsewhere=spread.residents if spread else frozenset())
+        self._unpin = pin(pool.memory) if spread and kind == "cuda" else _nothing
         try:
-            self.model: MixtralForCausalLM = build_model(store, pool, attention)
-            if plan.slots == plan.num_records:
+            self.model: MixtralForCausalLM = build_model(store, pool, attention, spread)
+            if pool.holds_all:
                 pool.fill(on_load)
-            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype])
+            homes = [device.device for device in spread.layers] if spread else None
+            cache = PlannedCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=homes)
         except BaseException:
             pool.close()
+            self._unpin()
             raise
         self._engine = Engine(self.model, pool, cache, self.decode, plan.ram)
 
@@ -59,6 +77,7 @@ class Runner:
 
     def close(self) -> None:
         self._engine.close()
+        self._unpin()
 
     def generate(
         self, prompt: str | list[int], sampling: Sampling | None = None, *, reuse: bool = False, **options: Any
@@ -131,6 +150,10 @@ class Runner:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _pieces(items: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
     with closing(items):  # ends the computation when the caller has had enough
         for _, piece in items:
@@ -145,6 +168,7 @@ def load(
     precision: str | None = None,
     dtype: str | None = None,
     attention: str = "sdpa",
+    plan: PlanFile | None = None,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
 ) -> Runner:
@@ -153,17 +177,19 @@ def load(
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
     into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
     default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum. `on_progress` is told of a
-    quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
+    the model's own maximum. `plan` (of `qmix.plan_file.read_plan`) is in place of these two. `on_progress` is told of
+    a quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
     QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+        if plan is not None:
+            return plan.plan_of(layout, fingerprint, attention)
         return plan_for(layout, ram, context, attention)
 
-    store = prepare_store(model, precision, dtype, on_progress, planned)
-    return Runner(store, planned(store.layout), attention, on_load)
+    store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
+    return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -25,7 +25,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
-from qmix.plan import Plan
+from qmix.hardware import SLOW_FOUR_BIT
 from qmix.progress import Progress
 from qmix.units import format_bytes
 
@@ -170,33 +170,6 @@ def statistics(result: Result) -> str:
     )
 
 
-def plan_table(plan: Plan, title: str) -> Table:
-    """What lies where, in bytes."""
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("what")
-    table.add_column("where")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-
-    def row(what: str, where: str, count: int) -> None:
-        table.add_row(what, where, f"{count:,}", format_bytes(count))
-
-    row("Python with its imports", "RAM", plan.interpreter)
-    row("dense weights, half precision", "RAM", plan.dense)
-    row(f"KV cache, {plan.context} tokens", "RAM", plan.kv_cache)
-    row("work space", "RAM", plan.work)
-    row(f"expert pool, {plan.slots} of {plan.num_records} experts", "RAM", plan.pool)
-    table.add_section()
-    row("total, predicted peak", "RAM", plan.total)
-    row("headroom", "RAM", plan.headroom)
-    table.add_section()
-    for precision, count in plan.expert_bytes.items():
-        row(f"all experts in {precision}", "store", count)
-    row("experts read when routed to", "disk", plan.on_disk)
-    row("the whole store", "disk", plan.store_bytes)
-    return table
-
-
 def bench_table(report: Report) -> Table:
     """A row for each workload; stays readable on 60 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
@@ -231,6 +204,8 @@ def bench_conditions(report: Report) -> Table:
     row("memory", f"{format_bytes(plan.ram)} budget, peak {format_bytes(report.peak_memory)}")
     row("experts", f"{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
     row("machine", f"{report.cpu}, {report.threads} {'thread' if report.threads == 1 else 'threads'}")
+    if not report.fast_kernels:
+        row("", f"no fast 4-bit kernel on this CPU: 4-bit products are {SLOW_FOUR_BIT:.0f} times slower")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     row("memory read", _rate(ceilings.memory_read))
     if ceilings.disk_read is not None:

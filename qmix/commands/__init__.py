@@ -10,7 +10,7 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("generate", "chat", "batch", "quantize", "plan", "bench")
+COMMANDS = ("generate", "chat", "batch", "quantize", "plan", "bench", "doctor")
 
 
 class Commands(click.Group):

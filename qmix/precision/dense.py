@@ -23,10 +23,10 @@ class HalfLinear(nn.Linear):
 
 
 def use_half_linear(model: nn.Module, invariant: bool = False) -> None:
-    """Put a HalfLinear, with the same parameter, in place of every nn.Linear without bias inside `model`."""
+    """Put a HalfLinear, with the same parameter, in place of every nn.Linear without bias in main memory."""
     for parent in model.modules():
         for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and layer.bias is None:
+            if type(layer) is nn.Linear and layer.bias is None and layer.weight.device.type == "cpu":
                 half = HalfLinear(layer.in_features, layer.out_features, bias=False, device="meta")
                 half.weight, half.invariant = layer.weight, invariant
                 setattr(parent, name, half)

@@ -1,0 +1,70 @@
+"""Bytes alive on each device, and their peak, while fake tensors are computed with."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Composite = Callable[..., torch.Tensor]
+WEIGHT = 2**20  # numbers in an operand from where on it is taken for a matrix of weights
+
+
+class AliveBytes(TorchDispatchMode):
+    """Counts storages by device from their first tensor to their last; to be entered inside a FakeTensorMode.
+
+    `alive` and `peak` are in bytes by device ("gpu:0", "cpu"). `composites` says what an operator does inside where
+    that takes memory. `wide` collects products in which a matrix was not in half precision.
+    """
+
+    def __init__(self, composites: dict[Any, Composite] | None = None) -> None:
+        super().__init__()
+        self.alive: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.wide: list[str] = []
+        self.composites = composites or {}
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def forget_peak(self) -> None:
+        self.peak = self.alive.copy()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.composites:
+            with self:
+                return self.composites[func](*args, **kwargs)
+        if func in _PRODUCTS:
+            self.wide += [f"{func}: {arg.dtype} {list(arg.shape)} on {arg.device}" for arg in args if _is_wide(arg)]
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, FakeTensor):
+                leaf.constant = None  # of a single number: torch would go on with it for real, on devices not there
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: FakeTensor) -> None:
+        storage = tensor.untyped_storage()
+        key, device, nbytes = storage._cdata, str(tensor.device), storage.nbytes()
+        if key in self._storages:
+            return
+        self._storages[key] = weakref.ref(storage, partial(self._gone, key, device, nbytes))
+        self.alive[device] += nbytes
+        self.peak[device] = max(self.peak[device], self.alive[device])
+
+    def _gone(self, key: int, device: str, nbytes: int, reference: object) -> None:
+        del self._storages[key]
+        self.alive[device] -= nbytes
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.linear.default)
+
+
+def _is_wide(operand: Any) -> bool:
+    return isinstance(operand, FakeTensor) and operand.numel() >= WEIGHT and operand.dtype.itemsize > 2

@@ -1,0 +1,218 @@
+"""What a run asks of a machine, and an answer to it: which layers and experts lie where. Loads no torch.
+
+Experts are ranked by expected use, 0 the most used; what a tier holds is told by ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from qmix.device_work import device_record_bytes
+from qmix.geometry import HALF_BYTES, Geometry
+from qmix.layout import StoreLayout
+
+PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
+
+Use = Sequence[Sequence[float]]  # [layer][expert]: the share of a layer's tokens that are routed to an expert
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Bytes of each part of a run on one GPU, whose ceiling is `budget`. `experts` are residents that stay."""
+
+    name: str  # "gpu:0"
+    budget: int
+    dense: int
+    kv_cache: int
+    experts: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """The predicted peak of allocated memory."""
+        return self.dense + self.kv_cache + self.experts + self.work
+
+    @property
+    def headroom(self) -> int:
+        """What the budget leaves free: CUDA's own context, the allocator's slack."""
+        return self.budget - self.total
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a run asks of any machine: a store, `batch` sequences of `context` tokens, experts used by `use`."""
+
+    layout: StoreLayout
+    context: int
+    batch: int
+    attention: str
+    use: Use
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.layout.geometry
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of one step."""
+        return min(max(PREFILL_CHUNK, self.batch), self.context * self.batch)
+
+    @cached_property
+    def layer_dense(self) -> int:
+        """Bytes of one layer's dense weights."""
+        return sum(
+            info.nbytes for name, info in self.layout.dense.tensors.items() if name.startswith("model.layers.0.")
+        )
+
+    @cached_property
+    def embeddings(self) -> int:
+        return self.layout.dense.tensors["model.embed_tokens.weight"].nbytes
+
+    @cached_property
+    def head(self) -> int:
+        """Bytes of the last norm and of the head; tied, the head is the embeddings, wherever it lies."""
+        norm = self.layout.dense.tensors["model.norm.weight"].nbytes
+        return norm + self.geometry.vocab_size * self.geometry.hidden_size * HALF_BYTES
+
+    @cached_property
+    def layer_kv(self) -> int:
+        """Bytes of one layer's cache."""
+        return self.geometry.kv_bytes_per_token // self.geometry.num_layers * self.context * self.batch
+
+    @cached_property
+    def order(self) -> list[tuple[int, int]]:
+        return by_use(self.use)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layer of each rank."""
+        return [layer for layer, _ in self.order]
+
+    @cached_property
+    def device_bytes(self) -> dict[str, int]:
+        """Of one expert resident on a GPU, by precision."""
+        precisions = self.layout.records
+        return {name: device_record_bytes(self.geometry, name, self.layout.dtype) for name in precisions}
+
+    @cached_property
+    def expert_total(self) -> int:
+        """Bytes of all records."""
+        return sum(self.layout.expert_bytes.values())
+
+    @cached_property
+    def four_bit(self) -> bool:
+        """Whether most of the experts' bytes are 4-bit codes."""
+        sizes = self.layout.expert_bytes
+        return 2 * (sizes.get("nf4", 0) + sizes.get("fp4", 0)) >= self.expert_total
+
+    def dense_of(self, first: int, last: int) -> int:
+        """Bytes of the dense weights that lie with layers [first, last)."""
+        if first == last:
+            return 0
+        layers, ends = self.geometry.num_layers, 0
+        if first == 0:
+            ends += self.embeddings
+        if last == layers and not (self.geometry.tie_embeddings and first == 0):
+            ends += self.head
+        return (last - first) * self.layer_dense + ends
+
+    def read_of(self, first: int, last: int, position: int) -> int:
+        """Bytes of dense weights and cache that a decode step reads for layers [first, last)."""
+        head = self.head if first < last == self.geometry.num_layers else 0
+        return (last - first) * (self.layer_dense + self.layer_kv * position // self.context) + head
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one GPU holds of layers [first, last): its plan, and of their experts all up to rank `limit` by use."""
+
+    first: int
+    last: int
+    plan: DevicePlan
+    limit: int
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Layers [0, cpu_layers) on the CPU, the others on GPUs that hold some of their experts; `slots` for the rest."""
+
+    cpu_layers: int
+    holdings: tuple[Holding, ...]
+    slots: int
+    demand: Demand
+
+    @property
+    def layer_devices(self) -> tuple[str, ...]:
+        names = ["cpu"] * self.demand.geometry.num_layers
+        for held in self.holdings:
+            names[held.first : held.last] = [held.plan.name] * (held.last - held.first)
+        return tuple(names)
+
+    @property
+    def placement(self) -> tuple[tuple[str, ...], ...]:
+        """[layer][expert]: a GPU's name, "ram" or "disk"."""
+        geometry, devices = self.demand.geometry, self.layer_devices
+        table = [["disk"] * geometry.num_experts for _ in range(geometry.num_layers)]
+        for rank in self.residents:
+            layer, expert = self.demand.order[rank]
+            table[layer][expert] = devices[layer]
+        for rank in self.elsewhere[: self.slots]:
+            layer, expert = self.demand.order[rank]
+            table[layer][expert] = "ram"
+        return tuple(map(tuple, table))
+
+    @cached_property
+    def residents(self) -> list[int]:
+        """Ranks by use of the experts that lie on a GPU."""
+        limits = self._limits
+        return [rank for rank, layer in enumerate(self.demand.layers) if rank <= limits[layer]]
+
+    @cached_property
+    def elsewhere(self) -> list[int]:
+        """Ranks of those that do not."""
+        limits = self._limits
+        return [rank for rank, layer in enumerate(self.demand.layers) if rank > limits[layer]]
+
+    @property
+    def _limits(self) -> list[int]:
+        """By layer, the last rank that lies on its GPU."""
+        limits = [-1] * self.demand.geometry.num_layers
+        for held in self.holdings:
+            limits[held.first : held.last] = [held.limit] * (held.last - held.first)
+        return limits
+
+
+@dataclass(frozen=True)
+class StepUse:
+    """By rank: the chance of each expert to be needed in a step, and with it the expected bytes of its record, and of
+    what it takes on a GPU."""
+
+    chance: list[float]
+    record: list[float]
+    device: list[float]
+
+    @classmethod
+    def of(cls, demand: Demand, tokens: int) -> StepUse:
+        """Of a step of so many tokens that each choose for themselves."""
+        precisions, records, chance = demand.layout.precisions, demand.layout.records, []
+        record, device = [], []
+        for layer, expert in demand.order:
+            chance.append(1 - (1 - min(1.0, demand.use[layer][expert])) ** tokens)
+            precision = precisions[layer][expert]
+            record.append(chance[-1] * records[precision].nbytes)
+            device.append(chance[-1] * demand.device_bytes[precision])
+        return cls(chance, record, device)
+
+
+def even_use(geometry: Geometry) -> tuple[tuple[float, ...], ...]:
+    """Every expert used as often as any other."""
+    share = geometry.experts_per_token / geometry.num_experts
+    return ((share,) * geometry.num_experts,) * geometry.num_layers
+
+
+def by_use(use: Use) -> list[tuple[int, int]]:
+    """All (layer, expert), the most used first; equals a layer after the other, so that all layers get their share."""
+    keys = [(layer, expert) for layer, row in enumerate(use) for expert in range(len(row))]
+    return sorted(keys, key=lambda key: (-use[key[0]][key[1]], key[1], key[0]))

@@ -1,0 +1,134 @@
+"""GPUs, and every move to and from them: names of a plan to torch devices, copies, pinned memory, a stream for copies.
+
+A plan says "cpu" or "gpu:0". In life "gpu:0" is torch's "cuda:0"; when a plan is verified without GPUs it is a pretend
+device, and in tests of values it is the CPU itself. Streams, events and pinned memory exist with CUDA only: elsewhere
+a copy is done when the call returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qmix.device_work import STAGED_RECORDS
+from qmix.errors import UsageError
+
+HOST = "cpu"
+
+
+class Device:
+    """One place of a plan: the host, or a GPU with a stream of its own for copies."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` here; itself if it is here already. From pinned memory the copy may still be under way."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def wait(self) -> None:
+        """Until everything asked of the device so far is done."""
+        if self.copies is not None:
+            torch.cuda.synchronize(self.device)
+
+    def peak(self) -> int:
+        """The most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
+        return int(torch.cuda.max_memory_allocated(self.device)) if self.copies is not None else 0
+
+    def forget_peak(self) -> None:
+        if self.copies is not None:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def download(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in main memory, all of it there when the call returns."""
+    return tensor.to(HOST)
+
+
+def open_devices(names: Sequence[str], kind: str = "cuda") -> dict[str, Device]:
+    """Plan names, "cpu" and "gpu:N", to devices. `kind` is torch's name for what stands behind a GPU.
+
+    Raises UsageError where the plan wants a GPU that this machine does not have.
+    """
+    found = {HOST: Device(HOST, torch.device(HOST))}
+    for name in names:
+        if name == HOST:
+            continue
+        index = int(name.removeprefix("gpu:"))
+        if kind == "cuda" and index >= torch.cuda.device_count():
+            raise UsageError(
+                f"the plan uses {name}, and torch finds {torch.cuda.device_count()} CUDA devices here; "
+                "make a plan for this machine, or install torch's build for CUDA"
+            )
+        found[name] = Device(name, torch.device(HOST if kind == HOST else f"{kind}:{index}"))
+    return found
+
+
+def pin(memory: torch.Tensor) -> Callable[[], None]:
+    """Lock memory in place so that a GPU can copy from it while Python goes on; the function undoes it, once.
+
+    Where the system refuses, nothing is locked: copies are then right too, only slower, and hold up everything else.
+    """
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    places = [memory.data_ptr()] if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0 else []
+
+    def undo() -> None:
+        while places:
+            runtime.cudaHostUnregister(places.pop())
+
+    return undo
+
+
+class Staged:
+    """Bytes on their way to a device, in one of its staging buffers."""
+
+    def __init__(self, staging: Staging, index: int, nbytes: int) -> None:
+        self.staging, self.index = staging, index
+        self.bytes = staging.buffers[index][:nbytes]
+        self._arrived = staging.device.copies.record_event() if staging.device.copies is not None else None
+
+    def wait(self) -> None:
+        """Until the copy is done, and its source may change."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
+    @contextmanager
+    def in_use(self) -> Iterator[torch.Tensor]:
+        """The bytes, for work asked of the device inside the block; afterwards the buffer may be filled again."""
+        if self._arrived is None:
+            yield self.bytes
+            return
+        stream = torch.cuda.current_stream(self.staging.device.device)
+        stream.wait_event(self._arrived)
+        yield self.bytes
+        self.staging.used[self.index] = stream.record_event()
+
+
+class Staging:
+    """Buffers on a device of `nbytes` each, filled by turns: one is copied to while the one before is computed with."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        self.device = device
+        self.buffers = [device.empty((nbytes,), torch.uint8) for _ in range(STAGED_RECORDS)]
+        self.used: list[Any] = [None] * STAGED_RECORDS  # events: when the work with a buffer's last content ends
+        self._next = 0
+
+    def copy(self, record: torch.Tensor) -> Staged:
+        """Begin to copy bytes from main memory, when the work with the buffer's last content has ended."""
+        index, self._next = self._next, (self._next + 1) % STAGED_RECORDS
+        target = self.buffers[index][: len(record)]
+        if self.device.copies is None:
+            target.copy_(record)
+            return Staged(self, index, len(record))
+        with torch.cuda.stream(self.device.copies):
+            if self.used[index] is not None:
+                self.device.copies.wait_event(self.used[index])
+            target.copy_(record, non_blocking=True)
+            return Staged(self, index, len(record))

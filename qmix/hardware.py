@@ -1,0 +1,98 @@
+"""A machine as figures: what it holds, and how fast its parts are. Pure data; loads no torch.
+
+Bytes, bytes/s, FLOP/s (a multiplication and an addition are two) and seconds. `qmix doctor` measures the rates of this
+machine; where nothing was measured or stated, typical ones stand in, and say that they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast a machine is. Defaults are typical of a desktop of 2024, its GPU of the class of an RTX 4090.
+
+    memory_read    bytes/s, reading memory with all cores
+    disk_read      bytes/s, O_DIRECT reads of expert records at random places
+    pcie           bytes/s, from pinned memory to one GPU
+    matmul         FLOP/s of bf16 products on the CPU
+    four_bit_read  bytes/s of 4-bit weights multiplied with one token on the CPU, by the product alone
+    gpu_memory     bytes/s, reading one GPU's memory
+    gpu_matmul     FLOP/s of half-precision products on one GPU
+    layer_seconds  what a layer takes in decode besides its weights: Python, small tensors, the router
+    read_seconds   what a record's read takes besides its bytes
+
+    `measured` and `stated` name those that were measured on the machine, and those that a user gave.
+    """
+
+    memory_read: float = 40e9
+    disk_read: float = 3e9
+    pcie: float = 20e9
+    matmul: float = 800e9
+    four_bit_read: float = 42e9
+    gpu_memory: float = 800e9
+    gpu_matmul: float = 80e12
+    layer_seconds: float = 0.6e-3
+    read_seconds: float = 0.3e-3
+    measured: frozenset[str] = frozenset()
+    stated: frozenset[str] = frozenset()
+
+    def source(self, name: str) -> str:
+        """Where a rate comes from: "measured", "stated" or "typical"."""
+        return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
+
+    def with_measured(self, found: Mapping[str, float]) -> Rates:
+        changes: dict[str, Any] = {"measured": self.measured.union(found), "stated": self.stated.difference(found)}
+        return replace(self, **changes, **found)
+
+    def with_stated(self, given: Mapping[str, float]) -> Rates:
+        changes: dict[str, Any] = {"stated": self.stated.union(given)}
+        return replace(self, **changes, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """Name to {"value", "source"}."""
+        return {name: {"value": getattr(self, name), "source": self.source(name)} for name in RATE_NAMES}
+
+
+RATE_NAMES = tuple(field.name for field in fields(Rates) if field.name not in ("measured", "stated"))
+
+
+SLOW_FOUR_BIT = (
+    40.0  # times slower a CPU without AVX512-BF16 multiplies 4-bit weights with one token (benchmarks/slow_path.py)
+)
+
+
+def without_kernels(rates: Rates) -> Rates:
+    """Rates of a CPU that has no fast 4-bit product; one that was measured on it stays."""
+    if rates.source("four_bit_read") == "measured":
+        return rates
+    return replace(rates, four_bit_read=rates.four_bit_read / SLOW_FOUR_BIT)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan may use. `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` what is free
+    for a store (None: not asked), all in bytes; `fast_kernels`: the CPU multiplies packed 4-bit weights."""
+
+    ram: int
+    gpus: tuple[int, ...] = ()
+    disk: int | None = None
+    rates: Rates = Rates()
+    fast_kernels: bool = True
+
+    @property
+    def speeds(self) -> Rates:
+        """The rates, as they are on this CPU."""
+        return self.rates if self.fast_kernels else without_kernels(self.rates)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ram": self.ram,
+            "gpus": list(self.gpus),
+            "disk": self.disk,
+            "fast_kernels": self.fast_kernels,
+            "rates": self.rates.to_json(),
+        }

@@ -1,0 +1,137 @@
+"""Which tier holds which layer and expert: pure and deterministic. Loads no torch.
+
+Layers stay in order: those that fit no GPU first, on the CPU, then a run of them on each GPU. A GPU holds its layers'
+dense weights and cache, the work space of a step, and the most used of its layers' experts that there is room for; so
+each layer's experts are near it. Of all such cuts, the one that is predicted to answer a prompt soonest is taken. More
+of any budget leaves every cut possible and makes none slower, so that it never makes the best one slower.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+
+from qmix.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
+from qmix.device_work import device_work_bytes
+from qmix.hardware import Rates
+from qmix.predict import seconds_of
+from qmix.traffic import decode_load, prefill_load
+
+JOB = (512, 128)  # tokens of a prompt and of its answer: what arrangements are compared by
+GPU_RESERVE_BYTES = 600 * 2**20  # CUDA's context, cuBLAS' own work space
+GPU_RESERVE_SHARE = 0.02  # the allocator's slack
+
+Cut = tuple[int, ...]  # where each GPU's layers begin, and at the end the number of layers
+SlotsFor = Callable[[int, int], int | None]  # from layers on the CPU and experts on no GPU; None: does not fit
+
+
+def arrange(demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rates) -> Arrangement | None:
+    """The arrangement that is predicted to do JOB soonest under the GPUs' budgets; None where none fits the host.
+
+    Among equals the one with the fewest layers on the CPU, then the one that shares layers out by the GPUs' sizes.
+    """
+    best: tuple[tuple[float, int, float], Arrangement] | None = None
+    holdings = _Holdings(demand, gpus)
+    prompt, new = (min(tokens, demand.context) for tokens in JOB)
+    step, chunk = StepUse.of(demand, demand.batch), StepUse.of(demand, prompt)
+    for cut in _cuts(demand.geometry.num_layers, gpus):
+        held = holdings.of(cut)
+        if held is None:
+            continue
+        slots = slots_for(cut[0], demand.geometry.num_records - holdings.residents(held))
+        if slots is None:
+            continue
+        found = Arrangement(cut[0], held, slots, demand)
+        seconds = new * seconds_of(decode_load(found, step), rates)
+        seconds += seconds_of(prefill_load(found, chunk, prompt), rates)
+        uneven = max((each.last - each.first) / each.plan.budget for each in held) if held else 0.0
+        key = (seconds, cut[0], uneven)
+        if best is None or key < best[0]:
+            best = key, found
+    return best[1] if best else None
+
+
+def _cuts(layers: int, gpus: Sequence[int]) -> Iterator[Cut]:
+    """Every way to share layers out, for up to two GPUs; for more, in proportion to their sizes."""
+    if not gpus:
+        yield (layers,)
+        return
+    for cpu in range(layers + 1):
+        if len(gpus) == 1:
+            yield cpu, layers
+        elif len(gpus) == 2:
+            yield from ((cpu, middle, layers) for middle in range(cpu, layers + 1))
+        else:
+            shares = accumulate(gpus[:-1])
+            yield cpu, *(cpu + round((layers - cpu) * share / sum(gpus)) for share in shares), layers
+
+
+class _Holdings:
+    """What GPUs can hold of runs of layers, worked out once for each."""
+
+    def __init__(self, demand: Demand, gpus: Sequence[int]) -> None:
+        self.demand, self.gpus = demand, gpus
+        self._found: dict[tuple[int, int, int], tuple[Holding, int] | None] = {}
+        self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+
+    def of(self, cut: Cut) -> tuple[Holding, ...] | None:
+        """Of every GPU that a cut uses; None where one of them is too small."""
+        found = []
+        for key in ((gpu, *run) for gpu, run in enumerate(pairwise(cut)) if run[0] < run[1]):
+            if key not in self._found:
+                self._found[key] = self._holding(*key)
+            held = self._found[key]
+            if held is None:
+                return None
+            found.append(held[0])
+        return tuple(found)
+
+    def residents(self, holdings: Sequence[Holding]) -> int:
+        """How many experts these hold."""
+        found = (self._found[int(held.plan.name.removeprefix("gpu:")), held.first, held.last] for held in holdings)
+        return sum(each[1] for each in found if each)
+
+    def _holding(self, gpu: int, first: int, last: int) -> tuple[Holding, int] | None:
+        """With the number of its experts."""
+        demand, budget = self.demand, self.gpus[gpu]
+        usable = int((budget - GPU_RESERVE_BYTES) / (1 + GPU_RESERVE_SHARE))
+        dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
+        for uploads in (False, True):  # no record is copied where all of them stay
+            work = self._work(first, last, uploads)
+            room = usable - dense - cache - work
+            if room < 0:
+                continue
+            ranks, sizes = self._run(first, last)
+            count = bisect_right(sizes, room)
+            if uploads or count == len(sizes):
+                plan = DevicePlan(f"gpu:{gpu}", budget, dense, cache, sizes[count - 1] if count else 0, work)
+                return Holding(first, last, plan, ranks[count - 1] if count else -1), count
+        return None
+
+    def _run(self, first: int, last: int) -> tuple[list[int], list[int]]:
+        """Ranks of these layers' experts, and the bytes of the first on a GPU, of the first two, and so on."""
+        if (first, last) not in self._runs:
+            demand = self.demand
+            sizes, precisions, order = demand.device_bytes, demand.layout.precisions, demand.order
+            ranks = [rank for rank, (layer, _) in enumerate(order) if first <= layer < last]
+            mine = (order[rank] for rank in ranks)
+            self._runs[first, last] = (
+                ranks,
+                list(accumulate(sizes[precisions[layer][expert]] for layer, expert in mine)),
+            )
+        return self._runs[first, last]
+
+    def _work(self, first: int, last: int, uploads: bool) -> int:
+        demand = self.demand
+        return device_work_bytes(
+            demand.geometry,
+            demand.chunk,
+            demand.context,
+            demand.attention,
+            demand.batch,
+            precisions=tuple(demand.layout.records),
+            dtype=demand.layout.dtype,
+            last=last == demand.geometry.num_layers,
+            uploads=uploads,
+        )

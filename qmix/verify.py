@@ -1,0 +1,182 @@
+"""A plan proved without the hardware it is for: the true model, prefill and decode, on pretend devices at full size.
+
+The modules are those that run on real GPUs. They are made of fake tensors, which have devices but no values: torch
+refuses operands on different devices, the products of experts compare theirs, and the bytes alive on each device are
+counted and compared with the plan. Needs neither GPUs nor a store, and the memory of neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MixtralForCausalLM
+
+from qmix import pretend
+from qmix.alive import AliveBytes
+from qmix.device_dense import dense_memory, typed
+from qmix.device_model import Spread
+from qmix.devices import HOST, open_devices
+from qmix.geometry import CONFIG_KEYS, Geometry
+from qmix.hardware import Rates
+from qmix.kv_cache import PlannedCache
+from qmix.layout import StoreLayout
+from qmix.lookahead import Lookahead
+from qmix.model import empty_model, furnish
+from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.pool import ExpertPool
+from qmix.store import Store
+from qmix.torch_dtypes import HALF
+
+TOLERANCE = 0.03  # share of the planned bytes by which what was found may differ
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Bytes at their peak on one device, as planned and as found; on the host without Python itself."""
+
+    name: str
+    planned: int
+    found: int
+
+    @property
+    def difference(self) -> float:
+        """Share of the planned bytes; above zero where more was found."""
+        return self.found / self.planned - 1
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.difference) <= TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What running a plan on pretend devices showed; `problems` are one line each."""
+
+    devices: tuple[Verified, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems and all(device.agrees for device in self.devices)
+
+
+class Rehearsal:
+    """A plan's model, cache and pool of fake tensors, to be used inside the block of `rehearsal`."""
+
+    def __init__(self, plan: Plan, layout: StoreLayout, attention: str, rates: Rates) -> None:
+        self.plan, self.layout, self.rates = plan, layout, rates
+        self.store = _store(layout)
+        self.model: MixtralForCausalLM = empty_model(self.store, attention)
+        names = [device.name for device in plan.devices]
+        self.spread = Spread(plan, open_devices(names, pretend.KIND), rates)
+        self.bytes = AliveBytes({torch.ops.bitsandbytes.gemm_4bit.default: pretend.gemm_4bit})
+        self.pool: ExpertPool
+        self.cache: PlannedCache
+
+    def furnish(self) -> None:
+        """All that is there before the first step."""
+        self.pool = pretend.PretendPool(self.store, self.plan.slots, self.spread.residents)
+        dense = typed(self.store, dense_memory(self.store, self.spread.of_tensor))
+        furnish(self.model, self.store, self.pool, dense, self.spread)
+        for layer in self.model.model.layers:
+            if layer.mlp.experts.lookahead is not None:
+                layer.mlp.experts.lookahead.__class__ = _NoGuesses
+        homes = [device.device for device in self.spread.layers]
+        dtype = HALF[self.layout.dtype]
+        self.cache = PlannedCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
+
+    def step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
+        """One step of so many tokens of each sequence, after `before` cached ones."""
+        hooks = [
+            layer.mlp.gate.register_forward_hook(pretend.given_routing(index, choose))
+            for index, layer in enumerate(self.model.model.layers)
+        ]
+        for layer in self.cache.layers:
+            layer.length = before
+        ids = torch.zeros((self.plan.batch, tokens), dtype=torch.int64)
+        mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
+        try:
+            with torch.no_grad():
+                logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def rehearsal(
+    plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None
+) -> Iterator[Rehearsal]:
+    """Fake tensors, pretend devices and stand-ins for the time of the block, and a model on them."""
+    pretend.register()
+    made = Rehearsal(plan, layout, attention, rates or Rates())
+    with pretend.stand_ins(), FakeTensorMode(), made.bytes:
+        made.furnish()
+        yield made
+
+
+def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None) -> Verification:
+    """Run a plan's longest prefill chunk and a decode step on pretend devices, and compare.
+
+    The chunk runs twice, once with its tokens spread over all experts and once with all of them at the same ones, the
+    most that an expert can be given.
+    """
+    geometry, problems = layout.geometry, []
+    tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
+    try:
+        with rehearsal(plan, layout, attention, rates) as made:
+            made.step(tokens, plan.context - 1 - tokens, _spread_out(geometry))
+            for first in range(0, geometry.num_experts, geometry.experts_per_token):
+                made.step(tokens, plan.context - 1 - tokens, _together(geometry, first))
+            made.step(1, plan.context - 1, _spread_out(geometry))
+            problems += [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)]
+            problems += _wide_parts(made)
+            peak = made.bytes.peak
+    except RuntimeError as error:  # torch's, and the products', for operands on different devices
+        return Verification((), (str(error).splitlines()[0],))
+    rows = [Verified(device.name, device.total, peak[device.name]) for device in plan.devices]
+    rows.append(Verified(HOST, plan.total - plan.interpreter, peak[HOST]))
+    return Verification(tuple(rows), tuple(problems))
+
+
+class _NoGuesses(Lookahead):
+    """Guesses need values: here there are none to be had."""
+
+    def coming(self, layer: int, hidden: torch.Tensor) -> list[tuple[int, int]]:
+        return []
+
+
+def _spread_out(geometry: Geometry) -> pretend.Choose:
+    """Every expert used by as many tokens as any other."""
+    count, top_k = geometry.num_experts, geometry.experts_per_token
+    return lambda layer, tokens: [
+        [(token * top_k + place) % count for place in range(top_k)] for token in range(tokens)
+    ]
+
+
+def _together(geometry: Geometry, first: int) -> pretend.Choose:
+    """All tokens at the same experts."""
+    experts = [(first + place) % geometry.num_experts for place in range(geometry.experts_per_token)]
+    return lambda layer, tokens: [experts] * tokens
+
+
+def _wide_parts(made: Rehearsal) -> list[str]:
+    """Dense weights and cache that are not in the half precision of the layout."""
+    dtype = HALF[made.layout.dtype]
+    parts = {name: parameter.dtype for name, parameter in made.model.named_parameters()}
+    parts |= {f"KV cache of layer {index}": layer.keys.dtype for index, layer in enumerate(made.cache.layers)}
+    return [f"{name}: {found}, not {dtype}" for name, found in parts.items() if found != dtype]
+
+
+def _store(layout: StoreLayout) -> Store:
+    """A store that is nowhere: enough of one to build a model of its layout."""
+    geometry = layout.geometry
+    config = {key: getattr(geometry, name) for name, key in CONFIG_KEYS.items()}
+    config |= {"tie_word_embeddings": geometry.tie_embeddings, "sliding_window": geometry.sliding_window}
+    return Store(Path("pretend"), layout, config, "pretend", "", {}, ())

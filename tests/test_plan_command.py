@@ -1,0 +1,149 @@
+"""`qmix plan` as a user meets it: machines stated, the map, files, pictures, comparisons, and refusals in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qmix.units import format_flops, parse_flops, parse_rate
+
+PROMPT = "To install a package,"
+GPUS = ("--gpu", "24GiB", "--gpu", "24GiB", "--ram", "32GiB")
+
+
+def planned(finished) -> dict:
+    assert finished.status == 0, finished.err
+    return json.loads(finished.out)
+
+
+def test_a_published_model_is_planned_for_a_machine_that_is_not_there(qmix):
+    found = planned(qmix("plan", "mixtral-8x22b", *GPUS, "--disk", "2TB", "--pcie", "25GB/s", "--json"))
+    assert [(device["name"], device["budget"]) for device in found["devices"]] == [
+        ("gpu:0", 24 * 2**30),
+        ("gpu:1", 24 * 2**30),
+    ]
+    assert found["machine"]["rates"]["pcie"] == {"value": 25e9, "source": "stated"}
+    assert found["machine"]["disk"] == 2 * 10**12
+    assert found["predicted"]["decode"]["tokens_per_s"] > 1
+    assert found["model"]["geometry"]["num_layers"] == 56
+    assert found["commands"][1] == "qmix generate -m mistralai/Mixtral-8x22B-v0.1 --plan plan.json"
+
+
+def test_the_map_shows_every_expert_by_letters_without_colours(qmix):
+    done = qmix("plan", "mixtral-8x22b", *GPUS)
+    rows = re.findall(r"^  \d ([01r.]+)$", done.out, re.MULTILINE)
+    assert [len(row) for row in rows] == [56] * 8
+    cells = "".join(rows)
+    legend = re.search(r"0 gpu:0 (\d+) 1 gpu:1 (\d+) r ram (\d+) \. disk (\d+)", done.out)
+    assert legend
+    assert [cells.count(letter) for letter in "01r."] == [int(count) for count in legend.groups()]
+    assert len(cells) == 448
+
+
+def test_a_store_larger_than_the_stated_disk_is_refused(qmix):
+    done = qmix("plan", "mixtral-8x22b", "--ram", "64GiB", "--disk", "50GB")
+    assert done.status == 3
+    assert done.err.startswith("qmix: does not fit 50 GB of disk: the store takes 82.5 GB")
+
+
+def test_machines_are_compared_side_by_side(qmix):
+    done = qmix("plan", "mixtral-8x7b", "--compare", "24GiB+24GiB,64GiB", "--compare", "16GiB", "--compare", "1GiB")
+    assert done.status == 0
+    lines = [line for line in done.out.splitlines() if "GiB" in line]
+    assert len(lines) == 3
+    assert "256 / 0 / 0" in lines[0]
+    assert re.search(r"0 / \d+ / \d+", lines[1])
+    assert re.search(r"does not fit; from --ram \d+MiB on", lines[2])
+    as_json = planned(qmix("plan", "mixtral-8x7b", "--compare", "16GiB", "--compare", "none,32GiB", "--json"))
+    first, second = (as_json["machines"][name]["predicted"]["decode"] for name in ("16GiB", "none,32GiB"))
+    assert first["tokens_per_s"] < second["tokens_per_s"]
+    assert qmix("plan", "mixtral-8x7b", "--compare", "1GiB").status == 3
+
+
+def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
+    smallest = planned(qmix("plan", "tiny", "--json", "--context", "64"))["smallest"]
+    made = qmix("plan", "tiny", "--ram", str(smallest), "--context", "64", "--json")
+    (tmp_path / "plan.json").write_text(made.out)
+    options = ("-m", "tiny", "--plan", tmp_path / "plan.json", "--json")
+    done = planned(qmix("generate", PROMPT, *options, "--ignore-eos", "--max-new-tokens", "500"))
+    assert done["memory"]["budget"] == smallest
+    assert done["cache"]["misses"] > 0
+    assert done["usage"]["prompt_tokens"] + done["usage"]["completion_tokens"] == 64
+    bench = planned(qmix("bench", "tiny", *options[2:], "-p", "0", "-n", "4", "-r", "1"))
+    assert (bench["budget"], bench["slots"], bench["context"]) == (smallest, 2, 64)
+    longer = qmix("bench", "tiny", *options[2:], "-p", "512")
+    assert longer.status == 2
+    assert "the plan's is 64; make a plan with a larger one" in longer.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (("generate", "x", "-m", "tiny", "--plan", "{plan}"), "a model of other sizes"),
+        (("generate", "x", "-m", "tiny", "--plan", "{plan}", "--ram", "1GiB"), "--plan and --ram"),
+        (("bench", "tiny", "--plan", "{plan}", "--context", "9"), "--plan and --context"),
+        (("generate", "x", "-m", "mixtral-8x7b"), "its weights are mistralai/Mixtral-8x7B-v0.1"),
+        (("plan", "tiny", "--gpu", "none", "--gpu", "1GiB"), "--gpu none"),
+        (("plan", "tiny", "--gpu", "big"), "--gpu: 'big' is not a size"),
+        (("plan", "tiny", "--compare", "1GiB+x,2GiB"), "--compare: 'x' is not a size"),
+        (("plan", "tiny", "--pcie", "fast"), "'fast' is not a rate"),
+        (("plan", "tiny", "--gpu-matmul", "0"), "is not a rate of arithmetic"),
+        (("plan", "tiny", "--plot", "plan.pdf"), "write it like plan.png or plan.svg"),
+        (("plan", "tiny", "--precision", "auto"), "takes a --profile"),
+        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-2', this qmix reads 'qmix-profile-1'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_used_is_refused(qmix, tmp_path, argv, reason):
+    plan = tmp_path / "plan.json"
+    plan.write_text(qmix("plan", "mixtral-8x7b", "--ram", "8GiB", "--json").out)
+    done = qmix(*(argument.format(plan=plan) for argument in argv))
+    assert done.status == 2
+    assert reason in done.err
+    assert "bug" not in done.err
+
+
+def test_a_profile_places_what_is_used_and_spares_what_suffers(qmix, tmp_path):
+    use = [[0.9, 0.5, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05]] * 6
+    content = {"schema": "qmix-profile-1", "model": {"name": "tiny", "fingerprint": None}, "use": use}
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(content | {"suffering": [[0, 7]]}))
+    options = ("plan", "tiny", "--profile", profile, "--json", "--context", "64")
+    smallest = planned(qmix(*options))["smallest"]
+    found = planned(qmix(*options, "--ram", str(smallest + 4 * 131072)))
+    assert [row[0] for row in found["placement"]][:5] == ["ram"] * 5
+    assert all(where == "disk" for row in found["placement"] for where in row[2:])
+    auto = planned(qmix(*options, "--precision", "auto"))
+    assert auto["model"]["precision"] == "nf4,0.7=int8"
+    assert auto["model"]["precisions"][0][7] == "int8"
+    assert "--precision nf4,0.7=int8" in auto["commands"][0]
+
+
+@pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
+def test_a_plan_is_drawn(qmix, tmp_path, name):
+    done = qmix("plan", "mixtral-8x22b", *GPUS, "--plot", tmp_path / name)
+    assert done.status == 0, done.err
+    head = (tmp_path / name).read_bytes()[:300]
+    assert head.startswith(b"\x89PNG") or b"<?xml" in head
+    nowhere = qmix("plan", "tiny", "--plot", tmp_path / "none" / name)
+    assert nowhere.status == 1
+    assert nowhere.err.endswith("give --plot another place\n")
+
+
+def test_without_matplotlib_a_picture_is_refused_before_any_work(monkeypatch):
+    from qmix import plan_plot
+    from qmix.errors import UsageError
+
+    monkeypatch.setattr(plan_plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'qmix-moe\[plot\]'"):
+        plan_plot.check_target(Path("plan.png"))
+
+
+def test_rates_are_read_as_people_write_them():
+    assert parse_rate("25GB/s") == parse_rate("25 GB / s") == parse_rate("25G") == 25e9
+    assert parse_rate("1GiB/s") == 2**30
+    assert parse_flops("80TFLOP/s") == parse_flops("80 tflops") == parse_flops("80T") == 80e12
+    assert format_flops(1.04e12) == "1.04 TFLOP/s"
