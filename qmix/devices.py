@@ -76,7 +76,7 @@ def pin(memory: torch.Tensor) -> Callable[[], None]:
 
     Where the system refuses, nothing is locked: copies are then right too, only slower, and hold up everything else.
     """
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime: Any = torch.cuda.cudart()
     places = [memory.data_ptr()] if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0 else []
 
     def undo() -> None:

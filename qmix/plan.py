@@ -25,7 +25,7 @@ SCHEMA = "qmix-plan-2"
 DEFAULT_CONTEXT = 4096
 TYPICAL = Rates()
 CUDA_HOST_BYTES = 2**30  # CUDA's libraries and pinned buffers in the process' own memory; stated, not measured
-MIN_SLOTS = 2  # one expert computes while the next is read
+MIN_SLOTS = 2  # one expert computes while the next is read; also where all end on GPUs: they are loaded through them
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
 RESERVE_SHARE = 0.01
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
@@ -88,7 +88,7 @@ class Plan:
     @property
     def smallest(self) -> int:
         """The smallest budget that this model and context run in."""
-        least = min(MIN_SLOTS, self.host_records) * self.slot_bytes
+        least = min(MIN_SLOTS, self.num_records) * self.slot_bytes
         return _with_reserve(self.total - self.pool + least)
 
     def to_json(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class _Host:
     def slots(self, cpu_layers: int, records: int) -> int | None:
         """Slots for so many experts beside what else the host holds; None where too few fit."""
         fixed = sum(self.parts(cpu_layers).values())
-        least = min(MIN_SLOTS, records)
+        least = min(MIN_SLOTS, self.demand.geometry.num_records)
         smallest = _with_reserve(fixed + least * self.slot_bytes)
         if self._least is None or smallest < self._least[0]:
             self._least = smallest, cpu_layers, least

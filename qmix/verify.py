@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,19 +19,20 @@ from transformers import MixtralForCausalLM
 from qmix import pretend
 from qmix.alive import AliveBytes
 from qmix.device_dense import dense_memory, typed
-from qmix.device_model import Spread
-from qmix.devices import HOST, open_devices
+from qmix.device_experts import DeviceExperts
+from qmix.device_model import spread_for
+from qmix.devices import HOST, Device
 from qmix.geometry import CONFIG_KEYS, Geometry
 from qmix.hardware import Rates
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
-from qmix.lookahead import Lookahead
 from qmix.model import empty_model, furnish
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.pool import ExpertPool
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
 
+NEVER = 1e-9  # FLOP/s of a processor that is not to be preferred
 TOLERANCE = 0.03  # share of the planned bytes by which what was found may differ
 
 
@@ -72,23 +73,27 @@ class Rehearsal:
         self.plan, self.layout, self.rates = plan, layout, rates
         self.store = _store(layout)
         self.model: MixtralForCausalLM = empty_model(self.store, attention)
-        names = [device.name for device in plan.devices]
-        self.spread = Spread(plan, open_devices(names, pretend.KIND), rates)
+        self.spread = spread_for(plan, rates, pretend.KIND)
         self.bytes = AliveBytes({torch.ops.bitsandbytes.gemm_4bit.default: pretend.gemm_4bit})
         self.pool: ExpertPool
         self.cache: PlannedCache
 
     def furnish(self) -> None:
         """All that is there before the first step."""
-        self.pool = pretend.PretendPool(self.store, self.plan.slots, self.spread.residents)
-        dense = typed(self.store, dense_memory(self.store, self.spread.of_tensor))
+        spread = self.spread
+        self.pool = pretend.PretendPool(self.store, self.plan.slots, spread.residents if spread else frozenset())
+        host = Device(HOST, torch.device(HOST))
+        dense = typed(self.store, dense_memory(self.store, spread.of_tensor if spread else lambda name: host))
         furnish(self.model, self.store, self.pool, dense, self.spread)
-        for layer in self.model.model.layers:
-            if layer.mlp.experts.lookahead is not None:
-                layer.mlp.experts.lookahead.__class__ = _NoGuesses
-        homes = [device.device for device in self.spread.layers]
+        homes = [device.device for device in spread.layers] if spread else None
         dtype = HALF[self.layout.dtype]
         self.cache = PlannedCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
+
+    def prefer(self, rates: Rates) -> None:
+        """Let experts that lie in main memory be copied or computed there as these rates say."""
+        for layer in self.model.model.layers:
+            if isinstance(layer.mlp.experts, DeviceExperts):
+                layer.mlp.experts.rates = rates
 
     def step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
         """One step of so many tokens of each sequence, after `before` cached ones."""
@@ -102,9 +107,7 @@ class Rehearsal:
         mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
         try:
             with torch.no_grad():
-                logits = self.model(
-                    ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1
-                ).logits
+                logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
             logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
         finally:
             for hook in hooks:
@@ -112,7 +115,9 @@ class Rehearsal:
 
 
 @contextmanager
-def rehearsal(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None) -> Iterator[Rehearsal]:
+def rehearsal(
+    plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None
+) -> Iterator[Rehearsal]:
     """Fake tensors, pretend devices and stand-ins for the time of the block, and a model on them."""
     pretend.register()
     made = Rehearsal(plan, layout, attention, rates or Rates())
@@ -124,44 +129,47 @@ def rehearsal(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: R
 def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None) -> Verification:
     """Run a plan's longest prefill chunk and a decode step on pretend devices, and compare.
 
-    The chunk runs twice, once with its tokens spread over all experts and once with all of them at the same ones, the
-    most that an expert can be given.
+    The chunk runs with its tokens spread over all experts, and with all of them at the same ones, the most that an
+    expert can be given: such as lie on the layer's device, such as are copied there, and such as the CPU computes.
     """
-    geometry, problems = layout.geometry, []
+    top_k, problems = layout.geometry.experts_per_token, []
     tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
+    before, even = plan.context - 1 - tokens, _spread_out(layout.geometry)
     try:
         with rehearsal(plan, layout, attention, rates) as made:
-            made.step(tokens, plan.context - 1 - tokens, _spread_out(geometry))
-            for first in range(0, geometry.num_experts, geometry.experts_per_token):
-                made.step(tokens, plan.context - 1 - tokens, _together(geometry, first))
-            made.step(1, plan.context - 1, _spread_out(geometry))
+            made.step(tokens, before, even)
+            made.step(1, plan.context - 1, even)
+            made.step(tokens, before, _together(plan, top_k, near=True))
+            for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):
+                made.prefer(way)
+                made.step(tokens, before, _together(plan, top_k, near=False))
             problems += [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)]
             problems += _wide_parts(made)
             peak = made.bytes.peak
-    except RuntimeError as error:  # torch's, and the products', for operands on different devices
-        return Verification((), (str(error).splitlines()[0],))
+    except RuntimeError as error:  # torch's and the products', for operands on different devices
+        return Verification((), (str(error).strip().splitlines()[0],))
     rows = [Verified(device.name, device.total, peak[device.name]) for device in plan.devices]
     rows.append(Verified(HOST, plan.total - plan.interpreter, peak[HOST]))
     return Verification(tuple(rows), tuple(problems))
 
 
-class _NoGuesses(Lookahead):
-    """Guesses need values: here there are none to be had."""
-
-    def coming(self, layer: int, hidden: torch.Tensor) -> list[tuple[int, int]]:
-        return []
-
-
 def _spread_out(geometry: Geometry) -> pretend.Choose:
     """Every expert used by as many tokens as any other."""
     count, top_k = geometry.num_experts, geometry.experts_per_token
-    return lambda layer, tokens: [[(token * top_k + place) % count for place in range(top_k)] for token in range(tokens)]
+    return lambda layer, tokens: [
+        [(token * top_k + place) % count for place in range(top_k)] for token in range(tokens)
+    ]
 
 
-def _together(geometry: Geometry, first: int) -> pretend.Choose:
-    """All tokens at the same experts."""
-    experts = [(first + place) % geometry.num_experts for place in range(geometry.experts_per_token)]
-    return lambda layer, tokens: [experts] * tokens
+def _together(plan: Plan, top_k: int, near: bool) -> pretend.Choose:
+    """All tokens at the same experts of a layer; if possible at such as lie on its device, or at such as do not."""
+
+    def choose(layer: int, tokens: int) -> list[list[int]]:
+        near_first = sorted(enumerate(plan.placement[layer]), key=lambda item: item[1] != plan.layer_devices[layer])
+        experts = [expert for expert, _ in (near_first if near else reversed(near_first))]
+        return [experts[:top_k]] * tokens
+
+    return choose
 
 
 def _wide_parts(made: Rehearsal) -> list[str]:
