@@ -97,7 +97,7 @@ class Bench:
 
     def slice(self, store: Store) -> float:
         """One more measurement of the disk's rate."""
-        with DiskProbe(store) as probe:
+        with DiskProbe.of_store(store) as probe:
             self.disk.append(probe.slice(SLICE))
         return self.disk[-1]
 

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -136,26 +137,45 @@ def matmul(rounds: int = ROUNDS, sizes: Sequence[int] = MATMUL_SIZES) -> Rate:
     return _best(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record lies: which of some files, from which byte, and its bytes."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
 class DiskProbe:
-    """Reads a store's expert records from random places in the engine's own manner, a slice at a time.
+    """Reads records from random places in the engine's own manner, a slice at a time.
 
     A read is a whole record, or as much of one as fits a slot: `memory_limit` bytes are taken during a slice, and
     given back. Close it, or use it as a context manager.
     """
 
-    def __init__(self, store: Store, memory_limit: int = SLOTS * SLOT_BYTES, seed: int = 0) -> None:
-        layout, geometry = store.layout, store.geometry
-        self.slot_bytes = max(PAGE, min(layout.slot_bytes, memory_limit // SLOTS) // PAGE * PAGE)
-        self.total = sum(layout.expert_bytes.values())
+    def __init__(
+        self, files: Sequence[Path], places: Sequence[Place], memory_limit: int = SLOTS * SLOT_BYTES, seed: int = 0
+    ) -> None:
+        largest = max(place.nbytes for place in places)
+        self.slot_bytes = max(PAGE, min(largest, memory_limit // SLOTS) // PAGE * PAGE)
+        self.total = sum(place.nbytes for place in places)
         self.rates: list[float] = []
         self._random = random.Random(seed)
-        self._records = [
-            (layer, layout.record_offset(layer, expert), layout.record(layer, expert).nbytes)
+        self._places = places
+        self._files = [DirectFile(path) for path in files]
+        self._reader = Reader()
+
+    @classmethod
+    def of_store(cls, store: Store, memory_limit: int = SLOTS * SLOT_BYTES, seed: int = 0) -> DiskProbe:
+        """Of a store's expert records."""
+        layout, geometry = store.layout, store.geometry
+        places = [
+            Place(layer, layout.record_offset(layer, expert), layout.record(layer, expert).nbytes)
             for layer in range(geometry.num_layers)
             for expert in range(geometry.num_experts)
         ]
-        self._files = [DirectFile(store.path(layout.layer(layer))) for layer in range(geometry.num_layers)]
-        self._reader = Reader()
+        files = [store.path(layout.layer(layer)) for layer in range(geometry.num_layers)]
+        return cls(files, places, memory_limit, seed)
 
     def __enter__(self) -> DiskProbe:
         return self
@@ -192,15 +212,15 @@ class DiskProbe:
         return Rate(tuple(self.rates), "O_DIRECT, records at random places")
 
     def _begin(self, slot: torch.Tensor) -> Read:
-        layer, offset, nbytes = self._random.choice(self._records)
-        length = min(nbytes, len(slot))
-        offset += self._random.randint(0, (nbytes - length) // PAGE) * PAGE
-        return self._reader.submit(Read(self._files[layer], slot[:length], offset, lambda record: None))
+        place = self._random.choice(self._places)
+        length = min(place.nbytes, len(slot))
+        offset = place.offset + self._random.randint(0, (place.nbytes - length) // PAGE) * PAGE
+        return self._reader.submit(Read(self._files[place.file], slot[:length], offset, lambda record: None))
 
 
 def probe(store: Store) -> Ceilings:
     """All three of this machine, in this process, within seconds."""
-    with DiskProbe(store) as disk:
+    with DiskProbe.of_store(store) as disk:
         for _ in range(ROUNDS):
             disk.slice()
         return Ceilings(memory_read(), disk.rate(), matmul())

@@ -25,8 +25,10 @@ from qmix.errors import UsageError
 from qmix.eviction import Key
 from qmix.generate import compute_threads
 from qmix.layout import StoreLayout
+from qmix.machine import cpu_name
 from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan_file import PlanFile
 from qmix.pool import PoolCounters
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
@@ -49,23 +51,28 @@ def prepare(
     precision: str | None = None,
     dtype: str | None = None,
     attention: str = "sdpa",
+    plan: PlanFile | None = None,
     on_progress: OnProgress = ignore,
 ) -> tuple[Store, Plan]:
     """A model's store, made first if there is none, and the plan for these workloads; no weights are loaded.
 
-    Without `context` it is what the longest workload takes. Raises QmixError as `qmix.load` does.
+    Without `context` it is what the longest workload takes. `plan` is in place of `ram` and `context`. Raises
+    QmixError as `qmix.load` does.
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+        if plan is not None:
+            check_context(workloads, plan.plan.context, "the plan's is", "make a plan with a larger one")
+            return plan.plan_of(layout, fingerprint)
         if context is None:
             check_context(workloads, layout.geometry.max_position, "the model's longest is", "give fewer tokens")
         else:
             check_context(workloads, context, "--context is", "give a larger one, or fewer tokens")
         return plan_for(layout, ram, context or max(workload.context for workload in workloads), attention)
 
-    store = prepare_store(model, precision, dtype, on_progress, planned)
-    return store, planned(store.layout)
+    store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
+    return store, planned(store.layout, store.fingerprint)
 
 
 def check_context(workloads: Sequence[Workload], context: int, which: str, advice: str) -> None:
@@ -163,7 +170,7 @@ def _probed(runner: Runner) -> Iterator[dict[str, Probe]]:
     if runner.pool.holds_all:
         yield probes
         return
-    with DiskProbe(runner.store, min(DISK_BYTES, room)) as disk:
+    with DiskProbe.of_store(runner.store, min(DISK_BYTES, room)) as disk:
         yield probes | {"disk_read": disk}
 
 
@@ -219,13 +226,3 @@ def precision_of(layout: StoreLayout) -> str:
     if len(counts) == 1:
         return next(iter(counts))
     return ", ".join(f"{precision} ({count} experts)" for precision, count in counts.most_common())
-
-
-def cpu_name() -> str:
-    """As the kernel names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

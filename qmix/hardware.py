@@ -60,6 +60,18 @@ class Rates:
 RATE_NAMES = tuple(field.name for field in fields(Rates) if field.name not in ("measured", "stated"))
 
 
+SLOW_FOUR_BIT = (
+    40.0  # times slower a CPU without AVX512-BF16 multiplies 4-bit weights with one token (benchmarks/slow_path.py)
+)
+
+
+def without_kernels(rates: Rates) -> Rates:
+    """Rates of a CPU that has no fast 4-bit product; one that was measured on it stays."""
+    if rates.source("four_bit_read") == "measured":
+        return rates
+    return replace(rates, four_bit_read=rates.four_bit_read / SLOW_FOUR_BIT)
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a plan may use. `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` what is free
@@ -70,3 +82,17 @@ class Machine:
     disk: int | None = None
     rates: Rates = Rates()
     fast_kernels: bool = True
+
+    @property
+    def speeds(self) -> Rates:
+        """The rates, as they are on this CPU."""
+        return self.rates if self.fast_kernels else without_kernels(self.rates)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ram": self.ram,
+            "gpus": list(self.gpus),
+            "disk": self.disk,
+            "fast_kernels": self.fast_kernels,
+            "rates": self.rates.to_json(),
+        }

@@ -6,6 +6,8 @@ import ctypes
 import hashlib
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +18,7 @@ import platformdirs
 import psutil
 
 from qmix import __version__
+from qmix.disk import existing_parent
 from qmix.errors import QmixError
 
 SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
@@ -51,6 +54,52 @@ def available_memory(root: Path = Path("/")) -> int:
 def default_budget() -> int:
     """The budget where none is given: 90% of the available memory, with what this process holds already."""
     return own_memory() + int(available_memory() * SHARE_OF_AVAILABLE)
+
+
+def state_directory() -> Path:
+    """The user's directory for what qmix found out about this machine."""
+    return Path(platformdirs.user_state_dir("qmix"))
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """As the kernel names it."""
+    return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
+
+
+def has_fast_kernels(root: Path = Path("/")) -> bool:
+    """Whether the CPU has AVX512-BF16, which the packed 4-bit products need."""
+    return "avx512_bf16" in _cpuinfo(root).get("flags", "").split()
+
+
+def _cpuinfo(root: Path) -> dict[str, str]:
+    """Of the first core."""
+    try:
+        first = (root / "proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk of a path that need not exist yet."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def gpu_driver(root: Path = Path("/")) -> bool:
+    """Whether there is any sign of a GPU that torch could use; without one torch need not be asked."""
+    return any((root / place).exists() for place in ("dev/nvidiactl", "proc/driver/nvidia", "dev/kfd", "dev/dxg"))
+
+
+def found_gpus() -> tuple[int, ...]:
+    """Free bytes of each GPU that torch can use. Imports torch only where there is a driver."""
+    if not gpu_driver():
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
 
 
 def give_back_freed_memory() -> None:

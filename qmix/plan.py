@@ -91,9 +91,17 @@ class Plan:
         least = min(MIN_SLOTS, self.num_records) * self.slot_bytes
         return _with_reserve(self.total - self.pool + least)
 
+    @property
+    def roomy(self) -> int:
+        """The smallest budget of memory with which nothing is read from disk once it is loaded."""
+        return _with_reserve(self.total - self.pool + self.host_records * self.slot_bytes)
+
     def to_json(self) -> dict[str, Any]:
-        derived = ("pool", "total", "headroom", "on_disk", "smallest")
-        return {"schema": SCHEMA, **asdict(self), **{name: getattr(self, name) for name in derived}}
+        """Fields and what follows from them; `plan_file.read_plan` reads it back."""
+        derived = ("pool", "total", "headroom", "on_disk", "smallest", "roomy", "host_records")
+        devices = [asdict(device) | {"total": device.total, "headroom": device.headroom} for device in self.devices]
+        fields = asdict(self) | {"devices": devices}
+        return {"schema": SCHEMA, **fields, **{name: getattr(self, name) for name in derived}}
 
 
 def make_plan(

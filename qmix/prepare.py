@@ -13,21 +13,33 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qmix import hub
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.checkpoint.reader import TOKENIZERS
 from qmix.checkpoint.source import HubSource, LocalSource, Source
+from qmix.demand import Use
 from qmix.errors import CheckpointError, HubError, QmixError, UsageError
 from qmix.geometry import Geometry
+from qmix.hardware import Machine
 from qmix.layout import StoreLayout, parse_precisions
-from qmix.machine import cache_directory, default_budget, interpreter_memory
+from qmix.machine import (
+    cache_directory,
+    default_budget,
+    found_gpus,
+    free_disk,
+    has_fast_kernels,
+    interpreter_memory,
+)
+from qmix.machine_profile import measured_rates
 from qmix.models import EMBEDDED
 from qmix.plan import Plan, default_context, make_plan
 from qmix.precision.formats import DTYPES, uses_kernels
 from qmix.progress import OnProgress, Progress, ignore
+from qmix.published import PUBLISHED
 from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
 
@@ -51,6 +63,9 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
         raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
     if path.is_dir():
         return LocalSource(path)
+    if str(model) in PUBLISHED:
+        known = PUBLISHED[str(model)].hub_id
+        raise UsageError(f"{model}: is known by its sizes only, for plans; its weights are {known} on the hub")
     if hub.parse(str(model)) is None:
         raise UsageError(f"{model}: no such directory, nor a hub id (org/name), nor one of {', '.join(EMBEDDED)}")
     return HubSource(hub.HubRepo.open(str(model)), scratch)
@@ -157,20 +172,59 @@ def _quantize_in_child(
         raise QmixError(f"quantizing {model} ended with status {child.returncode}: {''.join(complaint)}")
 
 
-def layout_of(model: str | Path, precision: str | None, dtype: str | None) -> StoreLayout:
-    """The layout that a model has or would have as a store, from config and headers alone."""
+@dataclass(frozen=True)
+class Subject:
+    """What a plan is about: a model as it was named, the layout of its store, and a digest of its weights if known."""
+
+    name: str
+    layout: StoreLayout
+    fingerprint: str | None
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.layout.geometry
+
+
+def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> Subject:
+    """From config and headers alone, or from what is known of a published model by its name."""
+    published = PUBLISHED.get(str(model))
+    if published is not None and not Path(model).is_dir():
+        precisions = _precisions(precision or DEFAULT_PRECISION, published.geometry)
+        return Subject(str(model), StoreLayout(published.geometry, precisions, dtype or "bf16"), None)
     store = _named_store(model, precision, dtype)
-    return store.layout if store else layout_for(open_checkpoint(open_source(model)), precision, dtype)
+    if store is not None:
+        return Subject(str(model), store.layout, store.fingerprint)
+    checkpoint = open_checkpoint(open_source(model))
+    return Subject(str(model), layout_for(checkpoint, precision, dtype), checkpoint.fingerprint)
+
+
+def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None) -> Machine:
+    """This machine as it is found and was measured, with the memory that is given."""
+    budget = default_budget() if ram is None else parse_bytes(ram)
+    return Machine(
+        ram=budget,
+        gpus=found_gpus() if gpus is None else tuple(gpus),
+        disk=free_disk(cache_directory()),
+        rates=measured_rates(),
+        fast_kernels=has_fast_kernels(),
+    )
 
 
 def plan_for(
-    layout: StoreLayout, ram: int | str | None, context: int | None, attention: str = "sdpa", batch: int = 1
+    layout: StoreLayout,
+    ram: int | str | None,
+    context: int | None,
+    attention: str = "sdpa",
+    batch: int = 1,
+    *,
+    machine: Machine | None = None,
+    use: Use | None = None,
 ) -> Plan:
-    """The plan of a store on this machine, with the defaults that `qmix.load` has."""
+    """The plan of a store on a machine, by default this one, with the defaults that `qmix.load` has."""
     longest = layout.geometry.max_position
     if context is not None and not 1 <= context <= longest:
         raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
-    budget = default_budget() if ram is None else parse_bytes(ram)
+    on = machine or this_machine(ram)
     tokens = context or default_context(layout.geometry)
     own = interpreter_memory(kernels=uses_kernels(layout.geometry))
-    return make_plan(layout, budget, tokens, own, attention, batch)
+    return make_plan(layout, on.ram, tokens, own, attention, batch, gpus=on.gpus, rates=on.speeds, use=use)

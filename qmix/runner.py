@@ -19,9 +19,11 @@ from qmix.hardware import Rates
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
 from qmix.machine import give_back_freed_memory
+from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
+from qmix.plan_file import PlanFile
 from qmix.pool import ExpertPool
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
@@ -148,6 +150,7 @@ def load(
     dtype: str | None = None,
     attention: str = "sdpa",
     batch: int = 1,
+    plan: PlanFile | None = None,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
 ) -> Runner:
@@ -156,17 +159,20 @@ def load(
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
     into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
     default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum; `batch` how many prompts are decoded together at most. `on_progress` is told of a
-    quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
-    QmixError; DoesNotFitError where the budget is too small.
+    the model's own maximum; `batch` how many prompts are decoded together at most. `plan` (of
+    `qmix.plan_file.read_plan`) is in place of these three. `on_progress` is told of a quantisation, `on_load` of
+    experts read into memory beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where
+    the budget is too small.
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+        if plan is not None:
+            return plan.plan_of(layout, fingerprint)
         return plan_for(layout, ram, context, attention, batch)
 
-    store = prepare_store(model, precision, dtype, on_progress, planned)
-    return Runner(store, planned(store.layout), attention, on_load)
+    store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
+    return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

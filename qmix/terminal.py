@@ -22,7 +22,6 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
-from qmix.plan import Plan
 from qmix.progress import Progress
 from qmix.units import format_bytes
 
@@ -128,33 +127,6 @@ def statistics(result: Result) -> str:
         f"{format_bytes(result.bytes_read)} read, peak {format_bytes(result.peak_memory)} "
         f"of {format_bytes(result.budget)}, seed {result.seed}"
     )
-
-
-def plan_table(plan: Plan, title: str) -> Table:
-    """What lies where, in bytes."""
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("what")
-    table.add_column("where")
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-
-    def row(what: str, where: str, count: int) -> None:
-        table.add_row(what, where, f"{count:,}", format_bytes(count))
-
-    row("Python with its imports", "RAM", plan.interpreter)
-    row("dense weights, half precision", "RAM", plan.dense)
-    row(f"KV cache, {plan.context} tokens", "RAM", plan.kv_cache)
-    row("work space", "RAM", plan.work)
-    row(f"expert pool, {plan.slots} of {plan.num_records} experts", "RAM", plan.pool)
-    table.add_section()
-    row("total, predicted peak", "RAM", plan.total)
-    row("headroom", "RAM", plan.headroom)
-    table.add_section()
-    for precision, count in plan.expert_bytes.items():
-        row(f"all experts in {precision}", "store", count)
-    row("experts read when routed to", "disk", plan.on_disk)
-    row("the whole store", "disk", plan.store_bytes)
-    return table
 
 
 def bench_table(report: Report) -> Table:

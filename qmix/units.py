@@ -33,3 +33,24 @@ def format_bytes(count: float) -> str:
             scaled = count / factor
             return f"{scaled:.0f} {unit}" if abs(scaled) >= 999.5 else f"{scaled:.3g} {unit}"
     return f"{count:.0f} B"
+
+
+def parse_rate(text: str) -> float:
+    """'25GB/s', '3.2 GB' or '900G' to bytes/s. Raises UsageError."""
+    try:
+        return float(parse_bytes(re.sub(r"\s*/\s*s\s*$", "", text)))
+    except UsageError:
+        raise UsageError(f"{text!r} is not a rate; write it like 25GB/s") from None
+
+
+def parse_flops(text: str) -> float:
+    """'80TFLOP/s', '800 GFLOPS' or '80T' to FLOP/s. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{text!r} is not a rate of arithmetic; write it like 80TFLOP/s")
+    return float(match[1]) * _FACTORS[match[2].lower()]
+
+
+def format_flops(rate: float) -> str:
+    """As 1.04 TFLOP/s."""
+    return format_bytes(rate)[:-1] + "FLOP/s"

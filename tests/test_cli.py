@@ -13,6 +13,8 @@ import sys
 import pytest
 from checkpoints import make_checkpoint
 
+from qmix.units import format_bytes
+
 NOTICE = "no model named: using the embedded tiny, a toy for trying things out\n"
 PROGRESS = r"quantizing {}: [\d.]+ [kMG]?B of {}, \d+%(, [\d.]+ [kMG]?B/s)?(, \d+ s left)?\n"
 DONE = r"quantizing {}: {} of {}, 100%, [\d.]+ [kMG]?B/s\n"
@@ -40,7 +42,9 @@ def greedy(commands, first_use) -> dict:
     return result(commands(*GREEDY, "--json", XDG_CACHE_HOME=str(first_use.cache)))
 
 
-@pytest.mark.parametrize("command", ["--help", "generate --help", "bench --help", "plan tiny", "plan --ram 1MB"])
+@pytest.mark.parametrize(
+    "command", ["--help", "generate --help", "bench --help", "plan tiny", "plan --ram 1MB", "doctor --no-measure"]
+)
 def test_what_computes_nothing_imports_nothing_heavy(qmix, command):
     script = (
         "import sys, cli\n"
@@ -57,7 +61,7 @@ def test_help_names_every_command(qmix):
     done = qmix("--help")
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("Usage: qmix [OPTIONS] COMMAND [ARGS]...\n")
-    assert re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE) == ["generate", "quantize", "plan", "bench"]
+    assert re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE) == ["generate", "quantize", "plan", "bench", "doctor"]
 
 
 def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use):
@@ -197,31 +201,32 @@ def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
     options = ("plan", "tiny", "--ram", "2GiB", "--context", "512")
     table, found = qmix(*options, FORCE_COLOR="1"), json.loads(qmix(*options, "--json").out)
     assert (table.status, table.err) == (0, "")
-    rows = re.findall(r"^│ (.+?) +│ (\w+) +│ +([\d,]+) │", table.out, re.MULTILINE)
-    shown = {what: (where, int(count.replace(",", ""))) for what, where, count in rows}
-    assert shown == {
-        "Python with its imports": ("RAM", found["interpreter"]),
-        "dense weights, half precision": ("RAM", found["dense"]),
-        "KV cache, 512 tokens": ("RAM", 2 * 6 * 2 * 32 * 2 * 512),
-        "work space": ("RAM", found["work"]),
-        "expert pool, 48 of 48 experts": ("RAM", 48 * RECORD_BYTES),
-        "total, predicted peak": ("RAM", found["total"]),
-        "headroom": ("RAM", 2 * 2**30 - found["total"]),
-        "all experts in nf4": ("store", 48 * RECORD_BYTES),
-        "experts read when routed to": ("disk", 0),
-        "the whole store": ("disk", found["store_bytes"]),
+    rows = dict(re.findall(r"^│ (.+?) +│ +([\d.]+ [kMG]?B) │", table.out, re.MULTILINE))
+    assert rows == {
+        "Python with its imports": format_bytes(found["interpreter"]),
+        "dense weights": format_bytes(found["dense"]),
+        "KV cache, 512 tokens": format_bytes(2 * 6 * 2 * 32 * 2 * 512),
+        "work space": format_bytes(found["work"]),
+        "experts": format_bytes(48 * RECORD_BYTES),
+        "predicted peak": format_bytes(found["total"]),
+        "headroom": format_bytes(2 * 2**30 - found["total"]),
+        "budget": format_bytes(2 * 2**30),
     }
     parts = ("interpreter", "dense", "kv_cache", "work", "pool")
-    assert found["total"] == sum(found[part] for part in parts) == sum(count for _, count in list(shown.values())[:5])
+    assert found["total"] == sum(found[part] for part in parts)
     assert (found["fits"], found["schema"]) == (True, "qmix-plan-2")
     assert found["on_disk"] + found["pool"] == sum(found["expert_bytes"].values())
+    assert table.out.count("r") > 48  # every expert's cell
+    assert table.out.endswith("run it:\n  qmix generate -m tiny --ram 2048MiB --context 512\n")
 
 
 def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     refused = qmix("plan", "tiny", "--ram", "100MB", "--context", "64")
-    assert (refused.status, refused.out) == (3, "")
+    assert refused.status == 3
     told = re.fullmatch(r"qmix: does not fit 100 MB of RAM: needs .* --ram (\d+)MiB\n", refused.err)
     assert told, refused.err
+    assert refused.out.startswith("tiny: the nearest that fits")
+    assert refused.out.endswith(f"  qmix generate -m tiny --ram {told[1]}MiB --context 64\n")
     options = ("plan", "tiny", "--context", "64", "--json", "--ram")
     accepted, less = qmix(*options, f"{told[1]}MiB"), qmix(*options, f"{int(told[1]) - 1}MiB")
     assert accepted.status == 0
@@ -229,7 +234,10 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     answer = json.loads(less.out)
     assert json.loads(qmix(*options, str(answer["smallest"])).out)["slots"] == 2
     assert qmix(*options, str(answer["smallest"] - 1)).status == 3
+    nearest = answer.pop("nearest")
     assert answer == {"schema": "qmix-plan-2", "fits": False, "smallest": answer["smallest"]}
+    assert nearest["ram"] == int(told[1]) * 2**20
+    assert nearest["fits"]
     assert math.ceil(answer["smallest"] / 2**20) == int(told[1])
     assert qmix(*SEEDED, "--context", "64", "--ram", "100MB").err == refused.err
 

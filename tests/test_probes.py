@@ -56,7 +56,7 @@ def test_a_slice_reads_whole_pages_inside_records(store, monkeypatch, memory_lim
 
     monkeypatch.setattr(Reader, "submit", noted)
     layout = store.layout
-    with DiskProbe(store, memory_limit) as disk:
+    with DiskProbe.of_store(store, memory_limit) as disk:
         assert 4 * disk.slot_bytes <= memory_limit
         assert disk.slice(10**5) > 0
         assert disk.slice(10**5) > 0
@@ -80,7 +80,7 @@ def test_a_small_store_is_not_read_forever(store, monkeypatch):
     read = []
     monkeypatch.setattr(probes, "Read", lambda file, buffer, *rest: read.append(len(buffer)) or Done(buffer))
     monkeypatch.setattr(Reader, "submit", lambda self, read: read)
-    with DiskProbe(store) as disk:
+    with DiskProbe.of_store(store) as disk:
         disk.slice(10**15)
     assert disk.total * 8 <= sum(read) < disk.total * 8 + disk.slot_bytes
 

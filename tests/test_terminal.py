@@ -115,8 +115,10 @@ def test_no_prompt_on_a_terminal_is_an_error_and_no_waiting(qmix):
 @pytest.mark.parametrize("columns", [40, 15])
 def test_a_plan_stays_within_a_narrow_terminal(qmix, columns):
     terminal = on_terminal("plan", "tiny", columns=columns)
-    lines = ESCAPES.sub("", end(terminal)).splitlines()
+    shown, _, command = ESCAPES.sub("", end(terminal)).partition("run it:")
+    lines = shown.splitlines()
     assert terminal.exitstatus == 0
+    assert re.match(r"\s+qmix generate -m tiny --ram \d+MiB", command)  # in one piece, however narrow
     assert len(lines) > 15
     assert max(map(len, lines)) <= columns
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("generate", "quantize", "plan", "bench")
+COMMANDS = ("generate", "quantize", "plan", "bench", "doctor")
 
 
 class Commands(click.Group):

@@ -13,9 +13,11 @@ from qmix.commands.shared import (
     dtype_option,
     model_or_default,
     out,
+    plan_option,
     precision_option,
     quiet_libraries,
     ram_option,
+    read_plan_option,
 )
 
 PROMPTS_HELP = "prompts to time, as 512 or 512,1024; 0 for none [512]"
@@ -29,12 +31,14 @@ NEW_HELP = "tokens to generate, as 128 or 128,512; 0 for none [128]"
 @precision_option
 @dtype_option
 @attention_option
+@plan_option
 @click.option("-p", "--prompt-tokens", multiple=True, metavar="LIST", default=["512"], help=PROMPTS_HELP)
 @click.option("-n", "--new-tokens", multiple=True, metavar="LIST", default=["128"], help=NEW_HELP)
 @click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
 def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **options: Any) -> None:
     """Measure how fast MODEL takes in a prompt (pp) and generates (tg), beside what this machine could do at best."""
+    given = read_plan_option(options.pop("plan_path"), ram=options["ram"], context=options["context"])
     name = model_or_default(model)
     from qmix.bound import workloads
 
@@ -46,7 +50,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.terminal import ProgressDisplay, bench_conditions, bench_table, print_table, say
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store, plan = prepare(name, tests, attention=attn, on_progress=making, **options)
+        store, plan = prepare(name, tests, attention=attn, plan=given, on_progress=making, **options)
     say("measuring this machine's memory and cores")
     machine = probe_in_child()
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:

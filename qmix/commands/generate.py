@@ -17,6 +17,7 @@ from qmix.commands.shared import (
     dtype_option,
     loaded,
     out,
+    plan_option,
     precision_option,
     ram_option,
 )
@@ -31,6 +32,7 @@ from qmix.errors import UsageError
 @precision_option
 @dtype_option
 @attention_option
+@plan_option
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @click.option("--temperature", type=float, help="0 is greedy [the model's own]")
 @click.option("--top-p", type=float, help="[the model's own]")
@@ -49,7 +51,7 @@ def generate(prompt: str | None, **options: Any) -> None:
     from qmix.sampling import Sampling
 
     as_json = options.pop("as_json")
-    loading = {name: options.pop(name) for name in ("model", "ram", "context", "precision", "dtype")}
+    loading = {name: options.pop(name) for name in ("model", "ram", "context", "precision", "dtype", "plan_path")}
     attention = options.pop("attn")
     sampling = Sampling(**{name: value for name, value in options.items() if value is not None})
     text = _read_prompt(prompt)

@@ -1,47 +1,213 @@
-"""`qmix plan`: what would lie where."""
+"""`qmix plan`: what would lie where, and how fast it would be."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qmix.commands.shared import (
+    Rate,
+    Size,
     attention_option,
     context_option,
     dtype_option,
     model_or_default,
     out,
-    precision_option,
     ram_option,
 )
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, UsageError
+from qmix.units import parse_bytes
+
+if TYPE_CHECKING:
+    from qmix.hardware import Machine
+    from qmix.planned import Planned
+    from qmix.prepare import Subject
+    from qmix.profile import Profile
+
+PRECISION_HELP = "as for quantize, or `auto`: nf4, and int8 for the experts that the profile says suffer"
+RATES = {  # option: what it states, whether in FLOP/s, help
+    "--disk-read": ("disk_read", False, "of the disk, as 3.5GB/s"),
+    "--memory-read": ("memory_read", False, "of main memory, as 60GB/s"),
+    "--pcie": ("pcie", False, "from memory to a GPU, as 25GB/s"),
+    "--gpu-memory": ("gpu_memory", False, "of a GPU's own memory, as 900GB/s"),
+    "--gpu-matmul": ("gpu_matmul", True, "of a GPU in half precision, as 80TFLOP/s"),
+}
+COMPARE_HELP = "a machine beside others, as 24GiB+24GiB,64GiB: its GPUs, then its RAM; may be given again"
+
+
+def _rate_options(command: Any) -> Any:
+    for option, (name, flops, text) in reversed(RATES.items()):
+        command = click.option(option, name, type=Rate(flops), metavar="RATE", help=text)(command)
+    return command
 
 
 @click.command()
 @click.argument("model", required=False)
 @ram_option
+@click.option("--gpu", multiple=True, metavar="SIZE", help="memory of a GPU, once for each; `none` [those found]")
+@click.option("--disk", type=Size(), metavar="SIZE", help="room for the store [what is free]")
+@_rate_options
 @context_option
-@precision_option
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="prompts decoded together")
+@click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
 @dtype_option
 @attention_option
-@click.option("--json", "as_json", is_flag=True, help="the plan as JSON")
+@click.option("--profile", type=click.Path(path_type=Path, dir_okay=False), help="how often each expert is used")
+@click.option("--compare", multiple=True, metavar="MACHINE", help=COMPARE_HELP)
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="draw the plan into FILE.png or .svg")
+@click.option("--json", "as_json", is_flag=True, help="the plan as JSON, which --plan of other commands takes")
 def plan(model: str | None, as_json: bool, **options: Any) -> None:
-    """Say what of MODEL lies where under a budget, reading no weights. Exit code 3: it does not fit."""
-    from qmix.prepare import layout_of, plan_for
+    """Say what of MODEL lies where on a machine and how fast it runs, reading no weights.
 
+    Without a network, MODEL may be mixtral-8x7b or mixtral-8x22b. What is not stated of the machine is this one's.
+    Exit code 3: it does not fit; then the nearest plan is shown that does.
+    """
+    from qmix.prepare import subject_of
+
+    plot = _plot_target(options["plot"])
+    machine = _machine(options)
+    machines = {text: _compared(text, machine) for text in options["compare"]}
     name = model_or_default(model)
-    try:
-        layout = layout_of(name, options["precision"], options["dtype"])
-        made = plan_for(layout, options["ram"], options["context"], options["attn"])
-    except DoesNotFitError as error:
-        if as_json:
-            out(json.dumps({"schema": "qmix-plan-1", "fits": False, "smallest": error.smallest}) + "\n")
-        raise
-    if as_json:
-        out(json.dumps({"fits": True} | made.to_json()) + "\n")
-    else:
-        from qmix.terminal import plan_table, print_table
+    profile, precision = _profile(options["profile"], options["precision"])
+    subject = subject_of(name, precision, options["dtype"])
+    use = None
+    if profile is not None:
+        from qmix.profile import check_profile
 
-        print_table(plan_table(made, name))
+        check_profile(profile, options["profile"], subject.geometry, subject.fingerprint)
+        use = profile.use
+    how = {"batch": options["batch"], "attention": options["attn"], "precision": precision, "use": use}
+    if machines:
+        _compare(subject, machines, options["context"], how, as_json)
+        return
+    planned, refusal = _planned(subject, machine, options, how)
+    if as_json:
+        content = planned.to_json()
+        if refusal is not None:
+            content = {"schema": content["schema"], "fits": False, "smallest": refusal.smallest, "nearest": content}
+        out(json.dumps(content) + "\n")
+    else:
+        _show(planned, name if refusal is None else f"{name}: the nearest that fits")
+    if refusal is not None:
+        raise refusal
+    if plot is not None:
+        from qmix.plan_plot import draw
+
+        draw(planned, plot)
+
+
+def _planned(
+    subject: Subject, machine: Machine, options: dict[str, Any], how: dict[str, Any]
+) -> tuple[Planned, DoesNotFitError | None]:
+    """The plan, or the nearest one that fits with why this one does not."""
+    from qmix.planned import check_disk, nearest, plan_on
+
+    try:
+        planned = plan_on(subject, machine, options["context"], **how)
+        if options["disk"] is not None:
+            check_disk(planned)
+        return planned, None
+    except DoesNotFitError as error:
+        return nearest(subject, machine, max(error.smallest, 1), options["context"], **how), error
+
+
+def _show(planned: Planned, title: str) -> None:
+    from qmix.plan_view import ExpertMap, details, device_table
+    from qmix.terminal import print_table
+
+    print_table(device_table(planned.plan, title), ExpertMap(planned.plan.placement), details(planned))
+    out("run it:\n" + "".join(f"  {line}\n" for line in planned.commands))  # unfolded, so that it can be copied
+
+
+def _machine(options: dict[str, Any]) -> Machine:
+    """This machine, with what is stated in place of what was found."""
+    from dataclasses import replace
+
+    from qmix.prepare import this_machine
+
+    found = this_machine(options["ram"], _gpus(options["gpu"]))
+    stated = {name: options[name] for name, _, _ in RATES.values() if options[name] is not None}
+    disk = found.disk if options["disk"] is None else options["disk"]
+    return replace(found, rates=found.rates.with_stated(stated), disk=disk)
+
+
+def _gpus(sizes: Sequence[str]) -> tuple[int, ...] | None:
+    """Bytes of each GPU; none for `none`; None where nothing was said."""
+    if not sizes:
+        return None
+    if "none" in sizes:
+        if len(sizes) > 1:
+            raise UsageError("--gpu none: and others besides; leave one or the other out")
+        return ()
+    return tuple(_size("--gpu", size) for size in sizes)
+
+
+def _compared(text: str, machine: Machine) -> Machine:
+    """A machine as `--compare` names it: 24GiB+24GiB,64GiB, or 128GiB without a GPU."""
+    from dataclasses import replace
+
+    gpus, comma, ram = text.rpartition(",")
+    found = tuple(_size("--compare", size) for size in gpus.split("+")) if comma and gpus.strip() != "none" else ()
+    return replace(machine, gpus=found, ram=_size("--compare", ram))
+
+
+def _size(option: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
+def _profile(path: Path | None, precision: str | None) -> tuple[Profile | None, str | None]:
+    """The profile, and the precision with `auto` resolved by it."""
+    if path is None:
+        if precision == "auto":
+            raise UsageError("--precision auto: takes a --profile that says which experts suffer")
+        return None, precision
+    from qmix.profile import read_profile
+
+    profile = read_profile(path)
+    return profile, profile.precisions() if precision == "auto" else precision
+
+
+def _compare(
+    subject: Subject, machines: dict[str, Machine], context: int | None, how: dict[str, Any], as_json: bool
+) -> None:
+    """Machines side by side. Raises DoesNotFitError where none is large enough."""
+    from qmix.planned import plan_on
+
+    found: dict[str, Planned | str] = {}
+    refusals = []
+    for name, machine in machines.items():
+        try:
+            found[name] = plan_on(subject, machine, context, **how)
+        except DoesNotFitError as error:
+            refusals.append(error)
+            found[name] = f"does not fit; from --ram {math.ceil(error.smallest / 2**20)}MiB on"
+    if as_json:
+        plans = {
+            name: {"fits": False, "reason": each} if isinstance(each, str) else each.to_json()
+            for name, each in found.items()
+        }
+        out(json.dumps({"schema": "qmix-compare-1", "machines": plans}) + "\n")
+    else:
+        from qmix.plan_view import compare_table
+        from qmix.terminal import print_table
+
+        print_table(compare_table(subject.name, list(found), list(found.values())))
+    if len(refusals) == len(machines):
+        raise min(refusals, key=lambda error: error.smallest)
+
+
+def _plot_target(path: Path | None) -> Path | None:
+    """Refused before any work: matplotlib missing, or a name that is neither .png nor .svg."""
+    if path is None:
+        return None
+    from qmix.plan_plot import check_target
+
+    return check_target(path)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qmix.errors import QmixError, UsageError
 from qmix.models import DEFAULT_MODEL
-from qmix.units import parse_bytes
+from qmix.units import parse_bytes, parse_flops, parse_rate
+
+if TYPE_CHECKING:
+    from qmix.plan_file import PlanFile
 
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
@@ -28,6 +32,21 @@ class Size(click.ParamType[int]):
             self.fail(str(error), parameter, context)
 
 
+class Rate(click.ParamType[float]):
+    """Bytes/s, or FLOP/s, as people write them."""
+
+    name = "rate"
+
+    def __init__(self, flops: bool = False) -> None:
+        self.parse = parse_flops if flops else parse_rate
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            return self.parse(value)
+        except UsageError as error:
+            self.fail(str(error), parameter, context)
+
+
 precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
 dtype_option = click.option(
     "--dtype",
@@ -39,6 +58,13 @@ ram_option = click.option(
 )
 context_option = click.option(
     "--context", type=click.IntRange(min=1), metavar="TOKENS", help="prompt and answer together [4096]"
+)
+plan_option = click.option(
+    "--plan",
+    "plan_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="what `qmix plan --json` wrote: budgets, context and what lies where",
 )
 attention_option = click.option(
     "--attn", type=click.Choice(["eager", "sdpa", "flash_attention_2"]), default="sdpa", show_default=True
@@ -52,8 +78,9 @@ def model_or_default(model: str | None) -> str:
     return DEFAULT_MODEL
 
 
-def loaded(model: str | None, attention: str, **options: Any) -> Any:
+def loaded(model: str | None, attention: str, plan_path: Path | None = None, **options: Any) -> Any:
     """The runner of a model, with what is shown while it is made ready."""
+    plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
     quiet_libraries()
     from qmix.runner import load
@@ -61,7 +88,19 @@ def loaded(model: str | None, attention: str, **options: Any) -> Any:
 
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
-        return load(name, attention=attention, on_progress=making, on_load=loading, **options)
+        return load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+
+
+def read_plan_option(path: Path | None, **others: Any) -> PlanFile | None:
+    """The plan that `--plan` names. Raises UsageError where an option that the plan answers is given besides."""
+    if path is None:
+        return None
+    for name, value in others.items():
+        if value is not None:
+            raise UsageError(f"--plan and --{name}: the plan says that already; leave one of them out")
+    from qmix.plan_file import read_plan
+
+    return read_plan(path)
 
 
 def quiet_libraries() -> None:

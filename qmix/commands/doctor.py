@@ -1,0 +1,46 @@
+"""`qmix doctor`: what this machine is, and how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from qmix.commands.shared import out, quiet_libraries
+
+
+@click.command()
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="on the disk that stores lie on [the user's cache directory]",
+)
+@click.option("--no-measure", is_flag=True, help="report only what is known, at once")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
+def doctor(directory: Path | None, no_measure: bool, as_json: bool) -> None:
+    """Report on this machine, and measure what plans are predicted from: memory, disk, products, GPUs.
+
+    Takes half a minute and a gigabyte each of memory and disk; run it while nothing else runs. What it finds is kept,
+    and used by plan and by every run from then on.
+    """
+    from qmix.doctor import examine
+    from qmix.doctor_view import report_table
+    from qmix.machine import cache_directory
+    from qmix.machine_profile import keep_rates, measured_rates
+    from qmix.terminal import print_table, say
+
+    where = directory or cache_directory()
+    if not no_measure:
+        quiet_libraries()
+        from calibration.machine_rates import measure
+
+        kept = keep_rates(measure(where, say))
+        say(f"kept in {kept}")
+    report = examine(where, measured_rates())
+    if as_json:
+        out(json.dumps(report.to_json()) + "\n")
+        return
+    print_table(report_table(report))
+    if report.typical:
+        say(f"not measured: {', '.join(report.typical)}; typical values stand in. `qmix doctor` measures them")
