@@ -38,6 +38,10 @@ class Device:
         if self.copies is not None:
             torch.cuda.synchronize(self.device)
 
+    def allocated(self) -> int:
+        """Bytes allocated here; 0 where CUDA does not count them."""
+        return int(torch.cuda.memory_allocated(self.device)) if self.copies is not None else 0
+
     def peak(self) -> int:
         """The most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
         return int(torch.cuda.max_memory_allocated(self.device)) if self.copies is not None else 0
