@@ -215,6 +215,7 @@ def plan_for(
     ram: int | str | None,
     context: int | None,
     attention: str = "sdpa",
+    batch: int = 1,
     *,
     machine: Machine | None = None,
     use: Use | None = None,
@@ -226,4 +227,4 @@ def plan_for(
     on = machine or this_machine(ram)
     tokens = context or default_context(layout.geometry)
     own = interpreter_memory(kernels=uses_kernels(layout.geometry))
-    return make_plan(layout, on.ram, tokens, own, attention, gpus=on.gpus, rates=on.speeds, use=use)
+    return make_plan(layout, on.ram, tokens, own, attention, batch, gpus=on.gpus, rates=on.speeds, use=use)

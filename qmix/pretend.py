@@ -36,7 +36,7 @@ class PretendPool(ExpertPool):
     """A pool of fake memory whose records are all there."""
 
     def __init__(self, store: Store, slots: int, elsewhere: frozenset[Key] = frozenset()) -> None:
-        self.store, self.slots, self.elsewhere = store, slots, elsewhere
+        self.store, self.slots, self.invariant, self.elsewhere = store, slots, False, elsewhere
         self.slot_bytes = store.layout.slot_bytes
         self.memory = torch.empty(slots * self.slot_bytes, dtype=torch.uint8)
         self.counters, self.cancelled = PoolCounters(), False
