@@ -235,7 +235,7 @@ def test_two_runs_do_not_share_an_output(run, tmp_path):
     assert "out.jsonl: another qmix is writing it; wait until that one ends" in done.err
 
 
-def test_a_full_disk_loses_nothing_and_the_run_goes_on_later(qmix, first_use, tmp_path):
+def test_a_full_disk_loses_nothing_and_the_run_goes_on_later(qmix, tmp_path):
     """The disk is a limit on the size of files, which ends in the middle of a line."""
     source, output = write(tmp_path / "in.jsonl", *LINES), tmp_path / "out.jsonl"
     options = (*GREEDY, "--batch", "1")

@@ -49,14 +49,14 @@ def plan_lines(
         return make_plan(layout, budget, context, own, batch=count)
 
     if batch is not None:
-        return plan_of(batch, context_of(needs, batch))
+        together = min(batch, len(needs))
+        return plan_of(together, context_of(needs, together))
     return choose_plan(layout.geometry, needs, plan_of)
 
 
 def context_of(needs: Sequence[int], batch: int) -> int:
     """Tokens for each of `batch` sequences that share one arena, so that the longest lines fit together."""
-    together = min(batch, len(needs))
-    return math.ceil(sum(sorted(needs, reverse=True)[:together]) / together)
+    return math.ceil(sum(sorted(needs, reverse=True)[:batch]) / batch)
 
 
 def token_cost(plan: Plan, geometry: Geometry) -> float:
