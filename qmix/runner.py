@@ -171,7 +171,7 @@ def load(
             return plan.plan_of(layout, fingerprint, attention)
         return plan_for(layout, ram, context, attention, batch)
 
-    store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
+    store = prepare_store(model, precision or (plan.precision if plan else None), dtype, on_progress, planned)
     return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
 
 
