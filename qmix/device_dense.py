@@ -1,4 +1,4 @@
-"""Dense weights read to where a plan wants them: past the page cache, in pieces, checked, never twice in main memory."""
+"""Dense weights read to where a plan wants them: in pieces, checked, and none twice in main memory."""
 
 from __future__ import annotations
 

@@ -89,11 +89,8 @@ class Spread:
             name, precision = self.plan.placement[layer][expert], layout.precisions[layer][expert]
             memory = blocks[name][used[name] : used[name] + nbytes[precision]]
             used[name] += nbytes[precision]
-            if is_made_over(precision):
-                uploaded = self.devices[name].upload(record)
-            else:
-                uploaded = memory.copy_(record)
-            made = device_expert(uploaded, layout.records[precision], geometry.expert_matrices, memory)
+            here = self.devices[name].upload(record) if is_made_over(precision) else memory.copy_(record)
+            made = device_expert(here, layout.records[precision], geometry.expert_matrices, memory)
             self.devices[name].wait()  # the record's slot is another's from here on
             found.setdefault(layer, {})[expert] = made
         return found

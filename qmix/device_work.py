@@ -54,7 +54,7 @@ def device_work_bytes(
     kept = 3 * tokens * geometry.hidden_size * HALF_BYTES + tokens * context  # residual, normed, their sum; the mask
     step = max(
         _attention_bytes(geometry, tokens, context, attention, batch),
-        max(_experts_bytes(geometry, tokens, precision) for precision in precisions),
+        *(_experts_bytes(geometry, tokens, precision) for precision in precisions),
         3 * tokens * geometry.hidden_size * 4,  # RMSNorm, in fp32
         batch * geometry.vocab_size * (HALF_BYTES + 4) if last else 0,
     )

@@ -38,6 +38,10 @@ class Device:
         if self.copies is not None:
             torch.cuda.synchronize(self.device)
 
+    def allocated(self) -> int:
+        """Bytes allocated here; 0 where CUDA does not count them."""
+        return int(torch.cuda.memory_allocated(self.device)) if self.copies is not None else 0
+
     def peak(self) -> int:
         """The most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
         return int(torch.cuda.max_memory_allocated(self.device)) if self.copies is not None else 0
@@ -76,7 +80,7 @@ def pin(memory: torch.Tensor) -> Callable[[], None]:
 
     Where the system refuses, nothing is locked: copies are then right too, only slower, and hold up everything else.
     """
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    runtime: Any = torch.cuda.cudart()
     places = [memory.data_ptr()] if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0 else []
 
     def undo() -> None:

@@ -72,7 +72,7 @@ class PlannedCache(Cache):
     ) -> None:
         assert dtype.itemsize == HALF_BYTES
         devices = layer_devices or [torch.device("cpu")] * geometry.num_layers
-        layers = {}
+        layers: dict[int, PlannedLayer] = {}
         for device in dict.fromkeys(devices):  # one block on each
             mine = [layer for layer, where in enumerate(devices) if where == device]
             shape = (2, len(mine), batch, geometry.num_kv_heads, context, geometry.head_dim)

@@ -60,6 +60,7 @@ def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
     """transformers' model as the store's config says, all of it on torch's `meta` device."""
     config = _config(store)
     config.dtype = HALF[store.layout.dtype]
+    config._experts_implementation = "eager"  # of transformers' own experts: generate() changes others for a GPU's sake
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
     with _refusals(store.directory / "config.json"), init_empty_weights(include_buffers=True):

@@ -25,9 +25,10 @@ SCHEMA = "qmix-plan-2"
 DEFAULT_CONTEXT = 4096
 TYPICAL = Rates()
 CUDA_HOST_BYTES = 2**30  # CUDA's libraries and pinned buffers in the process' own memory; stated, not measured
-MIN_SLOTS = 2  # one expert computes while the next is read
+MIN_SLOTS = 2  # one expert computes while the next is read; also where all end on GPUs: they are loaded through them
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
 RESERVE_SHARE = 0.01
+SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
 
 
@@ -88,7 +89,7 @@ class Plan:
     @property
     def smallest(self) -> int:
         """The smallest budget that this model and context run in."""
-        least = min(MIN_SLOTS, self.host_records) * self.slot_bytes
+        least = min(MIN_SLOTS, self.num_records) * self.slot_bytes
         return _with_reserve(self.total - self.pool + least)
 
     @property
@@ -126,11 +127,14 @@ def make_plan(
     found = arrange(demand, gpus, host.slots, rates)
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
+    parts = host.parts(found.cpu_layers)
+    if not found.cpu_layers and not found.elsewhere:  # the host only chooses the next token
+        parts["work"] = layout.geometry.vocab_size * SAMPLING_BYTES * batch
     return Plan(
         ram=ram,
         context=context,
         batch=batch,
-        **host.parts(found.cpu_layers),
+        **parts,
         slots=found.slots,
         slot_bytes=layout.slot_bytes,
         num_records=layout.geometry.num_records,
@@ -165,7 +169,7 @@ class _Host:
     def slots(self, cpu_layers: int, records: int) -> int | None:
         """Slots for so many experts beside what else the host holds; None where too few fit."""
         fixed = sum(self.parts(cpu_layers).values())
-        least = min(MIN_SLOTS, records)
+        least = min(MIN_SLOTS, self.demand.geometry.num_records)
         smallest = _with_reserve(fixed + least * self.slot_bytes)
         if self._least is None or smallest < self._least[0]:
             self._least = smallest, cpu_layers, least
@@ -238,7 +242,7 @@ def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1)
     else:
         scores = tokens * q_rows * (HALF_BYTES + 4)
     step = kept + max(norm, rotary + mask + scores, expert_work_bytes(geometry, context, attention, batch))
-    logits = geometry.vocab_size * 40 * batch  # scores, probabilities, and their sorted copies with indices
+    logits = geometry.vocab_size * SAMPLING_BYTES * batch
     lookahead = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
     return max(step, kept + logits) + lookahead
 

@@ -40,7 +40,7 @@ class PretendPool(ExpertPool):
         self.slot_bytes = store.layout.slot_bytes
         self.memory = torch.empty(slots * self.slot_bytes, dtype=torch.uint8)
         self.counters, self.cancelled = PoolCounters(), False
-        self._expert = PretendExpert(store.geometry.intermediate_size)
+        self._computes = PretendExpert(store.geometry.intermediate_size)
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
         return self.memory[: self.store.layout.record(layer, expert).nbytes]
@@ -51,7 +51,7 @@ class PretendPool(ExpertPool):
 
     def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Any]]:
         for expert in experts:
-            yield expert, self._expert
+            yield expert, self._computes
 
     def look_ahead(self, layer: int, coming: Sequence[Key]) -> None:
         pass
@@ -88,9 +88,9 @@ class GivenIndex:
         with unset_fake_temporarily():
             return GivenIndex(self.values[index])
 
-    def __eq__(self, other: object) -> Any:
+    def __eq__(self, other: Any) -> Any:
         with unset_fake_temporarily():
-            return GivenIndex(self.values == other)
+            return GivenIndex(torch.eq(self.values, other))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -132,6 +132,7 @@ def stand_ins() -> Iterator[None]:
         for name, replacement in (
             ("qmix.precision.dense.half_product", F.linear),
             ("qmix.attention._kernel_takes", lambda *_: False),
+            ("qmix.lookahead.Lookahead.coming", lambda *_: []),  # guesses are of values
             ("qmix.kv_cache.anonymous_memory", _memory),
             ("qmix.device_dense.anonymous_memory", _memory),
         ):

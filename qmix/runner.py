@@ -68,6 +68,10 @@ class Runner:
     def pool(self) -> ExpertPool:
         return self._engine.pool
 
+    @property
+    def cache(self) -> PlannedCache:
+        return self._engine.cache
+
     def __enter__(self) -> Runner:
         return self
 

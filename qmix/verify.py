@@ -8,8 +8,8 @@ counted and compared with the plan. Needs neither GPUs nor a store, and the memo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,20 +19,26 @@ from transformers import MixtralForCausalLM
 from qmix import pretend
 from qmix.alive import AliveBytes
 from qmix.device_dense import dense_memory, typed
-from qmix.device_model import Spread
-from qmix.devices import HOST, open_devices
+from qmix.device_experts import DeviceExperts
+from qmix.device_model import spread_for
+from qmix.devices import HOST, Device, open_devices
+from qmix.errors import QmixError
 from qmix.geometry import CONFIG_KEYS, Geometry
 from qmix.hardware import Rates
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
-from qmix.lookahead import Lookahead
 from qmix.model import empty_model, furnish
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.pool import ExpertPool
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
 
+NEVER = 1e-9  # FLOP/s of a processor that is not to be preferred
 TOLERANCE = 0.03  # share of the planned bytes by which what was found may differ
+
+
+class PlanError(QmixError):
+    """A plan is not what running it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +70,43 @@ class Verification:
     def holds(self) -> bool:
         return not self.problems and all(device.agrees for device in self.devices)
 
+    def check(self) -> None:
+        """Raises PlanError, which says what is wrong, where the plan does not hold."""
+        wrong = [
+            f"{each.name} took {each.found:,} bytes, not {each.planned:,}" for each in self.devices if not each.agrees
+        ]
+        if not self.holds:
+            raise PlanError(f"the plan does not hold: {'; '.join([*self.problems, *wrong])}; please report this")
+
 
 class Rehearsal:
-    """A plan's model, cache and pool of fake tensors, to be used inside the block of `rehearsal`."""
+    """A plan's model, cache and pool without a store's data, to be used inside the block of `rehearsal`."""
 
-    def __init__(self, plan: Plan, layout: StoreLayout, attention: str, rates: Rates) -> None:
+    def __init__(self, plan: Plan, layout: StoreLayout, attention: str, rates: Rates, kind: str) -> None:
         self.plan, self.layout, self.rates = plan, layout, rates
         self.store = _store(layout)
         self.model: MixtralForCausalLM = empty_model(self.store, attention)
-        names = [device.name for device in plan.devices]
-        self.spread = Spread(plan, open_devices(names, pretend.KIND), rates)
+        self.spread = spread_for(plan, rates, kind)
         self.bytes = AliveBytes({torch.ops.bitsandbytes.gemm_4bit.default: pretend.gemm_4bit})
         self.pool: ExpertPool
         self.cache: PlannedCache
 
     def furnish(self) -> None:
         """All that is there before the first step."""
-        self.pool = pretend.PretendPool(self.store, self.plan.slots, self.spread.residents)
-        dense = typed(self.store, dense_memory(self.store, self.spread.of_tensor))
+        spread = self.spread
+        self.pool = pretend.PretendPool(self.store, self.plan.slots, spread.residents if spread else frozenset())
+        host = Device(HOST, torch.device(HOST))
+        dense = typed(self.store, dense_memory(self.store, spread.of_tensor if spread else lambda name: host))
         furnish(self.model, self.store, self.pool, dense, self.spread)
-        for layer in self.model.model.layers:
-            if layer.mlp.experts.lookahead is not None:
-                layer.mlp.experts.lookahead.__class__ = _NoGuesses
-        homes = [device.device for device in self.spread.layers]
+        homes = [device.device for device in spread.layers] if spread else None
         dtype = HALF[self.layout.dtype]
         self.cache = PlannedCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
+
+    def prefer(self, rates: Rates) -> None:
+        """Let experts that lie in main memory be copied or computed there as these rates say."""
+        for layer in self.model.model.layers:
+            if isinstance(layer.mlp.experts, DeviceExperts):
+                layer.mlp.experts.rates = rates
 
     def step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
         """One step of so many tokens of each sequence, after `before` cached ones."""
@@ -111,12 +129,24 @@ class Rehearsal:
 
 @contextmanager
 def rehearsal(
-    plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None
+    plan: Plan,
+    layout: StoreLayout,
+    attention: str = "sdpa",
+    rates: Rates | None = None,
+    kind: str = pretend.KIND,
 ) -> Iterator[Rehearsal]:
-    """Fake tensors, pretend devices and stand-ins for the time of the block, and a model on them."""
-    pretend.register()
-    made = Rehearsal(plan, layout, attention, rates or Rates())
-    with pretend.stand_ins(), FakeTensorMode(), made.bytes:
+    """Stand-ins for data and for the CPU's kernels for the time of the block, and a model on the plan's devices.
+
+    These are pretend devices and all tensors are fake; or with `kind` torch's own, and all tensors take memory.
+    """
+    if kind == pretend.KIND:
+        pretend.register()
+    made = Rehearsal(plan, layout, attention, rates or Rates(), kind)
+    with ExitStack() as stack:
+        stack.enter_context(pretend.stand_ins())
+        if kind == pretend.KIND:
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(made.bytes)
         made.furnish()
         yield made
 
@@ -124,32 +154,51 @@ def rehearsal(
 def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None) -> Verification:
     """Run a plan's longest prefill chunk and a decode step on pretend devices, and compare.
 
-    The chunk runs twice, once with its tokens spread over all experts and once with all of them at the same ones, the
-    most that an expert can be given.
+    The chunk runs with its tokens spread over all experts, and with all of them at the same ones, the most that an
+    expert can be given: such as are copied to the layer's device, and such as the CPU computes.
     """
-    geometry, problems = layout.geometry, []
-    tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
     try:
         with rehearsal(plan, layout, attention, rates) as made:
-            made.step(tokens, plan.context - 1 - tokens, _spread_out(geometry))
-            for first in range(0, geometry.num_experts, geometry.experts_per_token):
-                made.step(tokens, plan.context - 1 - tokens, _together(geometry, first))
-            made.step(1, plan.context - 1, _spread_out(geometry))
-            problems += [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)]
+            rehearse(made)
+            problems = [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)]
             problems += _wide_parts(made)
             peak = made.bytes.peak
-    except RuntimeError as error:  # torch's, and the products', for operands on different devices
-        return Verification((), (str(error).splitlines()[0],))
+    except RuntimeError as error:  # torch's and the products', for operands on different devices
+        return Verification((), (str(error).strip().splitlines()[0],))
     rows = [Verified(device.name, device.total, peak[device.name]) for device in plan.devices]
     rows.append(Verified(HOST, plan.total - plan.interpreter, peak[HOST]))
     return Verification(tuple(rows), tuple(problems))
 
 
-class _NoGuesses(Lookahead):
-    """Guesses need values: here there are none to be had."""
+def verify_on_gpus(plan: Plan, layout: StoreLayout, attention: str = "sdpa") -> Verification:
+    """The same on this machine's GPUs, where the weights are whatever lay in their memory; the host is not compared.
 
-    def coming(self, layer: int, hidden: torch.Tensor) -> list[tuple[int, int]]:
-        return []
+    What CUDA had allocated before is not counted. Raises UsageError where a GPU of the plan is not here.
+    """
+    gpus = [open_devices([device.name for device in plan.devices])[device.name] for device in plan.devices]
+    before = [gpu.allocated() for gpu in gpus]
+    for gpu in gpus:
+        gpu.forget_peak()
+    with rehearsal(plan, layout, attention, kind="cuda") as made:
+        rehearse(made)
+        problems = _wide_parts(made)
+    rows = [
+        Verified(device.name, device.total, gpu.peak() - held)
+        for device, gpu, held in zip(plan.devices, gpus, before, strict=True)
+    ]
+    return Verification(tuple(rows), tuple(problems))
+
+
+def rehearse(made: Rehearsal) -> None:
+    """The steps that take the most."""
+    plan, geometry = made.plan, made.layout.geometry
+    tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
+    before, even = plan.context - 1 - tokens, _spread_out(geometry)
+    made.step(tokens, before, even)
+    made.step(1, plan.context - 1, even)
+    for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):
+        made.prefer(way)
+        made.step(tokens, before, _together(plan, geometry.experts_per_token))
 
 
 def _spread_out(geometry: Geometry) -> pretend.Choose:
@@ -160,10 +209,15 @@ def _spread_out(geometry: Geometry) -> pretend.Choose:
     ]
 
 
-def _together(geometry: Geometry, first: int) -> pretend.Choose:
-    """All tokens at the same experts."""
-    experts = [(first + place) % geometry.num_experts for place in range(geometry.experts_per_token)]
-    return lambda layer, tokens: [experts] * tokens
+def _together(plan: Plan, top_k: int) -> pretend.Choose:
+    """All tokens at the same experts of a layer, if possible at such as do not lie on its device."""
+
+    def choose(layer: int, tokens: int) -> list[list[int]]:
+        places, near = plan.placement[layer], plan.layer_devices[layer]
+        experts = sorted(range(len(places)), key=lambda expert: places[expert] == near)
+        return [experts[:top_k]] * tokens
+
+    return choose
 
 
 def _wide_parts(made: Rehearsal) -> list[str]:

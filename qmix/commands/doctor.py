@@ -17,13 +17,17 @@ from qmix.commands.shared import out, quiet_libraries
     help="on the disk that stores lie on [the user's cache directory]",
 )
 @click.option("--no-measure", is_flag=True, help="report only what is known, at once")
+@click.option("--self-test", is_flag=True, help="check that GPUs give the CPU's values and take the planned bytes")
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
-def doctor(directory: Path | None, no_measure: bool, as_json: bool) -> None:
+def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: bool) -> None:
     """Report on this machine, and measure what plans are predicted from: memory, disk, products, GPUs.
 
     Takes half a minute and a gigabyte each of memory and disk; run it while nothing else runs. What it finds is kept,
     and used by plan and by every run from then on.
     """
+    if self_test:
+        _self_test()
+        return
     from qmix.doctor import examine
     from qmix.doctor_view import report_table
     from qmix.machine import cache_directory
@@ -44,3 +48,13 @@ def doctor(directory: Path | None, no_measure: bool, as_json: bool) -> None:
     print_table(report_table(report))
     if report.typical:
         say(f"not measured: {', '.join(report.typical)}; typical values stand in. `qmix doctor` measures them")
+
+
+def _self_test() -> None:
+    """Some minutes; without a GPU on pretend ones. Raises QmixError where a check fails."""
+    quiet_libraries()
+    from qmix.errors import QmixError
+    from qmix.selftest import self_test
+
+    if not self_test(lambda line: out(line + "\n")):
+        raise QmixError("the self-test found faults; please report its lines")

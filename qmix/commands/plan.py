@@ -18,6 +18,7 @@ from qmix.commands.shared import (
     dtype_option,
     model_or_default,
     out,
+    quiet_libraries,
     ram_option,
 )
 from qmix.errors import DoesNotFitError, UsageError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qmix.planned import Planned
     from qmix.prepare import Subject
     from qmix.profile import Profile
+    from qmix.verify import Verification
 
 PRECISION_HELP = "as for quantize, or `auto`: nf4, and int8 for the experts that the profile says suffer"
 RATES = {  # option: what it states, whether in FLOP/s, help
@@ -60,6 +62,7 @@ def _rate_options(command: Any) -> Any:
 @click.option("--profile", type=click.Path(path_type=Path, dir_okay=False), help="how often each expert is used")
 @click.option("--compare", multiple=True, metavar="MACHINE", help=COMPARE_HELP)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="draw the plan into FILE.png or .svg")
+@click.option("--verify", is_flag=True, help="run the model on pretend devices, at full size, and compare its bytes")
 @click.option("--json", "as_json", is_flag=True, help="the plan as JSON, which --plan of other commands takes")
 def plan(model: str | None, as_json: bool, **options: Any) -> None:
     """Say what of MODEL lies where on a machine and how fast it runs, reading no weights.
@@ -86,13 +89,25 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
         _compare(subject, machines, options["context"], how, as_json)
         return
     planned, refusal = _planned(subject, machine, options, how)
+    verified = _verified(planned) if options["verify"] else None
     if as_json:
         content = planned.to_json()
+        if verified is not None:
+            from qmix.verify_view import to_json
+
+            content["verified"] = to_json(verified)
         if refusal is not None:
             content = {"schema": content["schema"], "fits": False, "smallest": refusal.smallest, "nearest": content}
         out(json.dumps(content) + "\n")
     else:
         _show(planned, name if refusal is None else f"{name}: the nearest that fits")
+    if verified is not None:
+        if not as_json:
+            from qmix.terminal import print_table
+            from qmix.verify_view import verification_table
+
+            print_table(verification_table(verified))
+        verified.check()
     if refusal is not None:
         raise refusal
     if plot is not None:
@@ -114,6 +129,16 @@ def _planned(
         return planned, None
     except DoesNotFitError as error:
         return nearest(subject, machine, max(error.smallest, 1), options["context"], **how), error
+
+
+def _verified(planned: Planned) -> Verification:
+    """What running the plan on pretend devices shows; a minute for the largest models."""
+    quiet_libraries()
+    from qmix.terminal import say
+    from qmix.verify import verify
+
+    say("running the model on pretend devices, at full size ...")
+    return verify(planned.plan, planned.subject.layout, planned.attention, planned.machine.speeds)
 
 
 def _show(planned: Planned, title: str) -> None:

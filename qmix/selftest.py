@@ -1,0 +1,145 @@
+"""Does this machine run plans with GPUs as it should? Values against the CPU's, bytes against the plan's.
+
+On a machine with GPUs both are compared there. Elsewhere the same modules compute with the CPU as every device, and
+plans are verified on pretend devices.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.source import LocalSource
+from qmix.devices import HOST
+from qmix.geometry import Geometry
+from qmix.hardware import Rates
+from qmix.layout import StoreLayout, parse_precisions
+from qmix.models import EMBEDDED
+from qmix.plan import DevicePlan, Plan, make_plan
+from qmix.prepare import layout_for
+from qmix.published import PUBLISHED
+from qmix.quantize import quantize
+from qmix.runner import Runner
+from qmix.store import Store
+from qmix.units import format_bytes
+from qmix.verify import Verification, verify, verify_on_gpus
+
+Say = Callable[[str], None]
+
+GIB = 2**30
+PYTHON_BYTES = 500 * 2**20  # in these plans; no part of what is compared
+PLANS = (  # model, RAM, GPUs, in GiB
+    ("mixtral-8x22b", 64, (24,)),
+    ("mixtral-8x22b", 64, (24, 24)),
+    ("mixtral-8x22b", 32, (24, 24)),
+    ("mixtral-8x22b", 24, ()),
+    ("mixtral-8x7b", 32, (12,)),
+)
+PROMPT = "To install a package, open the terminal and"
+WAYS = {"copied": Rates(matmul=1e-9), "on the CPU": Rates(gpu_matmul=1e-9)}
+CLOSE = 0.02  # of the logits' spread: the rounding of other kernels
+LAYERS = 4  # of 8x22B, on real GPUs
+SHARE = 0.8  # of a GPU's free memory, for them
+
+
+def self_test(say: Say) -> bool:
+    """Run the checks, a line each to `say`; whether all of them passed."""
+    count = torch.cuda.device_count()
+    if not count:
+        say("no CUDA GPU here: the CPU stands in for the values, pretend devices for the bytes")
+    passed = [_values("cuda" if count else HOST, min(count, 2) if count else 2, say)]
+    passed += _real_bytes(min(count, 2), say) if count else _pretend_bytes(say)
+    if all(passed):
+        say("all passed")
+    return all(passed)
+
+
+def _values(kind: str, gpus: int, say: Say) -> bool:
+    """The embedded model's logits over GPUs, against those of the CPU."""
+    passed = True
+    for precision in ("nf4", "int8", "half"):
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint = open_checkpoint(LocalSource(EMBEDDED["tiny"]))
+            store = quantize(checkpoint, Path(scratch) / "store", layout_for(checkpoint, precision, None))
+            host = spread_over(store, 0)
+            want = logits(store, host, Rates(), kind)
+            for way, rates in WAYS.items():
+                found = (logits(store, spread_over(store, gpus), rates, kind) - want).pow(2).mean(-1).sqrt().median()
+                close = bool(found < CLOSE * want.std())
+                title = f"logits of tiny in {precision}, {gpus} {_named(kind)}, other experts {way}"
+                say(f"{'ok' if close else 'FAILED'}: {title}: off by {found / want.std():.2%} of their spread")
+                passed &= close
+    return passed
+
+
+def spread_over(store: Store, gpus: int) -> Plan:
+    """Layers shared out over so many GPUs, every other expert resident; the rest take turns in four slots."""
+    geometry = store.geometry
+    host = make_plan(store.layout, 2 * GIB, 64, PYTHON_BYTES)
+    if not gpus:
+        return host
+    homes = [f"gpu:{layer * gpus // geometry.num_layers}" for layer in range(geometry.num_layers)]
+    experts = range(geometry.num_experts)
+    return replace(
+        host,
+        slots=4,
+        layer_devices=tuple(homes),
+        placement=tuple(tuple("disk" if expert % 2 else home for expert in experts) for home in homes),
+        devices=tuple(DevicePlan(f"gpu:{index}", GIB, 0, 0, 0, 0) for index in range(gpus)),
+    )
+
+
+def logits(store: Store, plan: Plan, rates: Rates, kind: str) -> torch.Tensor:
+    """[T, V] in fp32, on the CPU: a prompt in one step, then three steps of a token each."""
+    with Runner(store, plan, rates=rates, kind=kind) as runner, torch.inference_mode():
+        ids = torch.tensor([runner.tokenizer(PROMPT)["input_ids"]])
+        cache = runner.cache
+        parts = [runner.model(ids[:, :-3], cache=cache, use_cache=True).logits]
+        parts += [
+            runner.model(ids[:, end - 1 : end], cache=cache, use_cache=True).logits
+            for end in range(ids.shape[1] - 2, ids.shape[1] + 1)
+        ]
+    return torch.cat([part[0].float().to(HOST) for part in parts])
+
+
+def _pretend_bytes(say: Say) -> list[bool]:
+    passed = []
+    for name, ram, gpus in PLANS:
+        layout = _layout(PUBLISHED[name].geometry)
+        plan = make_plan(layout, ram * GIB, 4096, PYTHON_BYTES, gpus=[gpu * GIB for gpu in gpus])
+        found = verify(plan, layout)
+        machine = " + ".join(f"{gpu} GiB" for gpu in gpus) or "no GPU"
+        passed.append(_report(found, f"{name} on {machine}, {ram} GiB RAM", say))
+    return passed
+
+
+def _real_bytes(gpus: int, say: Say) -> list[bool]:
+    """Some layers of 8x22B, as large as the GPUs allow."""
+    layout = _layout(replace(PUBLISHED["mixtral-8x22b"].geometry, num_layers=LAYERS))
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(gpus)]
+    budgets = [min(int(SHARE * each), 8 * GIB // gpus) for each in free]
+    plan = make_plan(layout, 16 * GIB, 4096, PYTHON_BYTES, gpus=budgets)
+    plan = replace(plan, slots=min(plan.slots, 2))  # what the others' memory holds does not matter here
+    title = f"{LAYERS} layers of 8x22B on {' + '.join(map(format_bytes, budgets))}"
+    return [_report(verify_on_gpus(plan, layout), title, say)]
+
+
+def _report(found: Verification, title: str, say: Say) -> bool:
+    rows = ", ".join(f"{each.name} {format_bytes(each.found)} ({each.difference:+.2%})" for each in found.devices)
+    for problem in found.problems:
+        say(f"FAILED: {title}: {problem}")
+    say(f"{'ok' if found.holds else 'FAILED'}: bytes of {title}: {rows}")
+    return found.holds
+
+
+def _layout(geometry: Geometry) -> StoreLayout:
+    return StoreLayout(geometry, parse_precisions("nf4", geometry), "bf16")
+
+
+def _named(kind: str) -> str:
+    return "GPUs" if kind == "cuda" else "devices played by the CPU"
