@@ -71,7 +71,8 @@ def prepare(
             check_context(workloads, context, "--context is", "give a larger one, or fewer tokens")
         return plan_for(layout, ram, context or max(workload.context for workload in workloads), attention)
 
-    store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
+    spec = plan.precision if plan is not None and precision is None else precision
+    store = prepare_store(model, spec, dtype, on_progress, planned)
     return store, planned(store.layout, store.fingerprint)
 
 

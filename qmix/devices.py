@@ -8,7 +8,7 @@ a copy is done when the call returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from qmix.device_work import STAGED_RECORDS
 from qmix.errors import UsageError
 
 HOST = "cpu"
+PORTABLE = 1  # of CUDA's driver_types.h, cudaHostRegisterPortable: pinned for every GPU
 
 
 class Device:
@@ -81,7 +82,12 @@ def pin(memory: torch.Tensor) -> Callable[[], None]:
     Where the system refuses, nothing is locked: copies are then right too, only slower, and hold up everything else.
     """
     runtime: Any = torch.cuda.cudart()
-    places = [memory.data_ptr()] if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0 else []
+    places = []
+    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE)) == 0:
+        places.append(memory.data_ptr())
+    else:
+        with suppress(RuntimeError):  # CUDA keeps the refusal for whoever launches the next kernel
+            torch.zeros(1, device="cuda")
 
     def undo() -> None:
         while places:

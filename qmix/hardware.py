@@ -45,12 +45,13 @@ class Rates:
         return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
 
     def with_measured(self, found: Mapping[str, float]) -> Rates:
-        changes: dict[str, Any] = {"measured": self.measured.union(found), "stated": self.stated.difference(found)}
-        return replace(self, **changes, **found)
+        sources = {"measured": self.measured.union(found), "stated": self.stated.difference(found)}
+        changes: dict[str, Any] = {**found, **sources}
+        return replace(self, **changes)
 
     def with_stated(self, given: Mapping[str, float]) -> Rates:
-        changes: dict[str, Any] = {"stated": self.stated.union(given)}
-        return replace(self, **changes, **given)
+        changes: dict[str, Any] = {**given, "stated": self.stated.union(given)}
+        return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
         """Name to {"value", "source"}."""

@@ -75,7 +75,7 @@ class Plan:
     @property
     def on_disk(self) -> int:
         """Bytes of the expert records that neither a GPU nor the pool has room for."""
-        return self.expert_total * (self.host_records - self.slots) // self.num_records
+        return self.expert_total * max(0, self.host_records - self.slots) // self.num_records
 
     @property
     def host_records(self) -> int:
@@ -95,7 +95,8 @@ class Plan:
     @property
     def roomy(self) -> int:
         """The smallest budget of memory with which nothing is read from disk once it is loaded."""
-        return _with_reserve(self.total - self.pool + self.host_records * self.slot_bytes)
+        slots = max(self.host_records, min(MIN_SLOTS, self.num_records))
+        return _with_reserve(self.total - self.pool + slots * self.slot_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """Fields and what follows from them; `plan_file.read_plan` reads it back."""

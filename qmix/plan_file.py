@@ -14,7 +14,7 @@ from qmix.demand import DevicePlan
 from qmix.errors import UsageError
 from qmix.layout import StoreLayout
 from qmix.machine import available_memory, found_gpus, own_memory
-from qmix.plan import SCHEMA, Plan
+from qmix.plan import MIN_SLOTS, SCHEMA, Plan
 from qmix.units import format_bytes
 
 AGAIN = "make it again with `qmix plan --json`"
@@ -112,7 +112,7 @@ def _consistent(file: PlanFile) -> bool:
         and len(plan.layer_devices) == geometry["num_layers"]
         and names.union({"cpu"}).issuperset(plan.layer_devices)
         and names.union({"ram", "disk"}).issuperset(where for row in plan.placement for where in row)
-        and plan.slots <= plan.host_records
+        and plan.slots <= max(plan.host_records, MIN_SLOTS)
         and plan.total <= plan.ram
         and all(device.total <= device.budget for device in plan.devices)
     )

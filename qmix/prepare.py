@@ -189,7 +189,7 @@ def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> S
     """From config and headers alone, or from what is known of a published model by its name."""
     published = PUBLISHED.get(str(model))
     if published is not None and not Path(model).is_dir():
-        precisions = _precisions(precision or DEFAULT_PRECISION, published.geometry)
+        precisions = _precisions(DEFAULT_PRECISION if precision is None else precision, published.geometry)
         return Subject(str(model), StoreLayout(published.geometry, precisions, dtype or "bf16"), None)
     store = _named_store(model, precision, dtype)
     if store is not None:

@@ -192,7 +192,8 @@ def load(
             return plan.plan_of(layout, fingerprint, attention)
         return plan_for(layout, ram, context, attention)
 
-    store = prepare_store(model, precision or (plan and plan.precision), dtype, on_progress, planned)
+    spec = plan.precision if plan is not None and precision is None else precision
+    store = prepare_store(model, spec, dtype, on_progress, planned)
     return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
 
 

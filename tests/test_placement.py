@@ -51,7 +51,9 @@ def check(plan, store: StoreLayout) -> None:
     assert plan.total <= plan.ram
     assert sum(counts.values()) == geometry.num_records
     assert set(counts) <= {"ram", "disk", *(device.name for device in plan.devices)}
-    assert counts["ram"] == plan.slots <= plan.host_records == counts["ram"] + counts["disk"]
+    assert plan.host_records == counts["ram"] + counts["disk"]
+    assert counts["ram"] == min(plan.slots, plan.host_records)
+    assert plan.slots <= max(2, plan.host_records)
     assert [len(row) for row in plan.placement] == [geometry.num_experts] * geometry.num_layers
     changes = [name for name, after in pairwise((*plan.layer_devices, "end")) if name != after]
     assert len(changes) == len(set(changes))  # whole runs of layers
