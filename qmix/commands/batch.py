@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -21,12 +21,17 @@ from qmix.commands.shared import (
     given,
     model_or_default,
     out,
+    plan_option,
     precision_option,
     quiet_libraries,
     ram_option,
+    read_plan_option,
     sampling_options,
 )
 from qmix.errors import QmixError, UsageError
+
+if TYPE_CHECKING:
+    from qmix.layout import StoreLayout
 
 EXIT_SOME_REFUSED = 4
 MOST_PROBLEMS = 20  # told of a file; the rest is counted
@@ -42,6 +47,7 @@ BATCH_HELP = "sequences continued together [by the plan, from --ram and the line
 @context_option
 @precision_option
 @dtype_option
+@plan_option
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
 @sampling_options
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
@@ -62,6 +68,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers already; leave one of them, or give -o a file")
     loading = {name: options.pop(name) for name in ("ram", "context", "precision", "dtype", "batch")}
+    loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
     defaults = given(options)
     Sampling(**defaults)
     seed = defaults.pop("seed", None)
@@ -91,15 +98,22 @@ def _answer(
     quiet_libraries()
     from qmix.batch.session import begin
     from qmix.batch_display import BatchDisplay, summary_line
-    from qmix.prepare import plan_for, prepare_store
+    from qmix.prepare import plan_for, prepare_store, this_machine
     from qmix.terminal import ProgressDisplay, say
 
-    ram = loading["ram"]
+    plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
+    if plan is not None:
+        ram, context, precision = plan.plan.ram, plan.plan.context, precision or plan.precision
+
+    def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
+        if plan is not None and plan.plan_of(layout, fingerprint).devices:
+            raise UsageError(f"{plan.path}: uses GPUs, and batches are computed by the CPU; make a plan without any")
+        plan_for(layout, ram, 1, machine=this_machine(ram, gpus=()))
+
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(
-            name, loading["precision"], loading["dtype"], making, lambda layout: plan_for(layout, ram, 1)
-        )
-    session = begin(store, requests, answers, options, seed, loading["context"], ram, loading["batch"])
+        store = prepare_store(name, precision, loading["dtype"], making, check)
+    check(store.layout, store.fingerprint)
+    session = begin(store, requests, answers, options, seed, context, ram, loading["batch"])
     for note in session.notes(name):
         say(note)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:
