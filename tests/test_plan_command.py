@@ -63,6 +63,29 @@ def test_machines_are_compared_side_by_side(qmix):
     assert qmix("plan", "mixtral-8x7b", "--compare", "1GiB").status == 3
 
 
+def test_a_plan_is_followed_by_chat_and_batch(qmix, tmp_path):
+    made = qmix("plan", "tiny", "--ram", "600MB", "--context", "64", "--gpu", "none", "--json")
+    plan, requests = tmp_path / "plan.json", tmp_path / "in.jsonl"
+    plan.write_text(made.out)
+    requests.write_text(json.dumps({"id": "a", "prompt": PROMPT, "max_tokens": 500, "ignore_eos": True}) + "\n")
+    done = qmix("batch", requests, "-o", tmp_path / "out.jsonl", "-m", "tiny", "--plan", plan)
+    assert (done.status, "of 600 MB, seed" in done.err) == (0, True)
+    usage = json.loads((tmp_path / "out.jsonl").read_text())["response"]["body"]["usage"]
+    assert usage["total_tokens"] == 64
+    assert qmix("chat", "tiny", "--plan", plan, "--ram", "1GiB").status == 2
+    chat = qmix("chat", "tiny", "--plan", plan, "--temperature", "0", stdin=b"How do I print?\n")
+    assert (chat.status, "of 600 MB" in chat.err) == (0, True)
+
+
+def test_a_plan_with_gpus_is_none_for_a_batch(qmix, tmp_path):
+    plan, requests = tmp_path / "plan.json", tmp_path / "in.jsonl"
+    plan.write_text(qmix("plan", "tiny", "--ram", "2GiB", "--gpu", "2GiB", "--json").out)
+    requests.write_text(json.dumps({"id": "a", "prompt": PROMPT}) + "\n")
+    done = qmix("batch", requests, "-o", tmp_path / "out.jsonl", "-m", "tiny", "--plan", plan)
+    assert done.status == 2
+    assert "plan.json: " in done.err
+
+
 def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
     smallest = planned(qmix("plan", "tiny", "--json", "--context", "64"))["smallest"]
     made = qmix("plan", "tiny", "--ram", str(smallest), "--context", "64", "--json")
