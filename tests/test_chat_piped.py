@@ -102,7 +102,7 @@ def test_commands_say_on_stderr_what_they_did(qmix, tmp_path):
 
 def test_a_file_is_a_turn_with_a_question_behind_it(qmix, tmp_path):
     (tmp_path / "a file").write_text(f"{ASK}\n")
-    whole = qmix(*CHAT, stdin=typed(f'"""{ASK}', "", 'In short? """'))
+    whole = qmix(*CHAT, stdin=typed(f'"""{ASK}', "", 'In short?"""'))
     read = qmix(*CHAT, stdin=typed(f"/read '{tmp_path}/a file' In short?", "/stats"))
     assert read.out == whole.out
     assert counts(read) == counts(whole)
