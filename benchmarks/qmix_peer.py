@@ -25,8 +25,8 @@ from synthetic_weights import SyntheticModel
 import qmix
 from calibration.replay import belady_hits, requests
 from calibration.trace import recorded
+from qmix.batch.runner import BatchRunner, Request
 from qmix.batch.sizing import plan_lines
-from qmix.batch_runner import BatchRunner, Request
 from qmix.machine import peak_memory
 from qmix.pool import ExpertPool, PoolCounters
 from qmix.runner import Runner

@@ -1,4 +1,4 @@
-"""The rates that predictions rest on, measured on this machine: see `qmix.hardware.Rates`.
+"""The rates that predictions rest on, measured on this machine: see `qmix.plan.hardware.Rates`.
 
 Each is measured the way the engine meets it: reading with all cores, records with O_DIRECT, 4-bit products over more
 weights than caches hold, and what a layer and a read take besides their bytes, from the embedded model.
@@ -19,9 +19,9 @@ from calibration.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, m
 from qmix.bound import dense_read
 from qmix.direct_io import anonymous_memory
 from qmix.disk import UncachedFile, copied
-from qmix.hardware import Rates
 from qmix.machine import available_memory, free_disk
 from qmix.plan import make_plan
+from qmix.plan.hardware import Rates
 from qmix.precision.matmul import FourBitMatrix
 from qmix.precision.record import PAGE
 from qmix.prepare import prepare_store

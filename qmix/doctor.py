@@ -15,8 +15,8 @@ import psutil
 
 from qmix import __version__
 from qmix.disk import existing_parent
-from qmix.hardware import RATE_NAMES, Rates
 from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver, has_fast_kernels
+from qmix.plan.hardware import RATE_NAMES, Rates
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
 PAGE = 4096

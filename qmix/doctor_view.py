@@ -6,8 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qmix.doctor import Report
-from qmix.hardware import RATE_NAMES, SLOW_FOUR_BIT
-from qmix.plan_view import rate_text
+from qmix.plan.hardware import RATE_NAMES, SLOW_FOUR_BIT
+from qmix.plan.view import rate_text
 from qmix.units import format_bytes
 
 MEANINGS = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import QmixError
-from qmix.hardware import RATE_NAMES, Rates
 from qmix.machine import cpu_name, state_directory
+from qmix.plan.hardware import RATE_NAMES, Rates
 
 SCHEMA = "qmix-machine-1"
 

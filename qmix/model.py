@@ -17,12 +17,12 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.attention import GROUPED_SDPA, register
-from qmix.device_dense import read_dense_to
-from qmix.device_model import Spread
-from qmix.devices import download
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
+from qmix.gpu.dense import read_dense_to
+from qmix.gpu.devices import download
+from qmix.gpu.model import Spread
 from qmix.invariant import make_invariant
 from qmix.lookahead import EMBEDDING, Lookahead
 from qmix.pool import ExpertPool

@@ -21,10 +21,8 @@ from qmix import hub
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.checkpoint.reader import TOKENIZERS
 from qmix.checkpoint.source import HubSource, LocalSource, Source
-from qmix.demand import Use
 from qmix.errors import CheckpointError, HubError, QmixError, UsageError
 from qmix.geometry import Geometry
-from qmix.hardware import Machine
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.machine import (
     cache_directory,
@@ -37,9 +35,11 @@ from qmix.machine import (
 from qmix.machine_profile import measured_rates
 from qmix.models import EMBEDDED
 from qmix.plan import Plan, default_context, make_plan
+from qmix.plan.demand import Use
+from qmix.plan.hardware import Machine
+from qmix.plan.published import PUBLISHED
 from qmix.precision.formats import DTYPES, uses_kernels
 from qmix.progress import OnProgress, Progress, ignore
-from qmix.published import PUBLISHED
 from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
 

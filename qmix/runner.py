@@ -11,11 +11,10 @@ from typing import Any
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
 
 from qmix.checkpoint.reader import TOKENIZERS
-from qmix.device_model import spread_for
-from qmix.devices import pin
 from qmix.errors import StoreError, UsageError
 from qmix.generate import Engine, Piece, Result
-from qmix.hardware import Rates
+from qmix.gpu.devices import pin
+from qmix.gpu.model import spread_for
 from qmix.kv_cache import PlannedCache
 from qmix.kv_file import kv_identity, read_kv, write_kv
 from qmix.layout import StoreLayout
@@ -24,7 +23,8 @@ from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
-from qmix.plan_file import PlanFile
+from qmix.plan.file import PlanFile
+from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
@@ -181,7 +181,7 @@ def load(
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
     into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
     default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum. `plan` (of `qmix.plan_file.read_plan`) is in place of these two. `on_progress` is told of
+    the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) is in place of these two. `on_progress` is told of
     a quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
     QmixError; DoesNotFitError where the budget is too small.
     """

@@ -25,7 +25,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column, Table
 from rich.text import Text
 
-from qmix.hardware import SLOW_FOUR_BIT
+from qmix.plan.hardware import SLOW_FOUR_BIT
 from qmix.progress import Progress
 from qmix.units import format_bytes
 

@@ -87,8 +87,8 @@ def _serve() -> None:
     from qmix.commands.shared import quiet_libraries
 
     quiet_libraries()
+    import qmix.batch.display
     import qmix.batch.session
-    import qmix.batch_display
     import qmix.commands.batch  # noqa: F401 -- imported for the forks
     from qmix.precision.products import prepare
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stores import make_store
 from transformers import MixtralForCausalLM
 
-from qmix.batch_runner import BatchRunner, Request
+from qmix.batch.runner import BatchRunner, Request
 from qmix.errors import UsageError
 from qmix.kv_arena import Segment
 from qmix.plan import Plan, make_plan

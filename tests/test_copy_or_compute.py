@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.copy_or_compute import ExpertSize, copy_seconds, copying_pays, host_seconds
-from qmix.hardware import Rates
+from qmix.gpu.copy_or_compute import ExpertSize, copy_seconds, copying_pays, host_seconds
+from qmix.plan.hardware import Rates
 
 MIXTRAL = ExpertSize(record=160_000_000, on_device=170_000_000, weights=302_000_000, four_bit=True)
 RATES = Rates(memory_read=40e9, four_bit_read=32e9, matmul=1e12, pcie=16e9, gpu_memory=850e9, gpu_matmul=60.4e12)

@@ -10,7 +10,7 @@ import torch
 from calibration import machine_rates
 from qmix import machine, machine_profile
 from qmix.doctor import examine, huge_pages, reads_directly
-from qmix.hardware import RATE_NAMES, Rates
+from qmix.plan.hardware import RATE_NAMES, Rates
 
 
 def test_the_kernel_and_the_cpus_name_come_from_proc(tmp_path):

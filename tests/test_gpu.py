@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qmix.selftest import _real_bytes, _values
+from qmix.verify.selftest import _real_bytes, _values
 
 pytestmark = [
     pytest.mark.gpu,

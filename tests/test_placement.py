@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmix.demand import Demand, by_use, even_use
-from qmix.device_work import device_record_bytes
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
-from qmix.hardware import Rates
+from qmix.gpu.work import device_record_bytes
 from qmix.layout import StoreLayout, parse_precisions
-from qmix.placement import GPU_RESERVE_BYTES, JOB, arrange
 from qmix.plan import make_plan, predict
-from qmix.published import PUBLISHED
+from qmix.plan.demand import Demand, by_use, even_use
+from qmix.plan.hardware import Rates
+from qmix.plan.placement import GPU_RESERVE_BYTES, JOB, arrange
+from qmix.plan.published import PUBLISHED
 
 MIB, GIB = 2**20, 2**30
 PYTHON = 500 * 10**6

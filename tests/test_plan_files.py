@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from qmix import plan_file
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.hardware import Machine
 from qmix.layout import StoreLayout, parse_precisions
-from qmix.plan_file import read_plan
-from qmix.planned import plan_on
+from qmix.plan import file as plan_file
+from qmix.plan.file import read_plan
+from qmix.plan.hardware import Machine
+from qmix.plan.planned import plan_on
+from qmix.plan.profile import Profile, check_profile, read_profile
 from qmix.prepare import Subject
-from qmix.profile import Profile, check_profile, read_profile
 
 GIB = 2**30
 SMALL = Geometry(1024, 4096, 2, 4, 2, 64, 4, 2, 96, 256)  # large enough that a GPU pays

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from qmix.geometry import Geometry
-from qmix.hardware import Machine, Rates, without_kernels
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.plan import make_plan, predict
-from qmix.predict import Load, beside, missed_share, seconds_of, speed_of
-from qmix.published import PUBLISHED
+from qmix.plan.hardware import Machine, Rates, without_kernels
+from qmix.plan.predict import Load, beside, missed_share, seconds_of, speed_of
+from qmix.plan.published import PUBLISHED
 
 GIB = 2**30
 ROUND = Rates(

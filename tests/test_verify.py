@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qmix import verify as verification
 from qmix.geometry import Geometry
-from qmix.hardware import Rates
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.plan import make_plan
-from qmix.verify import TOLERANCE, Rehearsal, rehearsal, verify
+from qmix.plan.hardware import Rates
+from qmix.verify import rehearsal as verification
+from qmix.verify.rehearsal import TOLERANCE, Rehearsal, rehearsal, verify
 
 GIB = 2**30
 BIG = Geometry(6144, 16384, 56, 48, 8, 128, 8, 2, 32000, 65536)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qmix.batch.lines import CHAT, Line
 
 if TYPE_CHECKING:
-    from qmix.batch_runner import Answer
+    from qmix.batch.runner import Answer
     from qmix.choice import Chosen
 
 TokenText = Callable[[int], str]

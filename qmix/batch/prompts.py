@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qmix.batch.lines import Line
-from qmix.batch_runner import Request
+from qmix.batch.runner import Request
 from qmix.choice import stream_seed
 from qmix.geometry import Geometry
 from qmix.sampling import Sampling

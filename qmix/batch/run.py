@@ -11,7 +11,7 @@ from qmix.batch.forms import Forms
 from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
-from qmix.batch_runner import BatchRunner, Request
+from qmix.batch.runner import BatchRunner, Request
 from qmix.machine import peak_memory
 
 ENTRY_BYTES = 600  # what a line takes in memory: its place, its id, what it needs

@@ -16,8 +16,8 @@ from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking, takes_system, token_text
 from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
+from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
-from qmix.batch_runner import BatchRunner
 from qmix.errors import UsageError
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress

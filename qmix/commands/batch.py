@@ -96,8 +96,8 @@ def _answer(
 ) -> None:
     name = model_or_default(model)
     quiet_libraries()
+    from qmix.batch.display import BatchDisplay, summary_line
     from qmix.batch.session import begin
-    from qmix.batch_display import BatchDisplay, summary_line
     from qmix.prepare import plan_for, prepare_store, this_machine
     from qmix.terminal import ProgressDisplay, say
 

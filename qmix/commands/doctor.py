@@ -54,7 +54,7 @@ def _self_test() -> None:
     """Some minutes; without a GPU on pretend ones. Raises QmixError where a check fails."""
     quiet_libraries()
     from qmix.errors import QmixError
-    from qmix.selftest import self_test
+    from qmix.verify.selftest import self_test
 
     if not self_test(lambda line: out(line + "\n")):
         raise QmixError("the self-test found faults; please report its lines")

@@ -25,11 +25,11 @@ from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import parse_bytes
 
 if TYPE_CHECKING:
-    from qmix.hardware import Machine
-    from qmix.planned import Planned
+    from qmix.plan.hardware import Machine
+    from qmix.plan.planned import Planned
+    from qmix.plan.profile import Profile
     from qmix.prepare import Subject
-    from qmix.profile import Profile
-    from qmix.verify import Verification
+    from qmix.verify.rehearsal import Verification
 
 PRECISION_HELP = "as for quantize, or `auto`: nf4, and int8 for the experts that the profile says suffer"
 RATES = {  # option: what it states, whether in FLOP/s, help
@@ -80,7 +80,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     subject = subject_of(name, precision, options["dtype"])
     use = None
     if profile is not None:
-        from qmix.profile import check_profile
+        from qmix.plan.profile import check_profile
 
         check_profile(profile, options["profile"], subject.geometry, subject.fingerprint)
         use = profile.use
@@ -93,7 +93,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     if as_json:
         content = planned.to_json()
         if verified is not None:
-            from qmix.verify_view import to_json
+            from qmix.verify.view import to_json
 
             content["verified"] = to_json(verified)
         if refusal is not None:
@@ -104,14 +104,14 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     if verified is not None:
         if not as_json:
             from qmix.terminal import print_table
-            from qmix.verify_view import verification_table
+            from qmix.verify.view import verification_table
 
             print_table(verification_table(verified))
         verified.check()
     if refusal is not None:
         raise refusal
     if plot is not None:
-        from qmix.plan_plot import draw
+        from qmix.plan.plot import draw
 
         draw(planned, plot)
 
@@ -120,7 +120,7 @@ def _planned(
     subject: Subject, machine: Machine, options: dict[str, Any], how: dict[str, Any]
 ) -> tuple[Planned, DoesNotFitError | None]:
     """The plan, or the nearest one that fits with why this one does not."""
-    from qmix.planned import check_disk, nearest, plan_on
+    from qmix.plan.planned import check_disk, nearest, plan_on
 
     try:
         planned = plan_on(subject, machine, options["context"], **how)
@@ -135,14 +135,14 @@ def _verified(planned: Planned) -> Verification:
     """What running the plan on pretend devices shows; a minute for the largest models."""
     quiet_libraries()
     from qmix.terminal import say
-    from qmix.verify import verify
+    from qmix.verify.rehearsal import verify
 
     say("running the model on pretend devices, at full size ...")
     return verify(planned.plan, planned.subject.layout, planned.attention, planned.machine.speeds)
 
 
 def _show(planned: Planned, title: str) -> None:
-    from qmix.plan_view import ExpertMap, details, device_table
+    from qmix.plan.view import ExpertMap, details, device_table
     from qmix.terminal import print_table
 
     print_table(device_table(planned.plan, title), ExpertMap(planned.plan.placement), details(planned))
@@ -194,7 +194,7 @@ def _profile(path: Path | None, precision: str | None) -> tuple[Profile | None, 
         if precision == "auto":
             raise UsageError("--precision auto: takes a --profile that says which experts suffer")
         return None, precision
-    from qmix.profile import read_profile
+    from qmix.plan.profile import read_profile
 
     profile = read_profile(path)
     return profile, profile.precisions() if precision == "auto" else precision
@@ -204,7 +204,7 @@ def _compare(
     subject: Subject, machines: dict[str, Machine], context: int | None, how: dict[str, Any], as_json: bool
 ) -> None:
     """Machines side by side. Raises DoesNotFitError where none is large enough."""
-    from qmix.planned import plan_on
+    from qmix.plan.planned import plan_on
 
     found: dict[str, Planned | str] = {}
     refusals = []
@@ -221,7 +221,7 @@ def _compare(
         }
         out(json.dumps({"schema": "qmix-compare-1", "machines": plans}) + "\n")
     else:
-        from qmix.plan_view import compare_table
+        from qmix.plan.view import compare_table
         from qmix.terminal import print_table
 
         print_table(compare_table(subject.name, list(found), list(found.values())))
@@ -233,6 +233,6 @@ def _plot_target(path: Path | None) -> Path | None:
     """Refused before any work: matplotlib missing, or a name that is neither .png nor .svg."""
     if path is None:
         return None
-    from qmix.plan_plot import check_target
+    from qmix.plan.plot import check_target
 
     return check_target(path)

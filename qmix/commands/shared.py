@@ -14,7 +14,7 @@ from qmix.models import DEFAULT_MODEL
 from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
-    from qmix.plan_file import PlanFile
+    from qmix.plan.file import PlanFile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
@@ -132,7 +132,7 @@ def read_plan_option(path: Path | None, **others: Any) -> PlanFile | None:
     for name, value in others.items():
         if value is not None:
             raise UsageError(f"--plan and --{name}: the plan says that already; leave one of them out")
-    from qmix.plan_file import read_plan
+    from qmix.plan.file import read_plan
 
     return read_plan(path)
 

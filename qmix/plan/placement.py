@@ -12,11 +12,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
-from qmix.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
-from qmix.device_work import device_work_bytes
-from qmix.hardware import Rates
-from qmix.predict import seconds_of
-from qmix.traffic import decode_load, prefill_load
+from qmix.gpu.work import device_work_bytes
+from qmix.plan.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
+from qmix.plan.hardware import Rates
+from qmix.plan.predict import seconds_of
+from qmix.plan.traffic import decode_load, prefill_load
 
 JOB = (512, 128)  # tokens of a prompt and of its answer: what arrangements are compared by
 GPU_RESERVE_BYTES = 600 * 2**20  # CUDA's context, cuBLAS' own work space

@@ -16,14 +16,14 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import MixtralForCausalLM
 
-from qmix.device_experts import DeviceExperts, Loader, read_numbers
-from qmix.device_matrices import DeviceExpert, device_expert, is_made_over
-from qmix.device_work import device_record_bytes
-from qmix.devices import HOST, Device, open_devices
 from qmix.errors import UsageError
 from qmix.eviction import Key
-from qmix.hardware import Rates
+from qmix.gpu.devices import HOST, Device, open_devices
+from qmix.gpu.experts import DeviceExperts, Loader, read_numbers
+from qmix.gpu.matrices import DeviceExpert, device_expert, is_made_over
+from qmix.gpu.work import device_record_bytes
 from qmix.plan import Plan
+from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 
 SHARED = ("attention_mask", "position_ids", "position_embeddings")  # what transformers gives to every layer

@@ -15,19 +15,19 @@ import torch
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.devices import HOST
 from qmix.geometry import Geometry
-from qmix.hardware import Rates
+from qmix.gpu.devices import HOST
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.models import EMBEDDED
 from qmix.plan import DevicePlan, Plan, make_plan
+from qmix.plan.hardware import Rates
+from qmix.plan.published import PUBLISHED
 from qmix.prepare import layout_for
-from qmix.published import PUBLISHED
 from qmix.quantize import quantize
 from qmix.runner import Runner
 from qmix.store import Store
 from qmix.units import format_bytes
-from qmix.verify import Verification, verify, verify_on_gpus
+from qmix.verify.rehearsal import Verification, verify, verify_on_gpus
 
 Say = Callable[[str], None]
 

@@ -134,7 +134,7 @@ def stand_ins() -> Iterator[None]:
             ("qmix.attention._kernel_takes", lambda *_: False),
             ("qmix.lookahead.Lookahead.coming", lambda *_: []),  # guesses are of values
             ("qmix.kv_cache.anonymous_memory", _memory),
-            ("qmix.device_dense.anonymous_memory", _memory),
+            ("qmix.gpu.dense.anonymous_memory", _memory),
         ):
             stack.enter_context(patch(name, replacement))
         yield

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmix.errors import QmixError, UsageError
-from qmix.planned import Planned
+from qmix.plan.planned import Planned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

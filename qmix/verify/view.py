@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qmix.devices import HOST
+from qmix.gpu.devices import HOST
 from qmix.units import format_bytes
-from qmix.verify import TOLERANCE, Verification
+from qmix.verify.rehearsal import TOLERANCE, Verification
 
 TITLE = "verified on pretend devices: prefill and decode at full size, bytes at their peak"
 

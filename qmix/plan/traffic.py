@@ -1,13 +1,13 @@
-"""What a step of an arrangement moves and computes: the loads that `qmix.predict` turns into seconds. Pure."""
+"""What a step of an arrangement moves and computes: the loads that `qmix.plan.predict` turns into seconds. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import ceil
 
-from qmix.demand import Arrangement, StepUse
 from qmix.geometry import Geometry
-from qmix.predict import Load, missed_share
+from qmix.plan.demand import Arrangement, StepUse
+from qmix.plan.predict import Load, missed_share
 
 
 def decode_load(found: Arrangement, step: StepUse) -> Load:

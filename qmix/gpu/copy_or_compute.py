@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmix.geometry import HALF_BYTES
-from qmix.hardware import Rates
+from qmix.plan.hardware import Rates
 
 
 @dataclass(frozen=True, slots=True)

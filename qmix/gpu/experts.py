@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from qmix.copy_or_compute import ExpertSize, copying_pays
-from qmix.device_matrices import DeviceExpert, device_expert, is_made_over
-from qmix.device_work import device_record_bytes
-from qmix.devices import HOST, Device, Staged, Staging, download
 from qmix.eviction import Key
-from qmix.hardware import Rates
+from qmix.gpu.copy_or_compute import ExpertSize, copying_pays
+from qmix.gpu.devices import HOST, Device, Staged, Staging, download
+from qmix.gpu.matrices import DeviceExpert, device_expert, is_made_over
+from qmix.gpu.work import device_record_bytes
 from qmix.layout import StoreLayout
 from qmix.lookahead import Lookahead
+from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.precision.matmul import Expert
 

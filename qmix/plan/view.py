@@ -9,10 +9,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from qmix.hardware import Machine, Rates
 from qmix.plan import Plan
-from qmix.planned import Planned
-from qmix.predict import Speed
+from qmix.plan.hardware import Machine, Rates
+from qmix.plan.planned import Planned
+from qmix.plan.predict import Speed
 from qmix.units import format_bytes, format_flops
 
 GPU_COLOURS = ("green", "cyan", "blue", "magenta")

@@ -10,12 +10,12 @@ from checkpoints import make_checkpoint, reference_model
 from spreads import spread_plan
 from stores import make_model, make_store
 
-from qmix.device_experts import DeviceExperts, Routing
-from qmix.device_model import spread_for
 from qmix.errors import StoreError, UsageError
-from qmix.hardware import Rates
+from qmix.gpu.experts import DeviceExperts, Routing
+from qmix.gpu.model import spread_for
 from qmix.kv_cache import PlannedCache
 from qmix.model import build_model
+from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.runner import Runner
 

@@ -16,22 +16,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MixtralForCausalLM
 
-from qmix import pretend
-from qmix.alive import AliveBytes
-from qmix.device_dense import dense_memory, typed
-from qmix.device_experts import DeviceExperts
-from qmix.device_model import spread_for
-from qmix.devices import HOST, Device, open_devices
 from qmix.errors import QmixError
 from qmix.geometry import CONFIG_KEYS, Geometry
-from qmix.hardware import Rates
+from qmix.gpu.dense import dense_memory, typed
+from qmix.gpu.devices import HOST, Device, open_devices
+from qmix.gpu.experts import DeviceExperts
+from qmix.gpu.model import spread_for
 from qmix.kv_cache import PlannedCache
 from qmix.layout import StoreLayout
 from qmix.model import empty_model, furnish
 from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
+from qmix.verify import pretend
+from qmix.verify.alive import AliveBytes
 
 NEVER = 1e-9  # FLOP/s of a processor that is not to be preferred
 TOLERANCE = 0.03  # share of the planned bytes by which what was found may differ

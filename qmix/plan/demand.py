@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qmix.device_work import device_record_bytes
 from qmix.geometry import HALF_BYTES, Geometry
+from qmix.gpu.work import device_record_bytes
 from qmix.layout import StoreLayout
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text

@@ -7,13 +7,13 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmix.demand import Use
 from qmix.errors import DoesNotFitError
-from qmix.hardware import Machine
 from qmix.plan import Plan, predict
-from qmix.predict import Prediction
+from qmix.plan.demand import Use
+from qmix.plan.hardware import Machine
+from qmix.plan.predict import Prediction
+from qmix.plan.published import PUBLISHED
 from qmix.prepare import Subject, plan_for
-from qmix.published import PUBLISHED
 from qmix.units import format_bytes
 
 MIB = 2**20

@@ -8,10 +8,10 @@ from contextlib import closing
 import torch
 import xxhash
 
-from qmix.device_work import ALIGNMENT
-from qmix.devices import HOST, Device
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError
+from qmix.gpu.devices import HOST, Device
+from qmix.gpu.work import ALIGNMENT
 from qmix.precision.record import PAGE
 from qmix.reading import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.safetensors_header import aligned

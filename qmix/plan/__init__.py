@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qmix.demand import PREFILL_CHUNK, Arrangement, Demand, DevicePlan, Holding, StepUse, Use, even_use
 from qmix.errors import DoesNotFitError
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.hardware import Rates
 from qmix.layout import StoreLayout
-from qmix.placement import arrange
-from qmix.predict import Prediction, speed_of
-from qmix.traffic import decode_load, prefill_load
+from qmix.plan.demand import PREFILL_CHUNK, Arrangement, Demand, DevicePlan, Holding, StepUse, Use, even_use
+from qmix.plan.hardware import Rates
+from qmix.plan.placement import arrange
+from qmix.plan.predict import Prediction, speed_of
+from qmix.plan.traffic import decode_load, prefill_load
 from qmix.units import format_bytes
 
 SCHEMA = "qmix-plan-2"

@@ -1,0 +1,1 @@
+"""Plans proved without the hardware they are for, and on it where it is there."""
