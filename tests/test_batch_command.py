@@ -84,12 +84,12 @@ def _beginnings(tokens: list[str]) -> list[str]:
     return ["".join(tokens[: index + 1]) for index in range(len(tokens))]
 
 
-def test_a_chats_answer_is_what_generate_continues_the_template_with(run, qmix, tmp_path):
-    run({"id": "chat", **CHAT, "max_tokens": 24}, options=("--precision", "half"))
-    alone = qmix(
-        "generate", "<s>[INST]How do I print?[/INST]", *GREEDY, "--precision", "half", "--max-new-tokens", "24"
-    )
-    (choice,) = read(tmp_path / "out.jsonl")["chat"]["response"]["body"]["choices"]
+def test_a_chats_answer_is_what_generate_continues_the_template_with(qmix, tiny, tmp_path):
+    options = ("-m", make_store(tiny, tmp_path / "half", "half").directory, *GREEDY[2:])
+    source, output = write(tmp_path / "in.jsonl", {"id": "chat", **CHAT, "max_tokens": 24}), tmp_path / "out.jsonl"
+    assert qmix("batch", source, "-o", output, *options).status == 0
+    alone = qmix("generate", "<s>[INST]How do I print?[/INST]", *options, "--max-new-tokens", "24")
+    (choice,) = read(output)["chat"]["response"]["body"]["choices"]
     assert choice["message"]["content"] == alone.out.removesuffix("\n")
 
 
