@@ -2,7 +2,7 @@
 
 transformers' `generate` runs in one thread that lives as long as its runner (its pool of compute threads is then
 always the same); a streamer there turns ids into text and finds stop sequences, and the caller takes the pieces
-from a queue. Several prompts are decoded together: each step reads an expert once for all of them.
+from a queue. Many prompts at once are another engine's, see `qmix.continuous`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,8 +39,7 @@ class Result:
 
     `finish_reason` is "stop" (end of text, or a stop sequence) or "length". `text` leaves out the stop sequence,
     `token_ids` are all that were generated. The first `reused_tokens` of the prompt were in the KV cache already, the
-    `prefilled_tokens` were computed. `hit_rate` is the share of experts found in memory; it and the other
-    counts of the pool are those of all prompts that were answered together.
+    `prefilled_tokens` were computed. `hit_rate` is the share of experts found in memory.
     """
 
     text: str
@@ -108,7 +106,7 @@ def compute_threads(geometry: Geometry) -> int:
 class Engine:
     """The model with its pool, cache and thread. One generation at a time.
 
-    `held` are the token ids whose keys and values the cache holds, of the last prompt that was answered alone.
+    `held` are the token ids whose keys and values the cache holds, of the last prompt and its answer.
     """
 
     def __init__(
@@ -131,22 +129,20 @@ class Engine:
         self._thread.shutdown(cancel_futures=True)
         self.pool.close()
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, reuse: bool = False
-    ) -> Generator[tuple[int, Piece], None, None]:
-        """Yield pieces, each with its prompt's index, a prompt's last one with its result.
+    def generate(self, prompt: list[int], sampling: Sampling, reuse: bool = False) -> Generator[Piece, None, None]:
+        """Yield pieces, the last one with the result.
 
-        With `reuse`, what a single prompt has in common with `held`, from the beginning on, is not computed again.
-        Closing the iterator stops the computation within a layer.
+        With `reuse`, what the prompt has in common with `held`, from the beginning on, is not computed again. Closing
+        the iterator stops the computation within a layer.
         """
         if self.closed:
             raise UsageError("this runner is closed; load the model again")
-        queue: SimpleQueue[tuple[int, Piece] | None] = SimpleQueue()
-        job = self._thread.submit(self._run, prompts, sampling, reuse, queue)
+        queue: SimpleQueue[Piece | None] = SimpleQueue()
+        job = self._thread.submit(self._run, prompt, sampling, reuse, queue.put)
         job.add_done_callback(lambda _: queue.put(None))
         try:
-            while (item := queue.get()) is not None:
-                yield item
+            while (piece := queue.get()) is not None:
+                yield piece
             job.result()
         finally:
             if not job.done() and not job.cancel():  # one that waits for another has not begun
@@ -154,23 +150,13 @@ class Engine:
                 job.exception()
                 self.pool.cancelled = self.closed
 
-    def _run(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: Sampling,
-        reuse: bool,
-        queue: SimpleQueue[tuple[int, Piece] | None],
-    ) -> None:
+    def _run(self, prompt: list[int], sampling: Sampling, reuse: bool, send: Callable[[Piece], None]) -> None:
         before = self.pool.counters.copy()
-        defaults, config = self.model.generation_config, self._config(sampling, len(prompts))
+        defaults, config = self.model.generation_config, self._config(sampling)
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        rows = []
-        for index, prompt in enumerate(prompts):
-            send = partial(_send, queue, index)
-            rows.append(_Row(Detokenizer(self.decode, prompt), StopScanner(sampling.stop), ends, send))
-        streamer = _Streamer(rows)
-        reused = self._keep(prompts[0]) if reuse and len(prompts) == 1 else self._keep([])
-        ids, mask = _left_padded(prompts, config.pad_token_id)
+        answer = _Answer(Detokenizer(self.decode, prompt), StopScanner(sampling.stop), ends, send)
+        reused = self._keep(prompt if reuse else [])
+        ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
@@ -178,18 +164,16 @@ class Engine:
                 with self._prefilled(ids) if sampling.draft_ngram else nullcontext():
                     self.model.generate(
                         ids,
-                        attention_mask=mask,
+                        attention_mask=torch.ones_like(ids),
                         generation_config=config,
                         cache=self.cache,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(rows)]),
+                        streamer=answer,
+                        stopping_criteria=StoppingCriteriaList([_Stopped(answer)]),
                     )
         finally:
             self.model.generation_config = defaults
-            if len(prompts) == 1:
-                self._note_held(prompts[0] + rows[0].ids)
-        for prompt, row in zip(prompts, rows, strict=True):
-            row.finish(self._result(row, streamer.started, prompt, sampling, before, reused))
+            self._note_held(prompt + answer.ids)
+        answer.finish(self._result(answer, prompt, sampling, before, reused))
 
     def _keep(self, prompt: list[int]) -> int:
         """Crop the cache to what it has in common with the prompt, all but its last token; how many tokens that is.
@@ -224,29 +208,29 @@ class Engine:
         finally:
             hook.remove()
 
-    def _config(self, sampling: Sampling, batch: int) -> GenerationConfig:
+    def _config(self, sampling: Sampling) -> GenerationConfig:
         config = generation_config(self.model, sampling)
-        config.prefill_chunk_size = max(1, PREFILL_CHUNK // batch)
+        config.prefill_chunk_size = PREFILL_CHUNK
         config.use_cache = True
         return config
 
     def _result(
-        self, row: _Row, started: float, prompt: list[int], sampling: Sampling, before: PoolCounters, reused: int
+        self, answer: _Answer, prompt: list[int], sampling: Sampling, before: PoolCounters, reused: int
     ) -> Callable[[str], Result]:
-        count, used = len(row.ids), self.pool.counters.since(before)
-        decoding = row.times[-1] - row.times[0]
+        count, used = len(answer.ids), self.pool.counters.since(before)
+        decoding = answer.times[-1] - answer.times[0]
 
         def finished(text: str) -> Result:
             return Result(
                 text=text,
-                token_ids=row.ids,
-                finish_reason="stop" if row.ended else "length",
+                token_ids=answer.ids,
+                finish_reason="stop" if answer.ended else "length",
                 prompt_tokens=len(prompt),
                 completion_tokens=count,
                 seed=sampling.seed,
-                ttft_s=row.times[0] - started,
+                ttft_s=answer.times[0] - answer.started,
                 tpot_s=decoding / (count - 1) if count > 1 else 0.0,
-                total_s=row.times[-1] - started,
+                total_s=answer.times[-1] - answer.started,
                 peak_memory=peak_memory(),
                 budget=self.budget,
                 hits=used.hits,
@@ -275,42 +259,44 @@ def _without_cached(
     return arguments, options
 
 
-def _send(queue: SimpleQueue[tuple[int, Piece] | None], index: int, piece: Piece) -> None:
-    queue.put((index, piece))
-
-
-def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as ids [B, T] that end together, and the mask [B, T] of what is not padding."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
-
-
-class _Row:
-    """One prompt's answer while it grows."""
+class _Answer(BaseStreamer):
+    """An answer while it grows: takes ids from transformers, a step at a time, and sends pieces of text."""
 
     def __init__(
         self, detokenizer: Detokenizer, scanner: StopScanner, ends: Sequence[int | None], send: Callable[[Piece], None]
     ) -> None:
         self.detokenizer, self.scanner, self.ends, self.send = detokenizer, scanner, ends, send
+        self.started = time.perf_counter()
         self.times: list[float] = []
         self.ids: list[int] = []
         self.ended = False
+        self._prompt_seen = False
         self._text: list[str] = []
         self._sent = 0
 
-    def add(self, token: int, now: float) -> None:
-        if self.ended:  # padding, while others go on
+    def put(self, value: torch.Tensor) -> None:
+        """[1] id of one step, or [1, k] of a verified draft."""
+        if not self._prompt_seen:  # transformers streams the prompt first
+            self._prompt_seen = True
+            return
+        now = time.perf_counter()
+        for token in value.flatten().tolist():
+            self._add(token, now)
+
+    def end(self) -> None:
+        pass
+
+    def finish(self, result: Callable[[str], Result]) -> None:
+        self._pass_on(self.scanner.add(self.detokenizer.finish()) + self.scanner.finish())
+        self.send(Piece("", [], result("".join(self._text))))
+
+    def _add(self, token: int, now: float) -> None:
+        if self.ended:  # what a draft had behind the end
             return
         self.times.append(now)
         self.ids.append(token)
         self._pass_on(self.scanner.add(self.detokenizer.add(token)))
         self.ended = self.scanner.stopped or token in self.ends
-
-    def finish(self, result: Callable[[str], Result]) -> None:
-        self._pass_on(self.scanner.add(self.detokenizer.finish()) + self.scanner.finish())
-        self.send(Piece("", [], result("".join(self._text))))
 
     def _pass_on(self, text: str) -> None:
         if text:
@@ -319,33 +305,11 @@ class _Row:
             self._sent = len(self.ids)
 
 
-class _Streamer(BaseStreamer):
-    """Takes ids from transformers, a step at a time, and hands each row its own."""
-
-    def __init__(self, rows: list[_Row]) -> None:
-        self.rows = rows
-        self.started = time.perf_counter()
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """[B] ids of one step, or [1, k] of a verified draft."""
-        if not self._prompt_seen:  # transformers streams the prompt first
-            self._prompt_seen = True
-            return
-        now = time.perf_counter()
-        for row, tokens in zip(self.rows, value.view(len(self.rows), -1).tolist(), strict=True):
-            for token in tokens:
-                row.add(token, now)
-
-    def end(self) -> None:
-        pass
-
-
 class _Stopped(StoppingCriteria):
-    """True for each row that has seen a stop sequence."""
+    """True once a stop sequence was seen."""
 
-    def __init__(self, rows: list[_Row]) -> None:
-        self.rows = rows
+    def __init__(self, answer: _Answer) -> None:
+        self.answer = answer
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.tensor([row.scanner.stopped for row in self.rows])
+        return torch.tensor([self.answer.scanner.stopped])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,14 @@ class Runner:
         """
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")
-        return _pieces(self._generate([prompt], sampling or Sampling(**options), reuse))
+        sampling, ids = sampling or Sampling(**options), self._ids(prompt)
+        room = self.plan.context - len(ids)
+        if room < 1:
+            raise UsageError(
+                f"the prompt is {len(ids)} tokens, too long for a context of {self.plan.context}; "
+                "shorten it, or give a larger --context"
+            )
+        return self._engine.generate(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
 
     @property
     def held(self) -> list[int]:
@@ -115,19 +121,6 @@ class Runner:
         self._engine.held = []
         self._engine.held = read_kv(path, self._engine.cache, kv_identity(self.store))
         return len(self._engine.held)
-
-    def _generate(
-        self, prompts: Sequence[str | list[int]], sampling: Sampling, reuse: bool = False
-    ) -> Generator[tuple[int, Piece], None, None]:
-        ids = [self._ids(prompt) for prompt in prompts]
-        longest = max(map(len, ids))
-        room = self.plan.context - longest
-        if room < 1:
-            raise UsageError(
-                f"the prompt is {longest} tokens, too long for a context of {self.plan.context}; "
-                "shorten it, or give a larger --context"
-            )
-        return self._engine.generate(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
 
     def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
         """The whole continuation at once."""
@@ -156,12 +149,6 @@ class Runner:
 
 def _nothing() -> None:
     pass
-
-
-def _pieces(items: Generator[tuple[int, Piece], None, None]) -> Iterator[Piece]:
-    with closing(items):  # ends the computation when the caller has had enough
-        for _, piece in items:
-            yield piece
 
 
 def load(
