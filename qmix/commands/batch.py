@@ -18,7 +18,6 @@ from qmix.commands.shared import (
     MODEL_HELP,
     context_option,
     dtype_option,
-    given,
     model_or_default,
     out,
     plan_option,
@@ -69,7 +68,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
         raise UsageError("--json: stdout has the answers already; leave one of them, or give -o a file")
     loading = {name: options.pop(name) for name in ("ram", "context", "precision", "dtype", "batch")}
     loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
-    defaults = given(options)
+    defaults = {name: value for name, value in options.items() if value is not None}  # what resuming compares
     Sampling(**defaults)
     seed = defaults.pop("seed", None)
     with _input(requests, output) as file:
