@@ -33,7 +33,7 @@ def test_every_command_and_exit_code_is_there(qmix):
     page = PATH.read_text()
     for name in COMMANDS:
         section = page.split(f"## qmix {name}\n")[1].split("\n## ")[0]
-        shown = {word.rstrip(",") for word in qmix(name, "--help").out.split() if word.startswith("--")}
+        shown = {word.strip("`,") for word in qmix(name, "--help").out.split() if word.startswith("--")}
         assert len(shown) > 2
         assert shown - {"--help"} <= {word.strip("`,") for word in section.split()} | {"--help"}, name
     for error in vars(errors).values():
