@@ -113,6 +113,21 @@ class ExpertPool:
         wanted = [key for key in keys if key not in self.elsewhere][: self.slots]
         waiting = deque(key for key in wanted if key not in self._resident)
         total, done = sum(self.store.layout.record(*key).nbytes for key in waiting), 0
+        for key in self._in_order(waiting):
+            done += self.store.layout.record(*key).nbytes
+            on_progress(Progress(done, total))
+
+    def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Each record's bytes once, in a slot that is used again when the next is asked for; in order, checked.
+
+        For what is kept in other memory; needs a free slot.
+        """
+        for key in self._in_order(deque(keys)):
+            yield key, self.record(*key)
+            self._free.append(self._resident.pop(key))
+
+    def _in_order(self, waiting: deque[Key]) -> Iterator[Key]:
+        """Each key when its record is in memory, several read beside it as far as slots are free."""
         reading: deque[tuple[Key, int, Read]] = deque()
         try:
             while waiting or reading:
@@ -120,27 +135,7 @@ class ExpertPool:
                     raise Cancelled
                 while waiting and self._free and len(reading) < READS_IN_FLIGHT:
                     reading.append(self._begin(waiting.popleft(), self._free.pop()))
-                key = self._finish(reading)
-                done += self.store.layout.record(*key).nbytes
-                on_progress(Progress(done, total))
-        finally:
-            self._release(reading)
-
-    def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
-        """Each record's bytes once, in a slot that is used again when the next is asked for; in order, checked.
-
-        For what is kept in other memory; needs a free slot.
-        """
-        waiting, reading = deque(keys), deque[tuple[Key, int, Read]]()
-        try:
-            while waiting or reading:
-                if self.cancelled:
-                    raise Cancelled
-                while waiting and self._free and len(reading) < READS_IN_FLIGHT:
-                    reading.append(self._begin(waiting.popleft(), self._free.pop()))
-                key = self._finish(reading)
-                yield key, self.record(*key)
-                self._free.append(self._resident.pop(key))
+                yield self._finish(reading)
         finally:
             self._release(reading)
 

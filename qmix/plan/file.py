@@ -5,7 +5,6 @@ Loads no torch unless the plan has GPUs.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from qmix.layout import StoreLayout
 from qmix.machine import available_memory, found_gpus, own_memory
 from qmix.plan import MIN_SLOTS, SCHEMA, Plan
 from qmix.plan.demand import DevicePlan
+from qmix.plan.json_file import read_object
 from qmix.units import format_bytes
 
 AGAIN = "make it again with `qmix plan --json`"
@@ -68,15 +68,7 @@ class PlanFile:
 
 def read_plan(path: Path) -> PlanFile:
     """Raises UsageError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"{path}: not valid JSON; is it what `qmix plan --json` wrote?") from None
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise UsageError(f"{path}: schema {schema!r}, this qmix reads {SCHEMA!r}; {AGAIN}")
+    content = read_object(path, SCHEMA, "what `qmix plan --json` wrote", AGAIN)
     if content.get("fits") is not True:
         raise UsageError(f"{path}: says that the model does not fit; {AGAIN}, with a larger budget")
     try:

@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
+from qmix.plan.json_file import read_object
 
 SCHEMA = "qmix-profile-1"
 SUM_TOLERANCE = 0.02  # of a layer's shares
@@ -51,15 +51,7 @@ class Profile:
 
 def read_profile(path: Path) -> Profile:
     """Raises UsageError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise UsageError(f"{path}: not valid JSON; is it a profile?") from None
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
-        raise UsageError(f"{path}: schema {schema!r}, this qmix reads {SCHEMA!r}; make the profile again")
+    content = read_object(path, SCHEMA, "a profile", "make the profile again")
     try:
         use = tuple(tuple(float(share) for share in row) for row in content["use"])
         suffering = content.get("suffering")
