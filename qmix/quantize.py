@@ -33,12 +33,12 @@ from qmix.store import Store, is_store, open_store
 from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
-# At once: with the pages at its ends, 16 MiB of bf16 in, 4 MiB of codes out. Rows begin anywhere in a file, and disks
-# made of larger blocks read those at both ends of a request for each of the two that meet there: of 4 MiB that was a
-# third of the rate, of 16 MiB next to nothing.
-CHUNK_WEIGHTS = 8 * 2**20 - 4096
-IN_FLIGHT = 6  # chunks, each with a worker: two cores compute while others wait for the disk
-READING = 4  # of them, that hold rows as they are read
+# At once: with the pages at its ends, 8 MiB of bf16 in, 2 MiB of codes out. Rows begin anywhere in a file, and disks made
+# of larger blocks read those at both ends of a request for each of the two that meet there: with 4 MiB a third of the
+# rate was lost, with 8 MiB a tenth, and 16 MiB take twice the memory.
+CHUNK_WEIGHTS = 4 * 2**20 - 4096
+IN_FLIGHT = 8  # chunks, each with a worker: two cores compute while others wait for the disk
+READING = 5  # of them, that hold rows as they are read
 WRITTEN_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1, "half": 2}  # of a weight, besides its scales
 
 Note = Callable[[], Any]  # what a worker leaves to the one thread that keeps the books; may give one more task
