@@ -33,9 +33,9 @@ from qmix.store import Store, is_store, open_store
 from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
-# At once: with the pages at its ends, 8 MiB of bf16 in, 2 MiB of codes out. Rows begin anywhere in a file, and disks made
-# of larger blocks read those at both ends of a request for each of the two that meet there: with 4 MiB a third of the
-# rate was lost, with 8 MiB a tenth, and 16 MiB take twice the memory.
+# At once: with the pages at its ends, 8 MiB of bf16 in, 2 MiB of codes out. Rows begin anywhere in a file, and disks
+# made of larger blocks read those at both ends of a request for each of the two that meet there: with 4 MiB a third of
+# the rate was lost, with 8 MiB a tenth, and 16 MiB take twice the memory.
 CHUNK_WEIGHTS = 4 * 2**20 - 4096
 IN_FLIGHT = 8  # chunks, each with a worker: two cores compute while others wait for the disk
 READING = 5  # of them, that hold rows as they are read
