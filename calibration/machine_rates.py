@@ -34,7 +34,8 @@ ROWS, COLUMNS = 14336, 4096  # a matrix of 8x7B
 POOL_BYTES = 600 * 2**20  # of 4-bit matrices: far more than caches hold
 SLOW_MATRICES = 1  # where no kernel takes them, a product is seconds
 TOKENS = 48  # decoded by the embedded model, after as many to warm up
-PROMPT = list(range(5, 21))
+CONTEXT = 1024
+PROMPT = list(range(5, 645))  # a layer's own time grows a little with what it attends to
 GPU_BYTES = 2**28
 GPU_SIZE = 8192
 
@@ -133,7 +134,7 @@ def overheads(rates: Rates) -> dict[str, float]:
 
 def _decoded(store: Store, slots: int) -> tuple[float, float]:
     """Seconds a token, and records missed in it, with so many slots: what a run usually takes, not what it could."""
-    plan = make_plan(store.layout, 2**40, 256, 0)
+    plan = make_plan(store.layout, 2**40, CONTEXT, 0)
     fields: dict[str, Any] = {name: getattr(plan, name) for name in plan.__slots__} | {"slots": slots}
     with Runner(store, type(plan)(**fields)) as runner:
         greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_new_tokens": TOKENS, "seed": 0}
