@@ -142,10 +142,13 @@ def _verified(planned: Planned) -> Verification:
 
 
 def _show(planned: Planned, title: str) -> None:
+    from rich.text import Text
+
     from qmix.plan.view import ExpertMap, details, device_table
     from qmix.terminal import print_table
 
-    print_table(device_table(planned.plan, title), ExpertMap(planned.plan.placement), details(planned))
+    placed = ExpertMap(planned.plan.placement)
+    print_table(Text(title), device_table(planned.plan), placed, details(planned))
     out("run it:\n" + "".join(f"  {line}\n" for line in planned.commands))  # unfolded, so that it can be copied
 
 

@@ -22,9 +22,9 @@ FLOP_RATES = ("matmul", "gpu_matmul")
 SECONDS = ("layer_seconds", "read_seconds")
 
 
-def device_table(plan: Plan, title: str) -> Table:
+def device_table(plan: Plan) -> Table:
     """A column for main memory and for each GPU, a row for each part."""
-    table = Table(title=Text(title), title_justify="left")
+    table = Table()
     table.add_column("")
     for name in ("RAM", *(device.name for device in plan.devices)):
         table.add_column(name, justify="right", no_wrap=True)
