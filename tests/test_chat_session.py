@@ -221,6 +221,7 @@ def test_names_with_spaces_and_links_are_files_like_any_other(qmix, tmp_path):
     assert json.loads((tmp_path / "target").read_text())["schema"] == "qmix-chat-1"
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves_leaves_the_old_session_or_the_new(qmix, tmp_path, first_use):
     """Nothing between: the name always means a whole file."""
     for count in (1, 30):
