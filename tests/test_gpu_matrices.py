@@ -8,7 +8,7 @@ import torch
 from qmix.bitsandbytes_quiet import functional as bnb
 from qmix.geometry import Geometry
 from qmix.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, device_expert, put_in_order
-from qmix.gpu.work import device_record_bytes
+from qmix.plan.device_work import device_record_bytes
 from qmix.precision.formats import BLOCK, parts
 from qmix.precision.matmul import Expert
 from qmix.precision.quantizer import MatrixQuantizer

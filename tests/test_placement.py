@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
-from qmix.gpu.work import device_record_bytes
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.plan import make_plan, predict
 from qmix.plan.demand import Demand, by_use, even_use
+from qmix.plan.device_work import device_record_bytes
 from qmix.plan.hardware import Rates
 from qmix.plan.placement import GPU_RESERVE_BYTES, JOB, arrange
 from qmix.plan.published import PUBLISHED

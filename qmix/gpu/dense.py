@@ -11,7 +11,7 @@ import xxhash
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError
 from qmix.gpu.devices import HOST, Device
-from qmix.gpu.work import ALIGNMENT
+from qmix.plan.device_work import ALIGNMENT
 from qmix.precision.record import PAGE
 from qmix.reading import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.safetensors_header import aligned

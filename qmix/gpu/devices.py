@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qmix.errors import UsageError
-from qmix.gpu.work import STAGED_RECORDS
+from qmix.plan.device_work import STAGED_RECORDS
 
 HOST = "cpu"
 PORTABLE = 1  # of CUDA's driver_types.h, cudaHostRegisterPortable: pinned for every GPU

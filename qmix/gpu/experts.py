@@ -19,9 +19,9 @@ from qmix.eviction import Key
 from qmix.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.gpu.devices import HOST, Device, Staged, Staging, download
 from qmix.gpu.matrices import DeviceExpert, device_expert, is_made_over
-from qmix.gpu.work import device_record_bytes
 from qmix.layout import StoreLayout
 from qmix.lookahead import Lookahead
+from qmix.plan.device_work import device_record_bytes
 from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.precision.matmul import Expert

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from qmix.bitsandbytes_quiet import functional  # noqa: F401 -- registers torch.ops.bitsandbytes
 from qmix.geometry import MATRICES
-from qmix.gpu.work import ALIGNMENT
+from qmix.plan.device_work import ALIGNMENT
 from qmix.precision.formats import BLOCK, PACK_ROWS, fits_kernels
 from qmix.precision.record import RecordLayout
 from qmix.safetensors_header import aligned

@@ -21,8 +21,8 @@ from qmix.eviction import Key
 from qmix.gpu.devices import HOST, Device, open_devices
 from qmix.gpu.experts import DeviceExperts, Loader, read_numbers
 from qmix.gpu.matrices import DeviceExpert, device_expert, is_made_over
-from qmix.gpu.work import device_record_bytes
 from qmix.plan import Plan
+from qmix.plan.device_work import device_record_bytes
 from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 

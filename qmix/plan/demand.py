@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.gpu.work import device_record_bytes
 from qmix.layout import StoreLayout
+from qmix.plan.device_work import device_record_bytes
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
 

@@ -12,8 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
-from qmix.gpu.work import device_work_bytes
 from qmix.plan.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
+from qmix.plan.device_work import device_work_bytes
 from qmix.plan.hardware import Rates
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load
