@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -63,12 +64,20 @@ def build_model(
 
 def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
     """transformers' model as the store's config says, all of it on torch's `meta` device."""
-    config = _config(store)
-    config.dtype = HALF[store.layout.dtype]
+    return empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+
+
+def empty_mixtral(
+    content: dict[str, Any], dtype: str, attention: str = "sdpa", where: Path = Path("config.json")
+) -> MixtralForCausalLM:
+    """The same from a config's content; errors name `where` it stands."""
+    with _refusals(where):
+        config = MixtralConfig(**content)
+    config.dtype = HALF[dtype]
     config._experts_implementation = "eager"  # of transformers' own experts: generate() changes others for a GPU's sake
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
-    with _refusals(store.directory / "config.json"), init_empty_weights(include_buffers=True):
+    with _refusals(where), init_empty_weights(include_buffers=True):
         return MixtralForCausalLM(config)
 
 
@@ -80,13 +89,13 @@ def furnish(
     spread: Spread | None = None,
 ) -> None:
     """Put experts and dense weights, given by published name and lying where they are to stay, into an empty model."""
-    activation = _activation(model.config)
+    activation = activation_of(model.config)
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
     with _refusals(store.directory / "config.json"):
         model.model.rotary_emb = MixtralRotaryEmbedding(model.config)
     for name, value in dense.items():
-        set_module_tensor_to_device(model, _module_name(name), value.device, value=value, dtype=value.dtype)
+        set_module_tensor_to_device(model, module_name(name), value.device, value=value, dtype=value.dtype)
     if store.geometry.tie_embeddings:
         model.tie_weights()
     if pool.invariant:
@@ -117,7 +126,8 @@ def _look_ahead(model: MixtralForCausalLM, pool: ExpertPool) -> None:
     model.model.embed_tokens.register_forward_hook(embedded)
 
 
-def _activation(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An expert's activation. Raises StoreError where transformers has none of that name."""
     if config.hidden_act == "silu":  # every published Mixtral's; as a function it is done sooner than as a module
         return nn.functional.silu
     try:
@@ -154,7 +164,7 @@ def _natural_strides(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple
     return (hidden.reshape(-1).view(hidden.shape),)
 
 
-def _module_name(published: str) -> str:
+def module_name(published: str) -> str:
     """transformers 5 calls the mixture of experts `mlp`."""
     return published.replace(".block_sparse_moe.", ".mlp.")
 

@@ -71,19 +71,21 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     return HubSource(hub.HubRepo.open(str(model)), scratch)
 
 
-def layout_for(checkpoint: Checkpoint, precision: str | None, dtype: str | None) -> StoreLayout:
-    """The layout of a checkpoint's store. Raises UsageError for a precision or dtype that is none."""
+def layout_for(
+    checkpoint: Checkpoint, precision: str | None, dtype: str | None, option: str = "--precision"
+) -> StoreLayout:
+    """The layout of a checkpoint's store. Raises UsageError, naming `option`, for a precision or dtype that is none."""
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
-    precisions = _precisions(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry)
+    precisions = _precisions(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, option)
     return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype)
 
 
-def _precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ...]:
+def _precisions(spec: str, geometry: Geometry, option: str = "--precision") -> tuple[tuple[str, ...], ...]:
     try:
         return parse_precisions(spec, geometry)
     except UsageError as error:
-        raise UsageError(f"--precision: {error}") from None
+        raise UsageError(f"{option}: {error}") from None
 
 
 def prepare_store(

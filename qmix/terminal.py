@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ from qmix.units import format_bytes
 if TYPE_CHECKING:  # it imports torch, which a plan does without
     from calibration.probes import Rate
     from qmix.bench_report import Report, Row
+    from qmix.fidelity import Fidelity
     from qmix.generate import Result
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
@@ -187,6 +188,20 @@ def bench_table(report: Report) -> Table:
             f"{100 * row.share_of_bound:.3g}%",
         )
         table.add_row(row.workload.name, *cells)
+    return table
+
+
+def fidelity_table(rows: Sequence[Fidelity]) -> Table:
+    """A row for each variant, the reference first."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("experts", overflow="fold")
+    for name in ("bytes", "perplexity", "mean KL", "+/-", "99% below", "worst KL", "same top 1"):
+        table.add_column(name, justify="right", overflow="fold")
+    for index, row in enumerate(rows):
+        divergences = (row.kl_mean, row.kl_error, row.kl_p99, row.kl_worst)
+        shown = [f"{value:.3g}" for value in divergences] if index else [""] * len(divergences)
+        agreement = f"{100 * row.top1:.2f}%" if index else ""
+        table.add_row(row.name, format_bytes(row.expert_bytes), f"{row.perplexity:.4g}", *shown, agreement)
     return table
 
 

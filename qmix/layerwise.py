@@ -1,0 +1,262 @@
+"""Much text through a checkpoint, layer by layer: each weight is read once for all of it, whatever the model's size.
+
+In memory are one layer's dense weights, one expert, and the hidden states of all tokens. Several variants of the
+model, which differ in how their experts are held, go through side by side: each has hidden states of its own, and an
+expert that is read serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+from transformers import MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+
+from qmix.checkpoint import Checkpoint
+from qmix.checkpoint.naming import expert_key
+from qmix.checkpoint.rows import WeightFile
+from qmix.errors import DoesNotFitError, StoreError
+from qmix.geometry import Geometry
+from qmix.model import activation_of, empty_mixtral, module_name
+from qmix.pool import ExpertPool
+from qmix.precision.encode import encoded
+from qmix.precision.matmul import Expert
+from qmix.precision.record import record_layout
+from qmix.progress import OnProgress, Progress, ignore
+from qmix.safetensors_header import ITEM_BYTES
+from qmix.store import Store
+from qmix.torch_dtypes import HALF
+from qmix.units import format_bytes
+
+CHUNK = 512  # tokens through an expert, a norm or the head at once
+STORE_SLOTS = 2  # records of a store in memory
+SLACK = 2**28  # of what allocators keep, and of the libraries' own work space
+
+EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+class Variant(Protocol):
+    """The model with its experts held in some way."""
+
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """All of its expert records."""
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory for the expert that is computed."""
+
+    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
+        """One of its experts, from the checkpoint's half-precision `matrices`; good until the next is asked for."""
+
+    def close(self) -> None:
+        """Let go of what it has opened."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert]."""
+
+    name: str
+    geometry: Geometry
+    precisions: tuple[tuple[str, ...], ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        sizes = {kind: record_layout(self.geometry, kind, self.dtype).nbytes for row in self.precisions for kind in row}
+        return sum(sizes[kind] for row in self.precisions for kind in row)
+
+    @property
+    def held(self) -> int:
+        return max(record_layout(self.geometry, kind, self.dtype).nbytes for row in self.precisions for kind in row)
+
+    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
+        precision = self.precisions[layer][index]
+        return encoded(matrices, self.geometry, precision, self.dtype, f"layers.{layer}.experts.{index}")
+
+    def close(self) -> None:
+        pass
+
+
+class Stored:
+    """Experts as they lie in a store of the same weights. Raises StoreError where it is of others."""
+
+    def __init__(self, name: str, store: Store, checkpoint: Checkpoint) -> None:
+        if store.fingerprint != checkpoint.fingerprint:
+            raise StoreError(f"{store.directory}: was made from other weights ({store.source_name}); compare its own")
+        self.name, self.store = name, store
+        self._pool = ExpertPool(store, STORE_SLOTS)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.store.layout.expert_bytes.values())
+
+    @property
+    def held(self) -> int:
+        return STORE_SLOTS * self.store.layout.slot_bytes
+
+    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
+        return next(expert for _, expert in self._pool.get(layer, [index]))
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def memory_needed(checkpoint: Checkpoint, tokens: int, window: int, variants: Sequence[Variant], own: int) -> int:
+    """Bytes of the whole process for so many tokens in windows of at most `window`; `own` is what Python takes."""
+    geometry = checkpoint.geometry
+    hidden, inner = geometry.hidden_size, geometry.intermediate_size
+    expert = 3 * hidden * inner * 2
+    embeddings = geometry.vocab_size * hidden * 2
+    attention = (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim * hidden * 2 * 2
+    heads = (2 * geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    states = tokens * len(variants) * hidden * (2 + 2 + 4)  # the stream, its normed copy, the experts' sum in fp32
+    work = max(
+        window * (6 * hidden + 3 * heads) * 2,
+        CHUNK * (4 * inner + 4 * hidden) * 4,
+        CHUNK * geometry.vocab_size * 4 * (2 + 2 * len(variants)),
+    )
+    dtypes = {weight.dtype for weight in checkpoint.weights.values()}
+    largest = max(embeddings, 2 * hidden * inner) // 2  # weights of one tensor
+    rounded = largest * max(map(ITEM_BYTES.__getitem__, dtypes)) if len(dtypes) > 1 or "F32" in dtypes else 0
+    weights = rounded + max(embeddings, attention + 2 * expert + sum(variant.held for variant in variants))
+    return own + SLACK + states + work + weights
+
+
+def check_memory(needed: int, budget: int, tokens: int) -> None:
+    """Raises DoesNotFitError, naming the smallest budget that does."""
+    if needed > budget:
+        raise DoesNotFitError(
+            f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
+            "take fewer --tokens, or more --ram",
+            needed,
+        )
+
+
+class LayerwisePass:
+    """One pass of some sequences of token ids through all layers, for all variants. Close it, or use it in a `with`."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, variants: Sequence[Variant]) -> None:
+        self.checkpoint, self.variants, self.geometry = checkpoint, variants, checkpoint.geometry
+        self.dtype = HALF[dtype]
+        self._model: MixtralForCausalLM = empty_mixtral(checkpoint.config, dtype)
+        self._activation = activation_of(self._model.config)
+        self._rotary = MixtralRotaryEmbedding(self._model.config)
+        self._files: dict[str, WeightFile] = {}
+        self._open = ExitStack()
+        self._read = 0
+
+    def __enter__(self) -> LayerwisePass:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._open.close()
+        for variant in self.variants:
+            variant.close()
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[Sequence[int]], on_progress: OnProgress = ignore) -> list[torch.Tensor]:
+        """The final, normed hidden states [T, H] of each variant, the tokens of all sequences in a row."""
+        total = sum(weight.rows * weight.cols for weight in self.checkpoint.weights.values()) * 2
+        spans = _spans(sequences)
+        ids = torch.tensor([token for sequence in sequences for token in sequence])
+        embeddings = self.weight(EMBEDDINGS)
+        streams = [embeddings[ids] for _ in self.variants]
+        del embeddings
+        for layer in range(self.geometry.num_layers):
+            module = self._layer(layer)
+            for stream in streams:
+                self._attend(module, stream, spans)
+            self._mix(layer, module, streams)
+            module.to("meta")
+            on_progress(Progress(self._read, total, f"layer {layer + 1} of {self.geometry.num_layers}"))
+        norm = self._put(self._model.model.norm, "model.norm.", [NORM])
+        for stream in streams:
+            for start in range(0, len(stream), CHUNK):
+                stream[start : start + CHUNK] = norm(stream[start : start + CHUNK])
+        return streams
+
+    @torch.inference_mode()
+    def logits(self, hidden: Sequence[torch.Tensor], rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Chunks of (rows, then each variant's logits [t, V] in fp32) at those rows of the hidden states."""
+        head = self.weight(EMBEDDINGS if self.geometry.tie_embeddings else HEAD)
+        for some in rows.split(CHUNK):
+            yield (some, *((stream[some] @ head.T).float() for stream in hidden))
+
+    def weight(self, key: str) -> torch.Tensor:
+        """A whole weight of the checkpoint, in half precision, in the shape of its own."""
+        weight = self.checkpoint.weights[key]
+        if weight.file not in self._files:
+            path = self.checkpoint.source.fetch(weight.file)
+            self._files[weight.file] = self._open.enter_context(WeightFile(path))
+        rows = self._files[weight.file].rows(weight, 0, weight.rows, self.geometry.head_dim)
+        self._read += weight.rows * weight.cols * 2
+        return rows.to(self.dtype).view(weight.piece.shape)
+
+    def _layer(self, layer: int) -> Any:
+        prefix = f"model.layers.{layer}."
+        names = [name for name in self.geometry.dense_tensors if name.startswith(prefix)]
+        return self._put(self._model.model.layers[layer], prefix, names)
+
+    def _put(self, module: nn.Module, prefix: str, names: Sequence[str]) -> Any:
+        for name in names:
+            value = self.weight(name)
+            set_module_tensor_to_device(module, module_name(name).removeprefix(prefix), "cpu", value, value.dtype)
+        return module.eval().requires_grad_(False)
+
+    def _attend(self, module: Any, stream: torch.Tensor, spans: Sequence[slice]) -> None:
+        """Add what attention gives to the residual stream [T, H], a sequence at a time."""
+        for span in spans:
+            normed = module.input_layernorm(stream[span])[None]  # [1, S, H]
+            positions = self._rotary(normed, torch.arange(normed.shape[1])[None])
+            stream[span] += module.self_attn(normed, position_embeddings=positions, attention_mask=None)[0][0]
+
+    def _mix(self, layer: int, module: Any, streams: Sequence[torch.Tensor]) -> None:
+        """Add what the experts give, each read once; summed in fp32 as they come, and rounded once."""
+        normed = [_by_chunks(module.post_attention_layernorm, stream) for stream in streams]
+        routed = [module.mlp.gate(states)[1:] for states in normed]  # weights and experts, [T, k]
+        sums = [torch.zeros(stream.shape, dtype=torch.float32) for stream in streams]
+        for index in range(self.geometry.num_experts):
+            places = [torch.where(chosen == index) for _, chosen in routed]
+            if not any(len(tokens) for tokens, _ in places):
+                continue
+            matrices = {name: self.weight(expert_key(layer, index, name)) for name in self.geometry.expert_matrices}
+            for variant, states, (weights, _), (tokens, nth), total in zip(
+                self.variants, normed, routed, places, sums, strict=True
+            ):
+                if not len(tokens):
+                    continue
+                expert = variant.expert(layer, index, matrices)
+                for some, place in zip(tokens.split(CHUNK), nth.split(CHUNK), strict=True):
+                    total[some] += expert(states[some], self._activation) * weights[some, place, None]
+        for stream, total in zip(streams, sums, strict=True):
+            stream.add_(total.to(stream.dtype))
+
+
+def _by_chunks(work: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    """`work` of all rows; what it takes besides its result is taken for a few at a time."""
+    result = torch.empty_like(rows)
+    for start in range(0, len(rows), CHUNK):
+        result[start : start + CHUNK] = work(rows[start : start + CHUNK])
+    return result
+
+
+def _spans(sequences: Sequence[Sequence[int]]) -> list[slice]:
+    """Where each sequence lies in the row of all tokens."""
+    spans, start = [], 0
+    for sequence in sequences:
+        spans.append(slice(start, start + len(sequence)))
+        start += len(sequence)
+    return spans
