@@ -1,0 +1,55 @@
+"""Texts for a model to run on while it is calibrated: those that come with the package, or a user's own.
+
+The files in `texts/`, one for each language that Mixtral is made for, hold documents of many kinds (stories,
+explanations, dialogue, letters, code), so that what is measured on them is not that of one sort of text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qmix.errors import UsageError
+
+LANGUAGES = ("en", "fr", "de", "es", "it")
+TEXTS = Path(__file__).parent / "texts"
+SEPARATOR = re.compile(r"^---[ \t]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to be run by itself. `language` is None where nobody said which it is."""
+
+    language: str | None
+    text: str
+
+
+def bundled(languages: Sequence[str] = LANGUAGES) -> list[Document]:
+    """The documents that come with the package, in order, language by language."""
+    for language in languages:
+        if language not in LANGUAGES:
+            raise UsageError(f"language {language!r}: there are no texts in it; choose from {', '.join(LANGUAGES)}")
+    return [Document(language, text) for language in languages for text in _texts(TEXTS / f"{language}.md")]
+
+
+def from_file(path: Path) -> list[Document]:
+    """The documents of a user's file, parted by lines of `---` alone; without such a line the whole file is one.
+
+    Raises UsageError naming the file where it cannot be read, is not UTF-8, or holds no text.
+    """
+    return [Document(None, text) for text in _texts(path)]
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give a text file that can be read") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    texts = [stripped for text in SEPARATOR.split(content) if (stripped := text.strip())]
+    if not texts:
+        raise UsageError(f"{path}: holds no text; give a file that has some")
+    return texts
