@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from qmix.errors import UsageError
@@ -32,6 +33,15 @@ def bundled(languages: Sequence[str] = LANGUAGES) -> list[Document]:
         if language not in LANGUAGES:
             raise UsageError(f"language {language!r}: there are no texts in it; choose from {', '.join(LANGUAGES)}")
     return [Document(language, text) for language in languages for text in _texts(TEXTS / f"{language}.md")]
+
+
+def alternating(documents: Sequence[Document]) -> list[Document]:
+    """The first document of each language, then the second of each, and so on: a beginning of them is of all."""
+    by_language: dict[str | None, list[Document]] = {}
+    for document in documents:
+        by_language.setdefault(document.language, []).append(document)
+    rounds = zip_longest(*by_language.values())
+    return [document for row in rounds for document in row if document is not None]
 
 
 def from_file(path: Path) -> list[Document]:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from calibration.corpus import LANGUAGES, TEXTS, Document, bundled, from_file
+from calibration.corpus import LANGUAGES, TEXTS, Document, alternating, bundled, from_file
 from qmix.errors import UsageError
 
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -128,3 +128,16 @@ def test_files_that_cannot_be_used(tmp_path, content, message):
 def test_a_directory_is_no_file(tmp_path):
     with pytest.raises(UsageError, match="Is a directory; give a text file"):
         from_file(tmp_path)
+
+
+def test_alternating_takes_a_document_of_each_language_in_turn():
+    documents = [
+        Document("en", "a"),
+        Document("en", "b"),
+        Document("en", "c"),
+        Document("fr", "d"),
+        Document("it", "e"),
+    ]
+    assert "".join(document.text for document in alternating(documents)) == "adebc"
+    assert [document.language for document in alternating(bundled())[:5]] == list(LANGUAGES)
+    assert sorted(map(hash, alternating(bundled()))) == sorted(map(hash, bundled()))

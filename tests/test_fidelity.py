@@ -105,11 +105,11 @@ def test_a_window_longer_than_the_model_sees_is_refused(qmix, text):
 def test_without_a_text_the_bundled_ones_are_taken(qmix):
     from transformers import AutoTokenizer
 
-    from calibration.corpus import bundled
+    from calibration.corpus import alternating, bundled
     from qmix.models import EMBEDDED
 
     run = qmix("compare", "tiny", "--tokens", "400", "--window", "128", "--json", "--precision", "int8")
     assert run.status == 0, run.err
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
-    cut = windows([tokenizer(document.text)["input_ids"] for document in bundled()], 128, 400)
+    cut = windows([tokenizer(document.text)["input_ids"] for document in alternating(bundled())], 128, 400)
     assert json.loads(run.out)["tokens"] == 400 - len(cut)

@@ -113,8 +113,8 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def _documents(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each document, of the bundled texts where no file is named."""
-    from calibration.corpus import bundled, from_file
+    """The ids of each document, of the bundled texts where no file is named; the first few are of every language."""
+    from calibration.corpus import alternating, bundled, from_file
 
-    documents = [document for path in paths for document in from_file(path)] or bundled()
+    documents = [document for path in paths for document in from_file(path)] or alternating(bundled())
     return [tokenizer(document.text, verbose=False)["input_ids"] for document in documents]
