@@ -7,6 +7,7 @@ expert that is read serves them all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
     if needed > budget:
         raise DoesNotFitError(
             f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
-            "take fewer --tokens, or more --ram",
+            f"take fewer --tokens, or --ram {math.ceil(needed / 2**20)}MiB",
             needed,
         )
 
