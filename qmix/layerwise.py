@@ -95,7 +95,7 @@ class Stored:
         if store.fingerprint != checkpoint.fingerprint:
             raise StoreError(f"{store.directory}: was made from other weights ({store.source_name}); compare its own")
         self.name, self.store = name, store
-        self._pool = ExpertPool(store, STORE_SLOTS)
+        self._pool: ExpertPool | None = None  # takes its memory when it is first used: a budget is checked before
 
     @property
     def nbytes(self) -> int:
@@ -106,10 +106,12 @@ class Stored:
         return STORE_SLOTS * self.store.layout.slot_bytes
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
+        self._pool = self._pool or ExpertPool(self.store, STORE_SLOTS)
         return next(expert for _, expert in self._pool.get(layer, [index]))
 
     def close(self) -> None:
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def memory_needed(checkpoint: Checkpoint, tokens: int, window: int, variants: Sequence[Variant], own: int) -> int:

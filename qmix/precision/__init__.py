@@ -3,6 +3,7 @@
 formats     which parts a matrix becomes and how many bytes they take (no torch)
 kernels     the quantisers, in numba
 quantizer   rows of a checkpoint in, parts out
+encode      an expert's matrices in half precision to one in any precision, in memory
 matmul      parts in, products out
 dense       projections that stay in half precision
 products    qmix's own products, in numba: what is read, by whom, in which order
