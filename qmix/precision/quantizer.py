@@ -10,7 +10,7 @@ from qmix.precision.formats import BLOCK, fits_kernels, parts
 from qmix.precision.kernels import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 from qmix.torch_dtypes import HALF
 
-_LARGEST_SCALE = torch.finfo(torch.bfloat16).max
+LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 
 
 class MatrixQuantizer:
@@ -52,9 +52,9 @@ class MatrixQuantizer:
             finite = quantize_4bit_flat(weights.reshape(-1), self.precision, codes, scales, last)
             offset = first // 2
         if not finite:
-            raise self._not_finite()
-        if self.precision != "int8" and scales.max() > _LARGEST_SCALE:
-            raise self._too_large("bf16")
+            raise not_finite(self.name)
+        if self.precision != "int8" and scales.max() > LARGEST_SCALE:
+            raise too_large(self.name, "bf16")
         return offset, codes.view(np.uint8).reshape(-1)
 
     def scales(self) -> np.ndarray | None:
@@ -70,18 +70,20 @@ class MatrixQuantizer:
         # a value times zero is zero unless it is NaN or infinite: one pass, no mask in memory
         if not bool(torch.isfinite((half * 0).sum())):
             if bool(torch.isfinite(chunk).all()):
-                raise self._too_large(self.dtype)
-            raise self._not_finite()
+                raise too_large(self.name, self.dtype)
+            raise not_finite(self.name)
         return half.contiguous().view(torch.uint8).numpy().reshape(-1)
 
-    def _too_large(self, dtype: str) -> CheckpointError:
-        advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
-        return CheckpointError(f"tensor {self.name!r} has values too large for {dtype}; {advice}")
 
-    def _not_finite(self) -> CheckpointError:
-        return CheckpointError(
-            f"tensor {self.name!r} holds NaN or infinite weights; the checkpoint is damaged, fetch it again"
-        )
+def too_large(name: str, dtype: str) -> CheckpointError:
+    """What to say of a tensor with values that `dtype` cannot hold."""
+    advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
+    return CheckpointError(f"tensor {name!r} has values too large for {dtype}; {advice}")
+
+
+def not_finite(name: str) -> CheckpointError:
+    """What to say of a tensor that holds what is no number."""
+    return CheckpointError(f"tensor {name!r} holds NaN or infinite weights; the checkpoint is damaged, fetch it again")
 
 
 def _for_kernels(chunk: torch.Tensor) -> np.ndarray:

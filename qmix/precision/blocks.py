@@ -1,0 +1,141 @@
+"""One block of weights in Numba: its largest magnitude, its weights' codes, and what these stand for.
+
+A block of weights shares one scale, its largest magnitude ("absmax"). Its kind, nf4 or fp4, has sixteen
+values between -1 and 1; a weight x takes the code of the one nearest to x / absmax. The rank of that value is
+the number of midpoints between neighbours that lie strictly below. With absmax 2.0 and the midpoints of NF4:
+
+    x               -2.0    0.0    0.5    1.0
+    x / absmax      -1.0    0.0   0.25    0.5
+    midpoints below    0      7     10     12     -0.85 ... -0.05 0.04 0.12 0.20 0.29 0.39 0.502 0.64 0.86
+
+Counting beats searching: fifteen comparisons and no branch run in vector lanes on any machine LLVM knows. The
+largest magnitude is found among bit patterns: without the sign they order as integers, infinities and NaNs
+above all finite numbers, so one maximum yields the absmax and tells whether every weight is finite.
+
+Kernels compose these functions, which Numba inlines: a call would count references to its arrays, which costs more
+than a block. Numba caches a kernel under the date of its own file: after a change here, touch those that import it.
+
+Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functional.py.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from qmix.precision.formats import BLOCK
+
+Array = npt.NDArray[Any]
+Midpoints = tuple[np.float32, ...]
+Steps = tuple[tuple[np.float32, np.uint32], ...]
+
+# The values of each kind, ascending, to be divided by the last.
+VALUES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0, 0.0625, 2, 3, 4, 6, 8, 12),
+}  # fmt: skip
+# By rank (NF4 codes are ranks). In this order, that of bitsandbytes' sort, 0.0 gets code 0 and 0.001 the zero 8.
+FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
+
+TINY = np.float32(1e-38)  # bitsandbytes divides by no absmax below this
+
+
+@cache
+def midpoints_of(kind: str) -> Midpoints:
+    """Fifteen, ascending; a tuple so that LLVM unrolls the loop over them."""
+    if kind not in VALUES:
+        raise ValueError(f"kind must be 'nf4' or 'fp4', not {kind!r}")
+    values = np.array(VALUES[kind], np.float32)
+    values /= values[-1]
+    return tuple((values[:-1] + values[1:]) / np.float32(2))
+
+
+@cache
+def steps_of(kind: str) -> Steps:
+    """Each midpoint, and what its passing adds to the bit pattern of the value that a weight takes: see `nearest`."""
+    values = np.array(VALUES[kind], np.float32)
+    bits = (values / values[-1]).view(np.uint32)
+    return tuple(zip(midpoints_of(kind), bits[1:] - bits[:-1], strict=True))
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at the first call, and kept on disk where a directory can be written."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither this directory nor the user's own cache
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+# Numba inlines the helpers: a call would count references to its arrays, which costs more than a block.
+
+
+@njit(inline="always")
+def widen(row: Array, j: int) -> np.uint32:
+    """Weight j as the bit pattern of a float32."""
+    shift = 16 if row.itemsize == 2 else 0  # apart: inside the call below, Numba on Python 3.10 cannot inline it
+    return np.uint32(np.uint32(row[j]) << shift)
+
+
+@njit(inline="always")
+def largest_magnitude(row: Array, count: int) -> np.float32:
+    """The largest magnitude of `count` weights; NaN or infinite if one of them is."""
+    top = np.uint32(0)
+    for j in range(count):
+        top = max(top, np.uint32(widen(row, j) & 0x7FFFFFFF))
+    return np.uint32(top).view(np.float32)
+
+
+@njit(inline="always")
+def narrowed(value: np.float32, half: bool) -> np.uint32:
+    """The bit pattern of a finite number; with `half` of the bf16 nearest to it, halves to even."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint32(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16) if half else bits
+
+
+@njit(inline="always")
+def to_bf16(value: np.float32) -> np.float32:
+    """A finite number rounded to bf16, halves to even."""
+    return np.uint32(narrowed(value, True) << 16).view(np.float32)
+
+
+@njit(inline="always")
+def nearest(scaled: np.float32, steps: Steps) -> np.float32:
+    """The value whose code a weight, divided by its block's scale, takes.
+
+    Bit patterns are summed, not numbers: the sum is exact, and runs in vector lanes as a choice among values does not.
+    """
+    bits = np.uint32(0xBF800000)  # -1, which lies below all midpoints
+    for midpoint, step in steps:
+        bits += step * np.uint32(scaled > midpoint)
+    return np.uint32(bits).view(np.float32)
+
+
+@njit(inline="always")
+def _fp4_code(rank: int) -> int:
+    """FP4_CODES[rank], in arithmetic: that runs in vector lanes, a table does not."""
+    magnitude = np.uint8(rank ^ (7 if rank < 8 else 8))  # rank among the eight magnitudes
+    sign = 8 if (rank < 8) == (magnitude > 0) else 0  # the two zeros have it the wrong way round
+    return magnitude ^ ((magnitude & 2) << 1) | sign  # and codes 2, 3 change places with 6, 7
+
+
+@njit(inline="always")
+def encode(row: Array, absmax: np.float32, midpoints: Midpoints, fp4: bool, codes: Array) -> None:
+    """The 64 codes of a block, a byte each. No clamping to -1..1: there is no midpoint outside."""
+    inverse = np.float32(1) / max(absmax, TINY)
+    for j in range(BLOCK):
+        scaled = widen(row, j).view(np.float32) * inverse
+        rank = np.uint8(0)
+        for midpoint in midpoints:
+            rank += np.uint8(scaled > midpoint)
+        codes[j] = rank
+    if fp4:
+        for j in range(BLOCK):
+            codes[j] = _fp4_code(codes[j])
