@@ -28,6 +28,7 @@ from qmix.layout import StoreLayout
 from qmix.machine import cpu_name, has_fast_kernels
 from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
 from qmix.pool import PoolCounters
 from qmix.prepare import plan_for, prepare_store
@@ -61,7 +62,7 @@ def prepare(
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Use | None = None) -> Plan:
         if plan is not None:
             check_context(workloads, plan.plan.context, "the plan's is", "make a plan with a larger one")
             return plan.plan_of(layout, fingerprint, attention)
@@ -69,11 +70,12 @@ def prepare(
             check_context(workloads, layout.geometry.max_position, "the model's longest is", "give fewer tokens")
         else:
             check_context(workloads, context, "--context is", "give a larger one, or fewer tokens")
-        return plan_for(layout, ram, context or max(workload.context for workload in workloads), attention)
+        tokens = context or max(workload.context for workload in workloads)
+        return plan_for(layout, ram, tokens, attention, use=use)
 
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, planned)
-    return store, planned(store.layout, store.fingerprint)
+    return store, planned(store.layout, store.fingerprint, store.use)
 
 
 def check_context(workloads: Sequence[Workload], context: int, which: str, advice: str) -> None:

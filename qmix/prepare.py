@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmix import hub
@@ -39,6 +39,7 @@ from qmix.plan.demand import Use
 from qmix.plan.hardware import Machine
 from qmix.plan.published import PUBLISHED
 from qmix.precision.formats import DTYPES, uses_kernels
+from qmix.profile import Profile
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
@@ -176,15 +177,29 @@ def _quantize_in_child(
 
 @dataclass(frozen=True)
 class Subject:
-    """What a plan is about: a model as it was named, the layout of its store, and a digest of its weights if known."""
+    """What a plan is about: a model as it was named, the layout of its store, and a digest of its weights if known.
+
+    `use` is how often each expert is used, where that was measured; `is_store` says whether it is made already.
+    """
 
     name: str
     layout: StoreLayout
     fingerprint: str | None
+    use: Use | None = None
+    is_store: bool = False
 
     @property
     def geometry(self) -> Geometry:
         return self.layout.geometry
+
+    def calibrated(self, profile: Profile, precision: str | None) -> Subject:
+        """With a profile's use, in a precision of which it says more than was known; a store's cannot be changed."""
+        if precision is None:
+            return replace(self, use=profile.use)
+        precisions = _precisions(precision, self.geometry)
+        if self.is_store and precisions != self.layout.precisions:
+            raise UsageError(f"--precision {precision}: the store {self.name} has another; {AS_IT_IS}")
+        return replace(self, use=profile.use, layout=replace(self.layout, precisions=precisions))
 
 
 def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> Subject:
@@ -195,7 +210,7 @@ def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> S
         return Subject(str(model), StoreLayout(published.geometry, precisions, dtype or "bf16"), None)
     store = _named_store(model, precision, dtype)
     if store is not None:
-        return Subject(str(model), store.layout, store.fingerprint)
+        return Subject(str(model), store.layout, store.fingerprint, store.use, is_store=True)
     checkpoint = open_checkpoint(open_source(model))
     return Subject(str(model), layout_for(checkpoint, precision, dtype), checkpoint.fingerprint)
 

@@ -22,6 +22,7 @@ from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
+from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
 from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
@@ -174,14 +175,14 @@ def load(
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Use | None = None) -> Plan:
         if plan is not None:
             return plan.plan_of(layout, fingerprint, attention)
-        return plan_for(layout, ram, context, attention)
+        return plan_for(layout, ram, context, attention, use=use)
 
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, planned)
-    return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
+    return Runner(store, planned(store.layout, store.fingerprint, store.use), attention, on_load, measured_rates())
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

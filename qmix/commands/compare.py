@@ -10,17 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmix.commands.shared import PRECISION_HELP, dtype_option, model_or_default, out, quiet_libraries, ram_option
-from qmix.errors import CheckpointError, UsageError
+from qmix.commands.texts import passages_of, text_options, window_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from qmix.checkpoint import Checkpoint
     from qmix.fidelity import Fidelity
-
-WINDOW = 1024
-TEXT_HELP = "UTF-8 text to compare on, documents apart by lines of ---; may be given again"
-TOKENS_HELP = "of the text at most; memory grows with them [all]"
 
 
 @click.command()
@@ -28,9 +22,7 @@ TOKENS_HELP = "of the text at most; memory grows with them [all]"
 @click.argument("stores", metavar="[STORE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--precision", "precisions", metavar="SPEC", multiple=True, help=f"{PRECISION_HELP}; may be given again")
 @click.option("--against", metavar="SPEC", default="half", show_default=True, help="the precision to measure from")
-@click.option("--text", "texts", type=click.Path(path_type=Path), metavar="FILE", multiple=True, help=TEXT_HELP)
-@click.option("--tokens", type=click.IntRange(min=2), help=TOKENS_HELP)
-@click.option("--window", type=click.IntRange(min=2), help="tokens seen together [1024, or all that the model sees]")
+@text_options
 @ram_option
 @dtype_option
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
@@ -47,10 +39,9 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.prepare import open_source
 
     checkpoint = open_checkpoint(open_source(name))
-    window = _window(checkpoint, options["window"])
+    window = window_of(checkpoint.geometry, options["window"])
     quiet_libraries()
     from qmix.fidelity import compare as run
-    from qmix.fidelity import windows
     from qmix.layerwise import LayerwisePass, check_memory, memory_needed
     from qmix.machine import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
@@ -59,14 +50,13 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
 
     dtype = layout_for(checkpoint, against, options["dtype"], "--against").dtype
     variants = _variants(checkpoint, dtype, (against, *options["precisions"]), stores)
-    documents = _documents(options["texts"], _tokenizer(checkpoint))
-    sequences = windows(documents, window, options["tokens"])
+    passages = passages_of(checkpoint, options["texts"], window, options["tokens"])
+    sequences = [passage.ids for passage in passages]
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
     own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
-    with LayerwisePass(checkpoint, dtype, variants) as layers:
-        check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
-        with ProgressDisplay(f"comparing {name}") as display:
-            found = run(layers, sequences, display)
+    check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
+    with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
+        found = run(layers, sequences)
     predicted = tokens - len(sequences)
     if as_json:
         out(json.dumps(_content(name, checkpoint.fingerprint, predicted, window, found)) + "\n")
@@ -81,17 +71,6 @@ def _content(name: str, fingerprint: str, predicted: int, window: int, found: Se
     return {"schema": "qmix-compare-fidelity-1", "model": model, "tokens": predicted, "window": window, "rows": rows}
 
 
-def _window(checkpoint: Checkpoint, asked: int | None) -> int:
-    """At most what the model sees at once."""
-    geometry = checkpoint.geometry
-    longest = min(geometry.max_position, geometry.sliding_window or geometry.max_position)
-    if asked is None:
-        return min(WINDOW, longest)
-    if asked > longest:
-        raise UsageError(f"--window {asked}: the model sees {longest} tokens at once; take so many or fewer")
-    return asked
-
-
 def _variants(checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], stores: Sequence[Path]) -> list[Any]:
     from qmix.layerwise import Quantised, Stored
     from qmix.prepare import layout_for
@@ -100,21 +79,3 @@ def _variants(checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], sto
     layouts = {spec: layout_for(checkpoint, spec, dtype) for spec in precisions}
     made = [Quantised(spec, checkpoint.geometry, layouts[spec].precisions, dtype) for spec in precisions]
     return [*made, *(Stored(str(path), open_store(path), checkpoint) for path in stores)]
-
-
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    from qmix.checkpoint.reader import TOKENIZERS
-    from qmix.runner import load_tokenizer
-
-    for path in checkpoint.tokenizer_files():
-        if path.name in TOKENIZERS:
-            return load_tokenizer(path.parent)
-    raise CheckpointError(f"{checkpoint.source.name}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
-
-
-def _documents(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of each document, of the bundled texts where no file is named; the first few are of every language."""
-    from calibration.corpus import alternating, bundled, from_file
-
-    documents = [document for path in paths for document in from_file(path)] or alternating(bundled())
-    return [tokenizer(document.text, verbose=False)["input_ids"] for document in documents]

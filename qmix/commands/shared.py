@@ -15,6 +15,7 @@ from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
     from qmix.plan.file import PlanFile
+    from qmix.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
@@ -50,6 +51,18 @@ class Rate(click.ParamType[float]):
 
 
 precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
+profile_option = click.option(
+    "--profile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="what `qmix calibrate` wrote: how often each expert is used, and what quantising it costs",
+)
+budget_option = click.option(
+    "--budget",
+    type=Size(),
+    metavar="SIZE",
+    help="of all experts: the profile's `auto` is then what loses least in so many bytes",
+)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16"]),
@@ -123,6 +136,18 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
         return load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+
+
+def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:
+    """The profile that `--profile` names. Raises UsageError where another option asks for one that is not given."""
+    from qmix.profile import AUTO, read_profile
+
+    if budget is not None and precision not in (None, AUTO):
+        raise UsageError(f"--budget and --precision {precision}: leave one of them out")
+    if path is None and (precision == AUTO or budget is not None):
+        asking = "--budget" if budget is not None else f"--precision {AUTO}"
+        raise UsageError(f"{asking}: takes a --profile that says what quantising each expert costs")
+    return None if path is None else read_profile(path)
 
 
 def read_plan_option(path: Path | None, **others: Any) -> PlanFile | None:

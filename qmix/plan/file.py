@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import UsageError
+from qmix.json_file import read_object
 from qmix.layout import StoreLayout
 from qmix.machine import available_memory, found_gpus, own_memory
 from qmix.plan import MIN_SLOTS, SCHEMA, Plan
 from qmix.plan.demand import DevicePlan
-from qmix.plan.json_file import read_object
 from qmix.units import format_bytes
 
 AGAIN = "make it again with `qmix plan --json`"
