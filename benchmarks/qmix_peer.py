@@ -24,7 +24,7 @@ from synthetic_weights import SyntheticModel
 
 import qmix
 from calibration.replay import belady_hits, requests
-from calibration.trace import recorded
+from calibration.trace import as_trace, recorded
 from qmix.batch.runner import BatchRunner, Request
 from qmix.batch.sizing import plan_lines
 from qmix.machine import peak_memory
@@ -106,18 +106,19 @@ def run(
             found = alone(runner, prompts[0], tokens)
         plan = runner.plan
         lookahead = runner.model.model.layers[0].mlp.experts.lookahead
-    passes, trace = found.clock.passes, found.clock.steps
+    passes, geometry = found.clock.passes, runner.store.geometry
     prefill, decode = passes[found.first], passes[found.last]
-    used, trace = decode[1].since(prefill[1]), trace[: decode[2]]
-    warm = belady_hits(trace, plan.slots) - belady_hits(trace[: prefill[2]], plan.slots)
-    asked = requests(trace[prefill[2] :])
+    used = decode[1].since(prefill[1])
+    before, whole = (as_trace(found.clock.steps[: ended[2]], geometry.num_layers) for ended in (prefill, decode))
+    hits = [belady_hits(trace, geometry.num_layers, geometry.num_experts, plan.slots) for trace in (before, whole)]
+    warm, asked = hits[1] - hits[0], requests(whole) - requests(before)
     return {
         "engine": "qmix",
         "model": str(path),
         "prompt_tokens": len(prompts[0]),
         "batch": len(prompts),
         "threads": torch.get_num_threads(),
-        "layers": runner.store.geometry.num_layers,
+        "layers": geometry.num_layers,
         "slots": plan.slots,
         "experts": plan.num_records,
         "budget": plan.ram,

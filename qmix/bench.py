@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from calibration.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
-from calibration.trace import recorded
+from calibration.trace import as_trace, recorded
 from qmix import __version__
 from qmix.bench_report import Report, Row, Sample
 from qmix.bound import Bound, Workload, bound, decode_cost, prefill_cost
@@ -128,12 +128,12 @@ class _Watch:
     """Runs workloads and notes the routing, and for each forward pass where it begins."""
 
     runner: Runner
-    trace: list[list[Key]]
-    passes: list[tuple[int, PoolCounters]]  # steps of the trace, and the pool's counters, before each pass
+    steps: list[list[Key]]
+    passes: list[tuple[int, PoolCounters]]  # steps so far, and the pool's counters, before each pass
     peak_memory: int = 0
 
     def run(self, workload: Workload, seed: int) -> Sample:
-        self.trace.clear()
+        self.steps.clear()
         self.passes.clear()
         count = workload.decode_steps
         result = self.runner.complete(
@@ -149,13 +149,14 @@ class _Watch:
         used = self.runner.pool.counters.since(before)
         self.peak_memory = max(self.peak_memory, result.peak_memory)
         least, layout = decode_cost if count else prefill_cost, self.runner.store.layout
+        trace = as_trace(self.steps[step:], layout.geometry.num_layers)
         return Sample(
             ttft_s=result.ttft_s,
             tpot_s=result.tpot_s if count else None,
             rate=result.rate if count else result.prompt_rate,
             hit_rate=used.hit_rate,
             bytes_read=used.bytes_read,
-            cost=least(workload, layout, self.trace[step:], self.runner.pool.slots),
+            cost=least(workload, layout, trace, self.runner.pool.slots),
         )
 
 
@@ -180,11 +181,11 @@ def _probed(runner: Runner) -> Iterator[dict[str, Probe]]:
 
 @contextmanager
 def _watched(runner: Runner) -> Iterator[_Watch]:
-    with recorded(runner.pool) as trace:
-        watch = _Watch(runner, trace, [])
+    with recorded(runner.pool) as steps:
+        watch = _Watch(runner, steps, [])
 
         def note(*_: object) -> None:
-            watch.passes.append((len(trace), runner.pool.counters.copy()))
+            watch.passes.append((len(steps), runner.pool.counters.copy()))
 
         hook = runner.model.register_forward_pre_hook(note)
         try:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from calibration.replay import Trace, belady_hits, requests
+from calibration.replay import belady_hits, requests
+from calibration.stack import Array
 from qmix.errors import UsageError
-from qmix.eviction import Key
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.layout import StoreLayout
 
@@ -84,37 +84,31 @@ def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float
     return Bound(times[by], by)
 
 
-def decode_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: int) -> Cost:
-    """Of one token, the mean over a workload's decode steps, of which `steps` is the routing.
+def decode_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: int) -> Cost:
+    """Of one token, the mean over a workload's decode steps, of which `trace` is the routing.
 
     A token's arithmetic is left out: it takes less time than reading the weights that it is done with.
     """
     passes, record = workload.decode_steps, _smallest_record(layout)
     seen = mean_position(workload.prompt_tokens, passes, layout.geometry.sliding_window)
-    weights = requests(steps) * record / passes + dense_read(layout)
-    reads = least_reads(steps, slots, all_records(layout.geometry))
+    weights = requests(trace) * record / passes + dense_read(layout)
+    reads = least_reads(trace, layout.geometry, slots)
     return Cost(reads * record / passes, weights + seen * layout.geometry.kv_bytes_per_token, 0.0)
 
 
-def prefill_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: int) -> Cost:
-    """Of a whole prompt, of which `steps` is the routing: a step for each layer of each chunk."""
-    record, chunks = _smallest_record(layout), len(steps) / layout.geometry.num_layers
-    reads = least_reads(steps, slots, all_records(layout.geometry))
-    memory = requests(steps) * record + chunks * dense_read(layout)
+def prefill_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: int) -> Cost:
+    """Of a whole prompt, of which `trace` is the routing: a step for each layer of each chunk."""
+    record, chunks = _smallest_record(layout), len(trace) // layout.geometry.num_layers
+    reads = least_reads(trace, layout.geometry, slots)
+    memory = requests(trace) * record + chunks * dense_read(layout)
     return Cost(reads * record, memory, prefill_flops(layout.geometry, workload.prompt_tokens))
 
 
-def least_reads(steps: Trace, slots: int, start: Collection[Key]) -> int:
-    """Records that any pool of so many slots must read in these steps: what Belady's optimum reads.
-
-    `start` is what is in memory before the first step. When more is given than there are slots, the best choice of it
-    is; so with every record of the model, the count is the least whatever was in memory before.
-    """
-    return requests(steps) - belady_hits([list(start), *steps], slots)
-
-
-def all_records(geometry: Geometry) -> list[Key]:
-    return [(layer, expert) for layer in range(geometry.num_layers) for expert in range(geometry.num_experts)]
+def least_reads(trace: Array, geometry: Geometry, slots: int) -> int:
+    """Records that any pool of so many slots must read in a trace, whatever was in memory before: what Belady's
+    optimum reads from the best start."""
+    layers, experts = geometry.num_layers, geometry.num_experts
+    return requests(trace) - belady_hits(trace, layers, experts, slots, start=range(layers * experts))
 
 
 def dense_read(layout: StoreLayout) -> int:

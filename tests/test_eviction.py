@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from checkpoints import TINY_CONFIG
 
-from calibration.replay import belady_hits, hits
-from qmix.eviction import POLICIES, LeastFrequentlyUsed, UsesPerTime
+from calibration.replay import replay
+from qmix.eviction import LeastFrequentlyUsed, UsesPerTime
 from qmix.geometry import Geometry
 
 GEOMETRY = Geometry.from_config(TINY_CONFIG | {"num_hidden_layers": 4, "num_local_experts": 8})  # top 2
@@ -33,7 +34,6 @@ def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
 
 def test_going_round_everything_uses_per_time_is_as_good_as_knowing_the_future():
     """Every pass asks for every expert, as prefill does; dropping the least recently used finds nothing."""
-    trace = [[(layer, expert) for expert in range(8)] for _ in range(10) for layer in range(4)]
-    found = {name: hits(trace, 16, policy(GEOMETRY)) for name, policy in POLICIES.items()}
-    assert found["lru"] == 0
-    assert found["uses-per-time"] == belady_hits(trace, 16)
+    found = replay(np.tile(np.arange(8), (4 * 10, 1)), 4, 8, [16], top_k=2)
+    assert found.hit_rate("lru", 16) == 0
+    assert found.hit_rate("uses-per-time", 16) == found.hit_rate("belady", 16) > 0.4
