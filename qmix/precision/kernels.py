@@ -30,7 +30,6 @@ rows. Weights are float32, or bfloat16 as uint16 bit patterns, which a shift wid
 Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functional.py.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -38,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from qmix.compiled import compiled
 from qmix.precision.formats import BLOCK, PACK_ROWS
 
 # Blocks of a row read before going to the next. Rows a multiple of 4096 bytes apart share a few sets of the first
@@ -71,14 +71,6 @@ def _midpoints(kind: str) -> Midpoints:
     values = np.array(VALUES[kind], np.float32)
     values /= values[-1]
     return tuple((values[:-1] + values[1:]) / np.float32(2))
-
-
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call, and kept on disk where a directory can be written."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither this directory nor the user's own cache
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 # Numba inlines the helpers: a call would count references to its arrays, which costs more than a block.
@@ -131,7 +123,7 @@ def _interleave(pairs: Array, words: Array) -> None:
             words[p, r] = pairs[r, p] | (pairs[r + PACK_ROWS // 2, p] << 4)
 
 
-@_kernel
+@compiled
 def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
     """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
@@ -152,7 +144,7 @@ def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absma
     return True
 
 
-@_kernel
+@compiled
 def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
     """weights [B, 64], codes [B, 32], absmax [B]"""
     scratch = np.empty(BLOCK, np.uint8)
@@ -168,7 +160,7 @@ def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax:
     return True
 
 
-@_kernel
+@compiled
 def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
     """weights [R, C], codes [R, C], row_max [R]"""
     for r in range(weights.shape[0]):
