@@ -76,10 +76,12 @@ class ErrorScale:
 
     @classmethod
     def of(cls, frontier: Iterable[float], single: Iterable[float]) -> ErrorScale:
-        """For the errors of the best mixtures and of single points, of which it shows more than the last decade
-        before 0: there the mixtures' errors fall without end."""
-        single, errors = list(single), sorted([*frontier, *single])
-        least = next((error for error in errors if error > 0 and error >= 0.1 * _least(single)), 1.0)
+        """For the errors of the best mixtures and of single points, which it shows down to the power of ten below the
+        least single one: nearer to 0 the mixtures' errors fall through decades that nobody needs to see."""
+        single = list(single)
+        errors = sorted([*frontier, *single])
+        power = math.floor(math.log10(_least(single) or _least(errors) or 1.0))
+        least = max(errors[0], float(f"1e{power}"))
         return cls(least, max(errors[-1], least), errors[0] < least)
 
     @property

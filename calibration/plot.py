@@ -128,7 +128,7 @@ def _hit_rates(axes: Axes, replay: Replay) -> None:
 
 
 def _errors(axes: Axes, frontier: Sequence[Point], uniform: Mapping[str, Point], chosen: Point | None) -> None:
-    """Logarithmic down to a tenth of the least error of a point, then straight to 0."""
+    """Logarithmic down to about the least error of a single precision, then straight to 0."""
     named = {**uniform, **({"chosen": chosen} if chosen else {})}
     scale = ErrorScale.of([error for _, error in frontier], [error for _, error in named.values()])
     sizes = sorted(size for size, _ in [*frontier, *named.values()])

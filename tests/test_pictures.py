@@ -145,8 +145,8 @@ def test_error_against_bytes():
 
 
 def test_an_error_scale_is_logarithmic_and_ends_in_zero():
-    scale = ErrorScale.of([0.1, 0.01, 1e-9, 0.0], [0.1, 0.001, 0.0])
-    assert (scale.least, scale.most) == (0.001, 0.1)  # 1e-9 lies far below a tenth of 0.001
+    scale = ErrorScale.of([0.1, 0.01, 1e-9, 0.0], [0.1, 0.002, 0.0])
+    assert (scale.least, scale.most) == (0.001, 0.1)  # 1e-9 lies far below the least of the single ones
     assert [scale.place(error) for error in (0.1, 0.01, 0.001, 0.0005, 0.0)] == pytest.approx([2, 1, 0, -0.2, -0.4])
     assert scale.ticks == [0.0, 0.001, 0.01, 0.1]
     above = ErrorScale.of([0.2, 0.1], [0.2])
