@@ -43,7 +43,8 @@ class Replay:
     curves: tuple[Curve, ...]
 
     def curve(self, policy: str) -> Curve:
-        return next(curve for curve in self.curves if curve.policy == policy)
+        """Raises KeyError where there is none."""
+        return {curve.policy: curve for curve in self.curves}[policy]
 
     def hit_rate(self, policy: str, slots: int) -> float:
         """Share of the requests found in memory; between two sizes that were replayed, on the line from one to the
@@ -129,14 +130,9 @@ def _engine_policies() -> list[str]:
 
 @cache
 def _compiled() -> Callable[..., Array]:
-    """Kept on disk where a directory can be written."""
-    from numba import njit
+    from qmix.compiled import compiled  # numba, which `belady_hits` does without
 
-    try:
-        compiled: Callable[..., Array] = njit(nogil=True, error_model="numpy", cache=True)(stack_depths)
-    except RuntimeError:  # neither its own directory nor the user's cache
-        compiled = njit(nogil=True, error_model="numpy")(stack_depths)
-    return compiled
+    return compiled(stack_depths)
 
 
 def _flat(trace: Array, layers: int, experts: int) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from numba.core.caching import CompileResultCacheImpl
 
 from qmix.bitsandbytes_quiet import functional as bnb
+from qmix.compiled import compiled
 from qmix.precision import blocks
 from qmix.precision.kernels import BLOCK, quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 
@@ -345,4 +346,4 @@ def test_what_does_not_fit_the_flat_layout_is_refused(arguments) -> None:
 
 def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
-    assert blocks.kernel(lambda x: x + 1)(1) == 2
+    assert compiled(lambda x: x + 1)(1) == 2

@@ -165,12 +165,12 @@ def test_a_plan_is_drawn(qmix, tmp_path, name):
 
 
 def test_without_matplotlib_a_picture_is_refused_before_any_work(monkeypatch):
+    from qmix import figure
     from qmix.errors import UsageError
-    from qmix.plan import plot as plan_plot
 
-    monkeypatch.setattr(plan_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'qmix-moe\[plot\]'"):
-        plan_plot.check_target(Path("plan.png"))
+        figure.check_target(Path("plan.png"), "plan")
 
 
 def test_rates_are_read_as_people_write_them():

@@ -235,6 +235,6 @@ def _plot_target(path: Path | None) -> Path | None:
     """Refused before any work: matplotlib missing, or a name that is neither .png nor .svg."""
     if path is None:
         return None
-    from qmix.plan.plot import check_target
+    from qmix.figure import check_target
 
-    return check_target(path)
+    return check_target(path, "plan")

@@ -18,7 +18,6 @@ than a block. Numba caches a kernel under the date of its own file: after a chan
 Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functional.py.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -64,14 +63,6 @@ def steps_of(kind: str) -> Steps:
     values = np.array(VALUES[kind], np.float32)
     bits = (values / values[-1]).view(np.uint32)
     return tuple(zip(midpoints_of(kind), bits[1:] - bits[:-1], strict=True))
-
-
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call, and kept on disk where a directory can be written."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither this directory nor the user's own cache
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 # Numba inlines the helpers: a call would count references to its arrays, which costs more than a block.

@@ -23,13 +23,13 @@ Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functio
 import numpy as np
 from numba import njit
 
+from qmix.compiled import compiled
 from qmix.precision.blocks import (
     FP4_CODES,
     TINY,
     Array,
     Midpoints,
     encode,
-    kernel,
     largest_magnitude,
     midpoints_of,
     widen,
@@ -49,7 +49,7 @@ def _interleave(pairs: Array, words: Array) -> None:
             words[p, r] = pairs[r, p] | (pairs[r + PACK_ROWS // 2, p] << 4)
 
 
-@kernel
+@compiled
 def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
     """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
@@ -70,7 +70,7 @@ def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absma
     return True
 
 
-@kernel
+@compiled
 def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
     """weights [B, 64], codes [B, 32], absmax [B]"""
     scratch = np.empty(BLOCK, np.uint8)
@@ -86,7 +86,7 @@ def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax:
     return True
 
 
-@kernel
+@compiled
 def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
     """weights [R, C], codes [R, C], row_max [R]"""
     for r in range(weights.shape[0]):

@@ -12,11 +12,11 @@ from functools import partial
 import numpy as np
 import torch
 
+from qmix.compiled import compiled
 from qmix.precision.blocks import (
     TINY,
     Array,
     Steps,
-    kernel,
     largest_magnitude,
     narrowed,
     nearest,
@@ -71,7 +71,7 @@ def _piece(source: torch.Tensor, found: torch.Tensor, precision: str, unit: int)
     return float(_blocks(bits, unit, steps_of(precision), out))
 
 
-@kernel
+@compiled
 def _blocks(weights: Array, block: int, steps: Steps, out: Array) -> np.float32:
     """Bit patterns [n], in blocks, to those of the values that they take; returns the largest magnitude."""
     half = out.itemsize == 2
@@ -92,7 +92,7 @@ def _blocks(weights: Array, block: int, steps: Steps, out: Array) -> np.float32:
     return np.uint32(top).view(np.float32)
 
 
-@kernel
+@compiled
 def _rows(weights: Array, out: Array) -> np.float32:
     """Bit patterns [R, C] to those of the values that int8 has for them; returns the largest magnitude."""
     half = out.itemsize == 2
