@@ -73,11 +73,7 @@ class Allocator:
         """The least sum of errors in `budget` bytes, with the fewest bytes that reach it. Raises DoesNotFitError."""
         fitting = [entry for entry in self._states if entry[0] <= budget]
         if not fitting:
-            raise DoesNotFitError(
-                f"--budget {format_bytes(budget)}: the experts take {format_bytes(self.smallest)} at the least; "
-                f"give {self.smallest} bytes or more",
-                self.smallest,
-            )
+            raise too_small(budget, self.smallest)
         nbytes, error, state = min(fitting, key=lambda entry: (entry[1], entry[0]))
         names = iter(self._names_of(state))
         rows = tuple(tuple(next(names) for _ in range(count)) for count in self._rows)
@@ -99,6 +95,12 @@ class Allocator:
             names.append(self._names[self._best[level, expert]])
             state = tuple(count - (axis == level - 1) for axis, count in enumerate(state))
         return names[::-1]
+
+
+def too_small(budget: int, smallest: int) -> DoesNotFitError:
+    """What is wrong with a budget that no allocation fits."""
+    least = f"the experts take {format_bytes(smallest)} at the least; give {smallest} bytes or more"
+    return DoesNotFitError(f"--budget {format_bytes(budget)}: {least}", smallest)
 
 
 def _sums_and_choices(costs: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qmix.allocation import Allocator, Precisions
+from qmix.allocation import Allocator, Precisions, too_small
 from qmix.disk import written_whole
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
@@ -86,6 +86,13 @@ class Profile:
         if precision == AUTO:
             raise UsageError(f"--precision {AUTO}: the profile has chosen none; give a --budget for the experts' bytes")
         return None
+
+
+def check_budget(budget: int, geometry: Geometry, dtype: str) -> None:
+    """Raises DoesNotFitError where so many bytes do not hold all experts in any precision."""
+    smallest = geometry.num_records * min(record_layout(geometry, name, dtype).nbytes for name in PRECISIONS)
+    if budget < smallest:
+        raise too_small(budget, smallest)
 
 
 def precision_spec(precisions: Sequence[Sequence[str]]) -> str:
