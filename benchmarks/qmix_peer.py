@@ -23,10 +23,11 @@ import torch
 from synthetic_weights import SyntheticModel
 
 import qmix
-from calibration.replay import belady_hits, requests
+from calibration.replay import requests
 from calibration.trace import recorded
 from qmix.batch.runner import BatchRunner, Request
 from qmix.batch.sizing import plan_lines
+from qmix.bound import least_read_bytes
 from qmix.machine import peak_memory
 from qmix.pool import ExpertPool, PoolCounters
 from qmix.runner import Runner
@@ -109,8 +110,9 @@ def run(
     passes, trace = found.clock.passes, found.clock.steps
     prefill, decode = passes[found.first], passes[found.last]
     used, trace = decode[1].since(prefill[1]), trace[: decode[2]]
-    warm = belady_hits(trace, plan.slots) - belady_hits(trace[: prefill[2]], plan.slots)
-    asked = requests(trace[prefill[2] :])
+    before, all_along = (
+        least_read_bytes(runner.store.layout, steps, runner.pool.slots, ()) for steps in (trace[: prefill[2]], trace)
+    )
     return {
         "engine": "qmix",
         "model": str(path),
@@ -132,8 +134,8 @@ def run(
         "hidden": used.hidden,
         "unused": used.unused,
         "misses": used.misses,
-        "asked": asked,
-        "belady_bytes": (asked - warm) * plan.slot_bytes,
+        "asked": requests(trace[prefill[2] :]),
+        "belady_bytes": all_along - before,
         "precision_ahead": [lookahead.precision(depth) for depth in (1, 2, 3, 4)] if lookahead else None,
         "token_ids": found.token_ids[0],
         "all_as_expected": all(

@@ -5,7 +5,7 @@ Pure arithmetic; loads no torch. Bytes, floating-point operations (a multiplicat
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from calibration.replay import Trace, belady_hits, requests
@@ -84,24 +84,25 @@ def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float
     return Bound(times[by], by)
 
 
-def decode_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: int) -> Cost:
+def decode_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: Mapping[int, int]) -> Cost:
     """Of one token, the mean over a workload's decode steps, of which `steps` is the routing.
 
-    A token's arithmetic is left out: it takes less time than reading the weights that it is done with.
+    `slots` says how many by the bytes of their records. A token's arithmetic is left out: it takes less time than
+    reading the weights that it is done with.
     """
-    passes, record = workload.decode_steps, _smallest_record(layout)
+    passes = workload.decode_steps
     seen = mean_position(workload.prompt_tokens, passes, layout.geometry.sliding_window)
-    weights = requests(steps) * record / passes + dense_read(layout)
-    reads = least_reads(steps, slots, all_records(layout.geometry))
-    return Cost(reads * record / passes, weights + seen * layout.geometry.kv_bytes_per_token, 0.0)
+    weights = _requested_bytes(layout, steps) / passes + dense_read(layout)
+    read = least_read_bytes(layout, steps, slots, layout.experts)
+    return Cost(read / passes, weights + seen * layout.geometry.kv_bytes_per_token, 0.0)
 
 
-def prefill_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: int) -> Cost:
+def prefill_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: Mapping[int, int]) -> Cost:
     """Of a whole prompt, of which `steps` is the routing: a step for each layer of each chunk."""
-    record, chunks = _smallest_record(layout), len(steps) / layout.geometry.num_layers
-    reads = least_reads(steps, slots, all_records(layout.geometry))
-    memory = requests(steps) * record + chunks * dense_read(layout)
-    return Cost(reads * record, memory, prefill_flops(layout.geometry, workload.prompt_tokens))
+    chunks = len(steps) / layout.geometry.num_layers
+    memory = _requested_bytes(layout, steps) + chunks * dense_read(layout)
+    read = least_read_bytes(layout, steps, slots, layout.experts)
+    return Cost(read, memory, prefill_flops(layout.geometry, workload.prompt_tokens))
 
 
 def least_reads(steps: Trace, slots: int, start: Collection[Key]) -> int:
@@ -113,8 +114,20 @@ def least_reads(steps: Trace, slots: int, start: Collection[Key]) -> int:
     return requests(steps) - belady_hits([list(start), *steps], slots)
 
 
-def all_records(geometry: Geometry) -> list[Key]:
-    return [(layer, expert) for layer in range(geometry.num_layers) for expert in range(geometry.num_experts)]
+def least_read_bytes(layout: StoreLayout, steps: Trace, slots: Mapping[int, int], start: Collection[Key]) -> int:
+    """Bytes that any pool with so many slots for records of each size must read; records of a size have theirs."""
+
+    def only(keys: Collection[Key], nbytes: int) -> list[Key]:
+        return [key for key in keys if layout.record(*key).nbytes == nbytes]
+
+    return sum(
+        nbytes * least_reads([only(step, nbytes) for step in steps], count, only(start, nbytes))
+        for nbytes, count in slots.items()
+    )
+
+
+def _requested_bytes(layout: StoreLayout, steps: Trace) -> int:
+    return sum(layout.record(*key).nbytes for step in steps for key in step)
 
 
 def dense_read(layout: StoreLayout) -> int:
@@ -144,8 +157,3 @@ def prefill_flops(geometry: Geometry, tokens: int) -> int:
     seen = sum(min(position, window) for position in range(1, tokens + 1))
     scores = geometry.num_layers * 2 * q_rows * seen  # queries by keys, and probabilities by values
     return 2 * (weights * tokens + scores + geometry.vocab_size * hidden)
-
-
-def _smallest_record(layout: StoreLayout) -> int:
-    """Bytes; exact where all experts have one precision, and never too many."""
-    return min(record.nbytes for record in layout.records.values())

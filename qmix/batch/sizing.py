@@ -62,10 +62,9 @@ def context_of(needs: Sequence[int], batch: int) -> int:
 def token_cost(plan: Plan, geometry: Geometry) -> float:
     """What a token of a pass with `plan.batch` of them takes, as bytes read from memory."""
     experts, top_k = geometry.num_experts, geometry.experts_per_token
-    used = plan.num_records * (1 - (1 - top_k / experts) ** plan.batch)
-    from_disk = 1 - plan.slots / plan.num_records
-    reading = plan.dense + used * plan.slot_bytes * (1 + DISK_COST * from_disk)
-    return reading / plan.batch + TOKEN_COST * geometry.num_layers * top_k * plan.slot_bytes
+    used = 1 - (1 - top_k / experts) ** plan.batch
+    reading = plan.dense + used * (plan.expert_total + DISK_COST * plan.on_disk)
+    return reading / plan.batch + TOKEN_COST * top_k / experts * plan.expert_total
 
 
 def _candidates(lines: int) -> list[int]:
