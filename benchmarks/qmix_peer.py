@@ -29,7 +29,8 @@ from qmix.batch.runner import BatchRunner, Request
 from qmix.batch.sizing import plan_lines
 from qmix.bound import least_read_bytes
 from qmix.machine import peak_memory
-from qmix.pool import ExpertPool, PoolCounters
+from qmix.pool import ExpertPool
+from qmix.pool_counters import PoolCounters
 from qmix.runner import Runner
 from qmix.sampling import Sampling
 from qmix.store import open_store

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 
 import torch
 import xxhash
@@ -19,6 +18,7 @@ from qmix.direct_io import DirectFile
 from qmix.errors import REMAKE, Cancelled, StoreError
 from qmix.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
 from qmix.plan.demand import Use, by_use
+from qmix.pool_counters import PoolCounters
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.reading import PIECE_BYTES, READ_THREADS, Read, Reader
@@ -27,37 +27,6 @@ from qmix.store import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
 READS_AHEAD = 2  # records: one that the disk works on and the one after it; each further one only takes a slot
-
-
-@dataclass(slots=True)
-class PoolCounters:
-    """What the pool has done so far, in records, and `bytes_read` from the disk.
-
-    hits       asked for and in memory from earlier use
-    misses     asked for and read since their last use, or read for the first time
-    ahead      those of the misses whose read had begun before they were asked for
-    hidden     those of them that were there when asked for
-    unused     read ahead and never asked for
-    """
-
-    hits: int = 0
-    misses: int = 0
-    ahead: int = 0
-    hidden: int = 0
-    unused: int = 0
-    bytes_read: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the experts asked for that were in memory; 1 before the first."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 1.0
-
-    def since(self, earlier: PoolCounters) -> PoolCounters:
-        return PoolCounters(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
-
-    def copy(self) -> PoolCounters:
-        return self.since(PoolCounters())
 
 
 class ExpertPool:

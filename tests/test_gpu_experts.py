@@ -59,7 +59,7 @@ def test_a_model_over_devices_gives_the_logits_of_one_on_the_cpu(tmp_path, ids, 
 
 
 @pytest.mark.parametrize("rates", [COPIES, COMPUTES], ids=["copies", "computes"])
-@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "nf4,0.*=int8,1.1=half,1.2=fp4"])
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "nf4,0.*=int8,1.1=half,1.2=fp4", "nf4,*.2=half"])
 def test_quantised_experts_over_devices_are_as_close_to_transformers(tmp_path, ids, precision, rates):
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     store = make_store(checkpoint, tmp_path / "store", precision)

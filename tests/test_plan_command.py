@@ -116,7 +116,7 @@ def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
         (("plan", "tiny", "--gpu-matmul", "0"), "is not a rate of arithmetic"),
         (("plan", "tiny", "--plot", "plan.pdf"), "write it like plan.png or plan.svg"),
         (("plan", "tiny", "--precision", "auto"), "takes a --profile"),
-        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-2', this qmix reads 'qmix-profile-1'"),
+        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-3', this qmix reads 'qmix-profile-1'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from qmix.layout import StoreLayout
 
-MIN_SLOTS = 2  # of a size: one expert computes while the next is read; where all end on GPUs, they are loaded through
+MIN_SLOTS = 2  # of a size: one expert computes while the next is read; those that end on GPUs are loaded through them
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from qmix.eviction import Key
-from qmix.pool import ExpertPool, PoolCounters
+from qmix.pool import ExpertPool
+from qmix.pool_counters import PoolCounters
 from qmix.store import Store
 
 KIND = "gpu"  # torch's name for the pretend backend
