@@ -30,7 +30,7 @@ from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
-from qmix.pool import PoolCounters
+from qmix.pool_counters import PoolCounters
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
 from qmix.runner import Runner

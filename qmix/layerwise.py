@@ -37,7 +37,6 @@ from qmix.torch_dtypes import HALF
 from qmix.units import format_bytes
 
 CHUNK = 512  # tokens through an expert, a norm or the head at once
-STORE_SLOTS = 2  # records of a store in memory
 SLACK = 2**28  # of what allocators keep, and of the libraries' own work space
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -106,10 +105,10 @@ class Stored:
 
     @property
     def held(self) -> int:
-        return STORE_SLOTS * self.store.layout.slot_bytes
+        return sum(self.store.layout.record_counts)  # a record of each size
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        self._pool = self._pool or ExpertPool(self.store, STORE_SLOTS)
+        self._pool = self._pool or ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))
         return next(expert for _, expert in self._pool.get(layer, [index]))
 
     def close(self) -> None:

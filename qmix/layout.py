@@ -8,6 +8,7 @@ vectors); records and the payload itself are aligned to 4096, so that O_DIRECT r
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,11 @@ class StoreLayout:
     dtype: str
 
     @cached_property
+    def experts(self) -> list[tuple[int, int]]:
+        """(layer, expert) of all experts, first layer first."""
+        return [(layer, expert) for layer, row in enumerate(self.precisions) for expert in range(len(row))]
+
+    @cached_property
     def records(self) -> dict[str, RecordLayout]:
         """The record layout of each precision in use."""
         used = sorted({precision for row in self.precisions for precision in row})
@@ -127,10 +133,10 @@ class StoreLayout:
                 totals[precision] += self.records[precision].nbytes
         return totals
 
-    @property
-    def slot_bytes(self) -> int:
-        """The largest record: what a pool slot must hold."""
-        return max(record.nbytes for record in self.records.values())
+    @cached_property
+    def record_counts(self) -> dict[int, int]:
+        """How many records there are of each size in bytes, the smallest first."""
+        return dict(sorted(Counter(self.records[name].nbytes for row in self.precisions for name in row).items()))
 
 
 def part_name(expert: int, matrix: str, part: str) -> str:

@@ -51,7 +51,7 @@ class Runner:
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
         spread = spread_for(plan, rates or Rates(), kind)
-        pool = ExpertPool(store, plan.slots, elsewhere=spread.residents if spread else frozenset())
+        pool = ExpertPool(store, plan.slots_by_size, elsewhere=spread.residents if spread else frozenset())
         self._unpin = pin(pool.memory) if spread and kind == "cuda" else _nothing
         try:
             self.model: MixtralForCausalLM = build_model(store, pool, attention, spread)

@@ -48,9 +48,14 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def make_pool(store: Store, slots: int, *arguments, **options) -> ExpertPool:
+    """With so many slots for records of each size in the store."""
+    return ExpertPool(store, dict.fromkeys(store.layout.record_counts, slots), *arguments, **options)
+
+
 def make_model(store: Store, slots: int | None = None, attention: str = "sdpa"):
     """transformers' model over a pool of `slots` slots, by default one for every expert."""
-    return build_model(store, ExpertPool(store, slots or store.geometry.num_records), attention)
+    return build_model(store, make_pool(store, slots or store.geometry.num_records), attention)
 
 
 def refusal(*arguments) -> str:

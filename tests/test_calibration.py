@@ -13,13 +13,12 @@ import replay_reference as reference
 from checkpoints import TINY_CONFIG, make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from stores import make_store
+from stores import make_pool, make_store
 
 from calibration.replay import Curve, Replay, belady_hits, replay, requests
 from calibration.trace import as_trace, recorded
 from qmix.eviction import DEFAULT_POLICY, POLICIES, LeastRecentlyUsed
 from qmix.geometry import Geometry
-from qmix.pool import ExpertPool
 
 
 def steps(text: str) -> np.ndarray:
@@ -187,7 +186,7 @@ def test_recorded_steps_become_a_trace_that_tells_layers_by_place():
 @pytest.mark.parametrize("slots", [2, 3, 8])
 def test_replaying_a_recorded_run_counts_what_the_pool_counted(tmp_path, slots):
     store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
-    pool = ExpertPool(store, slots, LeastRecentlyUsed())
+    pool = make_pool(store, slots, LeastRecentlyUsed())
     with recorded(pool) as asked:
         for layer, experts in [(0, [0, 1]), (1, [2, 3]), (0, [1, 2]), (1, [2, 0]), (0, [0, 3]), (1, [2, 3])]:
             for _ in pool.get(layer, experts):

@@ -25,6 +25,16 @@ def test_the_rate_of_use_starts_at_chance_and_decays_with_each_visit():
     assert policy.rate((1, 3)) == 0.25  # its layer was not visited
 
 
+def test_the_rate_of_use_starts_at_what_is_expected():
+    use = [[0.9, 0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1]] + [[0.25] * 8] * 3
+    policy = LeastFrequentlyUsed(GEOMETRY, use, decay=0.5)
+    assert [policy.rate((0, expert)) for expert in range(3)] == [0.9, 0.3, 0.2]
+    policy.used(0, [1, 2])
+    assert [policy.rate((0, expert)) for expert in range(3)] == pytest.approx([0.45, 0.65, 0.6])
+    # seen from layer 1, layer 0's turn comes in three steps
+    assert UsesPerTime(GEOMETRY, use).worth((0, 0), layer=1) == pytest.approx(0.9 / 3)
+
+
 def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
     policy = UsesPerTime(GEOMETRY)
     worth = [policy.worth((layer, 0), layer=1) for layer in range(4)]

@@ -118,7 +118,7 @@ def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
         (("plan", "tiny", "--precision", "auto"), "--precision auto: takes a --profile"),
         (("plan", "tiny", "--budget", "7MB"), "--budget: takes a --profile"),
         (("plan", "tiny", "--budget", "7MB", "--precision", "nf4"), "--budget and --precision nf4: leave one"),
-        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-2', this qmix reads 'qmix-profile-2'"),
+        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-3', this qmix reads 'qmix-profile-2'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -19,6 +19,7 @@ from qmix.prepare import Subject
 
 GIB = 2**30
 SMALL = Geometry(1024, 4096, 2, 4, 2, 64, 4, 2, 96, 256)  # large enough that a GPU pays
+SLOTS = {"nbytes": 4096, "slots": 8, "records": 8, "served": 8}
 USE = ((0.9, 0.5, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5))
 
 
@@ -75,10 +76,14 @@ def test_a_plan_for_a_larger_machine_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema": "qmix-plan-1"}, "schema 'qmix-plan-1', this qmix reads"),
         ({"fits": False}, "does not fit"),
-        ({"slots": 9}, "damaged"),
-        ({"slots": "8"}, "damaged"),
+        ({"schema": "qmix-plan-2"}, "schema 'qmix-plan-2', this qmix reads"),
+        ({"slot_classes": [SLOTS | {"slots": 9}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"slots": 1}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"slots": "8"}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"records": 7}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"served": 7}]}, "damaged"),
+        ({"slot_classes": [{"nbytes": 4096}]}, "damaged"),
         ({"work": -1}, "damaged"),
         ({"ram": 10}, "damaged"),
         ({"layer_devices": ["cpu", "gpu:0"]}, "damaged"),
