@@ -299,11 +299,11 @@ def test_the_command_makes_a_store_and_compares_it(qmix, checkpoint: Path, tiny:
     text, store = tmp_path / "text.txt", tmp_path / "store"
     text.write_text("To install a package, open a terminal and type the command as root. " * 12, "utf-8")
     assert qmix("quantize", tiny, store, "--clip").status == 0
-    with_rows = ("--precision=nf4", "--precision=int8", "--precision=nf4,0.*=int8")
-    run = qmix("compare", "tiny", store, "--clip", *with_rows, "--text", text, "--json")
+    specs = ("--precision=int8", "--precision=nf4")
+    run = qmix("compare", "tiny", store, "--clip", *specs, "--text", text, "--json")
     assert run.status == 0, run.err
     rows = {row.pop("name"): row for row in json.loads(run.out)["rows"]}
-    assert list(rows) == ["half", "nf4", "nf4 --clip", "int8", "nf4,0.*=int8", "nf4,0.*=int8 --clip", str(store)]
+    assert list(rows) == ["half", "int8", "nf4", "nf4 --clip", str(store)]
     assert rows["nf4 --clip"] == rows[str(store)]
     assert rows["nf4 --clip"] != rows["nf4"]
     refused = qmix("compare", "tiny", "--clip", "--precision=int8", "--text", text)
@@ -311,5 +311,3 @@ def test_the_command_makes_a_store_and_compares_it(qmix, checkpoint: Path, tiny:
     assert "--clip: --precision has no expert in nf4 or fp4" in refused.err
     assert qmix("quantize", tiny, store).status == 1  # the store is another
     assert qmix("quantize", tiny, tmp_path / "int8", "--clip", "--precision=int8").status == 2
-    answer = qmix("generate", "-m", store, "To install", "--clip", "--max-new-tokens=2", "--temperature=0")
-    assert answer.status == 0, answer.err

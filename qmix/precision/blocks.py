@@ -8,6 +8,9 @@ the number of midpoints between neighbours that lie strictly below. With absmax 
     x / absmax      -1.0    0.0   0.25    0.5
     midpoints below    0      7     10     12     -0.85 ... -0.05 0.04 0.12 0.20 0.29 0.39 0.502 0.64 0.86
 
+The largest magnitude is not the best scale: a little less costs the few weights beyond it, which take the end codes, and
+serves all others; a little more may let many fall nearer to a value. `chosen_scale` tries a few (docs/fidelity.md).
+
 Counting beats searching: fifteen comparisons and no branch run in vector lanes on any machine LLVM knows. The
 largest magnitude is found among bit patterns: without the sign they order as integers, infinities and NaNs
 above all finite numbers, so one maximum yields the absmax and tells whether every weight is finite.
@@ -47,7 +50,7 @@ FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.
 
 TINY = np.float32(1e-38)  # bitsandbytes divides by no absmax below this
 SUMS = 32  # of squared errors, side by side
-CLIP = (1, 0.975, 0.95, 0.925)
+CLIP = (1, 0.97, 1.03, 0.94, 1.06, 0.91, 1.09, 0.88, 1.12)  # of absmax; a block takes the first of equals
 
 
 @cache
@@ -69,9 +72,9 @@ def steps_of(kind: str) -> Steps:
 
 
 @cache
-def ratios_of(clip: bool) -> Array:
-    """Of absmax, to choose a block's scale from; none where absmax itself is the scale."""
-    return np.array(CLIP if clip else (), np.float32)
+def ratios_of(clip: bool) -> Array | None:
+    """CLIP as kernels take it. With None they are compiled without a choice of scales, and as fast as without one."""
+    return np.array(CLIP, np.float32) if clip else None
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +153,7 @@ def _squared_error(row: Array, scale: np.float32, steps: Steps, errors: Array) -
 
 @njit(inline="always")
 def chosen_scale(row: Array, absmax: np.float32, ratios: Array, steps: Steps, errors: Array) -> np.float32:
-    """The first of absmax * `ratios`, rounded to bf16, whose squared error is least; without ratios absmax itself.
+    """The first of absmax * `ratios`, rounded to bf16, whose squared error is least; absmax where none is finite.
 
     `errors` is scratch memory of as many numbers as the row has, and at least 32.
     """

@@ -55,7 +55,7 @@ def _interleave(pairs: Array, words: Array) -> None:
 
 @kernel
 def _packed(
-    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array, fp4: bool, codes: Array, absmax: Array
+    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
 ) -> bool:
     """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
@@ -70,7 +70,9 @@ def _packed(
                     largest = largest_magnitude(row, BLOCK)
                     if not np.isfinite(largest):
                         return False
-                    scale = chosen_scale(row, largest, ratios, steps, errors)
+                    scale = largest
+                    if ratios is not None:
+                        scale = chosen_scale(row, largest, ratios, steps, errors)
                     absmax[block, group * PACK_ROWS + r] = scale
                     encode(row, scale, midpoints, fp4, scratch[block - first, r])
             for block in strip:
@@ -80,7 +82,7 @@ def _packed(
 
 @kernel
 def _flat(
-    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array, fp4: bool, codes: Array, absmax: Array
+    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
 ) -> bool:
     """weights [B, 64], codes [B, 32], absmax [B]"""
     scratch = np.empty(BLOCK, np.uint8)
@@ -91,18 +93,23 @@ def _flat(
         largest = largest_magnitude(row, BLOCK)
         if not np.isfinite(largest):
             return False
-        absmax[block] = chosen_scale(row, largest, ratios, steps, errors)
-        encode(row, absmax[block], midpoints, fp4, scratch)
+        scale = largest
+        if ratios is not None:
+            scale = chosen_scale(row, largest, ratios, steps, errors)
+        absmax[block] = scale
+        encode(row, scale, midpoints, fp4, scratch)
         for p in range(BLOCK // 2):
             codes[block, p] = (pairs[p] << 4) | (pairs[p] >> 8)
     return True
 
 
 @kernel
-def _scale_of_short_block(weights: Array, ratios: Array, steps: Steps) -> np.float32:
+def _scale_of_short_block(weights: Array, ratios: Array | None, steps: Steps) -> np.float32:
     """weights [1 to 63]"""
-    absmax = max(largest_magnitude(weights, weights.size), TINY)
-    return chosen_scale(weights, absmax, ratios, steps, np.empty(BLOCK, np.float32))
+    scale = max(largest_magnitude(weights, weights.size), TINY)
+    if ratios is not None:
+        scale = chosen_scale(weights, scale, ratios, steps, np.empty(BLOCK, np.float32))
+    return scale
 
 
 @kernel

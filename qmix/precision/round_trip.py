@@ -77,7 +77,7 @@ def _piece(source: torch.Tensor, found: torch.Tensor, precision: str, unit: int,
 
 
 @kernel
-def _blocks(weights: Array, block: int, steps: Steps, ratios: Array, out: Array) -> np.float32:
+def _blocks(weights: Array, block: int, steps: Steps, ratios: Array | None, out: Array) -> np.float32:
     """Bit patterns [n], in blocks, to those of the values that they take; returns the largest magnitude."""
     half = out.itemsize == 2
     errors = np.empty(block, np.float32)
@@ -86,14 +86,15 @@ def _blocks(weights: Array, block: int, steps: Steps, ratios: Array, out: Array)
         row, values = weights[start : start + block], out[start : start + block]
         absmax = largest_magnitude(row, row.size)
         top = max(top, np.float32(absmax).view(np.uint32))
+        scale = absmax if row.size == block else max(absmax, TINY)
+        if ratios is not None:
+            scale = chosen_scale(row, scale, ratios, steps, errors)
+        rounded = to_bf16(scale)
         if row.size == block:
-            scale = chosen_scale(row, absmax, ratios, steps, errors)
-            inverse, rounded = np.float32(1) / max(scale, TINY), to_bf16(scale)
+            inverse = np.float32(1) / max(scale, TINY)
             for j in range(block):
                 values[j] = narrowed(nearest(widen(row, j).view(np.float32) * inverse, steps) * rounded, half)
         else:  # the last block, which bitsandbytes treats otherwise
-            scale = chosen_scale(row, max(absmax, TINY), ratios, steps, errors)
-            rounded = to_bf16(scale)
             for j in range(row.size):
                 values[j] = narrowed(nearest(widen(row, j).view(np.float32) / scale, steps) * rounded, half)
     return np.uint32(top).view(np.float32)
