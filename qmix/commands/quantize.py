@@ -9,6 +9,7 @@ import click
 
 from qmix.commands.shared import (
     budget_option,
+    clip_option,
     dtype_option,
     precision_option,
     profile_option,
@@ -22,11 +23,14 @@ from qmix.units import format_bytes
 @click.argument("model")
 @click.argument("store", type=click.Path(path_type=Path))
 @precision_option
+@clip_option
 @profile_option
 @budget_option
 @dtype_option
 @click.option("--evict", is_flag=True, help="hub only: delete each shard when it is used up")
-def quantize(model: str, store: Path, precision: str | None, dtype: str | None, evict: bool, **options: Any) -> None:
+def quantize(
+    model: str, store: Path, precision: str | None, clip: bool, dtype: str | None, evict: bool, **options: Any
+) -> None:
     """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped.
 
     With a --profile, experts are held as it has chosen, or as loses least within --budget, where no --precision is
@@ -51,7 +55,7 @@ def quantize(model: str, store: Path, precision: str | None, dtype: str | None, 
 
         check_profile(profile, options["profile"], checkpoint.geometry, checkpoint.fingerprint)
         precision = profile.spec(precision, options["budget"], checkpoint.geometry, dtype or checkpoint.half_dtype)
-    layout = layout_for(checkpoint, precision, dtype)
+    layout = layout_for(checkpoint, precision, dtype, clip)
     with ProgressDisplay(f"quantizing {model}") as display:
         try:
             made = run(checkpoint, store, layout, display, profile)
