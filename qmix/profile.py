@@ -73,19 +73,24 @@ class Profile:
     def spec(self, precision: str | None, budget: int | None, geometry: Geometry, dtype: str) -> str | None:
         """What `--precision` and `--budget` mean beside this profile, as `--precision` takes it alone.
 
-        `auto`, or neither of them, is what loses least within `budget`, or what the profile has chosen; None where
-        neither was given and it has chosen nothing. Raises UsageError for an `auto` without either, DoesNotFitError
-        where the budget is too small.
+        `auto`, or neither of them, is the profile's own; None where neither was given and it has chosen nothing. Raises
+        what `auto` raises.
         """
         if precision not in (None, AUTO):
             return precision
+        nothing = precision is None and budget is None and self.precisions is None
+        return None if nothing else self.auto(budget, geometry, dtype)
+
+    def auto(self, budget: int | None, geometry: Geometry, dtype: str) -> str:
+        """What loses least within `budget`, or without one what was chosen, as `--precision` takes it.
+
+        Raises UsageError where there is neither, DoesNotFitError where the budget is too small.
+        """
         if budget is not None:
             return precision_spec(self.allocator(geometry, dtype).within(budget).precisions)
-        if self.precisions is not None:
-            return precision_spec(self.precisions)
-        if precision == AUTO:
+        if self.precisions is None:
             raise UsageError(f"--precision {AUTO}: the profile has chosen none; give a --budget for the experts' bytes")
-        return None
+        return precision_spec(self.precisions)
 
 
 def check_budget(budget: int, geometry: Geometry, dtype: str) -> None:

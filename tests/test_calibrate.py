@@ -75,6 +75,24 @@ def test_a_store_is_made_of_it_and_carries_it(calibrated, qmix, tmp_path):
     assert refused.status == 2
 
 
+def test_what_it_chooses_loses_less_than_the_straight_line(calibrated, qmix):
+    """Between all experts in nf4 and all in int8, at three places."""
+    directory, _ = calibrated
+    budgets = [NF4 + (INT8 - NF4) * part // 4 for part in (1, 2, 3)]
+    options = [option for budget in budgets for option in ("--budget", str(budget))]
+    ends = ("--precision", "nf4", "--precision", "int8", "--precision", "auto")
+    profile = ("--profile", directory / "profile.json")
+    done = qmix("compare", "tiny", *ends, *profile, *options, "--tokens", "3000", "--json")
+    assert done.status == 0, done.err
+    _, nf4, int8, auto, *mixed = json.loads(done.out)["rows"]
+    assert [row["name"] for row in mixed] == ["auto in 7.73 MB", "auto in 9.17 MB", "auto in 10.6 MB"]
+    for row, budget in zip(mixed, budgets, strict=True):
+        assert row["expert_bytes"] <= budget
+        along = (row["expert_bytes"] - nf4["expert_bytes"]) / (int8["expert_bytes"] - nf4["expert_bytes"])
+        assert row["kl_mean"] < nf4["kl_mean"] + along * (int8["kl_mean"] - nf4["kl_mean"])
+    assert auto | {"name": ""} == mixed[1] | {"name": ""}  # the budget that it was made with
+
+
 def test_a_store_that_is_there_takes_a_profile_and_keeps_its_bytes(calibrated, qmix, tmp_path):
     directory, _ = calibrated
     store = tmp_path / "store"
@@ -108,7 +126,7 @@ def test_a_profile_of_other_weights_is_refused(calibrated, qmix, tmp_path, tiny)
     content["model"]["fingerprint"] = "0" * 64
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content))
-    for command in (("plan", "tiny"), ("quantize", "tiny", tmp_path / "store")):
+    for command in (("plan", "tiny"), ("quantize", "tiny", tmp_path / "store"), ("compare", "tiny")):
         done = qmix(*command, "--profile", other)
         assert done.status == 2
         assert "whose weights are not this model's" in done.err

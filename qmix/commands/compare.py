@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.shared import PRECISION_HELP, dtype_option, model_or_default, out, quiet_libraries, ram_option
+from qmix.commands.shared import (
+    PRECISION_HELP,
+    Size,
+    dtype_option,
+    model_or_default,
+    out,
+    profile_option,
+    quiet_libraries,
+    ram_option,
+    read_profile_option,
+)
 from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import UsageError
+from qmix.units import format_bytes
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
     from qmix.fidelity import Fidelity
 
+BUDGETS_HELP = "of all experts: the precisions that by the profile lose least in so many bytes; may be given again"
 CLIP_TOO_HELP = "compare each 4-bit --precision also with blocks as `quantize --clip` makes them"
 
 
@@ -24,6 +36,8 @@ CLIP_TOO_HELP = "compare each 4-bit --precision also with blocks as `quantize --
 @click.argument("model", required=False)
 @click.argument("stores", metavar="[STORE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--precision", "precisions", metavar="SPEC", multiple=True, help=f"{PRECISION_HELP}; may be given again")
+@profile_option
+@click.option("--budget", "budgets", type=Size(), metavar="SIZE", multiple=True, help=BUDGETS_HELP)
 @click.option("--clip", is_flag=True, help=CLIP_TOO_HELP)
 @click.option("--against", metavar="SPEC", default="half", show_default=True, help="the precision to measure from")
 @text_options
@@ -37,8 +51,6 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     and every weight is read once for all of them. STOREs that were made from MODEL are compared as they are.
     """
     name = model_or_default(model)
-    if options["precisions"] == () and not stores:
-        options["precisions"] = ("nf4",)
     from qmix.checkpoint import open_checkpoint
     from qmix.prepare import open_source
 
@@ -49,11 +61,14 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.layerwise import LayerwisePass, check_memory, memory_needed
     from qmix.machine import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
-    from qmix.prepare import layout_for
+    from qmix.prepare import DEFAULT_PRECISION, layout_for
     from qmix.terminal import ProgressDisplay, fidelity_table, print_table, say
 
     dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
-    variants = _variants(checkpoint, dtype, against, options["precisions"], options["clip"], stores)
+    specs = _specs(checkpoint, dtype, options["precisions"], options["profile"], options["budgets"])
+    if not specs and not stores:
+        specs = {DEFAULT_PRECISION: DEFAULT_PRECISION}
+    variants = _variants(checkpoint, dtype, against, specs, options["clip"], stores)
     passages = passages_of(checkpoint, options["texts"], window, options["tokens"])
     sequences = [passage.ids for passage in passages]
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
@@ -75,8 +90,23 @@ def _content(name: str, fingerprint: str, predicted: int, window: int, found: Se
     return {"schema": "qmix-compare-fidelity-1", "model": model, "tokens": predicted, "window": window, "rows": rows}
 
 
+def _specs(
+    checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], path: Path | None, budgets: Sequence[int]
+) -> dict[str, str]:
+    """What is to be compared, by the name that its row has: precisions as they were typed, or a profile's."""
+    from qmix.profile import AUTO, check_profile
+
+    profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
+    if profile is None or path is None:
+        return {spec: spec for spec in precisions}
+    check_profile(profile, path, checkpoint.geometry, checkpoint.fingerprint)
+    asked = checkpoint.geometry, dtype
+    typed = {spec: profile.auto(None, *asked) if spec == AUTO else spec for spec in precisions}
+    return typed | {f"{AUTO} in {format_bytes(budget)}": profile.auto(budget, *asked) for budget in budgets}
+
+
 def _variants(
-    checkpoint: Checkpoint, dtype: str, against: str, specs: Sequence[str], clip: bool, stores: Sequence[Path]
+    checkpoint: Checkpoint, dtype: str, against: str, specs: Mapping[str, str], clip: bool, stores: Sequence[Path]
 ) -> list[Any]:
     """The reference, each of `specs` (with `clip` also with clipped blocks, where it has any), and the stores."""
     from qmix.layerwise import Quantised, Stored
@@ -84,15 +114,15 @@ def _variants(
     from qmix.prepare import NOTHING_TO_CLIP, layout_for
     from qmix.store import open_store
 
-    def made(spec: str, clipped: bool = False) -> Quantised:
+    def made(name: str, spec: str, clipped: bool = False) -> Quantised:
         layout = layout_for(checkpoint, spec, dtype, clipped)
-        return Quantised(f"{spec} --clip" if clipped else spec, layout.geometry, layout.precisions, dtype, clipped)
+        return Quantised(f"{name} --clip" if clipped else name, layout.geometry, layout.precisions, dtype, clipped)
 
-    found = [made(against)]
-    for spec in specs:
-        found.append(made(spec))
+    found = [made(against, against)]
+    for name, spec in specs.items():
+        found.append(made(name, spec))
         if clip and has_blocks(found[-1].precisions):
-            found.append(made(spec, clipped=True))
+            found.append(made(name, spec, clipped=True))
     if clip and not any(variant.clip for variant in found):
         raise UsageError(f"--clip: --precision {NOTHING_TO_CLIP}")
     return [*found, *(Stored(str(path), open_store(path), checkpoint) for path in stores)]
