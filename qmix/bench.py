@@ -49,6 +49,7 @@ def prepare(
     ram: int | str | None = None,
     context: int | None = None,
     precision: str | None = None,
+    clip: bool = False,
     dtype: str | None = None,
     attention: str = "sdpa",
     plan: PlanFile | None = None,
@@ -72,7 +73,7 @@ def prepare(
         return plan_for(layout, ram, context or max(workload.context for workload in workloads), attention)
 
     spec = plan.precision if plan is not None and precision is None else precision
-    store = prepare_store(model, spec, dtype, on_progress, planned)
+    store = prepare_store(model, spec, dtype, on_progress, planned, clip)
     return store, planned(store.layout, store.fingerprint)
 
 

@@ -64,12 +64,13 @@ class Variant(Protocol):
 
 @dataclass(frozen=True)
 class Quantised:
-    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert]."""
+    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert], `clip` as a store's."""
 
     name: str
     geometry: Geometry
     precisions: tuple[tuple[str, ...], ...]
     dtype: str
+    clip: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +83,8 @@ class Quantised:
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
         precision = self.precisions[layer][index]
-        return encoded(matrices, self.geometry, precision, self.dtype, f"layers.{layer}.experts.{index}")
+        name = f"layers.{layer}.experts.{index}"
+        return encoded(matrices, self.geometry, precision, self.dtype, name, self.clip)
 
     def close(self) -> None:
         pass

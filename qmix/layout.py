@@ -14,7 +14,7 @@ from functools import cached_property
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.precision.formats import DTYPES, Part, check_precision
+from qmix.precision.formats import DTYPES, FOUR_BITS, Part, check_precision
 from qmix.precision.record import LINE, PAGE, RecordLayout, record_layout
 from qmix.safetensors_header import TensorInfo, aligned, build_header
 
@@ -62,13 +62,22 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
     return tuple(map(tuple, table))
 
 
+def has_blocks(precisions: Sequence[Sequence[str]]) -> bool:
+    """Whether any of the experts, [layer][expert], is in a precision whose weights share scales block by block."""
+    return any(precision in FOUR_BITS for row in precisions for precision in row)
+
+
 @dataclass(frozen=True)
 class StoreLayout:
-    """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16"."""
+    """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16".
+
+    `clip` says how scales of 4-bit blocks are chosen (see `blocks`), which moves no byte.
+    """
 
     geometry: Geometry
     precisions: tuple[tuple[str, ...], ...]
     dtype: str
+    clip: bool = False
 
     @cached_property
     def records(self) -> dict[str, RecordLayout]:

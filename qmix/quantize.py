@@ -51,7 +51,7 @@ class _Job:
     def __init__(self, weight: Weight, place: Place, layout: StoreLayout) -> None:
         self.weight, self.place = weight, place
         name = weight.piece.tensor
-        self.quantizer = MatrixQuantizer(place.precision, layout.dtype, weight.rows, weight.cols, name)
+        self.quantizer = MatrixQuantizer(place.precision, layout.dtype, weight.rows, weight.cols, name, layout.clip)
         step = _rows_at_once(weight, place, layout)
         self.chunks = [(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step)]
         self.scales: memoryview | None = None
@@ -112,6 +112,9 @@ def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout) -> S
         raise StoreError(f"{directory}: is the store of another model ({store.source_name}); choose another name")
     if (store.layout.precisions, store.layout.dtype) != (layout.precisions, layout.dtype):
         raise StoreError(f"{directory}: is a store of this model in another precision; choose another name")
+    if store.layout.clip != layout.clip:
+        made = f"made {'with' if store.layout.clip else 'without'} --clip"
+        raise StoreError(f"{directory}: is a store of this model {made}; choose another name")
     return store
 
 

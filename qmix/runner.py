@@ -157,6 +157,7 @@ def load(
     ram: int | str | None = None,
     context: int | None = None,
     precision: str | None = None,
+    clip: bool = False,
     dtype: str | None = None,
     attention: str = "sdpa",
     plan: PlanFile | None = None,
@@ -166,11 +167,11 @@ def load(
     """Open a model under a memory budget and return a Runner.
 
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
-    into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
-    default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) is in place of these two. `on_progress` is told of
-    a quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
-    QmixError; DoesNotFitError where the budget is too small.
+    into the user's cache directory, with `clip` by the 4-bit scales of least squared error. `ram` (bytes, or text like
+    "12GiB") is a ceiling for the whole process, by default 90% of the memory that is free; `context` the tokens of
+    prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) is in
+    place of these two. `on_progress` is told of a quantisation, `on_load` of experts read into memory beforehand, which
+    happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
 
@@ -180,7 +181,7 @@ def load(
         return plan_for(layout, ram, context, attention)
 
     spec = plan.precision if plan is not None and precision is None else precision
-    store = prepare_store(model, spec, dtype, on_progress, planned)
+    store = prepare_store(model, spec, dtype, on_progress, planned, clip)
     return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
 
 

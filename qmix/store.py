@@ -65,6 +65,7 @@ def manifest(layout: StoreLayout, source: str, fingerprint: str, checksums: dict
         "source": {"name": source, "fingerprint": fingerprint},
         "dtype": layout.dtype,
         "precisions": [list(row) for row in layout.precisions],
+        **({"clip": True} if layout.clip else {}),
         "checksums": checksums,
     }
 
@@ -87,12 +88,12 @@ def open_store(directory: Path) -> Store:
     try:
         geometry = Geometry.from_config(config, str(directory / "config.json"))
         precisions = tuple(tuple(row) for row in content["precisions"])
-        layout = StoreLayout(geometry, precisions, content["dtype"])
+        layout = StoreLayout(geometry, precisions, content["dtype"], content.get("clip", False))
         dense = dict(content["checksums"]["dense"])
         records = tuple(tuple(row) for row in content["checksums"]["records"])
         source, fingerprint = content["source"]["name"], content["source"]["fingerprint"]
         known = set(PRECISIONS).issuperset(name for row in precisions for name in row)
-        known = known and layout.dtype in DTYPES
+        known = known and layout.dtype in DTYPES and layout.clip in (False, True)
     except CheckpointError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError):

@@ -129,6 +129,7 @@ class StoreWriter:
             "checkpoint": fingerprint,
             "precision": [list(row) for row in layout.precisions],
             "dtype": layout.dtype,
+            **({"clip": True} if layout.clip else {}),
         }
         self.journal = Journal(self.partial / JOURNAL, subject, str(directory))
         self._files: dict[str, UncachedFile] = {}

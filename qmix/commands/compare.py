@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmix.fidelity import Fidelity
 
 WINDOW = 1024
+CLIP_TOO_HELP = "compare each 4-bit --precision also with blocks as `quantize --clip` makes them"
 TEXT_HELP = "UTF-8 text to compare on, documents apart by lines of ---; may be given again"
 TOKENS_HELP = "of the text at most; memory grows with them [all]"
 
@@ -27,6 +28,7 @@ TOKENS_HELP = "of the text at most; memory grows with them [all]"
 @click.argument("model", required=False)
 @click.argument("stores", metavar="[STORE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--precision", "precisions", metavar="SPEC", multiple=True, help=f"{PRECISION_HELP}; may be given again")
+@click.option("--clip", is_flag=True, help=CLIP_TOO_HELP)
 @click.option("--against", metavar="SPEC", default="half", show_default=True, help="the precision to measure from")
 @click.option("--text", "texts", type=click.Path(path_type=Path), metavar="FILE", multiple=True, help=TEXT_HELP)
 @click.option("--tokens", type=click.IntRange(min=2), help=TOKENS_HELP)
@@ -57,8 +59,8 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.prepare import layout_for
     from qmix.terminal import ProgressDisplay, fidelity_table, print_table, say
 
-    dtype = layout_for(checkpoint, against, options["dtype"], "--against").dtype
-    variants = _variants(checkpoint, dtype, (against, *options["precisions"]), stores)
+    dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
+    variants = _variants(checkpoint, dtype, against, options["precisions"], options["clip"], stores)
     documents = _documents(options["texts"], _tokenizer(checkpoint))
     sequences = windows(documents, window, options["tokens"])
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
@@ -92,14 +94,27 @@ def _window(checkpoint: Checkpoint, asked: int | None) -> int:
     return asked
 
 
-def _variants(checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], stores: Sequence[Path]) -> list[Any]:
+def _variants(
+    checkpoint: Checkpoint, dtype: str, against: str, specs: Sequence[str], clip: bool, stores: Sequence[Path]
+) -> list[Any]:
+    """The reference, each of `specs` (with `clip` also with clipped blocks, where it has any), and the stores."""
     from qmix.layerwise import Quantised, Stored
-    from qmix.prepare import layout_for
+    from qmix.layout import has_blocks
+    from qmix.prepare import NOTHING_TO_CLIP, layout_for
     from qmix.store import open_store
 
-    layouts = {spec: layout_for(checkpoint, spec, dtype) for spec in precisions}
-    made = [Quantised(spec, checkpoint.geometry, layouts[spec].precisions, dtype) for spec in precisions]
-    return [*made, *(Stored(str(path), open_store(path), checkpoint) for path in stores)]
+    def made(spec: str, clipped: bool = False) -> Quantised:
+        layout = layout_for(checkpoint, spec, dtype, clipped)
+        return Quantised(f"{spec} --clip" if clipped else spec, layout.geometry, layout.precisions, dtype, clipped)
+
+    found = [made(against)]
+    for spec in specs:
+        found.append(made(spec))
+        if clip and has_blocks(found[-1].precisions):
+            found.append(made(spec, clipped=True))
+    if clip and not any(variant.clip for variant in found):
+        raise UsageError(f"--clip: --precision {NOTHING_TO_CLIP}")
+    return [*found, *(Stored(str(path), open_store(path), checkpoint) for path in stores)]
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qmix.commands.shared import dtype_option, precision_option
+from qmix.commands.shared import clip_option, dtype_option, precision_option
 from qmix.errors import UsageError
 from qmix.units import format_bytes
 
@@ -15,9 +15,10 @@ from qmix.units import format_bytes
 @click.argument("model")
 @click.argument("store", type=click.Path(path_type=Path))
 @precision_option
+@clip_option
 @dtype_option
 @click.option("--evict", is_flag=True, help="hub only: delete each shard when it is used up")
-def quantize(model: str, store: Path, precision: str | None, dtype: str | None, evict: bool) -> None:
+def quantize(model: str, store: Path, precision: str | None, clip: bool, dtype: str | None, evict: bool) -> None:
     """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped."""
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
@@ -32,7 +33,7 @@ def quantize(model: str, store: Path, precision: str | None, dtype: str | None, 
     if evict and isinstance(source, LocalSource):
         raise UsageError(f"--evict: {model} is not on the hub; your own files are never deleted")
     checkpoint = open_checkpoint(source)
-    layout = layout_for(checkpoint, precision, dtype)
+    layout = layout_for(checkpoint, precision, dtype, clip)
     with ProgressDisplay(f"quantizing {model}") as display:
         try:
             made = run(checkpoint, store, layout, display)

@@ -22,6 +22,9 @@ MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), o
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
 
 
+CLIP_HELP = "choose each 4-bit block's scale by its error"
+
+
 class Size(click.ParamType[int]):
     """Bytes as people write them, refused before any work begins."""
 
@@ -50,6 +53,7 @@ class Rate(click.ParamType[float]):
 
 
 precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
+clip_option = click.option("--clip", is_flag=True, help=CLIP_HELP)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16"]),
@@ -84,7 +88,9 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-loading_options = together(ram_option, context_option, precision_option, dtype_option, attention_option, plan_option)
+loading_options = together(
+    ram_option, context_option, precision_option, clip_option, dtype_option, attention_option, plan_option
+)
 sampling_options = together(
     click.option("--temperature", type=float, help="0 is greedy [the model's own]"),
     click.option("--top-p", type=float, help="[the model's own]"),

@@ -8,6 +8,9 @@ the number of midpoints between neighbours that lie strictly below. With absmax 
     x / absmax      -1.0    0.0   0.25    0.5
     midpoints below    0      7     10     12     -0.85 ... -0.05 0.04 0.12 0.20 0.29 0.39 0.502 0.64 0.86
 
+The largest magnitude is not the best scale: a little less costs the few weights beyond it, which take the end codes,
+and serves all others; a little more may let many fall nearer to a value. `chosen_scale` tries a few (docs/fidelity.md).
+
 Counting beats searching: fifteen comparisons and no branch run in vector lanes on any machine LLVM knows. The
 largest magnitude is found among bit patterns: without the sign they order as integers, infinities and NaNs
 above all finite numbers, so one maximum yields the absmax and tells whether every weight is finite.
@@ -46,6 +49,8 @@ VALUES = {
 FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
 
 TINY = np.float32(1e-38)  # bitsandbytes divides by no absmax below this
+SUMS = 32  # of squared errors, side by side
+CLIP = (1, 0.97, 1.03, 0.94, 1.06, 0.91, 1.09, 0.88, 1.12)  # of absmax; a block takes the first of equals
 
 
 @cache
@@ -64,6 +69,12 @@ def steps_of(kind: str) -> Steps:
     values = np.array(VALUES[kind], np.float32)
     bits = (values / values[-1]).view(np.uint32)
     return tuple(zip(midpoints_of(kind), bits[1:] - bits[:-1], strict=True))
+
+
+@cache
+def ratios_of(clip: bool) -> Array | None:
+    """CLIP as kernels take it. With None they are compiled without a choice of scales, and as fast as without one."""
+    return np.array(CLIP, np.float32) if clip else None
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,6 +130,43 @@ def nearest(scaled: np.float32, steps: Steps) -> np.float32:
 
 
 @njit(inline="always")
+def _squared_error(row: Array, scale: np.float32, steps: Steps, errors: Array) -> np.float32:
+    """Of all weights of a block, summed in one order everywhere; `errors` is scratch memory as in `chosen_scale`."""
+    inverse = np.float32(1) / max(scale, TINY)
+    for j in range(row.size):
+        weight = widen(row, j).view(np.float32)
+        error = weight - nearest(weight * inverse, steps) * scale
+        errors[j] = error * error
+    for j in range(row.size, SUMS):
+        errors[j] = 0
+    for first in range(SUMS, row.size, SUMS):
+        for j in range(min(SUMS, row.size - first)):
+            errors[j] += errors[first + j]
+    for j in range(16):
+        errors[j] += errors[j + 16]
+    for j in range(8):
+        errors[j] += errors[j + 8]
+    for j in range(4):
+        errors[j] += errors[j + 4]
+    return (errors[0] + errors[2]) + (errors[1] + errors[3])
+
+
+@njit(inline="always")
+def chosen_scale(row: Array, absmax: np.float32, ratios: Array, steps: Steps, errors: Array) -> np.float32:
+    """The first of absmax * `ratios`, rounded to bf16, whose squared error is least; absmax where none is finite.
+
+    `errors` is scratch memory of as many numbers as the row has, and at least 32.
+    """
+    found, least = absmax, np.float32(np.inf)
+    for ratio in ratios:
+        scale = to_bf16(absmax * ratio)
+        error = _squared_error(row, scale, steps, errors)
+        if error < least:
+            found, least = scale, error
+    return found
+
+
+@njit(inline="always")
 def _fp4_code(rank: int) -> int:
     """FP4_CODES[rank], in arithmetic: that runs in vector lanes, a table does not."""
     magnitude = np.uint8(rank ^ (7 if rank < 8 else 8))  # rank among the eight magnitudes
@@ -127,9 +175,9 @@ def _fp4_code(rank: int) -> int:
 
 
 @njit(inline="always")
-def encode(row: Array, absmax: np.float32, midpoints: Midpoints, fp4: bool, codes: Array) -> None:
+def encode(row: Array, scale: np.float32, midpoints: Midpoints, fp4: bool, codes: Array) -> None:
     """The 64 codes of a block, a byte each. No clamping to -1..1: there is no midpoint outside."""
-    inverse = np.float32(1) / max(absmax, TINY)
+    inverse = np.float32(1) / max(scale, TINY)
     for j in range(BLOCK):
         scaled = widen(row, j).view(np.float32) * inverse
         rank = np.uint8(0)

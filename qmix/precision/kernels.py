@@ -28,10 +28,14 @@ from qmix.precision.blocks import (
     TINY,
     Array,
     Midpoints,
+    Steps,
+    chosen_scale,
     encode,
     kernel,
     largest_magnitude,
     midpoints_of,
+    ratios_of,
+    steps_of,
     widen,
 )
 from qmix.precision.formats import BLOCK, PACK_ROWS
@@ -50,10 +54,13 @@ def _interleave(pairs: Array, words: Array) -> None:
 
 
 @kernel
-def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
+def _packed(
+    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
+) -> bool:
     """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
     pairs = scratch.view(np.uint16)  # [8, 32, 32]
+    errors = np.empty(BLOCK, np.float32)
     for group in range(codes.shape[0]):
         for first in range(0, codes.shape[1], STRIP):
             strip = range(first, min(first + STRIP, codes.shape[1]))
@@ -63,27 +70,46 @@ def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absma
                     largest = largest_magnitude(row, BLOCK)
                     if not np.isfinite(largest):
                         return False
-                    absmax[block, group * PACK_ROWS + r] = largest
-                    encode(row, largest, midpoints, fp4, scratch[block - first, r])
+                    scale = largest
+                    if ratios is not None:
+                        scale = chosen_scale(row, largest, ratios, steps, errors)
+                    absmax[block, group * PACK_ROWS + r] = scale
+                    encode(row, scale, midpoints, fp4, scratch[block - first, r])
             for block in strip:
                 _interleave(pairs[block - first], codes[group, block])
     return True
 
 
 @kernel
-def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
+def _flat(
+    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
+) -> bool:
     """weights [B, 64], codes [B, 32], absmax [B]"""
     scratch = np.empty(BLOCK, np.uint8)
     pairs = scratch.view(np.uint16)  # [32]
+    errors = np.empty(BLOCK, np.float32)
     for block in range(weights.shape[0]):
         row = weights[block]
-        absmax[block] = largest_magnitude(row, BLOCK)
-        if not np.isfinite(absmax[block]):
+        largest = largest_magnitude(row, BLOCK)
+        if not np.isfinite(largest):
             return False
-        encode(row, absmax[block], midpoints, fp4, scratch)
+        scale = largest
+        if ratios is not None:
+            scale = chosen_scale(row, largest, ratios, steps, errors)
+        absmax[block] = scale
+        encode(row, scale, midpoints, fp4, scratch)
         for p in range(BLOCK // 2):
             codes[block, p] = (pairs[p] << 4) | (pairs[p] >> 8)
     return True
+
+
+@kernel
+def _scale_of_short_block(weights: Array, ratios: Array | None, steps: Steps) -> np.float32:
+    """weights [1 to 63]"""
+    scale = max(largest_magnitude(weights, weights.size), TINY)
+    if ratios is not None:
+        scale = chosen_scale(weights, scale, ratios, steps, np.empty(BLOCK, np.float32))
+    return scale
 
 
 @kernel
@@ -103,8 +129,8 @@ def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
     return True
 
 
-def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array) -> bool:
-    """Quantise rows into the packed layout.
+def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array, clip: bool = False) -> bool:
+    """Quantise rows into the packed layout, with `clip` by the scales of least squared error.
 
     weights uint16 or float32 [rows, cols], rows a multiple of 32, cols of 64; codes uint8 [rows * cols / 2];
     absmax float32 [cols / 64, rows], which may be some columns of a wider array. All else C-contiguous.
@@ -117,11 +143,11 @@ def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array)
     _require_output(absmax, np.float32, (cols // BLOCK, rows), contiguous=False)
     blocks = _bits(weights).reshape(rows, cols // BLOCK, BLOCK)
     words = codes.view(np.uint16).reshape(rows // PACK_ROWS, cols // BLOCK, BLOCK // 2, PACK_ROWS // 2)
-    return _packed(blocks, midpoints_of(kind), kind == "fp4", words, absmax)
+    return _packed(blocks, midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4", words, absmax)
 
 
-def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, last: bool) -> bool:
-    """Quantise consecutive weights into the flat layout.
+def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, last: bool, clip: bool = False) -> bool:
+    """Quantise consecutive weights into the flat layout, with `clip` by the scales of least squared error.
 
     weights uint16 or float32 [n], codes uint8 [(n + 1) // 2], absmax float32 [ceil(n / 64)]; n is a multiple
     of 64 unless these are the `last` weights of their tensor. All C-contiguous.
@@ -135,18 +161,22 @@ def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, l
     _require_output(codes, np.uint8, ((n + 1) // 2,))
     _require_output(absmax, np.float32, (-(-n // BLOCK),))
     bits, words = _bits(weights), codes[: full // 2].reshape(blocks, BLOCK // 2)
-    finite = _flat(bits[:full].reshape(blocks, BLOCK), midpoints_of(kind), kind == "fp4", words, absmax)
+    whole, how = (
+        bits[:full].reshape(blocks, BLOCK),
+        (midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4"),
+    )
+    finite = _flat(whole, *how, words, absmax)
     if not finite or n == full:
         return finite
-    return _short_block(bits[full:], kind, codes[full // 2 :], absmax[blocks:])
+    return _short_block(bits[full:], kind, clip, codes[full // 2 :], absmax[blocks:])
 
 
-def _short_block(bits: Array, kind: str, codes: Array, absmax: Array) -> bool:
+def _short_block(bits: Array, kind: str, clip: bool, codes: Array, absmax: Array) -> bool:
     """As bitsandbytes has it: divided by the clamped absmax, which is stored; an odd weight paired with 0."""
     weights = (bits.astype(np.uint32) << (16 if bits.itemsize == 2 else 0)).view(np.float32)
     if not np.isfinite(weights).all():
         return False
-    absmax[0] = max(np.abs(weights).max(), TINY)
+    absmax[0] = _scale_of_short_block(bits, ratios_of(clip), steps_of(kind))
     scaled = np.zeros(2 * codes.size, np.float32)
     scaled[: weights.size] = weights / absmax[0]
     ranks = np.searchsorted(np.array(midpoints_of(kind)), scaled).astype(np.uint8)

@@ -17,11 +17,12 @@ class MatrixQuantizer:
     """Quantises one [rows, cols] matrix by row chunks, in any order and from several threads.
 
     A chunk's codes (or half-precision weights) are returned to be written; the scales, small, are gathered
-    here until the last chunk is done. `name` is the tensor's, for errors.
+    here until the last chunk is done. `name` is the tensor's, for errors. With `clip` the scales of 4-bit blocks are
+    those of least squared error among some near the absmax.
     """
 
-    def __init__(self, precision: str, dtype: str, rows: int, cols: int, name: str) -> None:
-        self.precision, self.dtype, self.name = precision, dtype, name
+    def __init__(self, precision: str, dtype: str, rows: int, cols: int, name: str, clip: bool = False) -> None:
+        self.precision, self.dtype, self.name, self.clip = precision, dtype, name, clip
         self.rows, self.cols = rows, cols
         self.main, *scales = parts(precision, dtype, rows, cols)
         self._packed = precision in ("nf4", "fp4") and fits_kernels(rows, cols)
@@ -42,14 +43,14 @@ class MatrixQuantizer:
         elif self._packed:
             codes = np.empty(chunk.numel() // 2, np.uint8)
             scales = self._scales[:, start : start + len(chunk)]
-            finite = quantize_4bit_packed(weights, self.precision, codes, scales)
+            finite = quantize_4bit_packed(weights, self.precision, codes, scales, self.clip)
             offset = start * self.cols // 2
         else:
             first, count = start * self.cols, chunk.numel()
             codes = np.empty((count + 1) // 2, np.uint8)
             scales = self._scales[first // BLOCK : -(-(first + count) // BLOCK)]
             last = start + len(chunk) == self.rows
-            finite = quantize_4bit_flat(weights.reshape(-1), self.precision, codes, scales, last)
+            finite = quantize_4bit_flat(weights.reshape(-1), self.precision, codes, scales, last, self.clip)
             offset = first // 2
         if not finite:
             raise not_finite(self.name)
