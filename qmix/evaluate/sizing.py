@@ -1,0 +1,88 @@
+"""How many tokens go through the model together, and how many experts stay in memory. Loads no torch.
+
+A pass reads every expert that has no slot once, whatever the number of its tokens. Where not all experts fit, memory
+brings more as room for tokens than as slots: with room M for both, R records of S bytes and t bytes a token, a token
+costs (1 - s / R) / ((M - s S) / t) of a reading of all, which falls with s only if M > R S, when all fit anyway. So
+either every expert has a slot, or tokens come first, up to where a pass computes far longer than it reads; what is
+left goes to slots again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qmix.errors import DoesNotFitError, UsageError
+from qmix.geometry import HALF_BYTES, Geometry
+from qmix.layout import StoreLayout
+from qmix.machine import default_budget, interpreter_memory
+from qmix.plan import MIN_SLOTS, PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
+from qmix.units import format_bytes
+
+MOST_TOKENS = 2**14  # of a pass: what a killed run loses; at 8x22B a core computes minutes for each second of reading
+SLOTS_AHEAD = 8  # from where on the pool reads two records ahead
+ROUTING_BYTES = 128  # a token's experts, weights, places and masks
+HEAD_ROWS = 64  # predictions at once
+RUNNING_BYTES = 2**25  # of what allocators keep
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPlan:
+    """A pass of `tokens` rows whose sequences have `longest` tokens at most, and a pool of `slots`; bytes in all."""
+
+    ram: int
+    tokens: int
+    longest: int
+    slots: int
+    total: int
+
+
+def plan_scoring(
+    layout: StoreLayout,
+    longest: int,
+    rows: int,
+    ram: int | None = None,
+    held: int = 0,
+    batch_tokens: int | None = None,
+) -> ScoringPlan:
+    """The plan for `rows` tokens in all, in sequences of at most `longest`; `held` are bytes that the caller takes.
+
+    Raises DoesNotFitError, and UsageError where a sequence is longer than `batch_tokens`.
+    """
+    if batch_tokens is not None and batch_tokens < longest:
+        raise UsageError(f"--batch-tokens {batch_tokens}: the longest request has {longest} tokens; take so many or more")
+    budget = default_budget() if ram is None else ram
+    geometry, slot = layout.geometry, layout.slot_bytes
+    fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
+    each, records = token_bytes(geometry), geometry.num_records
+    least = min(MIN_SLOTS, records)
+    smallest = math.ceil((fixed + longest * each + least * slot) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+    if budget < smallest:
+        raise DoesNotFitError(
+            f"does not fit {format_bytes(budget)} of RAM: requests of {longest} tokens take {format_bytes(smallest)}; "
+            f"the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB, or give a smaller --context",
+            smallest,
+        )
+    room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
+    wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
+    if room - records * slot >= max(longest, min(wanted, PREFILL_CHUNK)) * each:
+        slots, tokens = records, min(wanted, (room - records * slot) // each)
+    else:
+        ahead = min(records, SLOTS_AHEAD, (room - longest * each) // slot)
+        tokens = min(wanted, (room - ahead * slot) // each)
+        slots = min(records, (room - tokens * each) // slot)
+    return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + slots * slot)
+
+
+def token_bytes(geometry: Geometry) -> int:
+    """Of each token of a pass: stream, normed stream, what its experts gave, their sum and a copy of that."""
+    return geometry.hidden_size * HALF_BYTES * (4 + geometry.experts_per_token) + ROUTING_BYTES
+
+
+def fixed_bytes(layout: StoreLayout, longest: int) -> int:
+    """Dense weights, one layer's keys and values of one sequence, and the work on a chunk of rows."""
+    geometry = layout.geometry
+    keys = geometry.kv_bytes_per_token // geometry.num_layers * longest
+    head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
+    work = work_bytes(geometry, max(longest, PREFILL_CHUNK), "sdpa")
+    return layout.dense.size + keys + head + work + RUNNING_BYTES
