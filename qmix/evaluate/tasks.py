@@ -27,6 +27,7 @@ from qmix.errors import DataError, UsageError
 from qmix.evaluate.card import CARD
 
 FORMS = ("json", "csv", "parquet", "text", "arrow")  # of files that a task names itself
+SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 SEED = 1234  # of the draw of a prompt's examples: the harness's own
 THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
 FETCH = "hf download --repo-type dataset {path} --local-dir {place}/{path}"
@@ -97,12 +98,21 @@ def mute() -> None:
     datasets.logging.set_verbosity_error()
 
 
-def find_folder(data: Path, path: str, name: str | None) -> tuple[Path, str | None] | None:
-    """Where `hf download` left a data set's configuration, and the name by which a README.md there knows it."""
+def find_files(data: Path, path: str, name: str | None) -> tuple[str, dict[str, list[str]]] | None:
+    """The form of a data set's files in a directory, and those of each split; None where there are none.
+
+    They are called SPLIT.FORM, or SPLIT-00000-of-00002.FORM, and lie in the folder of their configuration, in `data`
+    where there is but one, or beside one another.
+    """
     base = data / path
-    if name and (base / name).is_dir():
-        return base / name, None
-    return (base, name) if base.is_dir() else None
+    for folder in (base / (name or "data"), base):
+        for suffix, form in SUFFIXES.items():
+            splits: dict[str, list[str]] = {}
+            for file in sorted(folder.glob(f"*{suffix}")):
+                splits.setdefault(file.name.removesuffix(suffix).split("-")[0], []).append(str(file))
+            if splits:
+                return form, splits
+    return None
 
 
 def _task_class(data: Path | None) -> type[ConfigurableTask]:
@@ -116,14 +126,16 @@ def _task_class(data: Path | None) -> type[ConfigurableTask]:
             if callable(self.config.custom_dataset):
                 super().download(dataset_kwargs)
                 return
-            found = data and self.DATASET_PATH and find_folder(data, self.DATASET_PATH, self.DATASET_NAME)
+            path, name = str(self.DATASET_PATH), self.DATASET_NAME
             try:
-                if found:
-                    self.dataset = datasets.load_dataset(str(found[0]), name=found[1])
+                if data is not None and (found := find_files(data, path, name)):
+                    self.dataset = datasets.load_dataset(found[0], data_files=found[1])
+                elif data is not None and (data / path).is_dir():  # its README.md says what is where
+                    self.dataset = datasets.load_dataset(str(data / path), name)
                 else:
                     super().download(self._resolved(dataset_kwargs))
             except Exception as error:  # datasets raises whatever its readers and the network do
-                raise MissingData(str(self.DATASET_PATH), _reason(error)) from None
+                raise MissingData(path, _reason(error)) from None
 
         def _resolved(self, options: dict[str, Any] | None) -> dict[str, Any] | None:
             """Files that a task names itself lie beside its YAML."""
