@@ -1,5 +1,4 @@
-"""The model card's data sets as `hf download` leaves them, a few rows of the project's own in each: same folders, columns
-and types, other questions."""
+"""The model card's data sets as `hf download` leaves them: the same folders, columns and types, other questions."""
 
 from __future__ import annotations
 
@@ -25,7 +24,9 @@ def write_card(data: Path, test: int = 2) -> Path:
     for subject in subjects():
         _write(data, "cais/mmlu", subject, dev=map(_mmlu, examples[:5]), test=map(_mmlu, exam))
     _write(data, "truthfulqa/truthful_qa", "multiple_choice", validation=map(_truthfulqa, exam))
-    _write(data, "allenai/winogrande", "winogrande_xl", train=map(_winogrande, examples), validation=map(_winogrande, exam))
+    _write(
+        data, "allenai/winogrande", "winogrande_xl", train=map(_winogrande, examples), validation=map(_winogrande, exam)
+    )
     _write(data, "openai/gsm8k", "main", train=map(_gsm8k, examples), test=map(_gsm8k, exam))
     return data
 
@@ -59,7 +60,8 @@ def _arc(row: dict[str, Any]) -> dict[str, Any]:
 def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "ind": row["index"], "activity_label": "Using a computer", "ctx_a": row["question"], "ctx_b": "the user will",
-        "ctx": "", "endings": row["answers"], "source_id": "", "split": "", "split_type": "", "label": str(row["right"]),
+        "ctx": "", "endings": row["answers"], "source_id": "", "split": "", "split_type": "",
+        "label": str(row["right"]),
     }  # fmt: skip
 
 
@@ -76,7 +78,12 @@ def _truthfulqa(row: dict[str, Any]) -> dict[str, Any]:
 def _winogrande(row: dict[str, Any]) -> dict[str, Any]:
     first, second = row["answers"][:2]
     right = str(1 + row["right"] % 2)
-    return {"sentence": f"To {first}, click _ in step {row['index']}.", "option1": first, "option2": second, "answer": right}
+    return {
+        "sentence": f"To {first}, click _ in step {row['index']}.",
+        "option1": first,
+        "option2": second,
+        "answer": right,
+    }
 
 
 def _gsm8k(row: dict[str, Any]) -> dict[str, Any]:

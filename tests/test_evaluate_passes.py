@@ -60,7 +60,9 @@ def test_every_query_sees_its_own_tokens_and_each_beginning_is_one_row(pairs, li
             rows = found.rows[found.queries == number]
             assert paths[rows[-1]] == query.tokens.tolist()
             assert [paths[row] for row in rows] == [paths[rows[-1]][: len(paths[row])] for row in rows]
-            assert [len(paths[row]) for row in rows] == list(range(len(query.tokens) - len(rows) + 1, len(query.tokens) + 1))
+            assert [len(paths[row]) for row in rows] == list(
+                range(len(query.tokens) - len(rows) + 1, len(query.tokens) + 1)
+            )
 
 
 def _paths(found) -> list[list[int]]:
@@ -113,12 +115,12 @@ def test_no_plan_exceeds_its_budget_and_the_smallest_does(gib, longest, rows):
     layout = StoreLayout(BIG, parse_precisions("nf4", BIG), "bf16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qmix.evaluate.sizing.interpreter_memory", lambda kernels: 500 * 2**20)
-        try:
-            plan = plan_scoring(layout, longest, max(rows, longest), gib * GIB)
-        except DoesNotFitError as refused:
-            plan = plan_scoring(layout, longest, max(rows, longest), refused.smallest)
-            assert plan.slots == 2
-            assert f"--ram {-(-refused.smallest // 2**20)}MiB" in str(refused)
+        with pytest.raises(DoesNotFitError) as refused:
+            plan_scoring(layout, longest, max(rows, longest), 10 * GIB)
+        smallest = refused.value.smallest
+        assert f"--ram {-(-smallest // 2**20)}MiB" in str(refused.value)
+        assert plan_scoring(layout, longest, max(rows, longest), smallest).slots == 2
+        plan = plan_scoring(layout, longest, max(rows, longest), max(smallest, gib * GIB))
         assert plan.total < plan.ram
         assert longest <= plan.tokens <= max(longest, MOST_TOKENS)
         assert 2 <= plan.slots <= BIG.num_records

@@ -30,7 +30,11 @@ def score(store, queries: list[Query], tokens: int = 4096, slots: int | None = N
     longest = max(len(query.inputs) for query in queries) // 4
     plan = ScoringPlan(0, tokens, longest, slots or store.geometry.num_records, 0)
     with Scorer(store, plan) as scorer:
-        return [found for span in spans(queries, tokens) for found in scorer.score(make_pass(queries[span.first : span.last]))]
+        return [
+            found
+            for span in spans(queries, tokens)
+            for found in scorer.score(make_pass(queries[span.first : span.last]))
+        ]
 
 
 def reference(model, query: Query) -> tuple[float, bool]:
@@ -39,6 +43,15 @@ def reference(model, query: Query) -> tuple[float, bool]:
         logits = model(torch.from_numpy(query.tokens.astype(np.int64))[None]).logits[0, -len(targets) :].float()
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None])
     return logprobs.double().sum().item(), bool((logits.argmax(-1) == targets).all())
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """transformers' many small operations wait for each other's threads on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +75,13 @@ def test_half_is_as_close_to_fp32_as_transformers_bf16(half, tiny):
     ours, theirs, exact = [], [], []
     models = [reference_model(tiny, dtype) for dtype in (torch.bfloat16, torch.float32)]
     for text in texts:
-        ours += [found.logprob for found in score(half, [Query.of(text[:end], [text[end]]) for end in range(1, len(text))])]
-        for model, known in zip(models, (theirs, exact), strict=True):
+        ours += [
+            found.logprob for found in score(half, [Query.of(text[:end], [text[end]]) for end in range(1, len(text))])
+        ]
+        for model, found in zip(models, (theirs, exact), strict=True):
             with torch.inference_mode():
                 logprobs = model(torch.tensor([text[:-1]])).logits[0].float().log_softmax(-1)
-            known += logprobs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
+            found.extend(logprobs.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist())
     ours, theirs, exact = map(np.array, (ours, theirs, exact))
     assert np.abs(ours - exact).mean() <= 1.2 * np.abs(theirs - exact).mean()
     assert np.abs(ours - theirs).mean() < 0.05

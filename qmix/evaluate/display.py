@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from qmix.evaluate.card import CardRow
+from qmix.evaluate.card import CARD, CardRow, card_rows
 from qmix.terminal import LINE_SECONDS, say
 from qmix.units import format_bytes
 
@@ -46,8 +46,7 @@ class EvaluationDisplay:
             if self._bar is None:
                 self._start()
             assert self._bar is not None
-            shown = {"rate": f"{rate:.0f} tok/s", "left": left}
-            self._bar.update(self._task, total=work.requests, completed=work.done, **shown)
+            self._bar.update(self._task, total=work.requests, completed=work.done, rate=f"{rate:.0f} tok/s", left=left)
         elif time.monotonic() - self._printed >= LINE_SECONDS:
             self._printed = time.monotonic()
             parts = [f"{work.done} of {work.requests} requests", f"{rate:.0f} tok/s", left]
@@ -67,7 +66,21 @@ class EvaluationDisplay:
         self._bar.start()
 
 
-def results_table(content: Mapping[str, Any]) -> Table:
+def result_tables(content: Mapping[str, Any]) -> list[Table]:
+    """The table of the tasks that are not the card's, if there are any, and the card's, if that was asked for."""
+    if "card" not in content:
+        return [tasks_table(content)]
+    cards = {name for known in CARD for name in _with_children(known.task, content["group_subtasks"])}
+    others = {name: values for name, values in content["results"].items() if name not in cards}
+    card = card_table(card_rows(content["results"]))
+    return [tasks_table({**content, "results": others}), card] if others else [card]
+
+
+def _with_children(name: str, children: Mapping[str, Sequence[str]]) -> list[str]:
+    return [name, *(below for child in children.get(name, ()) for below in _with_children(child, children))]
+
+
+def tasks_table(content: Mapping[str, Any]) -> Table:
     """A row for each figure of each task and group, in the order in which the harness has them."""
     table = _table("task", "figure", right=("shots", "questions", "value", "+/-"))
     for name, values in content["results"].items():

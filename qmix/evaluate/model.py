@@ -119,7 +119,7 @@ class QmixLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """For (context, options): what the model goes on with, up to the first stop sequence."""
         drawn: Counter[str] = Counter()
-        asked = [self._prompt(*request.args, drawn) for request in requests]
+        asked = [self._prompt(request.args[0], request.args[1], drawn) for request in requests]
         self._tell_of_cuts(len(asked))
         answers = self.engine.generate([prompt for prompt, _ in asked])
         return [
@@ -133,7 +133,9 @@ class QmixLM(TemplateLM):
         until = handle_stop_sequences(given.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
         most, samples = int(given.pop("max_gen_toks")), given.pop("do_sample", False)
         if unknown := sorted(given.keys() - DRAWS):
-            raise UsageError(f"a task generates with {', '.join(unknown)}, which qmix does not have; leave the task out")
+            raise UsageError(
+                f"a task generates with {', '.join(unknown)}, which qmix does not have; leave the task out"
+            )
         room = self.max_length - most
         if room < 1:
             raise UsageError(

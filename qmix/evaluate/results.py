@@ -57,7 +57,9 @@ class Results:
 
     def add(self, values: dict[bytes, Any]) -> None:
         """Results as JSON has them; on the disk when this returns."""
-        self._file.append([json.dumps({"key": key.hex(), "result": value}).encode() + b"\n" for key, value in values.items()])
+        self._file.append(
+            [json.dumps({"key": key.hex(), "result": value}).encode() + b"\n" for key, value in values.items()]
+        )
         self._values |= values
 
     def _read(self) -> dict[bytes, Any]:

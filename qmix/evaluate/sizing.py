@@ -50,7 +50,9 @@ def plan_scoring(
     Raises DoesNotFitError, and UsageError where a sequence is longer than `batch_tokens`.
     """
     if batch_tokens is not None and batch_tokens < longest:
-        raise UsageError(f"--batch-tokens {batch_tokens}: the longest request has {longest} tokens; take so many or more")
+        raise UsageError(
+            f"--batch-tokens {batch_tokens}: the longest request has {longest} tokens; take so many or more"
+        )
     budget = default_budget() if ram is None else ram
     geometry, slot = layout.geometry, layout.slot_bytes
     fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held

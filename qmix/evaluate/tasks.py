@@ -1,7 +1,7 @@
 """The harness's tasks by name, with their data from a directory, from the hub's cache, or from the hub.
 
-A directory of `--data` holds tasks of the user's own (the harness's YAML, data beside it), and data sets as `hf download`
-leaves them: ORG/NAME/CONFIG/SPLIT-*.parquet, or ORG/NAME with a README.md that says what is where.
+A directory of `--data` holds tasks of the user's own (the harness's YAML, data beside it), and data sets as
+`hf download` leaves them: ORG/NAME/CONFIG/SPLIT-*.parquet, or ORG/NAME with a README.md that says what is where.
 """
 
 from __future__ import annotations
