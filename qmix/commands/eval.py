@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,10 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.machine import own_memory
     from qmix.terminal import ProgressDisplay, print_table, say
 
-    loading, display = ProgressDisplay(f"loading {name}", LOADING_PATIENCE), EvaluationDisplay("evaluating")
-    with Results(output, identity(store)) as results, loading, display:
-        engine = Engine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, display)
+    loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
+    showing = partial(EvaluationDisplay, f"evaluating {name}")
+    with Results(output, identity(store)) as results:
+        engine = Engine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
         try:
             content, path = _evaluate(engine, output, options)
         except KeyboardInterrupt:

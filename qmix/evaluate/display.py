@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 class EvaluationDisplay:
-    """A bar where stderr is a terminal, plain lines elsewhere; called with the work after each pass."""
+    """A bar where stderr is a terminal, plain lines elsewhere; called with the work after each layer or pass."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # tokens and seconds of what went before
 
     def __enter__(self) -> EvaluationDisplay:
         return self
@@ -40,16 +41,19 @@ class EvaluationDisplay:
             self._bar.stop()
 
     def __call__(self, work: Work) -> None:
-        rate = work.tokens / work.seconds if work.seconds else 0.0
-        left = _duration(work.tokens_left / rate) if rate and work.tokens_left else ""
+        self._first = self._first or (work.tokens, work.seconds)
+        tokens, seconds = work.tokens - self._first[0], work.seconds - self._first[1]
+        rate = f"{tokens / seconds:.0f} tok/s" if seconds else ""
+        left = _duration(work.tokens_left * seconds / tokens) if tokens and work.tokens_left else ""
         if self._console.file.isatty():
             if self._bar is None:
                 self._start()
             assert self._bar is not None
-            self._bar.update(self._task, total=work.requests, completed=work.done, rate=f"{rate:.0f} tok/s", left=left)
+            total, requests = work.tokens + work.tokens_left, f"{work.done}/{work.requests} requests"
+            self._bar.update(self._task, total=total, completed=work.tokens, requests=requests, rate=rate, left=left)
         elif time.monotonic() - self._printed >= LINE_SECONDS:
             self._printed = time.monotonic()
-            parts = [f"{work.done} of {work.requests} requests", f"{rate:.0f} tok/s", left]
+            parts = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens", rate, left]
             say(f"{self._title}: {', '.join(filter(None, parts))}")
 
     def _start(self) -> None:
@@ -57,12 +61,12 @@ class EvaluationDisplay:
         self._bar = Progress(
             TextColumn("{task.description}", table_column=one_line),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total} requests", table_column=one_line),
+            TextColumn("{task.fields[requests]}", table_column=one_line),
             TextColumn("{task.fields[rate]}", table_column=one_line),
             TextColumn("{task.fields[left]}", table_column=one_line),
             console=self._console,
         )
-        self._task = self._bar.add_task(self._title, rate="", left="")
+        self._task = self._bar.add_task(self._title, requests="", rate="", left="")
         self._bar.start()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TOKEN = ">u4"  # as bytes, sequences of these sort like sequences of numbers
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,7 +73,7 @@ def spans(queries: Sequence[Query], limit: int) -> list[Span]:
     found: list[Span] = []
     first = rows = 0
     for index, query in enumerate(queries):
-        length = len(query.inputs) // 4
+        length = len(query.inputs) // TOKEN_BYTES
         assert length <= limit
         new = length - _common(queries[index - 1].tokens, query.tokens) if index > first else length
         if rows + new > limit:

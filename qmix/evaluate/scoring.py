@@ -8,7 +8,7 @@ are the invariant ones of `qmix.invariant`: a query's result does not depend on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,18 +108,22 @@ class Scorer:
     def close(self) -> None:
         self._thread.close()
 
-    def score(self, part: Pass) -> list[Score]:
-        """A score for each query of the pass. What interrupts the caller ends it within an expert's time."""
-        return self._thread.run(self._score, part)
+    def score(self, part: Pass, on_layer: Callable[[int], None] = lambda layers: None) -> list[Score]:
+        """A score for each query of the pass. What interrupts the caller ends it within an expert's time.
+
+        `on_layer` is told, in the thread that computes, how many layers are done.
+        """
+        return self._thread.run(self._score, part, on_layer)
 
     @torch.inference_mode()
-    def _score(self, part: Pass) -> list[Score]:
+    def _score(self, part: Pass, on_layer: Callable[[int], None]) -> list[Score]:
         chunks = list(_chunks(part.segments))
         tokens = torch.from_numpy(part.tokens)
         stream = self.model.model.embed_tokens(tokens)  # [N, H]
-        for layer in self.model.model.layers:
+        for number, layer in enumerate(self.model.model.layers, 1):
             self._attend(layer, stream, chunks)
             self._mix(layer, stream)
+            on_layer(number)
         logprobs, greedy = self._predict(stream, torch.from_numpy(part.rows), torch.from_numpy(part.targets))
         count = int(part.queries[-1]) + 1
         owners = torch.from_numpy(part.queries)

@@ -61,8 +61,8 @@ def plan_scoring(
     smallest = math.ceil((fixed + longest * each + least * slot) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
     if budget < smallest:
         raise DoesNotFitError(
-            f"does not fit {format_bytes(budget)} of RAM: requests of {longest} tokens take {format_bytes(smallest)}; "
-            f"the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB, or give a smaller --context",
+            f"does not fit {format_bytes(budget)} of RAM: the model and requests of up to {longest} tokens take "
+            f"{format_bytes(smallest)}; the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB",
             smallest,
         )
     room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
