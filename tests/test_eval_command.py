@@ -18,11 +18,12 @@ from stores import make_store
 from qmix.commands.eval import eval as command
 from qmix.errors import DataError, QmixError, UsageError
 from qmix.evaluate.card import CARD
+from qmix.evaluate.data import find_files, offline
 from qmix.evaluate.engine import Engine, Work
 from qmix.evaluate.model import QmixLM
 from qmix.evaluate.results import REQUESTS, Results, identity
 from qmix.evaluate.run import run_tasks
-from qmix.evaluate.tasks import find_files, load_tasks, mute, own_tasks
+from qmix.evaluate.tasks import load_tasks, mute, own_tasks
 from qmix.runner import load_tokenizer
 
 TASKS = Path(__file__).parent / "evaluation"
@@ -225,9 +226,24 @@ def test_the_files_of_a_data_set(tmp_path):
         (tmp_path / name).touch()
     one = tmp_path / "org/set/one"
     parts = [str(one / f"test-0000{part}-of-00002.parquet") for part in range(2)]
-    assert find_files(tmp_path, "org/set", "one") == ("parquet", {"test": parts})
-    assert find_files(tmp_path, "org/set", "two") is None
-    assert find_files(tmp_path, "org/flat", None) == ("json", {"dev": [str(tmp_path / "org/flat/dev.jsonl")]})
+    assert find_files(tmp_path / "org/set", "one") == ("parquet", {"test": parts})
+    assert find_files(tmp_path / "org/set", "two") is None
+    assert find_files(tmp_path / "org/flat", None) == ("json", {"dev": [str(tmp_path / "org/flat/dev.jsonl")]})
+
+
+def test_a_data_set_whose_readme_says_what_is_where(tmp_path):
+    folder = tmp_path / "org" / "set" / "odd"
+    folder.mkdir(parents=True)
+    (folder / "questions.jsonl").write_text('{"text": "Open the", "word": "menu"}\n')
+    configuration = {"config_name": "one", "data_files": [{"split": "test", "path": "odd/questions.jsonl"}]}
+    (folder.parent / "README.md").write_text(f"---\nconfigs: {json.dumps([configuration])}\n---\n")
+    task = (TASKS / "help_last.yaml").read_text().split("dataset_kwargs:")
+    rest = task[1].partition("output_type")
+    named = task[0].replace("json", "org/set").replace("help_last", "from_readme") + "dataset_name: one\n"
+    (tmp_path / "from_readme.yaml").write_text(named + "".join(rest[1:]))
+    with offline():
+        loaded = load_tasks(["from_readme"], tmp_path, None)
+    assert [doc["word"] for doc in loaded["tasks"]["from_readme"].eval_docs] == ["menu"]
 
 
 def test_results_are_of_one_model_and_survive_a_cut_line(tmp_path):

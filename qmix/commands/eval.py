@@ -123,6 +123,7 @@ def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[di
     beside the model.
     """
     from qmix.evaluate import tasks
+    from qmix.evaluate.data import offline
     from qmix.evaluate.model import QmixLM
     from qmix.evaluate.run import report, run_tasks, write_report
     from qmix.runner import load_tokenizer
@@ -135,7 +136,7 @@ def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[di
         raise UsageError("--num-fewshot: the model card's tasks have theirs; leave it out, or name the tasks")
     context = options["context"] or engine.store.geometry.max_position
     lm = QmixLM(engine, load_tokenizer(engine.store.directory), context, say)
-    with tasks.offline() if data else nullcontext():
+    with offline() if data else nullcontext():
         found = run_tasks(lm, tasks.load_tasks(names, data, shots), limit)
     if "card" in names and limit:
         say("with --limit the difference to the card is of other questions")
