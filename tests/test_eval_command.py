@@ -22,7 +22,7 @@ from qmix.evaluate.data import find_files, offline
 from qmix.evaluate.engine import Engine, Work
 from qmix.evaluate.model import QmixLM
 from qmix.evaluate.results import REQUESTS, Results, identity
-from qmix.evaluate.run import run_tasks
+from qmix.evaluate.run import report, run_tasks
 from qmix.evaluate.tasks import load_tasks, mute, own_tasks
 from qmix.runner import load_tokenizer
 
@@ -95,6 +95,18 @@ def test_figures_and_answers_are_those_of_the_harness_own_model(half, tiny, tmp_
     assert found["help_pages"]["bits_per_byte,none"] == pytest.approx(
         expected["help_pages"]["bits_per_byte,none"], rel=5e-3
     )
+
+
+def test_a_single_question_has_no_error_and_is_json_all_the_same(half, tmp_path):
+    lm = model(half, tmp_path)
+    mute()
+    found = run_tasks(lm, load_tasks(["help_last"], TASKS, None), 1)
+    content = report(lm, found, {"tasks": ["help_last"]})
+    assert content["results"]["help_last"]["acc_stderr,none"] is None
+    assert json.loads(json.dumps(content, allow_nan=False)) == content
+    assert content["model"] | {"fingerprint": ""} == {
+        "name": "tiny", "fingerprint": "", "precision": "half", "dtype": "bf16"
+    }  # fmt: skip
 
 
 def test_longer_requests_lose_their_beginning_as_in_the_harness_own_model(half, tiny, tmp_path):

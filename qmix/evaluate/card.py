@@ -41,8 +41,8 @@ CARD_AVERAGE = 74.46
 class CardRow:
     """A figure beside the card's, in percent.
 
-    `error` is the figure's standard error, and the difference's too: the card gives none for its own, and both are of
-    the same questions.
+    `error` is the figure's standard error, NaN if there is none, and the difference's too: the card gives none for its
+    own, and both are of the same questions.
     """
 
     title: str
@@ -57,7 +57,8 @@ class CardRow:
         return self.figure - self.card
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"difference": self.difference, "difference_error": self.error}
+        error = None if math.isnan(self.error) else self.error
+        return asdict(self) | {"difference": self.difference, "error": error, "difference_error": error}
 
 
 def card_rows(results: Mapping[str, Mapping[str, Any]]) -> list[CardRow]:

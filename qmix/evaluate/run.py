@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import random
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -78,4 +79,4 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
-    return None if value == "N/A" else value
+    return None if value == "N/A" or (isinstance(value, float) and not math.isfinite(value)) else value

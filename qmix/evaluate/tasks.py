@@ -23,7 +23,6 @@ from qmix.hub_calls import muted
 
 SEED = 1234  # of the draw of a prompt's examples: the harness's own
 THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
-FETCH = "hf download --repo-type dataset {path} --local-dir {place}/{path}"
 
 
 def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> dict[str, Any]:
