@@ -28,13 +28,13 @@ from qmix.layout import StoreLayout
 from qmix.machine import cpu_name, has_fast_kernels
 from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
-from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
 from qmix.pool_counters import PoolCounters
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
 from qmix.runner import Runner
 from qmix.store import Store
+from qmix.use import Use
 
 WARM_UP_STEPS = 16  # decode steps that are not timed
 DISK_BYTES = 64 * 2**20  # taken by a slice of disk reads

@@ -12,12 +12,11 @@ options for all, and a token's numbers there depend on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from transformers import MixtralForCausalLM
 
-from qmix.generate import compute_threads
+from qmix.compute_thread import ComputeThread
 from qmix.kv_arena import Arena, Rows, Segment, positions_of
 from qmix.plan import PREFILL_CHUNK
 from qmix.pool import ExpertPool
@@ -38,8 +37,7 @@ class ContinuousEngine:
     def __init__(self, model: MixtralForCausalLM, pool: ExpertPool, arena: Arena, capacity: int, batch: int) -> None:
         self.model, self.pool, self.arena = model, pool, arena
         self.scheduler = Scheduler(capacity, batch, PASS_TOKENS)
-        threads = compute_threads(pool.store.geometry)
-        self._thread = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
+        self._thread = ComputeThread(pool)
 
     def clear(self) -> None:
         """Forget every sequence."""
@@ -48,8 +46,7 @@ class ContinuousEngine:
 
     def close(self) -> None:
         """Let go of the files; harmless to repeat."""
-        self._thread.shutdown()
-        self.pool.close()
+        self._thread.close()
 
     def step(self, take: OnLogits) -> int:
         """One pass. Returns the number of tokens that went through the model.
@@ -58,15 +55,7 @@ class ContinuousEngine:
         adds a token to the sequence and says whether it goes on. What interrupts the caller ends the pass within an
         expert's time; a sequence is then as far as it was, or has one token more.
         """
-        job = self._thread.submit(self._step, take)
-        try:
-            return job.result()
-        except BaseException:
-            if not job.done():
-                self.pool.cancelled = True
-                job.exception()
-                self.pool.cancelled = False
-            raise
+        return self._thread.run(self._step, take)
 
     @torch.inference_mode()
     def _step(self, take: OnLogits) -> int:

@@ -34,6 +34,10 @@ class HubError(QmixError):
     """The Hugging Face hub did not give what was asked of it."""
 
 
+class DataError(QmixError):
+    """The data of a task to be evaluated is missing, or cannot be read."""
+
+
 class SessionError(QmixError):
     """A saved conversation cannot be read or written."""
 

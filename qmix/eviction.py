@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qmix.geometry import Geometry
-from qmix.plan.demand import Use, even_use
+from qmix.use import Use, even_use
 
 Key = tuple[int, int]  # layer, expert
 

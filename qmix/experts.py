@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from qmix.lookahead import Lookahead
+from qmix.plan import PREFILL_CHUNK
 from qmix.pool import ExpertPool
 from qmix.precision.matmul import Expert
+
+CHUNK = PREFILL_CHUNK  # tokens through an expert at once: a pass of more takes no more work space
 
 
 class PooledExperts(nn.Module):
@@ -41,14 +44,21 @@ class PooledExperts(nn.Module):
                 outputs[0, chosen.index(expert)] = forward(hidden_states, self.activation)[0]
             else:
                 token, position = torch.where(top_k_index == expert)
-                outputs[token, position] = forward(hidden_states[token], self.activation)
-        total = outputs[:, 0] * top_k_weights[:, :1]  # in fp32, [T, H]
-        for place in range(1, top_k):
-            total += outputs[:, place] * top_k_weights[:, place : place + 1]
-        return total.to(hidden_states.dtype)
+                for some, places in zip(token.split(CHUNK), position.split(CHUNK), strict=True):
+                    outputs[some, places] = forward(hidden_states[some], self.activation)
+        sums = [weighted_sum(*parts) for parts in zip(outputs.split(CHUNK), top_k_weights.split(CHUNK), strict=True)]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Expert]]:
         if self.lookahead is None:
             return self.pool.get(self.layer, chosen)
         self.lookahead.chosen(self.layer, chosen)
         return self.pool.get(self.layer, chosen, self.lookahead.coming(self.layer, hidden_states))
+
+
+def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[T, k, H] and weights [T, k] in fp32 to [T, H], summed in fp32 and rounded once."""
+    total = outputs[:, 0] * weights[:, :1]
+    for place in range(1, outputs.shape[1]):
+        total += outputs[:, place] * weights[:, place : place + 1]
+    return total.to(outputs.dtype)

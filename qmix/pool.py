@@ -17,13 +17,13 @@ import xxhash
 from qmix.direct_io import DirectFile
 from qmix.errors import REMAKE, Cancelled, StoreError
 from qmix.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
-from qmix.plan.demand import by_use
 from qmix.pool_counters import PoolCounters
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.reading import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.slot_memory import SlotMemory
 from qmix.store import Store
+from qmix.use import by_use
 
 READS_IN_FLIGHT = 4  # records, when filling
 READS_AHEAD = 2  # records: one that the disk works on and the one after it; each further one only takes a slot

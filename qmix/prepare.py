@@ -35,7 +35,6 @@ from qmix.machine import (
 from qmix.machine_profile import measured_rates
 from qmix.models import EMBEDDED
 from qmix.plan import Plan, default_context, make_plan
-from qmix.plan.demand import Use
 from qmix.plan.hardware import Machine
 from qmix.plan.published import PUBLISHED
 from qmix.precision.formats import DTYPES, FOUR_BITS, uses_kernels
@@ -43,6 +42,7 @@ from qmix.profile import Profile
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
+from qmix.use import Use
 
 DEFAULT_PRECISION = "nf4"
 SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst

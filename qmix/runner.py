@@ -22,7 +22,6 @@ from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
-from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
 from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
@@ -31,6 +30,7 @@ from qmix.progress import OnProgress, ignore
 from qmix.sampling import Sampling
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
+from qmix.use import Use
 
 
 class Runner:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "cli"]
@@ -54,13 +55,16 @@ class Finished:
 
 
 class Commands:
-    """Runs commands, one at a time; close it when done. Streams pass through files in `scratch`."""
+    """Runs commands, one at a time; close it when done. Streams pass through files in `scratch`.
 
-    def __init__(self, scratch: Path) -> None:
+    `preloaded` are modules that are imported once besides.
+    """
+
+    def __init__(self, scratch: Path, *preloaded: str) -> None:
         self.scratch = scratch
         self.hub_cache = scratch / "hf" / "hub"  # read from the environment once, at the imports
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *preloaded],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"HF_HOME": str(scratch / "hf"), "HF_HUB_OFFLINE": "1"},
@@ -152,6 +156,8 @@ def _serve() -> None:
     import qmix.runner
     import qmix.terminal  # noqa: F401 -- imported for the forks
 
+    for name in sys.argv[1:]:
+        import_module(name)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

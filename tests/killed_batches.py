@@ -1,4 +1,5 @@
-"""`qmix batch` in processes that are killed (SIGKILL) once their output has so many more lines, or after some time.
+"""`qmix batch` or `eval` in processes that are killed (SIGKILL) once their output has so many more lines, or after some
+time.
 
 Importing torch takes seconds, so one process imports everything once and forks for every run.
 """
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,21 @@ LIMIT_SECONDS = 120
 
 
 class Batches:
-    """Starts runs, one at a time; close it when done."""
+    """Starts runs of a command, one at a time; close it when done. `preloaded` is a module imported once besides.
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    The lines that are counted are those of the output, or of the file `within` it.
+    """
+
+    def __init__(
+        self,
+        environment: dict[str, str],
+        command: str = "batch",
+        preloaded: str = "qmix.batch.session",
+        within: str = "",
+    ) -> None:
+        self._command, self._within = command, within
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, preloaded],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -42,8 +54,8 @@ class Batches:
         from the start where it never comes to that."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        arguments = ["batch", *map(str, argv), "-o", str(output)]
-        request = {"argv": arguments, "output": str(output), "after": after, "lines": lines}
+        arguments = [self._command, *map(str, argv), "-o", str(output)]
+        request = {"argv": arguments, "output": str(output / self._within), "after": after, "lines": lines}
         self._server.stdin.write(json.dumps(request) + "\n")
         return int(self._server.stdout.readline())
 
@@ -87,11 +99,10 @@ def _serve() -> None:
     from qmix.commands.shared import quiet_libraries
 
     quiet_libraries()
-    import qmix.batch.display
-    import qmix.batch.session
-    import qmix.commands.batch  # noqa: F401 -- imported for the forks
+    import qmix.batch.display  # noqa: F401 -- imported for the forks
     from qmix.precision.products import prepare
 
+    import_module(sys.argv[1])
     prepare(["nf4"], torch.bfloat16)
     gc.freeze()  # or each fork's first collection would copy every page
     for line in sys.stdin:

@@ -71,7 +71,18 @@ def test_help_names_every_command(qmix):
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("Usage: qmix [OPTIONS] COMMAND [ARGS]...\n")
     commands = re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE)
-    assert commands == ["generate", "chat", "batch", "quantize", "plan", "compare", "calibrate", "bench", "doctor"]
+    assert commands == [
+        "generate",
+        "chat",
+        "batch",
+        "quantize",
+        "plan",
+        "compare",
+        "calibrate",
+        "eval",
+        "bench",
+        "doctor",
+    ]
 
 
 def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use):

@@ -66,7 +66,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(store):
         mixed = random.Random(seed).sample(requests, len(requests))
         with runner_of(store, batch=batch, slots=slots) as runner:
             if batch == 3:
-                runner.engine._thread.submit(torch.set_num_threads, 2).result()
+                runner.engine._thread.run(torch.set_num_threads, 2)
             assert answers(runner, mixed) == alone
 
 

@@ -14,11 +14,12 @@ from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.plan import make_plan, predict
-from qmix.plan.demand import Demand, by_use, even_use
+from qmix.plan.demand import Demand
 from qmix.plan.device_work import device_record_bytes
 from qmix.plan.hardware import Rates
 from qmix.plan.placement import GPU_RESERVE_BYTES, JOB, arrange
 from qmix.plan.published import PUBLISHED
+from qmix.use import by_use, even_use
 
 MIB, GIB = 2**20, 2**30
 PYTHON = 500 * 10**6

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.plan import make_plan
-from qmix.plan.demand import by_use, even_use
 from qmix.plan.published import PUBLISHED
 from qmix.plan.slots import least_slots, share_slots
+from qmix.use import by_use, even_use
 
 MIB, GIB = 2**20, 2**30
 SMALL = Geometry(64, 128, 2, 4, 2, 16, 4, 2, 96, 256)

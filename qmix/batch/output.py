@@ -6,15 +6,13 @@ before the first answer. Loads no torch.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from qmix.errors import QmixError, UsageError
+from qmix.line_file import LineFile, write_whole
 
 SCHEMA = "qmix-batch-1"
 
@@ -66,13 +64,9 @@ class FileAnswers:
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, path.with_name(path.name + ".qmix.json")
+        self._file = LineFile(path, "choose another place for the answers")
         try:
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise QmixError(f"{path}: {error.strerror}; choose another place for the answers") from None
-        try:
-            self._lock()
-            self.done, self.refused, self._end = self._read()
+            self.done, self.refused = self._read()
         except BaseException:
             self._file.close()
             raise
@@ -100,39 +94,14 @@ class FileAnswers:
         return dict(chosen)
 
     def append(self, lines: list[bytes]) -> None:
-        """Add lines, and return when they are on the disk. What cannot be written whole is taken back."""
-        try:
-            self._write(b"".join(lines))
-            os.fsync(self._file.fileno())
-        except BaseException as error:
-            with suppress(OSError):
-                os.ftruncate(self._file.fileno(), self._end)
-            if not isinstance(error, OSError):
-                raise
-            raise QmixError(
-                f"{self.path}: {error.strerror}; what is in it is whole, and the same command goes on from there"
-            ) from None
-        self._end += sum(map(len, lines))
+        """Add lines, and return when they are on the disk."""
+        self._file.append(lines)
 
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file.fileno(), view) :]
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise QmixError(f"{self.path}: another qmix is writing it; wait until that one ends") from None
-
-    def _read(self) -> tuple[set[str], int, int]:
-        """Ids that have a line, how many of them say an error, and the bytes of whole lines."""
+    def _read(self) -> tuple[set[str], int]:
+        """Ids that have a line, and how many of them say an error."""
         done: set[str] = set()
-        refused = end = 0
-        self._file.seek(0)
-        for number, raw in enumerate(self._file, 1):
-            if not raw.endswith(b"\n"):
-                break
+        refused = 0
+        for number, raw in enumerate(self._file.lines(), 1):
             try:
                 answer = json.loads(raw)
                 done.add(answer["custom_id"])
@@ -141,10 +110,7 @@ class FileAnswers:
                 raise UsageError(
                     f"{self.path}: line {number} is no answer of a batch; choose another name, or delete the file"
                 ) from None
-            end += len(raw)
-        with suppress(OSError):  # what is no real file has no end to cut
-            os.ftruncate(self._file.fileno(), end)
-        return done, refused, end
+        return done, refused
 
     def _known(self) -> dict[str, Any] | None:
         try:
@@ -158,20 +124,9 @@ class FileAnswers:
             raise UsageError(f"{self.manifest}: is damaged; choose another name for the answers") from None
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
-        scratch = self.manifest.with_name(f"{self.manifest.name}.{os.getpid()}")
         try:
-            with scratch.open("w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(self.manifest)
-            directory = os.open(self.manifest.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            write_whole(self.manifest, json.dumps(content).encode())
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise QmixError(f"{self.manifest}: {error.strerror}; nothing was begun") from None
 
 

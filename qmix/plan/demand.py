@@ -5,18 +5,16 @@ Experts are ranked by expected use, 0 the most used; what a tier holds is told b
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.layout import StoreLayout
 from qmix.plan.device_work import device_record_bytes
+from qmix.use import Use, by_use
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
-
-Use = Sequence[Sequence[float]]  # [layer][expert]: the share of a layer's tokens that are routed to an expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,24 +227,3 @@ class StepUse:
             record.append(chance[-1] * records[precision].nbytes)
             device.append(chance[-1] * demand.device_bytes[precision])
         return cls(chance, record, device)
-
-
-def even_use(geometry: Geometry) -> tuple[tuple[float, ...], ...]:
-    """Every expert used as often as any other."""
-    share = geometry.experts_per_token / geometry.num_experts
-    return ((share,) * geometry.num_experts,) * geometry.num_layers
-
-
-def by_use(layout: StoreLayout, use: Use) -> list[tuple[int, int]]:
-    """All (layer, expert), the most used first.
-
-    Equals a layer after the other, so that all layers get their share; and so that any first part of them has the same
-    share of the records of each size.
-    """
-    keys = sorted(layout.experts, key=lambda key: (-use[key[0]][key[1]], key[1], key[0]))
-    kinds = [(use[layer][expert], layout.record(layer, expert).nbytes) for layer, expert in keys]
-    counts, seen, places = Counter(kinds), Counter[tuple[float, int]](), {}
-    for key, kind in zip(keys, kinds, strict=True):
-        places[key] = (seen[kind] + 0.5) / counts[kind]
-        seen[kind] += 1
-    return sorted(keys, key=lambda key: (-use[key[0]][key[1]], places[key]))

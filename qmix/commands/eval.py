@@ -1,0 +1,159 @@
+"""`qmix eval`: a model's figures on lm-evaluation-harness's tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmix.commands.shared import (
+    LOADING_PATIENCE,
+    dtype_option,
+    model_or_default,
+    out,
+    plan_option,
+    precision_option,
+    quiet_libraries,
+    ram_option,
+    read_plan_option,
+)
+from qmix.errors import UsageError
+
+if TYPE_CHECKING:
+    from qmix.evaluate.engine import Engine
+    from qmix.layout import StoreLayout
+    from qmix.plan.file import PlanFile
+    from qmix.store import Store
+
+PLACE = click.Path(path_type=Path)
+TASKS_HELP = "the harness's or those in --data, as arc_easy,gsm8k; `card` is the model card's [all in --data, or card]"
+DATA_HELP = "tasks of your own, and data sets as `hf download` leaves them; with it the tasks use no network"
+OUT_HELP = "where results are kept, each request's as soon as it is known [qmix-eval]"
+SHOTS_HELP = "examples in a prompt [the task's own]"
+CONTEXT_HELP = "seen at once; longer requests lose their beginning [all that the model sees]"
+BATCH_HELP = "through the model together [by the plan, from --ram and the requests]"
+
+
+@click.command("eval")
+@click.argument("model", required=False)
+@click.option("--tasks", metavar="NAMES", help=TASKS_HELP)
+@click.option("--data", type=PLACE, metavar="DIR", help=DATA_HELP)
+@click.option("-o", "--out", "output", type=PLACE, metavar="DIR", default=Path("qmix-eval"), help=OUT_HELP)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="the first N questions of each task [all]")
+@click.option("--num-fewshot", "shots", type=click.IntRange(min=0), metavar="N", help=SHOTS_HELP)
+@ram_option
+@click.option("--context", type=click.IntRange(min=2), metavar="TOKENS", help=CONTEXT_HELP)
+@precision_option
+@dtype_option
+@plan_option
+@click.option("--batch-tokens", type=click.IntRange(min=1), metavar="N", help=BATCH_HELP)
+@click.option("--json", "as_json", is_flag=True, help="the results as one JSON object instead of a table")
+def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None, **options: Any) -> None:
+    """Evaluate MODEL on tasks of lm-evaluation-harness.
+
+    `--tasks card` is ARC-Challenge (25 examples), HellaSwag (10), MMLU (5), TruthfulQA (0), Winogrande (5) and GSM8K
+    (5), beside the figures of Mixtral 8x22B's model card.
+
+    A result is kept in --out as soon as it is known, and never computed again: a run that was stopped goes on with the
+    same command. results.json there has the figures of the last run.
+    """
+    plan = read_plan_option(plan_path, ram=options["ram"], context=options["context"])
+    if plan is not None:
+        options |= {"ram": plan.plan.ram, "context": plan.plan.context}
+        options["precision"] = options["precision"] or plan.precision
+    if options["data"] is not None and not options["data"].is_dir():
+        raise UsageError(f"--data {options['data']}: no such directory")
+    if find_spec("lm_eval") is None:
+        raise UsageError("lm-evaluation-harness is not installed; pip install 'qmix-moe[eval]'")
+    name = model_or_default(model)
+    quiet_libraries()
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would resample in processes of its own
+    store = _store(name, plan, options)
+    from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
+    from qmix.evaluate.engine import Engine
+    from qmix.evaluate.results import Results, identity
+    from qmix.machine import own_memory
+    from qmix.terminal import ProgressDisplay, print_table, say
+
+    loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
+    showing = partial(EvaluationDisplay, f"evaluating {name}")
+    with Results(output, identity(store)) as results:
+        engine = Engine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
+        try:
+            content, path = _evaluate(engine, output, options)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(engine)) from None
+    if as_json:
+        out(json.dumps(content) + "\n")
+    else:
+        print_table(*result_tables(content))
+    say(f"{work_line(engine.work, options['ram'])}; {path}")
+
+
+def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
+    """The model's store, made once the budget is known to do for the least that there can be to do."""
+    from qmix.evaluate.sizing import plan_scoring
+    from qmix.prepare import prepare_store
+    from qmix.terminal import ProgressDisplay
+
+    def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
+        context, longest = options["context"], layout.geometry.max_position
+        if context is not None and context > longest:
+            raise UsageError(f"--context {context}: must be 2 to {longest}, the model's longest")
+        if plan is not None and plan.plan_of(layout, fingerprint).devices:
+            raise UsageError(f"{plan.path}: uses GPUs, and this is computed by the CPU; make a plan without any")
+        plan_scoring(layout, 1, 1, options["ram"])
+
+    with ProgressDisplay(f"quantizing {name}, once") as making:
+        store = prepare_store(name, options["precision"], options["dtype"], making, check)
+    check(store.layout, store.fingerprint)
+    return store
+
+
+def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """What results.json says, and where it lies.
+
+    The harness is imported here, after the engine has looked at what this process takes: it is a part of what is held
+    beside the model.
+    """
+    from qmix.evaluate import tasks
+    from qmix.evaluate.data import offline
+    from qmix.evaluate.model import QmixLM
+    from qmix.evaluate.run import report, run_tasks, write_report
+    from qmix.runner import load_tokenizer
+    from qmix.terminal import say
+
+    tasks.mute()
+    data, shots, limit = options["data"], options["shots"], options["limit"]
+    names = _names(options["tasks"]) or (tasks.own_tasks(data) if data else []) or ["card"]
+    if "card" in names and shots is not None:
+        raise UsageError("--num-fewshot: the model card's tasks have theirs; leave it out, or name the tasks")
+    context = options["context"] or engine.store.geometry.max_position
+    lm = QmixLM(engine, load_tokenizer(engine.store.directory), context, say)
+    with offline() if data else nullcontext():
+        found = run_tasks(lm, tasks.load_tasks(names, data, shots), limit)
+    if "card" in names and limit:
+        say("with --limit the difference to the card is of other questions")
+    content = report(lm, found, {"tasks": names, "limit": limit, "num_fewshot": shots})
+    return content, write_report(output, content)
+
+
+def _names(asked: str | None) -> list[str]:
+    if asked is None:
+        return []
+    names = list(dict.fromkeys(filter(None, map(str.strip, asked.split(",")))))
+    if not names:
+        raise UsageError("--tasks: names no task; give some, or leave it out")
+    return names
+
+
+def _interrupted(engine: Engine) -> str:
+    work = engine.work
+    done = f"; {work.done} of {work.requests} requests are done" if work.requests else ""
+    return f"interrupted{done}, the same command goes on"

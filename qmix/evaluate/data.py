@@ -1,0 +1,121 @@
+"""The data of tasks: in a directory, else in the hub's cache or on the hub, as the harness looks for it.
+
+A directory of `--data` has data sets as `hf download` leaves them: ORG/NAME/CONFIG/SPLIT-*.parquet, or ORG/NAME with a
+README.md that says what is where; and files that a task of one's own names itself, beside its YAML.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub import constants
+from lm_eval.api.task import ConfigurableTask
+
+FORMS = ("json", "csv", "parquet", "text", "arrow")  # of files that a task names itself
+SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}
+FETCH = "hf download --repo-type dataset {path} --local-dir {place}/{path}"
+
+
+class MissingData(Exception):
+    """A task's data set is nowhere; `path` is its name on the hub, if it is there."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path, self.reason = path, reason
+
+
+def task_class(data: Path | None) -> type[ConfigurableTask]:
+    """The class of tasks whose data is looked for in `data` first, and that show no bar of their own."""
+
+    class LocalTask(ConfigurableTask):
+        def __init__(self, config: dict[str, Any]) -> None:
+            super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+        def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: object) -> None:
+            if callable(self.config.custom_dataset):
+                super().download(dataset_kwargs)
+                return
+            path, name = str(self.DATASET_PATH), self.DATASET_NAME
+            local = None if data is None or path in FORMS else data / path
+            try:
+                if local is None or not local.is_dir():
+                    super().download(self._resolved(dataset_kwargs))
+                elif found := find_files(local, name):
+                    self.dataset = datasets.load_dataset(found[0], data_files=found[1])
+                else:  # a README.md says what is where
+                    self.dataset = datasets.load_dataset(str(local), name)
+            except Exception as error:  # datasets raises whatever its readers and the network do
+                raise MissingData(path, reason_of(error)) from None
+
+        def _resolved(self, options: dict[str, Any] | None) -> dict[str, Any] | None:
+            """Files that a task names itself lie beside its YAML."""
+            if data is None or self.DATASET_PATH not in FORMS or not options or "data_files" not in options:
+                return options
+            beside = Path(self.config.metadata["config_source"]).parent
+            return options | {"data_files": _beside(options["data_files"], beside)}
+
+        def build_all_requests(self, **options: Any) -> None:
+            with contextlib.redirect_stderr(io.StringIO()):
+                super().build_all_requests(**options)
+
+    return LocalTask
+
+
+def find_files(base: Path, name: str | None) -> tuple[str, dict[str, list[str]]] | None:
+    """The form of a data set's files in its directory, and those of each split; None where there are none.
+
+    They are called SPLIT.FORM, or SPLIT-00000-of-00002.FORM, and lie in the folder of their configuration, in `data`
+    where there is but one, or beside one another.
+    """
+    for folder in (base / (name or "data"), base):
+        for suffix, form in SUFFIXES.items():
+            splits: dict[str, list[str]] = {}
+            for file in sorted(folder.glob(f"*{suffix}")):
+                splits.setdefault(file.name.removesuffix(suffix).split("-")[0], []).append(str(file))
+            if splits:
+                return form, splits
+    return None
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Inside, neither datasets nor huggingface_hub reaches for a network."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, datasets.config.HF_DATASETS_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, datasets.config.HF_DATASETS_OFFLINE = before
+
+
+def what_to_fetch(missing: Mapping[str, MissingData], data: Path | None) -> str:
+    """What is missing by task, in one line: tasks, data sets, and the commands that fetch them."""
+    first = next(iter(missing.values()))
+    paths = dict.fromkeys(error.path for error in missing.values())
+    hub = [path for path in paths if path not in FORMS]
+    if not hub:
+        return f"{', '.join(missing)}: the data cannot be read ({first.reason})"
+    place = data or Path("DATA")
+    commands = "; ".join(FETCH.format(path=path, place=place) for path in hub)
+    where = f"not in {data}" if data else "not on this machine, and the hub did not give it"
+    again = "then the same command again" if data else f"then give --data {place}"
+    return f"{', '.join(missing)}: the data is {where} ({first.reason}); fetch it with: {commands}; {again}"
+
+
+def reason_of(error: Exception) -> str:
+    """An error of somebody else's as a part of a line."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {first}"[:200].removesuffix(": ")
+
+
+def _beside(files: Any, directory: Path) -> Any:
+    if isinstance(files, dict):
+        return {split: _beside(value, directory) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_beside(value, directory) for value in files]
+    return str(directory / files) if (directory / files).exists() else files

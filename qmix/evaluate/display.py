@@ -1,0 +1,143 @@
+"""What an evaluation shows: how far it is, its table, and the line behind it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+
+from qmix.evaluate.card import CARD, CardRow, card_rows
+from qmix.terminal import LINE_SECONDS, say
+from qmix.units import format_bytes
+
+if TYPE_CHECKING:
+    from qmix.evaluate.engine import Work
+
+
+class EvaluationDisplay:
+    """A bar where stderr is a terminal, plain lines elsewhere; called with the work after each layer or pass."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._printed = time.monotonic()
+        self._first: tuple[int, float] | None = None  # tokens and seconds of what went before
+
+    def __enter__(self) -> EvaluationDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, work: Work) -> None:
+        self._first = self._first or (work.tokens, work.seconds)
+        tokens, seconds = work.tokens - self._first[0], work.seconds - self._first[1]
+        rate = f"{tokens / seconds:.0f} tok/s" if seconds else ""
+        left = _duration(work.tokens_left * seconds / tokens) if tokens and work.tokens_left else ""
+        if self._console.file.isatty():
+            if self._bar is None:
+                self._start()
+            assert self._bar is not None
+            total, requests = work.tokens + work.tokens_left, f"{work.done}/{work.requests} requests"
+            self._bar.update(self._task, total=total, completed=work.tokens, requests=requests, rate=rate, left=left)
+        elif time.monotonic() - self._printed >= LINE_SECONDS:
+            self._printed = time.monotonic()
+            parts = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens", rate, left]
+            say(f"{self._title}: {', '.join(filter(None, parts))}")
+
+    def _start(self) -> None:
+        one_line = Column(no_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}", table_column=one_line),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[requests]}", table_column=one_line),
+            TextColumn("{task.fields[rate]}", table_column=one_line),
+            TextColumn("{task.fields[left]}", table_column=one_line),
+            console=self._console,
+        )
+        self._task = self._bar.add_task(self._title, requests="", rate="", left="")
+        self._bar.start()
+
+
+def result_tables(content: Mapping[str, Any]) -> list[Table]:
+    """The table of the tasks that are not the card's, if there are any, and the card's, if that was asked for."""
+    if "card" not in content:
+        return [tasks_table(content)]
+    cards = {name for known in CARD for name in _with_children(known.task, content["group_subtasks"])}
+    others = {name: values for name, values in content["results"].items() if name not in cards}
+    card = card_table(card_rows(content["results"]))
+    return [tasks_table({**content, "results": others}), card] if others else [card]
+
+
+def _with_children(name: str, children: Mapping[str, Sequence[str]]) -> list[str]:
+    return [name, *(below for child in children.get(name, ()) for below in _with_children(child, children))]
+
+
+def tasks_table(content: Mapping[str, Any]) -> Table:
+    """A row for each figure of each task and group, in the order in which the harness has them."""
+    table = _table("task", "figure", right=("shots", "questions", "value", "+/-"))
+    for name, values in content["results"].items():
+        first = True
+        for metric, value in values.items():
+            figure, comma, kind = metric.partition(",")
+            if not comma or figure.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{figure}_stderr,{kind}")
+            shots, questions = content["n-shot"].get(name, ""), values.get("sample_len", "")
+            labels = (name, str(shots), str(questions)) if first else ("", "", "")
+            shown = figure if kind == "none" else f"{figure}, {kind}"
+            table.add_row(labels[0], shown, *labels[1:], f"{value:.4f}", "" if error is None else f"{error:.4f}")
+            first = False
+    return table
+
+
+def card_table(rows: Sequence[CardRow]) -> Table:
+    """Each task of the model card beside the card's own figure, in percent."""
+    table = _table("task", "figure", right=("shots", "result", "card", "difference", "+/-"))
+    for row in rows:
+        shots = "" if row.shots is None else str(row.shots)
+        error = "" if math.isnan(row.error) else f"{row.error:.2f}"
+        cells = (f"{row.figure:.2f}", f"{row.card:.2f}", f"{row.difference:+.2f}", error)
+        table.add_row(row.title, row.metric, shots, *cells)
+    return table
+
+
+def work_line(work: Work, budget: int | None) -> str:
+    """The one line behind an evaluation."""
+    parts = [f"{work.done} requests"]
+    if work.kept:
+        parts.append(f"{work.kept} from earlier runs")
+    if work.passes:
+        asked = work.hits + work.misses
+        parts += [
+            f"{work.tokens} tokens in {work.passes} passes and {work.seconds:.2f} s",
+            f"{100 * work.hits / asked if asked else 100:.1f}% of experts in memory",
+            f"{format_bytes(work.bytes_read)} read",
+            f"peak {format_bytes(work.peak_memory)}" + (f" of {format_bytes(budget)}" if budget else ""),
+        ]
+    return ", ".join(parts)
+
+
+def _table(*left: str, right: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{seconds:.0f} s left" if minutes < 2 else f"{minutes} min left" if hours < 2 else f"{hours} h left"

@@ -1,0 +1,194 @@
+"""What a model makes of many requests: those that have a result already are looked up, the others are computed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmix.batch.runner import BatchRunner, Request
+from qmix.batch.sizing import plan_lines
+from qmix.evaluate.passes import TOKEN_BYTES, Query, make_pass, spans
+from qmix.evaluate.results import Results
+from qmix.evaluate.scoring import Score, Scorer
+from qmix.evaluate.sizing import plan_scoring
+from qmix.machine import own_memory, peak_memory
+from qmix.pool import ExpertPool
+from qmix.progress import OnProgress, ignore
+from qmix.sampling import Sampling
+from qmix.store import Store
+
+ALL = 2**62  # rows: a pass of everything
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to be continued, up to `most` new ones, or to one of `stop`.
+
+    `drawn` are Sampling's fields of draws, in a fixed order, with the seed; empty is greedy.
+    """
+
+    tokens: tuple[int, ...]
+    most: int
+    stop: tuple[str, ...]
+    drawn: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def sampling(self) -> Sampling:
+        draws: dict[str, Any] = dict(self.drawn) or {"temperature": 0.0, "seed": 0}
+        return Sampling(max_new_tokens=self.most, stop=self.stop, **draws)
+
+    def part(self) -> bytes:
+        """Of the key of its result."""
+        return json.dumps([self.tokens, self.most, self.stop, self.drawn]).encode()
+
+
+@dataclass(slots=True)
+class Work:
+    """How far an evaluation is. Requests are those without a repetition; seconds and tokens are of this run alone.
+
+    `tokens_left` go through the model still, at most, for the requests that were asked for so far.
+    """
+
+    requests: int = 0
+    done: int = 0
+    kept: int = 0  # of those done, from earlier runs
+    tokens: int = 0
+    tokens_left: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    peak_memory: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("requests", "kept", "tokens", "passes", "seconds", "hits", "misses", "bytes_read", "peak_memory")
+        return {name: getattr(self, name) for name in names}
+
+
+OnWork = Callable[[Work], None]
+
+
+@dataclass(slots=True)
+class Engine:
+    """A store under a budget. `base` is what this process held before it had tasks and requests, in bytes.
+
+    `loading` shows experts being read beforehand, `showing` how far the work is; each is entered when it begins.
+    """
+
+    store: Store
+    results: Results
+    ram: int | None
+    batch_tokens: int | None
+    base: int
+    loading: Callable[[], AbstractContextManager[OnProgress]] = lambda: nullcontext(ignore)
+    showing: Callable[[], AbstractContextManager[OnWork]] = lambda: nullcontext(lambda work: None)
+    work: Work = field(default_factory=Work)
+    _beside: int | None = None
+
+    def score(self, queries: Sequence[Query]) -> list[Score]:
+        """The score of each query."""
+        keys = [self.results.key(b"score", query.inputs, query.targets) for query in queries]
+        missing = self._missing(dict(zip(keys, queries, strict=True)))
+        if missing:
+            self._score(missing)
+        return [Score(*self.results.get(key)) for key in keys]
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The token ids that continue each prompt."""
+        keys = [self.results.key(b"generate", prompt.part()) for prompt in prompts]
+        missing = self._missing(dict(zip(keys, prompts, strict=True)))
+        if missing:
+            self._generate(missing)
+        return [self.results.get(key) for key in keys]
+
+    def _missing(self, wanted: dict[bytes, Any]) -> dict[bytes, Any]:
+        missing = {key: value for key, value in wanted.items() if self.results.get(key) is None}
+        self.work.requests += len(wanted)
+        self.work.kept += len(wanted) - len(missing)
+        self.work.done += len(wanted) - len(missing)
+        return missing
+
+    def _held(self) -> int:
+        """Bytes beside the model. Looked at once, before the model's first use: what that warms up plans know of."""
+        if self._beside is None:
+            self._beside = max(0, own_memory() - self.base)
+        return self._beside
+
+    def _score(self, missing: dict[bytes, Query]) -> None:
+        pairs = sorted((query, key) for key, query in missing.items())
+        queries, keys = [query for query, _ in pairs], [key for _, key in pairs]
+        longest = max(len(query.inputs) for query in queries) // TOKEN_BYTES
+        together = sum(span.rows for span in spans(queries, ALL))
+        plan = plan_scoring(self.store.layout, longest, together, self.ram, self._held(), self.batch_tokens)
+        parts = spans(queries, plan.tokens)
+        self.work.tokens_left = sum(part.rows for part in parts)
+        with self.loading() as on_load:
+            scorer = Scorer(self.store, plan, on_load)
+        with scorer, self.showing() as on_work:
+            clock = _Clock(self.work, scorer.pool, on_work)
+            for part in parts:
+                scores = scorer.score(make_pass(queries[part.first : part.last]), clock.layers(part.rows))
+                found = zip(keys[part.first : part.last], scores, strict=True)
+                self.results.add({key: [score.logprob, score.greedy] for key, score in found})
+                clock.finished(len(scores))
+
+    def _generate(self, missing: dict[bytes, Prompt]) -> None:
+        needs = {key: len(prompt.tokens) + prompt.most for key, prompt in missing.items()}
+        plan = plan_lines(self.store.layout, list(needs.values()), self.ram, None, self._held())
+        requests = (Request(key.hex(), prompt.tokens, prompt.sampling) for key, prompt in missing.items())
+        self.work.tokens_left = sum(needs.values())
+        with self.loading() as on_load:
+            runner = BatchRunner(self.store, plan, on_load)
+        with runner, self.showing() as on_work:
+            clock, before = _Clock(self.work, runner.pool, on_work), 0
+            for finished in runner.answer(requests):
+                keys = [bytes.fromhex(answer.name) for answer in finished]
+                if finished:
+                    self.results.add({key: answer.token_ids for key, answer in zip(keys, finished, strict=True)})
+                clock.add(runner.work.tokens - before, sum(map(needs.__getitem__, keys)))
+                clock.finished(len(finished))
+                before = runner.work.tokens
+
+
+class _Clock:
+    """Adds what a model does from now on to the work, and tells of it."""
+
+    def __init__(self, work: Work, pool: ExpertPool, on_work: OnWork) -> None:
+        self.work, self.pool, self.on_work = work, pool, on_work
+        self._time, self._counters = time.perf_counter(), pool.counters.copy()
+
+    def layers(self, rows: int) -> Callable[[int], None]:
+        """What is to be told of each layer of a pass of so many rows, which count in equal shares."""
+        count = self.pool.store.geometry.num_layers
+
+        def done(layers: int) -> None:
+            share = rows * layers // count - rows * (layers - 1) // count
+            self.add(share, share)
+            self.on_work(self.work)
+
+        return done
+
+    def add(self, tokens: int, no_longer: int) -> None:
+        """`tokens` went through the model, `no_longer` of those that were left are so no more."""
+        work, now, counters = self.work, time.perf_counter(), self.pool.counters.copy()
+        since = counters.since(self._counters)
+        work.tokens += tokens
+        work.tokens_left -= no_longer
+        work.seconds += now - self._time
+        work.hits += since.hits
+        work.misses += since.misses
+        work.bytes_read += since.bytes_read
+        work.peak_memory = peak_memory()
+        self._time, self._counters = now, counters
+
+    def finished(self, requests: int) -> None:
+        """A pass ended, and so many requests with it."""
+        self.add(0, 0)
+        self.work.done += requests
+        self.work.passes += 1
+        self.on_work(self.work)

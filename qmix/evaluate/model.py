@@ -1,0 +1,160 @@
+"""An engine as a model of lm-evaluation-harness: texts to token ids as the harness's own HFLM does it, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
+
+from qmix.choice import stream_seed
+from qmix.errors import QmixError, UsageError
+from qmix.evaluate.engine import Engine, Prompt
+from qmix.evaluate.passes import Query
+
+MOST_NEW_TOKENS = 256  # of an answer where its task does not say: the harness's default
+DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # that Sampling has by the same names
+SEED = 1234  # of draws, with a request's own text and the number of its repetition
+Pair = tuple[Any, list[int], list[int]]  # what the harness knows it by, context, continuation
+
+
+class QmixLM(TemplateLM):
+    """`max_length` tokens are seen at once; of longer requests the end is, and `notify` is told how many there were."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        notify: Callable[[str], None],
+    ) -> None:
+        super().__init__()
+        self.engine, self.tokenizer, self.max_length, self.notify = engine, tokenizer, max_length, notify
+        self._prefix: str = tokenizer.decode(self.prefix_token_id)
+        self._encode = lru_cache(maxsize=8)(self._tokenize)  # the choices of a question have one context
+        self._cut = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context."""
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else int(first)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
+        """Token ids; where it is not said, with the tokenizer's own special tokens unless the text begins with them."""
+        if add_special_tokens is None and has_bos_prefix(string, self._prefix):
+            add_special_tokens = False
+        return self._encode(string, add_special_tokens)
+
+    def _tokenize(self, string: str, add_special_tokens: bool | None) -> list[int]:
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = self.tokenizer.encode(string, verbose=False, **options)
+        return ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For (context, continuation): the continuation's log-probability in nats, and whether it is the greedy one."""
+        return self._loglikelihood_tokens(self._pairs(requests))
+
+    def _pairs(self, requests: Iterable[Instance]) -> Iterator[Pair]:
+        """One after another: as lists, the ids of a large task would take gigabytes."""
+        for request in requests:
+            context, continuation = request.args
+            if context:
+                yield request.args, *self._encode_pair(context, continuation)
+                continue
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+            if ids[:1] == [self.prefix_token_id]:
+                yield request.args, ids[:1], ids[1:]
+            else:
+                yield request.args, [self.prefix_token_id], ids
+
+    def _loglikelihood_tokens(self, requests: Iterable[Pair], **kwargs: object) -> list[tuple[float, bool]]:
+        queries = [self._query(context, continuation) for _, context, continuation in requests]
+        self._tell_of_cuts(len(queries))
+        return [(score.logprob, score.greedy) for score in self.engine.score(queries)]
+
+    def _query(self, context: list[int], continuation: list[int]) -> Query:
+        if not context or not continuation:
+            raise QmixError("a task asks for a continuation without a token; correct its choices, or leave it out")
+        if len(continuation) > self.max_length:
+            raise UsageError(
+                f"a task's continuation has {len(continuation)} tokens, a context of {self.max_length} is too short "
+                "for it; give a larger --context, or leave the task out"
+            )
+        whole = context + continuation
+        self._cut += len(whole) > self.max_length + 1
+        return Query.of(whole[-(self.max_length + 1) :][:-1], continuation)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability in nats of each whole text, in windows of `max_length` that do not overlap."""
+        pairs: list[Pair] = []
+        ends = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs += [(None, *make_disjoint_window(window)) for window in windows]
+            ends.append(len(pairs))
+        scores = [logprob for logprob, _ in self._loglikelihood_tokens(pairs)]
+        return [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """For (context, options): what the model goes on with, up to the first stop sequence."""
+        drawn: Counter[str] = Counter()
+        asked = [self._prompt(request.args[0], request.args[1], drawn) for request in requests]
+        self._tell_of_cuts(len(asked))
+        answers = self.engine.generate([prompt for prompt, _ in asked])
+        return [
+            postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), until, None)
+            for ids, (_, until) in zip(answers, asked, strict=True)
+        ]
+
+    def _prompt(self, context: str, options: dict[str, Any], drawn: Counter[str]) -> tuple[Prompt, list[str]]:
+        """The prompt of a request, and the texts before which its answer ends; `drawn` counts repetitions."""
+        given = dict(normalize_gen_kwargs(options, MOST_NEW_TOKENS))
+        until = handle_stop_sequences(given.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
+        most, samples = int(given.pop("max_gen_toks")), given.pop("do_sample", False)
+        if unknown := sorted(given.keys() - DRAWS):
+            raise UsageError(
+                f"a task generates with {', '.join(unknown)}, which qmix does not have; leave the task out"
+            )
+        room = self.max_length - most
+        if room < 1:
+            raise UsageError(
+                f"a task generates up to {most} tokens, a context of {self.max_length} leaves no room for its prompts; "
+                "give a larger --context, or leave the task out"
+            )
+        ids = self.tok_encode(context)
+        self._cut += len(ids) > room
+        draws: tuple[tuple[str, float], ...] = ()
+        if samples:
+            seed = stream_seed(SEED, f"{drawn[context]}:{context}")
+            drawn[context] += 1
+            draws = (*sorted((name, value) for name, value in given.items() if value is not None), ("seed", seed))
+        return Prompt(tuple(ids[-room:]), most, tuple(filter(None, until)), draws), until
+
+    def _tell_of_cuts(self, requests: int) -> None:
+        if self._cut:
+            self.notify(
+                f"{self._cut} of {requests} requests are longer than the context of {self.max_length} tokens: "
+                "their beginnings are cut off"
+            )
+        self._cut = 0

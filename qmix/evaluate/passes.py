@@ -1,0 +1,110 @@
+"""Sequences of tokens in passes, what they begin with in common computed once. Loads no torch.
+
+Sorted, sequences are the paths of a prefix tree in depth-first order: each has in common with the one before it all
+that it has in common with any before it. A pass takes neighbours, and of each sequence only the tokens that the one
+before it did not have: choices of a question share its context, and questions a prompt's examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+TOKEN = ">u4"  # as bytes, sequences of these sort like sequences of numbers
+TOKEN_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Query:
+    """How likely `targets` are: `inputs` go through the model, each of the last len(targets) predicts one of them.
+
+    Both are token ids in TOKEN's form: a large evaluation holds a hundred million of them.
+    """
+
+    inputs: bytes
+    targets: bytes
+
+    @classmethod
+    def of(cls, inputs: Sequence[int], targets: Sequence[int]) -> Query:
+        assert 1 <= len(targets) <= len(inputs)
+        return cls(np.array(inputs, TOKEN).tobytes(), np.array(targets, TOKEN).tobytes())
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.frombuffer(self.inputs, TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`count` rows of a pass, a sequence's tokens from `position` on; those before are the sequence's before it."""
+
+    position: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The queries [first, last) of a sorted list, and the rows that they take."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What goes through the model at once.
+
+    `tokens` [N] are the rows, in `segments`; `rows` and `targets` [P] are the places where a token is asked for, of
+    query `queries` [P], counted from the pass's first.
+    """
+
+    tokens: np.ndarray
+    segments: tuple[Segment, ...]
+    rows: np.ndarray
+    targets: np.ndarray
+    queries: np.ndarray
+
+
+def spans(queries: Sequence[Query], limit: int) -> list[Span]:
+    """Sorted queries cut into passes of at most `limit` rows; none is longer by itself."""
+    found: list[Span] = []
+    first = rows = 0
+    for index, query in enumerate(queries):
+        length = len(query.inputs) // TOKEN_BYTES
+        assert length <= limit
+        new = length - _common(queries[index - 1].tokens, query.tokens) if index > first else length
+        if rows + new > limit:
+            found.append(Span(first, index, rows))
+            first, rows, new = index, 0, length
+        rows += new
+    return [*found, Span(first, len(queries), rows)] if queries else []
+
+
+def make_pass(queries: Sequence[Query]) -> Pass:
+    """The pass of sorted queries."""
+    before, path = np.empty(0, TOKEN), np.empty(0, np.int64)  # the last sequence, and the row of each of its tokens
+    tokens, segments, rows, targets = [], [], [], []
+    count = 0
+    for query in queries:
+        ids, asked = query.tokens, np.frombuffer(query.targets, TOKEN)
+        shared = _common(before, ids)
+        if new := len(ids) - shared:
+            tokens.append(ids[shared:])
+            segments.append(Segment(shared, new))
+        path = np.concatenate((path[:shared], np.arange(count, count + new)))
+        count, before = count + new, ids
+        rows.append(path[-len(asked) :])
+        targets.append(asked)
+    owners = np.repeat(np.arange(len(queries)), [len(asked) for asked in targets])
+    flat = [np.concatenate(parts).astype(np.int64) for parts in (tokens, rows, targets)]
+    return Pass(flat[0], tuple(segments), flat[1], flat[2], owners)
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two sequences begin with in common."""
+    length = min(len(one), len(other))
+    differ = one[:length] != other[:length]
+    return int(differ.argmax()) if differ.any() else length

@@ -1,0 +1,86 @@
+"""Results of single requests on the disk, by what they follow from: model, context, tokens. Loads no torch.
+
+A result that is there is never computed again, by whichever task and run it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qmix.checkpoint.reader import TOKENIZERS
+from qmix.errors import QmixError, UsageError
+from qmix.line_file import LineFile
+from qmix.store import MANIFEST, Store
+
+FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
+REQUESTS = "requests.jsonl"
+KEY_BYTES = 16
+
+
+class Results:
+    """The results in a directory, for one model; close it, or use it as a context manager.
+
+    Raises QmixError where the directory cannot be used, UsageError where its file is none of results.
+    """
+
+    def __init__(self, directory: Path, model: str) -> None:
+        """`model` is a digest of all that results follow from besides the request, see `identity`."""
+        self._model = model.encode()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise QmixError(f"{directory}: {error.strerror}; choose another --out") from None
+        self._file = LineFile(directory / REQUESTS, "choose another --out")
+        try:
+            self._values = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def key(self, *parts: bytes) -> bytes:
+        """What a request's result is kept under."""
+        lengths = b",".join(b"%d" % len(part) for part in parts)
+        return hashlib.sha256(b"\n".join((self._model, lengths, *parts))).digest()[:KEY_BYTES]
+
+    def get(self, key: bytes) -> Any:
+        """A result, None where there is none yet."""
+        return self._values.get(key)
+
+    def add(self, values: dict[bytes, Any]) -> None:
+        """Results as JSON has them; on the disk when this returns."""
+        self._file.append(
+            [json.dumps({"key": key.hex(), "result": value}).encode() + b"\n" for key, value in values.items()]
+        )
+        self._values |= values
+
+    def _read(self) -> dict[bytes, Any]:
+        found: dict[bytes, Any] = {}
+        for number, raw in enumerate(self._file.lines(), 1):
+            try:
+                line = json.loads(raw)
+                found[bytes.fromhex(line["key"])] = line["result"]
+            except (ValueError, TypeError, KeyError):
+                raise UsageError(
+                    f"{self._file.path}: line {number} is no result of an evaluation; choose another --out, "
+                    "or delete the file"
+                ) from None
+        return found
+
+
+def identity(store: Store) -> str:
+    """A digest of a store's weights, precisions, half type and tokenizer."""
+    digest = hashlib.sha256(FORMAT.encode())
+    for name in (MANIFEST, *TOKENIZERS, "generation_config.json"):
+        path = store.directory / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+        digest.update(name.encode())
+    return digest.hexdigest()

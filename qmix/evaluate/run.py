@@ -1,0 +1,82 @@
+"""An evaluation from its parts: tasks, a model, what came out, and the file that keeps it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import random
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.evaluator import evaluate
+
+from qmix import __version__
+from qmix.bench import precision_of
+from qmix.errors import QmixError
+from qmix.evaluate.card import card_rows
+from qmix.evaluate.model import QmixLM
+from qmix.line_file import write_whole
+
+SCHEMA = "qmix-eval-1"
+RESULTS = "results.json"
+RESAMPLES = 1000  # for the standard errors of figures that are no means
+SEEDS = (0, 1234)  # of random and numpy, for tasks that draw: the harness's own
+
+
+def run_tasks(lm: QmixLM, loaded: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """The harness's results of loaded tasks, on the first `limit` questions of each."""
+    random.seed(SEEDS[0])
+    np.random.seed(SEEDS[1])
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its resampling there
+        found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+    return dict(found or {})
+
+
+def report(lm: QmixLM, found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The results as qmix writes them; `settings` are the command's, with the tasks by name."""
+    store = lm.engine.store
+    model = {
+        "name": store.source_name,
+        "fingerprint": store.fingerprint,
+        "precision": precision_of(store.layout),
+        "dtype": store.layout.dtype,
+    }
+    content = {
+        "schema": SCHEMA,
+        "model": model,
+        "settings": dict(settings) | {"max_length": lm.max_length},
+        "versions": {"qmix": __version__, **{name: version(name) for name in ("lm_eval", "torch", "transformers")}},
+        "results": {name: _plain(values) for name, values in found["results"].items()},
+        **{name: found[name] for name in ("n-shot", "n-samples", "group_subtasks")},
+        "task_versions": found["versions"],
+        "work": lm.engine.work.to_json(),
+    }
+    if "card" in settings["tasks"]:
+        content["card"] = [row.to_json() for row in card_rows(found["results"])]
+    return content
+
+
+def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
+    """Put results.json into a directory, whole or not at all. Raises QmixError."""
+    path = directory / RESULTS
+    try:
+        write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise QmixError(f"{path}: {error.strerror}; the same command writes it without computing anew") from None
+    return path
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as JSON has them; None where the harness has none."""
+    return {name: _number(value) for name, value in values.items() if name not in ("name", "alias", " ")}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if value == "N/A" or (isinstance(value, float) and not math.isfinite(value)) else value

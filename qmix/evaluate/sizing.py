@@ -1,0 +1,100 @@
+"""How many tokens go through the model together, and how many experts stay in memory. Loads no torch.
+
+A pass reads every expert that has no slot once, whatever the number of its tokens. Where not all experts fit, memory
+brings more as room for tokens than as slots: with room M for both, R records of S bytes and t bytes a token, a token
+costs (1 - s / R) / ((M - s S) / t) of a reading of all, which falls with s only if M > R S, when all fit anyway. So
+either every expert has a slot, or tokens come first, up to where a pass computes far longer than it reads; what is
+left goes to slots again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qmix.errors import DoesNotFitError, UsageError
+from qmix.geometry import HALF_BYTES, Geometry
+from qmix.layout import StoreLayout
+from qmix.machine import default_budget, interpreter_memory
+from qmix.plan import PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
+from qmix.plan.slots import least_slots, share_slots
+from qmix.units import format_bytes
+from qmix.use import by_use, even_use
+
+MOST_TOKENS = 2**14  # of a pass: what a killed run loses; at 8x22B a core computes minutes for each second of reading
+SLOTS_AHEAD = 8  # of a size, from where on the pool reads two records ahead
+ROUTING_BYTES = 128  # a token's experts, weights, places and masks
+HEAD_ROWS = 64  # predictions at once
+RUNNING_BYTES = 2**25  # of what allocators keep
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringPlan:
+    """A pass of `tokens` rows whose sequences have `longest` tokens at most; `slots` by the bytes of their records.
+
+    `total` are the bytes of the process.
+    """
+
+    ram: int
+    tokens: int
+    longest: int
+    slots: Mapping[int, int]
+    total: int
+
+
+def plan_scoring(
+    layout: StoreLayout,
+    longest: int,
+    rows: int,
+    ram: int | None = None,
+    held: int = 0,
+    batch_tokens: int | None = None,
+) -> ScoringPlan:
+    """The plan for `rows` tokens in all, in sequences of at most `longest`; `held` are bytes that the caller takes.
+
+    Raises DoesNotFitError, and UsageError where a sequence is longer than `batch_tokens`.
+    """
+    if batch_tokens is not None and batch_tokens < longest:
+        raise UsageError(
+            f"--batch-tokens {batch_tokens}: the longest request has {longest} tokens; take so many or more"
+        )
+    budget = default_budget() if ram is None else ram
+    fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
+    each, least, counts = token_bytes(layout.geometry), least_slots(layout), layout.record_counts
+    smallest = math.ceil((fixed + longest * each + _bytes(least)) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+    if budget < smallest:
+        raise DoesNotFitError(
+            f"does not fit {format_bytes(budget)} of RAM: the model and requests of up to {longest} tokens take "
+            f"{format_bytes(smallest)}; the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB",
+            smallest,
+        )
+    room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
+    wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
+    held_all = _bytes(counts)
+    if room - held_all >= max(longest, min(wanted, PREFILL_CHUNK)) * each:
+        slots, tokens = counts, min(wanted, (room - held_all) // each)
+    else:
+        ahead = _bytes({nbytes: min(count, SLOTS_AHEAD) for nbytes, count in counts.items()})
+        tokens = min(wanted, (room - min(ahead, room - longest * each)) // each)
+        order = [layout.record(*key).nbytes for key in by_use(layout, even_use(layout.geometry))]
+        slots = share_slots(order, least, room - tokens * each)
+    return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + _bytes(slots))
+
+
+def _bytes(slots: Mapping[int, int]) -> int:
+    return sum(nbytes * count for nbytes, count in slots.items())
+
+
+def token_bytes(geometry: Geometry) -> int:
+    """Of each token of a pass: stream, normed stream, what its experts gave, their sum and a copy of that."""
+    return geometry.hidden_size * HALF_BYTES * (4 + geometry.experts_per_token) + ROUTING_BYTES
+
+
+def fixed_bytes(layout: StoreLayout, longest: int) -> int:
+    """Dense weights, one layer's keys and values of one sequence, and the work on a chunk of rows."""
+    geometry = layout.geometry
+    keys = geometry.kv_bytes_per_token // geometry.num_layers * longest
+    head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
+    work = work_bytes(geometry, max(longest, PREFILL_CHUNK), "sdpa")
+    return layout.dense.size + keys + head + work + RUNNING_BYTES

@@ -1,0 +1,138 @@
+"""The harness's tasks by name, and those of the user's own: its YAML in the directory of `--data`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Kind
+
+from qmix.errors import DataError, UsageError
+from qmix.evaluate.card import CARD
+from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
+from qmix.hub_calls import muted
+
+SEED = 1234  # of the draw of a prompt's examples: the harness's own
+THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
+
+
+def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> dict[str, Any]:
+    """What the harness evaluates: its `tasks` and `groups` of these names, `card` being the six of the model card.
+
+    `shots` is for tasks that do not fix the number of examples. Raises UsageError, and DataError where data is missing,
+    with what to fetch.
+    """
+    manager = _manager(names, data)
+    with muted():
+        built = _built(manager, _expanded(names), data)
+    try:
+        loaded: dict[str, Any] = dict(manager.load(built))
+    except ValueError as error:  # a task by itself, and once more in a group
+        raise UsageError(f"--tasks: {error}; leave one of them out") from None
+    fixed = {known.task: known.shots for known in CARD} if "card" in names else {}
+    for item in built:
+        for task in _leaves(item):
+            _prepare(task, fixed.get(_name(item), shots))
+    return loaded
+
+
+def _built(manager: TaskManager, names: Sequence[str], data: Path | None) -> list[Task | Group]:
+    factory, index = TaskFactory(), manager.task_index
+    built: list[Task | Group] = []
+    missing: dict[str, MissingData] = {}
+    with contextlib.ExitStack() as after_a_failure:
+        for name in names:
+            overrides: dict[str, Any] = {} if index[name].kind is Kind.PY_TASK else {"class": task_class(data)}
+            try:
+                found = factory.build(index[name], overrides=overrides, registry=index)
+            except MissingData as error:
+                if not missing:  # the hub is not waited for again
+                    after_a_failure.enter_context(offline())
+                missing[name] = error
+            except Exception as error:  # whatever a task's own templates and functions do
+                raise UsageError(f"{name}: the harness does not take it ({reason_of(error)}); correct it") from None
+            else:
+                built += found if isinstance(found, list) else [found]
+    if missing:
+        raise DataError(what_to_fetch(missing, data))
+    return built
+
+
+def own_tasks(data: Path) -> list[str]:
+    """The names of the tasks whose YAML lies in a directory; a group's tasks by the group's name."""
+    manager = TaskManager(include_path=str(data), include_defaults=False)
+    grouped = {_name_of(child) for name in manager.all_groups for child in _children(manager, name)}
+    return [name for name in (*manager.all_groups, *manager.all_subtasks) if name not in grouped]
+
+
+def mute() -> None:
+    """Leave stderr to what qmix says itself."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+
+
+def _expanded(names: Sequence[str]) -> list[str]:
+    every = [task for name in names for task in ([known.task for known in CARD] if name == "card" else [name])]
+    return list(dict.fromkeys(every))
+
+
+def _manager(names: Sequence[str], data: Path | None) -> TaskManager:
+    """An index that has the names; that of all the harness's tasks, which takes seconds to read, only where needed."""
+    own = [] if data is None else [str(data)]
+    wanted = _expanded(names)
+    places = [str(THEIR_TASKS / known.folder) for known in CARD if known.task in wanted]
+    manager = TaskManager(include_path=[*places, *own], include_defaults=False)
+    if all(_complete(manager, name) for name in wanted):
+        return manager
+    manager = TaskManager(include_path=own)
+    if unknown := [name for name in wanted if name not in manager.task_index]:
+        where = "" if data is None else f", nor in {data}"
+        raise UsageError(f"--tasks {','.join(unknown)}: no such task in lm-evaluation-harness{where}")
+    return manager
+
+
+def _prepare(task: Task, shots: int | None) -> None:
+    """As the harness's own command prepares a task before it is evaluated."""
+    name = task.config.task
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UsageError(f"{name}: runs code that the model writes, which qmix does not; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise UsageError(f"{name}: shows the model pictures or sounds, and it reads text only; leave it out")
+    fixed = task.get_config("num_fewshot")
+    if fixed is None or (shots is not None and fixed != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=SEED)
+
+
+def _leaves(item: Task | Group) -> list[Task]:
+    return list(item.get_all_tasks()) if isinstance(item, Group) else [item]
+
+
+def _name(item: Task | Group) -> str:
+    return str(item.name if isinstance(item, Group) else item.task_name)
+
+
+def _children(manager: TaskManager, group: str) -> list[Any]:
+    entry = manager.task_index[group]
+    return list((entry.cfg or {}).get("task") or ()) if entry.kind is Kind.GROUP else []
+
+
+def _name_of(child: Any) -> str:
+    return str(child if isinstance(child, str) else child.get("task", child.get("group")))
+
+
+def _complete(manager: TaskManager, name: str) -> bool:
+    """Whether the index has a task, or a group and all that is in it."""
+    if name not in manager.task_index:
+        return False
+    return all(_complete(manager, child) for child in _children(manager, name) if isinstance(child, str))
