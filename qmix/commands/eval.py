@@ -73,7 +73,8 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
         raise UsageError("lm-evaluation-harness is not installed; pip install 'qmix-moe[eval]'")
     name = model_or_default(model)
     quiet_libraries()
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would resample in processes of its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would resample in processes of its own
     store = _store(name, plan, options)
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import Engine

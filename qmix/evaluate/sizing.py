@@ -19,7 +19,7 @@ from qmix.machine import default_budget, interpreter_memory
 from qmix.plan import MIN_SLOTS, PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
 from qmix.units import format_bytes
 
-MOST_TOKENS = 2**14  # of a pass: what a killed run loses; at 8x22B a core computes minutes for each second of reading
+MOST_TOKENS = 2**14  # of a pass: enough that 8x22B's reading is a small part of it even where cores are many and fast
 SLOTS_AHEAD = 8  # from where on the pool reads two records ahead
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
 HEAD_ROWS = 64  # predictions at once
