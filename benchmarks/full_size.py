@@ -154,7 +154,7 @@ def _flags(options: dict[str, object]) -> list[str]:
 
 def _active_bytes(store: Store, experts: float) -> float:
     """Bytes of weights that a step with so many expert requests reads from memory."""
-    return experts * store.layout.slot_bytes + dense_read(store.layout)
+    return experts * store.layout.record(0, 0).nbytes + dense_read(store.layout)
 
 
 def resident(bench: Bench, rounds: int, tokens: int) -> list[Result]:

@@ -76,13 +76,13 @@ class Slots:
     """Memory as a pool has it, one record after another, and reads into it."""
 
     def __init__(self, store: Store, count: int) -> None:
-        self.store = store
-        self.memory = anonymous_memory(count * store.layout.slot_bytes)
+        self.store, self.nbytes = store, max(store.layout.record_counts)
+        self.memory = anonymous_memory(count * self.nbytes)
         self.files = [DirectFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
         self.reader = Reader()
 
     def read(self, key: Key, slot: int = 0) -> Expert:
-        buffer = self.memory[slot * self.store.layout.slot_bytes :][: self.store.layout.record(*key).nbytes]
+        buffer = self.memory[slot * self.nbytes :][: self.store.layout.record(*key).nbytes]
         read = Read(self.files[key[0]], buffer, self.store.layout.record_offset(*key), lambda record: None)
         self.reader.submit(read).done.result()
         return _expert(self.store, key, buffer)
@@ -103,7 +103,7 @@ def measure(store: Store, rounds: int) -> dict[str, list[float]]:
     geometry = store.geometry
     keys = [(layer, expert) for layer in range(geometry.num_layers) for expert in range(geometry.num_experts)]
     random.Random(0).shuffle(keys)
-    count = max(2, min(len(keys) // 2, WARM_BYTES // store.layout.slot_bytes))
+    count = max(2, min(len(keys) // 2, WARM_BYTES // max(store.layout.record_counts)))
     warm, cold = keys[:count], keys[count:]
     mapped, slots = Mapped(store), Slots(store, count + 1)
     x = torch.randn(1, geometry.hidden_size).bfloat16()
@@ -146,7 +146,7 @@ def measure(store: Store, rounds: int) -> dict[str, list[float]]:
 def report(store: Store, rounds: int) -> dict[str, Any]:
     """Measures and shows the table; what the JSON line says."""
     warnings.simplefilter("ignore")  # a mapping cannot be written to: nothing here does
-    nbytes, times = store.layout.slot_bytes, measure(store, rounds)
+    nbytes, times = store.layout.record(0, 0).nbytes, measure(store, rounds)
     table = Table(title=f"records of {format_bytes(nbytes)}, {torch.get_num_threads()} threads, {rounds} rounds")
     for column in ("", "median ms", "min", "max", "GB/s"):
         table.add_column(column, justify="right")

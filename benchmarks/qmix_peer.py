@@ -23,12 +23,14 @@ import torch
 from synthetic_weights import SyntheticModel
 
 import qmix
-from calibration.replay import belady_hits, requests
-from calibration.trace import recorded
+from calibration.replay import requests
+from calibration.trace import as_trace, recorded
 from qmix.batch.runner import BatchRunner, Request
 from qmix.batch.sizing import plan_lines
+from qmix.bound import least_read_bytes
 from qmix.machine import peak_memory
-from qmix.pool import ExpertPool, PoolCounters
+from qmix.pool import ExpertPool
+from qmix.pool_counters import PoolCounters
 from qmix.runner import Runner
 from qmix.sampling import Sampling
 from qmix.store import open_store
@@ -106,18 +108,18 @@ def run(
             found = alone(runner, prompts[0], tokens)
         plan = runner.plan
         lookahead = runner.model.model.layers[0].mlp.experts.lookahead
-    passes, trace = found.clock.passes, found.clock.steps
+    passes, geometry = found.clock.passes, runner.store.geometry
     prefill, decode = passes[found.first], passes[found.last]
-    used, trace = decode[1].since(prefill[1]), trace[: decode[2]]
-    warm = belady_hits(trace, plan.slots) - belady_hits(trace[: prefill[2]], plan.slots)
-    asked = requests(trace[prefill[2] :])
+    used, layers = decode[1].since(prefill[1]), geometry.num_layers
+    before, whole = (as_trace(found.clock.steps[: ended[2]], layers) for ended in (prefill, decode))
+    least = [least_read_bytes(runner.store.layout, trace, runner.pool.slots, ()) for trace in (before, whole)]
     return {
         "engine": "qmix",
         "model": str(path),
         "prompt_tokens": len(prompts[0]),
         "batch": len(prompts),
         "threads": torch.get_num_threads(),
-        "layers": runner.store.geometry.num_layers,
+        "layers": geometry.num_layers,
         "slots": plan.slots,
         "experts": plan.num_records,
         "budget": plan.ram,
@@ -132,8 +134,8 @@ def run(
         "hidden": used.hidden,
         "unused": used.unused,
         "misses": used.misses,
-        "asked": asked,
-        "belady_bytes": (asked - warm) * plan.slot_bytes,
+        "asked": requests(whole) - requests(before),
+        "belady_bytes": least[1] - least[0],
         "precision_ahead": [lookahead.precision(depth) for depth in (1, 2, 3, 4)] if lookahead else None,
         "token_ids": found.token_ids[0],
         "all_as_expected": all(

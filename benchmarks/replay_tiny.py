@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from calibration.replay import belady_hits, hits, requests
-from calibration.trace import recorded
-from qmix.eviction import POLICIES
+from calibration.replay import replay
+from calibration.trace import as_trace, recorded
+from qmix.eviction import DEFAULT_POLICY
 
 PROMPTS = (
     "To install a package on this system, open a terminal and",
@@ -29,21 +29,25 @@ PROMPTS = (
 @click.option("--tokens", default=200, show_default=True, help="new tokens for each of five prompts")
 def main(tokens: int) -> None:
     """Print a table, then one JSON line."""
-    with qmix.load("tiny") as runner, recorded(runner.pool) as trace:
+    with qmix.load("tiny") as runner, recorded(runner.pool) as steps:
         for prompt in PROMPTS:
             runner.complete(prompt, max_new_tokens=tokens, temperature=0.8, seed=0, ignore_eos=True)
         geometry = runner.store.geometry
-    total, records = requests(trace), geometry.num_records
-    table = Table(title=f"hit rate over {total} requests of {len(PROMPTS)} x {tokens} tokens, {records} experts")
-    for column in ("slots", "share of experts", *POLICIES, "best possible"):
+    layers, experts = geometry.num_layers, geometry.num_experts
+    sizes = [layers * experts * part // 8 for part in range(1, 9)]
+    found = replay(as_trace(steps, layers), layers, experts, sizes, top_k=geometry.experts_per_token)
+    names = [curve.policy for curve in found.curves]
+    table = Table(title=f"hit rate over {found.requests} requests of {len(PROMPTS)} x {tokens} tokens")
+    for column in ("slots", "share of experts", *names):
         table.add_column(column, justify="right")
     rows = []
-    for slots in range(records // 8, records + 1, records // 8):
-        found = {name: hits(trace, slots, policy(geometry)) for name, policy in POLICIES.items()}
-        rates = {name: count / total for name, count in (found | {"belady": belady_hits(trace, slots)}).items()}
-        rows.append({"slots": slots} | rates)
-        table.add_row(str(slots), f"{slots / records:.0%}", *(f"{rate:.1%}" for rate in rates.values()))
-    Console().print(table)
+    for size in sizes:
+        rates = {name: found.hit_rate(name, size) for name in names}
+        rows.append({"slots": size} | rates)
+        table.add_row(str(size), f"{size / found.records:.0%}", *(f"{rate:.1%}" for rate in rates.values()))
+    console = Console()
+    console.print(table)
+    console.print(f"most hits: {found.recommended()}; the engine's default: {DEFAULT_POLICY}")
     print(json.dumps(rows))
 
 

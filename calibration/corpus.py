@@ -6,6 +6,7 @@ explanations, dialogue, letters, code), so that what is measured on them is not 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from qmix.errors import UsageError
 LANGUAGES = ("en", "fr", "de", "es", "it")
 TEXTS = Path(__file__).parent / "texts"
 SEPARATOR = re.compile(r"^---[ \t]*$", re.MULTILINE)
+SHORTEST = 2  # tokens of a passage: one to predict
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,14 @@ class Document:
 
     language: str | None
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Token ids that are run by themselves, of a text in some language."""
+
+    language: str | None
+    ids: list[int]
 
 
 def bundled(languages: Sequence[str] = LANGUAGES) -> list[Document]:
@@ -50,6 +60,24 @@ def from_file(path: Path) -> list[Document]:
     Raises UsageError naming the file where it cannot be read, is not UTF-8, or holds no text.
     """
     return [Document(None, text) for text in _texts(path)]
+
+
+def windows(passages: Sequence[Passage], length: int, tokens: int | None = None) -> list[Passage]:
+    """Passages cut into windows of at most `length`, `tokens` in all at most; none has fewer than two.
+
+    Raises UsageError where nothing is left.
+    """
+    found: list[Passage] = []
+    left = math.inf if tokens is None else tokens
+    for passage in passages:
+        for start in range(0, len(passage.ids), length):
+            window = passage.ids[start : start + int(min(length, left))]
+            if len(window) >= SHORTEST:
+                found.append(Passage(passage.language, window))
+                left -= len(window)
+    if not found:
+        raise UsageError("the text gives no token to predict; give a longer one, or more --tokens")
+    return found
 
 
 def _texts(path: Path) -> list[str]:

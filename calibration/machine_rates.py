@@ -20,7 +20,7 @@ from qmix.bound import dense_read
 from qmix.direct_io import anonymous_memory
 from qmix.disk import UncachedFile, copied
 from qmix.machine import available_memory, free_disk
-from qmix.plan import make_plan
+from qmix.plan import Plan, make_plan
 from qmix.plan.hardware import Rates
 from qmix.precision.matmul import FourBitMatrix
 from qmix.precision.record import PAGE
@@ -122,9 +122,10 @@ def overheads(rates: Rates) -> dict[str, float]:
     the reads' besides.
     """
     store = prepare_store("tiny")
-    whole, _ = _decoded(store, store.geometry.num_records)
-    pooled, misses = _decoded(store, store.geometry.num_records // 3)
-    record = store.layout.slot_bytes
+    plan = make_plan(store.layout, 2**40, CONTEXT, 0)
+    whole, _ = _decoded(store, plan)
+    pooled, misses = _decoded(store, plan.with_slots(plan.num_records // 3))
+    record = store.layout.record(0, 0).nbytes
     reading = dense_read(store.layout) / rates.memory_read
     reading += store.geometry.num_layers * store.geometry.experts_per_token * record / rates.four_bit_read
     layer = max(1e-6, (whole - reading) / store.geometry.num_layers)
@@ -132,11 +133,9 @@ def overheads(rates: Rates) -> dict[str, float]:
     return {"layer_seconds": layer, "read_seconds": max(1e-6, read)}
 
 
-def _decoded(store: Store, slots: int) -> tuple[float, float]:
-    """Seconds a token, and records missed in it, with so many slots: what a run usually takes, not what it could."""
-    plan = make_plan(store.layout, 2**40, CONTEXT, 0)
-    fields: dict[str, Any] = {name: getattr(plan, name) for name in plan.__slots__} | {"slots": slots}
-    with Runner(store, type(plan)(**fields)) as runner:
+def _decoded(store: Store, plan: Plan) -> tuple[float, float]:
+    """Seconds a token, and records missed in it: what a run usually takes, not what it could."""
+    with Runner(store, plan) as runner:
         greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_new_tokens": TOKENS, "seed": 0}
         runner.complete(PROMPT, **greedy)
         found = [runner.complete(PROMPT, **greedy) for _ in range(ROUNDS)]

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from calibration.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
-from calibration.trace import recorded
+from calibration.trace import as_trace, recorded
 from qmix import __version__
 from qmix.bench_report import Report, Row, Sample
 from qmix.bound import Bound, Workload, bound, decode_cost, prefill_cost
@@ -28,8 +28,9 @@ from qmix.layout import StoreLayout
 from qmix.machine import cpu_name, has_fast_kernels
 from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
-from qmix.pool import PoolCounters
+from qmix.pool_counters import PoolCounters
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
 from qmix.runner import Runner
@@ -49,6 +50,7 @@ def prepare(
     ram: int | str | None = None,
     context: int | None = None,
     precision: str | None = None,
+    clip: bool = False,
     dtype: str | None = None,
     attention: str = "sdpa",
     plan: PlanFile | None = None,
@@ -61,7 +63,7 @@ def prepare(
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Use | None = None) -> Plan:
         if plan is not None:
             check_context(workloads, plan.plan.context, "the plan's is", "make a plan with a larger one")
             return plan.plan_of(layout, fingerprint, attention)
@@ -69,11 +71,12 @@ def prepare(
             check_context(workloads, layout.geometry.max_position, "the model's longest is", "give fewer tokens")
         else:
             check_context(workloads, context, "--context is", "give a larger one, or fewer tokens")
-        return plan_for(layout, ram, context or max(workload.context for workload in workloads), attention)
+        tokens = context or max(workload.context for workload in workloads)
+        return plan_for(layout, ram, tokens, attention, use=use)
 
     spec = plan.precision if plan is not None and precision is None else precision
-    store = prepare_store(model, spec, dtype, on_progress, planned)
-    return store, planned(store.layout, store.fingerprint)
+    store = prepare_store(model, spec, dtype, on_progress, planned, clip)
+    return store, planned(store.layout, store.fingerprint, store.use)
 
 
 def check_context(workloads: Sequence[Workload], context: int, which: str, advice: str) -> None:
@@ -126,12 +129,12 @@ class _Watch:
     """Runs workloads and notes the routing, and for each forward pass where it begins."""
 
     runner: Runner
-    trace: list[list[Key]]
-    passes: list[tuple[int, PoolCounters]]  # steps of the trace, and the pool's counters, before each pass
+    steps: list[list[Key]]
+    passes: list[tuple[int, PoolCounters]]  # steps so far, and the pool's counters, before each pass
     peak_memory: int = 0
 
     def run(self, workload: Workload, seed: int) -> Sample:
-        self.trace.clear()
+        self.steps.clear()
         self.passes.clear()
         count = workload.decode_steps
         result = self.runner.complete(
@@ -147,13 +150,14 @@ class _Watch:
         used = self.runner.pool.counters.since(before)
         self.peak_memory = max(self.peak_memory, result.peak_memory)
         least, layout = decode_cost if count else prefill_cost, self.runner.store.layout
+        trace = as_trace(self.steps[step:], layout.geometry.num_layers)
         return Sample(
             ttft_s=result.ttft_s,
             tpot_s=result.tpot_s if count else None,
             rate=result.rate if count else result.prompt_rate,
             hit_rate=used.hit_rate,
             bytes_read=used.bytes_read,
-            cost=least(workload, layout, self.trace[step:], self.runner.pool.slots),
+            cost=least(workload, layout, trace, self.runner.pool.slots),
         )
 
 
@@ -178,11 +182,11 @@ def _probed(runner: Runner) -> Iterator[dict[str, Probe]]:
 
 @contextmanager
 def _watched(runner: Runner) -> Iterator[_Watch]:
-    with recorded(runner.pool) as trace:
-        watch = _Watch(runner, trace, [])
+    with recorded(runner.pool) as steps:
+        watch = _Watch(runner, steps, [])
 
         def note(*_: object) -> None:
-            watch.passes.append((len(trace), runner.pool.counters.copy()))
+            watch.passes.append((len(steps), runner.pool.counters.copy()))
 
         hook = runner.model.register_forward_pre_hook(note)
         try:

@@ -5,12 +5,14 @@ Pure arithmetic; loads no torch. Bytes, floating-point operations (a multiplicat
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from calibration.replay import Trace, belady_hits, requests
+import numpy as np
+
+from calibration.replay import belady_hits, requests
+from calibration.stack import Array
 from qmix.errors import UsageError
-from qmix.eviction import Key
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.layout import StoreLayout
 
@@ -34,7 +36,7 @@ class Workload:
         return self.prompt_tokens + 1 + self.decode_steps
 
 
-def workloads(prompts: Collection[str], new: Collection[str]) -> list[Workload]:
+def workloads(prompts: Sequence[str], new: Sequence[str]) -> list[Workload]:
     """From lists as typed, `512,1024`; 0 leaves a kind out. Raises UsageError."""
     found = [Workload(count) for count in _counts("--prompt-tokens", prompts)]
     found += [Workload(SHORT_PROMPT, count) for count in _counts("--new-tokens", new)]
@@ -43,7 +45,7 @@ def workloads(prompts: Collection[str], new: Collection[str]) -> list[Workload]:
     return found
 
 
-def _counts(option: str, texts: Collection[str]) -> list[int]:
+def _counts(option: str, texts: Sequence[str]) -> list[int]:
     counts: dict[int, None] = {}  # each once, in the order given
     for text in ",".join(texts).split(","):
         if not (text.strip().isascii() and text.strip().isdigit() and len(text.strip()) < 10):
@@ -84,37 +86,57 @@ def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float
     return Bound(times[by], by)
 
 
-def decode_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: int) -> Cost:
-    """Of one token, the mean over a workload's decode steps, of which `steps` is the routing.
+def decode_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int]) -> Cost:
+    """Of one token, the mean over a workload's decode steps, of which `trace` is the routing.
 
-    A token's arithmetic is left out: it takes less time than reading the weights that it is done with.
+    `slots` says how many by the bytes of their records. A token's arithmetic is left out: it takes less time than
+    reading the weights that it is done with.
     """
-    passes, record = workload.decode_steps, _smallest_record(layout)
+    passes = workload.decode_steps
     seen = mean_position(workload.prompt_tokens, passes, layout.geometry.sliding_window)
-    weights = requests(steps) * record / passes + dense_read(layout)
-    reads = least_reads(steps, slots, all_records(layout.geometry))
-    return Cost(reads * record / passes, weights + seen * layout.geometry.kv_bytes_per_token, 0.0)
+    weights = _requested_bytes(layout, trace) / passes + dense_read(layout)
+    read = least_read_bytes(layout, trace, slots)
+    return Cost(read / passes, weights + seen * layout.geometry.kv_bytes_per_token, 0.0)
 
 
-def prefill_cost(workload: Workload, layout: StoreLayout, steps: Trace, slots: int) -> Cost:
-    """Of a whole prompt, of which `steps` is the routing: a step for each layer of each chunk."""
-    record, chunks = _smallest_record(layout), len(steps) / layout.geometry.num_layers
-    reads = least_reads(steps, slots, all_records(layout.geometry))
-    memory = requests(steps) * record + chunks * dense_read(layout)
-    return Cost(reads * record, memory, prefill_flops(layout.geometry, workload.prompt_tokens))
+def prefill_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int]) -> Cost:
+    """Of a whole prompt, of which `trace` is the routing: a step for each layer of each chunk."""
+    chunks = len(trace) // layout.geometry.num_layers
+    memory = _requested_bytes(layout, trace) + chunks * dense_read(layout)
+    read = least_read_bytes(layout, trace, slots)
+    return Cost(read, memory, prefill_flops(layout.geometry, workload.prompt_tokens))
 
 
-def least_reads(steps: Trace, slots: int, start: Collection[Key]) -> int:
-    """Records that any pool of so many slots must read in these steps: what Belady's optimum reads.
+def least_read_bytes(
+    layout: StoreLayout, trace: Array, slots: Mapping[int, int], start: Sequence[int] | None = None
+) -> int:
+    """Bytes that any pool with so many slots for records of each size must read: what Belady's optimum reads.
 
-    `start` is what is in memory before the first step. When more is given than there are slots, the best choice of it
-    is; so with every record of the model, the count is the least whatever was in memory before.
+    `start` are the records, layer * experts + expert, of which it holds the best before the first step; with all of
+    them, unless others are given, the count is the least whatever was in memory before.
     """
-    return requests(steps) - belady_hits([list(start), *steps], slots)
+    layers, experts = layout.geometry.num_layers, layout.geometry.num_experts
+    sizes, total = _sizes(layout, trace), 0
+    for nbytes, count in slots.items():
+        only = np.where(sizes == nbytes, trace, -1)  # records of a size have their own slots
+        held = range(layers * experts) if start is None else start
+        total += nbytes * (requests(only) - belady_hits(only, layers, experts, count, held))
+    return total
 
 
-def all_records(geometry: Geometry) -> list[Key]:
-    return [(layer, expert) for layer in range(geometry.num_layers) for expert in range(geometry.num_experts)]
+def _requested_bytes(layout: StoreLayout, trace: Array) -> int:
+    return int(_sizes(layout, trace).sum())
+
+
+def _sizes(layout: StoreLayout, trace: Array) -> Array:
+    """Bytes of the records that a trace [steps, k] asks for; 0 where it asks for none."""
+    geometry = layout.geometry
+    sizes = [
+        [layout.record(layer, expert).nbytes for expert in range(geometry.num_experts)]
+        for layer in range(geometry.num_layers)
+    ]
+    layer = np.arange(len(trace)) % geometry.num_layers
+    return np.where(trace >= 0, np.array(sizes, np.int64)[layer[:, None], trace], 0)
 
 
 def dense_read(layout: StoreLayout) -> int:
@@ -144,8 +166,3 @@ def prefill_flops(geometry: Geometry, tokens: int) -> int:
     seen = sum(min(position, window) for position in range(1, tokens + 1))
     scores = geometry.num_layers * 2 * q_rows * seen  # queries by keys, and probabilities by values
     return 2 * (weights * tokens + scores + geometry.vocab_size * hidden)
-
-
-def _smallest_record(layout: StoreLayout) -> int:
-    """Bytes; exact where all experts have one precision, and never too many."""
-    return min(record.nbytes for record in layout.records.values())

@@ -7,10 +7,11 @@ policy could do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from qmix.geometry import Geometry
+from qmix.plan.demand import Use, even_use
 
 Key = tuple[int, int]  # layer, expert
 
@@ -46,12 +47,13 @@ class LeastRecentlyUsed:
 class LeastFrequentlyUsed:
     """Keeps what was used most, a use counting less with every visit of its layer since.
 
-    The sum of decayed uses, scaled by 1 - decay, estimates the probability of a use at the layer's next visit.
+    The sum of decayed uses, scaled by 1 - decay, estimates the probability of a use at the layer's next visit. It
+    begins with the expected `use`, by default even.
     """
 
-    def __init__(self, geometry: Geometry, decay: float = DECAY) -> None:
+    def __init__(self, geometry: Geometry, use: Use | None = None, decay: float = DECAY) -> None:
         self._decay = decay
-        self._prior = geometry.experts_per_token / geometry.num_experts
+        self._prior = use or even_use(geometry)
         self._visits = [0] * geometry.num_layers
         self._rates: dict[Key, tuple[float, int]] = {}  # probability, and the visit at which it was right
 
@@ -63,7 +65,7 @@ class LeastFrequentlyUsed:
 
     def rate(self, key: Key) -> float:
         """The estimated probability that the layer's next visit uses this expert."""
-        rate, visit = self._rates.get(key, (self._prior, 0))
+        rate, visit = self._rates.get(key) or (self._prior[key[0]][key[1]], 0)
         return rate * self._decay ** (self._visits[key[0]] - visit)
 
     def worth(self, key: Key, layer: int) -> float:
@@ -77,8 +79,8 @@ class UsesPerTime(LeastFrequentlyUsed):
     goes first, because its turn is farthest away.
     """
 
-    def __init__(self, geometry: Geometry, decay: float = DECAY) -> None:
-        super().__init__(geometry, decay)
+    def __init__(self, geometry: Geometry, use: Use | None = None, decay: float = DECAY) -> None:
+        super().__init__(geometry, use, decay)
         self._layers = geometry.num_layers
 
     def worth(self, key: Key, layer: int) -> float:
@@ -86,8 +88,14 @@ class UsesPerTime(LeastFrequentlyUsed):
         return self.rate(key) / away
 
 
-POLICIES: dict[str, Callable[[Geometry], Eviction]] = {
-    "lru": lambda geometry: LeastRecentlyUsed(),
+class Policy(Protocol):
+    """Makes an Eviction for a model whose experts are expected to be used so, evenly if nothing is known."""
+
+    def __call__(self, geometry: Geometry, use: Use | None = None) -> Eviction: ...
+
+
+POLICIES: dict[str, Policy] = {
+    "lru": lambda geometry, use=None: LeastRecentlyUsed(),
     "lfu": LeastFrequentlyUsed,
     "uses-per-time": UsesPerTime,
 }

@@ -9,11 +9,7 @@ from typing import Any
 
 import torch
 
-from qmix.errors import UsageError
 from qmix.layerwise import LayerwisePass
-from qmix.progress import OnProgress, ignore
-
-SHORTEST = 2  # tokens of a window: one to predict
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +58,9 @@ class _Tally:
         return Fidelity(name, nbytes, perplexity, kl.mean().item(), error, p99, worst, self.agreed / count)
 
 
-def windows(documents: Sequence[Sequence[int]], length: int, tokens: int | None = None) -> list[list[int]]:
-    """Documents of token ids cut into windows of at most `length`, `tokens` in all at most; none has fewer than two.
-
-    Raises UsageError where nothing is left.
-    """
-    found: list[list[int]] = []
-    left = math.inf if tokens is None else tokens
-    for document in documents:
-        for start in range(0, len(document), length):
-            window = list(document[start : start + int(min(length, left))])
-            if len(window) >= SHORTEST:
-                found.append(window)
-                left -= len(window)
-    if not found:
-        raise UsageError("the text gives no token to predict; give a longer one, or more --tokens")
-    return found
-
-
-def compare(
-    layers: LayerwisePass, sequences: Sequence[Sequence[int]], on_progress: OnProgress = ignore
-) -> list[Fidelity]:
+def compare(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
     """Each variant beside the first, which is the reference and comes first in the result."""
-    hidden = layers.run(sequences, on_progress)
+    hidden = layers.run(sequences)
     ids = torch.tensor([token for sequence in sequences for token in sequence])
     ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0) - 1
     predicting = torch.ones(len(ids), dtype=torch.bool)

@@ -26,7 +26,8 @@ from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
 from qmix.machine import peak_memory
 from qmix.plan import PREFILL_CHUNK
-from qmix.pool import ExpertPool, PoolCounters
+from qmix.pool import ExpertPool
+from qmix.pool_counters import PoolCounters
 from qmix.sampling import Sampling
 from qmix.text import Detokenizer, StopScanner
 

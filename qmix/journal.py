@@ -41,7 +41,7 @@ class Journal:
         except (TypeError, ValueError):
             raise StoreError(f"{path}: damaged; delete the directory {path.parent} and start again") from None
         if lines and lines[0] != subject:
-            differs = ", ".join(key for key in subject if lines[0].get(key) != subject[key])
+            differs = ", ".join(key for key in subject | lines[0] if lines[0].get(key) != subject.get(key))
             raise StoreError(
                 f"{path.parent}: begun with another {differs}; delete that directory, or choose another name"
             )

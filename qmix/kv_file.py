@@ -32,7 +32,7 @@ NAMES = {dtype: name for name, dtype in (("BF16", HALF["bf16"]), ("F16", HALF["f
 
 def kv_identity(store: Store) -> str:
     """What keys and values depend on besides the tokens: the weights, and their precisions."""
-    known = [store.fingerprint, store.layout.dtype, store.layout.precisions]
+    known = [store.fingerprint, store.layout.dtype, store.layout.precisions, *(["clip"] if store.layout.clip else [])]
     return xxhash.xxh3_64_hexdigest(json.dumps(known).encode())
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +37,6 @@ from qmix.torch_dtypes import HALF
 from qmix.units import format_bytes
 
 CHUNK = 512  # tokens through an expert, a norm or the head at once
-STORE_SLOTS = 2  # records of a store in memory
 SLACK = 2**28  # of what allocators keep, and of the libraries' own work space
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -45,7 +45,9 @@ EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_h
 class Variant(Protocol):
     """The model with its experts held in some way."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     @property
     def nbytes(self) -> int:
@@ -64,12 +66,13 @@ class Variant(Protocol):
 
 @dataclass(frozen=True)
 class Quantised:
-    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert]."""
+    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert], `clip` as a store's."""
 
     name: str
     geometry: Geometry
     precisions: tuple[tuple[str, ...], ...]
     dtype: str
+    clip: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +85,8 @@ class Quantised:
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
         precision = self.precisions[layer][index]
-        return encoded(matrices, self.geometry, precision, self.dtype, f"layers.{layer}.experts.{index}")
+        name = f"layers.{layer}.experts.{index}"
+        return encoded(matrices, self.geometry, precision, self.dtype, name, self.clip)
 
     def close(self) -> None:
         pass
@@ -103,10 +107,10 @@ class Stored:
 
     @property
     def held(self) -> int:
-        return STORE_SLOTS * self.store.layout.slot_bytes
+        return sum(self.store.layout.record_counts)  # a record of each size
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        self._pool = self._pool or ExpertPool(self.store, STORE_SLOTS)
+        self._pool = self._pool or ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))
         return next(expert for _, expert in self._pool.get(layer, [index]))
 
     def close(self) -> None:
@@ -145,18 +149,44 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
         )
 
 
+class Observer(Protocol):
+    """Sees what the first variant's tokens go through, layer by layer. What it is given is not its own to keep."""
+
+    def embedded(self, stream: torch.Tensor) -> None:
+        """The embeddings [T, H] of all tokens."""
+
+    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: Routing) -> None:
+        """A layer's routing: of the residual stream and its normed copy, both [T, H]."""
+
+    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
+        """An expert that some token was routed to, as the checkpoint has it, after its layer's routing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What a layer's router makes of T tokens: logits [T, E], and the chosen experts and their weights, [T, k]."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    chosen: torch.Tensor
+
+
 class LayerwisePass:
     """One pass of some sequences of token ids through all layers, for all variants. Close it, or use it in a `with`."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, variants: Sequence[Variant]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, variants: Sequence[Variant], on_progress: OnProgress = ignore
+    ) -> None:
         self.checkpoint, self.variants, self.geometry = checkpoint, variants, checkpoint.geometry
+        self.on_progress = on_progress
         self.dtype = HALF[dtype]
         self._model: MixtralForCausalLM = empty_mixtral(checkpoint.config, dtype)
-        self._activation = activation_of(self._model.config)
+        self.activation = activation_of(self._model.config)
         self._rotary = MixtralRotaryEmbedding(self._model.config)
         self._files: dict[str, WeightFile] = {}
         self._open = ExitStack()
         self._read = 0
+        self._total = sum(weight.rows * weight.cols for weight in checkpoint.weights.values()) * 2
 
     def __enter__(self) -> LayerwisePass:
         return self
@@ -170,21 +200,21 @@ class LayerwisePass:
             variant.close()
 
     @torch.inference_mode()
-    def run(self, sequences: Sequence[Sequence[int]], on_progress: OnProgress = ignore) -> list[torch.Tensor]:
+    def run(self, sequences: Sequence[Sequence[int]], observers: Sequence[Observer] = ()) -> list[torch.Tensor]:
         """The final, normed hidden states [T, H] of each variant, the tokens of all sequences in a row."""
-        total = sum(weight.rows * weight.cols for weight in self.checkpoint.weights.values()) * 2
         spans = _spans(sequences)
         ids = torch.tensor([token for sequence in sequences for token in sequence])
         embeddings = self.weight(EMBEDDINGS)
         streams = [embeddings[ids] for _ in self.variants]
         del embeddings
+        for observer in observers:
+            observer.embedded(streams[0])
         for layer in range(self.geometry.num_layers):
             module = self._layer(layer)
             for stream in streams:
                 self._attend(module, stream, spans)
-            self._mix(layer, module, streams)
+            self._mix(layer, module, streams, observers)
             module.to("meta")
-            on_progress(Progress(self._read, total, f"layer {layer + 1} of {self.geometry.num_layers}"))
         norm = self._put(self._model.model.norm, "model.norm.", [NORM])
         for stream in streams:
             for start in range(0, len(stream), CHUNK):
@@ -198,15 +228,28 @@ class LayerwisePass:
         for some in rows.split(CHUNK):
             yield (some, *((stream[some] @ head.T).float() for stream in hidden))
 
+    def routers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of all layers' norms before the experts, [L, H], and of their gates, [L, E, H]."""
+        prefixes = [f"model.layers.{layer}." for layer in range(self.geometry.num_layers)]
+        norms = torch.stack([self.weight(f"{prefix}post_attention_layernorm.weight") for prefix in prefixes])
+        gates = torch.stack([self.weight(f"{prefix}block_sparse_moe.gate.weight") for prefix in prefixes])
+        return norms, gates
+
     def weight(self, key: str) -> torch.Tensor:
         """A whole weight of the checkpoint, in half precision, in the shape of its own."""
         weight = self.checkpoint.weights[key]
         if weight.file not in self._files:
-            path = self.checkpoint.source.fetch(weight.file)
+            path = self.checkpoint.source.fetch(weight.file, partial(self._fetching, weight.file))
             self._files[weight.file] = self._open.enter_context(WeightFile(path))
         rows = self._files[weight.file].rows(weight, 0, weight.rows, self.geometry.head_dim)
         self._read += weight.rows * weight.cols * 2
         return rows.to(self.dtype).view(weight.piece.shape)
+
+    def _fetching(self, file: str, done: int, total: int) -> None:
+        self._progress(f"fetching {file}: {format_bytes(done)} of {format_bytes(total)}")
+
+    def _progress(self, note: str) -> None:
+        self.on_progress(Progress(self._read, self._total, note))
 
     def _layer(self, layer: int) -> Any:
         prefix = f"model.layers.{layer}."
@@ -226,24 +269,29 @@ class LayerwisePass:
             positions = self._rotary(normed, torch.arange(normed.shape[1])[None])
             stream[span] += module.self_attn(normed, position_embeddings=positions, attention_mask=None)[0][0]
 
-    def _mix(self, layer: int, module: Any, streams: Sequence[torch.Tensor]) -> None:
+    def _mix(self, layer: int, module: Any, streams: Sequence[torch.Tensor], observers: Sequence[Observer]) -> None:
         """Add what the experts give, each read once; summed in fp32 as they come, and rounded once."""
         normed = [_by_chunks(module.post_attention_layernorm, stream) for stream in streams]
-        routed = [module.mlp.gate(states)[1:] for states in normed]  # weights and experts, [T, k]
+        routed = [Routing(*module.mlp.gate(states)) for states in normed]
+        for observer in observers:
+            observer.routed(layer, streams[0], normed[0], routed[0])
         sums = [torch.zeros(stream.shape, dtype=torch.float32) for stream in streams]
         for index in range(self.geometry.num_experts):
-            places = [torch.where(chosen == index) for _, chosen in routed]
+            places = [torch.where(routing.chosen == index) for routing in routed]
             if not any(len(tokens) for tokens, _ in places):
                 continue
             matrices = {name: self.weight(expert_key(layer, index, name)) for name in self.geometry.expert_matrices}
-            for variant, states, (weights, _), (tokens, nth), total in zip(
+            for observer in observers if len(places[0][0]) else ():
+                observer.expert(layer, index, matrices)
+            for variant, states, routing, (tokens, nth), total in zip(
                 self.variants, normed, routed, places, sums, strict=True
             ):
                 if not len(tokens):
                     continue
                 expert = variant.expert(layer, index, matrices)
                 for some, place in zip(tokens.split(CHUNK), nth.split(CHUNK), strict=True):
-                    total[some] += expert(states[some], self._activation) * weights[some, place, None]
+                    total[some] += expert(states[some], self.activation) * routing.weights[some, place, None]
+            self._progress(f"layer {layer + 1} of {self.geometry.num_layers}")
         for stream, total in zip(streams, sums, strict=True):
             stream.add_(total.to(stream.dtype))
 

@@ -8,13 +8,14 @@ vectors); records and the payload itself are aligned to 4096, so that O_DIRECT r
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.precision.formats import DTYPES, Part, check_precision
+from qmix.precision.formats import DTYPES, FOUR_BITS, Part, check_precision
 from qmix.precision.record import LINE, PAGE, RecordLayout, record_layout
 from qmix.safetensors_header import TensorInfo, aligned, build_header
 
@@ -62,13 +63,27 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
     return tuple(map(tuple, table))
 
 
+def has_blocks(precisions: Sequence[Sequence[str]]) -> bool:
+    """Whether any of the experts, [layer][expert], is in a precision whose weights share scales block by block."""
+    return any(precision in FOUR_BITS for row in precisions for precision in row)
+
+
 @dataclass(frozen=True)
 class StoreLayout:
-    """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16"."""
+    """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16".
+
+    `clip` says how scales of 4-bit blocks are chosen (see `blocks`), which moves no byte.
+    """
 
     geometry: Geometry
     precisions: tuple[tuple[str, ...], ...]
     dtype: str
+    clip: bool = False
+
+    @cached_property
+    def experts(self) -> list[tuple[int, int]]:
+        """(layer, expert) of all experts, first layer first."""
+        return [(layer, expert) for layer, row in enumerate(self.precisions) for expert in range(len(row))]
 
     @cached_property
     def records(self) -> dict[str, RecordLayout]:
@@ -127,10 +142,10 @@ class StoreLayout:
                 totals[precision] += self.records[precision].nbytes
         return totals
 
-    @property
-    def slot_bytes(self) -> int:
-        """The largest record: what a pool slot must hold."""
-        return max(record.nbytes for record in self.records.values())
+    @cached_property
+    def record_counts(self) -> dict[int, int]:
+        """How many records there are of each size in bytes, the smallest first."""
+        return dict(sorted(Counter(self.records[name].nbytes for row in self.precisions for name in row).items()))
 
 
 def part_name(expert: int, matrix: str, part: str) -> str:

@@ -54,21 +54,22 @@ class Lookahead:
         """
         if len(hidden) > FEW_TOKENS:
             return [((layer + 1) % self.layers, expert) for expert in range(self.experts)]
-        ahead = range(layer + 1, min(layer + 1 + self.depth, self.layers))
-        if not ahead:
-            return []
-        stream = hidden.float().to(self._norms.device)
-        if layer != EMBEDDING:
-            stream = stream / self._norms[layer].float()
-        scores = stream @ self._gates[ahead.start : ahead.stop].flatten(0, 1).T  # [T, D * E]
-        best = scores.view(len(hidden), len(ahead), self.experts).topk(self.top_k, dim=-1).indices
         keys = []
-        for depth, later in enumerate(ahead, 1):
-            experts = list(dict.fromkeys(best[:, depth - 1].flatten().tolist()))
+        for depth, best in enumerate(self.guesses_from(layer, hidden).unbind(1), 1):
+            later, experts = layer + depth, list(dict.fromkeys(best.flatten().tolist()))
             self._guessed[later][depth] = experts
             if self._trust[later, depth] >= TRUSTED:
                 keys += [(later, expert) for expert in experts]
         return self._wanted(keys)
+
+    def guesses_from(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The experts [T, D, k] that tokens will ask of the D layers after `layer`; D is 0 after the last."""
+        ahead = range(layer + 1, min(layer + 1 + self.depth, self.layers))
+        stream = hidden.float().to(self._norms.device)
+        if layer != EMBEDDING:
+            stream = stream / self._norms[layer].float()
+        scores = stream @ self._gates[ahead.start : ahead.stop].flatten(0, 1).T  # [T, D * E]
+        return scores.view(len(hidden), len(ahead), self.experts).topk(self.top_k, dim=-1).indices
 
     def _wanted(self, keys: Iterable[Key]) -> list[Key]:
         return [key for key in keys if key not in self.elsewhere]

@@ -1,82 +1,56 @@
 """The host tier: slots of one expert record each, in one mapping made once.
 
-Records are read straight into slots and multiplied there. The record that gives up its slot is the one that the
-eviction policy values least, never one that the present step still needs. What coming layers will probably ask for is
-read ahead in the disk's idle time.
+Records are read straight into slots of their own size and multiplied there. The record that gives up its slot is of
+that size the one that the eviction policy values least, never one that the present step still needs. What coming
+layers will probably ask for is read ahead in the disk's idle time.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import xxhash
 
-from qmix.direct_io import DirectFile, anonymous_memory
+from qmix.direct_io import DirectFile
 from qmix.errors import REMAKE, Cancelled, StoreError
 from qmix.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
+from qmix.plan.demand import by_use
+from qmix.pool_counters import PoolCounters
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.reading import PIECE_BYTES, READ_THREADS, Read, Reader
+from qmix.slot_memory import SlotMemory
 from qmix.store import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
 READS_AHEAD = 2  # records: one that the disk works on and the one after it; each further one only takes a slot
 
 
-@dataclass(slots=True)
-class PoolCounters:
-    """What the pool has done so far, in records, and `bytes_read` from the disk.
-
-    hits       asked for and in memory from earlier use
-    misses     asked for and read since their last use, or read for the first time
-    ahead      those of the misses whose read had begun before they were asked for
-    hidden     those of them that were there when asked for
-    unused     read ahead and never asked for
-    """
-
-    hits: int = 0
-    misses: int = 0
-    ahead: int = 0
-    hidden: int = 0
-    unused: int = 0
-    bytes_read: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the experts asked for that were in memory; 1 before the first."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 1.0
-
-    def since(self, earlier: PoolCounters) -> PoolCounters:
-        return PoolCounters(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
-
-    def copy(self) -> PoolCounters:
-        return self.since(PoolCounters())
-
-
 class ExpertPool:
-    """`slots` slots over a store's records, but for those that lie `elsewhere`; serves one thread, reads with several.
+    """Slots over a store's records, but for those that lie `elsewhere`; serves one thread, reads with several.
 
-    With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes
-    the next request raise Cancelled. `layer` is the one that asked last, for whoever watches.
+    `slots` says how many by the bytes of their records, one at least for every size in the store. A store's profile
+    says what is read first, how likely a use is before there was any, and which policy decides unless `policy` is
+    given. With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting
+    `cancelled` makes the next request raise Cancelled. `layer` is the one that asked last, for whoever watches.
     """
 
     def __init__(
         self,
         store: Store,
-        slots: int,
+        slots: Mapping[int, int],
         policy: Eviction | None = None,
         invariant: bool = False,
         elsewhere: frozenset[Key] = frozenset(),
     ) -> None:
         self.store, self.slots, self.invariant, self.elsewhere = store, slots, invariant, elsewhere
-        self.policy = policy or POLICIES[DEFAULT_POLICY](store.geometry)
-        self.slot_bytes = store.layout.slot_bytes
-        self.memory = anonymous_memory(slots * self.slot_bytes)
+        advised = store.profile.policy if store.profile is not None else None
+        self.policy = policy or POLICIES[advised or DEFAULT_POLICY](store.geometry, store.use)
+        self._slots = SlotMemory(slots)
+        self._nbytes = {key: store.layout.record(*key).nbytes for key in store.layout.experts}
         self.counters = PoolCounters()
         self.cancelled = False
         self.layer = 0
@@ -85,18 +59,24 @@ class ExpertPool:
         self._ending: list[tuple[int, Read]] = []  # read ahead in error; the disk still writes to their slots
         self._unused: set[Key] = set()  # resident by looking ahead, not yet asked for
         self._coming: frozenset[Key] = frozenset()
-        self._free = list(range(slots - 1, -1, -1))
         self._views: dict[tuple[int, str], Expert] = {}
         self._files = [DirectFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
         self._reader = Reader()
         # one whose last pieces are read, and those that keep all threads busy: each further one takes the slot of a
         # record that a later layer will ask for
-        self._reads_awaited = 1 + math.ceil(READ_THREADS / math.ceil(self.slot_bytes / PIECE_BYTES))
+        self._reads_awaited = 1 + math.ceil(READ_THREADS / math.ceil(min(slots) / PIECE_BYTES))
 
     @property
     def holds_all(self) -> bool:
         """Whether every expert that is asked for here has a slot, so that nothing is ever read twice."""
-        return self.slots >= self.store.geometry.num_records - len(self.elsewhere)
+        layout = self.store.layout
+        served = Counter(layout.record(*key).nbytes for key in layout.experts if key not in self.elsewhere)
+        return all(self.slots[nbytes] >= count for nbytes, count in served.items())
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of its slots, uint8."""
+        return self._slots.memory
 
     def close(self) -> None:
         """End the reads under way and close the files; the pool cannot be used afterwards."""
@@ -107,24 +87,28 @@ class ExpertPool:
             file.close()
 
     def fill(self, on_progress: OnProgress = ignore) -> None:
-        """Read records in order, first layer first, until the pool is full or every expert is in it."""
-        layers, experts = self.store.geometry.num_layers, self.store.geometry.num_experts
-        keys = [(layer, expert) for layer in range(layers) for expert in range(experts)]
-        wanted = [key for key in keys if key not in self.elsewhere][: self.slots]
-        waiting = deque(key for key in wanted if key not in self._resident)
-        total, done = sum(self.store.layout.record(*key).nbytes for key in waiting), 0
+        """Read records until no slot is free or every expert has one: those of most expected use first, where that is
+        known, else first layer first."""
+        layout, free = self.store.layout, {nbytes: self._slots.free(nbytes) for nbytes in self.slots}
+        waiting: deque[Key] = deque()
+        for key in by_use(layout, self.store.use) if self.store.use else layout.experts:
+            if key in self.elsewhere or key in self._resident or not free[self._nbytes[key]]:
+                continue
+            free[self._nbytes[key]] -= 1
+            waiting.append(key)
+        total, done = sum(map(self._nbytes.__getitem__, waiting)), 0
         for key in self._in_order(waiting):
-            done += self.store.layout.record(*key).nbytes
+            done += self._nbytes[key]
             on_progress(Progress(done, total))
 
     def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
         """Each record's bytes once, in a slot that is used again when the next is asked for; in order, checked.
 
-        For what is kept in other memory; needs a free slot.
+        For what is kept in other memory; needs a free slot of each size.
         """
         for key in self._in_order(deque(keys)):
             yield key, self.record(*key)
-            self._free.append(self._resident.pop(key))
+            self._slots.give(self._resident.pop(key))
 
     def _in_order(self, waiting: deque[Key]) -> Iterator[Key]:
         """Each key when its record is in memory, several read beside it as far as slots are free."""
@@ -133,15 +117,19 @@ class ExpertPool:
             while waiting or reading:
                 if self.cancelled:
                     raise Cancelled
-                while waiting and self._free and len(reading) < READS_IN_FLIGHT:
-                    reading.append(self._begin(waiting.popleft(), self._free.pop()))
+                while (
+                    waiting
+                    and len(reading) < READS_IN_FLIGHT
+                    and (slot := self._slots.take(self._nbytes[waiting[0]])) is not None
+                ):
+                    reading.append(self._begin(waiting.popleft(), slot))
                 yield self._finish(reading)
         finally:
             self._release(reading)
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """The bytes, uint8, of a record that is in memory."""
-        return self._slot(self._resident[layer, expert])[: self.store.layout.record(layer, expert).nbytes]
+        return self._slots.bytes(self._resident[layer, expert])
 
     def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
         """Each of these experts of a layer once, those in memory first while the others are read.
@@ -201,12 +189,8 @@ class ExpertPool:
         pinned = set(ready)
         try:
             while ready or waiting or reading:
-                while (
-                    waiting
-                    and len(reading) < self._reads_awaited
-                    and (slot := self._take_slot(layer, pinned)) is not None
-                ):
-                    reading.append(self._begin(waiting.popleft(), slot))
+                while len(reading) < self._reads_awaited and (begun := self._begin_next(layer, waiting, pinned)):
+                    reading.append(begun)
                 if not waiting:
                     self._read_ahead(layer, coming, pinned)
                 key = ready.popleft() if ready else self._finish(reading)
@@ -216,16 +200,34 @@ class ExpertPool:
         finally:
             self._release(reading)
 
+    def _begin_next(self, layer: int, waiting: deque[Key], pinned: set[Key]) -> tuple[Key, int, Read] | None:
+        """Begin to read the first of the waiting that there is a slot for."""
+        full = set()
+        for key in waiting:
+            if self._nbytes[key] in full:
+                continue
+            if (slot := self._take_slot(key, layer, pinned)) is not None:
+                waiting.remove(key)
+                return self._begin(key, slot)
+            full.add(self._nbytes[key])
+        return None
+
     def _read_ahead(self, layer: int, coming: Sequence[Key], pinned: set[Key]) -> None:
-        """Begin reads of what is coming, as far as slots that hold nothing better allow."""
+        """Begin reads of what is coming, as far as slots that hold nothing better allow.
+
+        Of each size most slots are left to what is asked for, which could find none otherwise.
+        """
         kept = pinned | self._coming
         for key in coming:
             if key in self._resident or key in self._ahead:
                 continue
-            if len(self._ahead) + len(self._ending) >= min(READS_AHEAD, self.slots // 4):
+            begun = [self._slots.size(slot) for slot, _ in [*self._ahead.values(), *self._ending]]
+            if len(begun) >= READS_AHEAD:
                 return
-            if (slot := self._take_slot(layer, kept)) is None:
-                return
+            if begun.count(self._nbytes[key]) >= self.slots[self._nbytes[key]] // 4:
+                continue
+            if (slot := self._take_slot(key, layer, kept)) is None:
+                continue
             _, slot, read = self._begin(key, slot, ahead=True)
             self._ahead[key] = slot, read
 
@@ -234,14 +236,14 @@ class ExpertPool:
         ended = [item for item in self._ending if item[1].done.done()]
         for item in ended:
             self._ending.remove(item)
-            self._free.append(item[0])
+            self._slots.give(item[0])
         for key in [key for key, (_, read) in self._ahead.items() if read.done.done()]:
             slot, read = self._ahead.pop(key)
             if read.done.exception() is None:
                 self._resident[key] = slot
                 self._unused.add(key)
             else:
-                self._free.append(slot)
+                self._slots.give(slot)
 
     def _abandon(self, key: Key) -> None:
         """End a read ahead that proved wrong; one whose last pieces are under way is kept."""
@@ -255,8 +257,7 @@ class ExpertPool:
 
     def _begin(self, key: Key, slot: int, ahead: bool = False) -> tuple[Key, int, Read]:
         layer, expert = key
-        layout = self.store.layout
-        buffer = self._slot(slot)[: layout.record(layer, expert).nbytes]
+        buffer = self._slots.bytes(slot)
         want, path = self.store.record_checksums[layer][expert], self._files[layer].path
 
         def check(record: memoryview) -> None:
@@ -264,7 +265,7 @@ class ExpertPool:
                 raise StoreError(f"{path}: the record of expert {expert} is damaged; {REMAKE}")
 
         self.counters.bytes_read += len(buffer)
-        read = Read(self._files[layer], buffer, layout.record_offset(layer, expert), check)
+        read = Read(self._files[layer], buffer, self.store.layout.record_offset(layer, expert), check)
         return key, slot, self._reader.submit(read, ahead)
 
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:
@@ -279,31 +280,30 @@ class ExpertPool:
         """Let go of reads that nobody waits for any more."""
         for _, slot, read in reading:
             read.done.exception()  # a slot is free again only when nothing writes to it any more
-            self._free.append(slot)
+            self._slots.give(slot)
 
-    def _take_slot(self, layer: int, pinned: set[Key] | frozenset[Key]) -> int | None:
-        """A free slot, or that of the record worth least that is not pinned; None if there is none.
+    def _take_slot(self, key: Key, layer: int, pinned: set[Key] | frozenset[Key]) -> int | None:
+        """A slot for a record: free, or that of the record of its size worth least that is not pinned; None if there
+        is none.
 
         What is coming goes only where nothing else is left.
         """
-        if self._free:
-            return self._free.pop()
-        free = [key for key in self._resident if key not in pinned]
+        nbytes = self._nbytes[key]
+        if (slot := self._slots.take(nbytes)) is not None:
+            return slot
+        free = [held for held in self._resident if held not in pinned and self._nbytes[held] == nbytes]
         if not free:
             return None
-        victim = min(free, key=lambda key: (key in self._coming, self.policy.worth(key, layer)))
+        victim = min(free, key=lambda held: (held in self._coming, self.policy.worth(held, layer)))
         self.counters.unused += victim in self._unused
         self._unused.discard(victim)
         return self._resident.pop(victim)
-
-    def _slot(self, slot: int) -> torch.Tensor:
-        return self.memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
 
     def _expert(self, key: Key) -> Expert:
         slot, precision = self._resident[key], self.store.layout.precisions[key[0]][key[1]]
         view = self._views.get((slot, precision))
         if view is None:
             record = self.store.layout.records[precision]
-            view = Expert(self._slot(slot), record, self.store.geometry.expert_matrices, self.invariant)
+            view = Expert(self._slots.bytes(slot), record, self.store.geometry.expert_matrices, self.invariant)
             self._views[slot, precision] = view
         return view

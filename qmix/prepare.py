@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmix import hub
@@ -23,7 +23,7 @@ from qmix.checkpoint.reader import TOKENIZERS
 from qmix.checkpoint.source import HubSource, LocalSource, Source
 from qmix.errors import CheckpointError, HubError, QmixError, UsageError
 from qmix.geometry import Geometry
-from qmix.layout import StoreLayout, parse_precisions
+from qmix.layout import StoreLayout, has_blocks, parse_precisions
 from qmix.machine import (
     cache_directory,
     default_budget,
@@ -38,7 +38,8 @@ from qmix.plan import Plan, default_context, make_plan
 from qmix.plan.demand import Use
 from qmix.plan.hardware import Machine
 from qmix.plan.published import PUBLISHED
-from qmix.precision.formats import DTYPES, uses_kernels
+from qmix.precision.formats import DTYPES, FOUR_BITS, uses_kernels
+from qmix.profile import Profile
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store import Store, is_store, open_store, partial_directory
 from qmix.units import parse_bytes
@@ -46,6 +47,7 @@ from qmix.units import parse_bytes
 DEFAULT_PRECISION = "nf4"
 SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst
 AS_IT_IS = "leave it out, or quantize its checkpoint"
+NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
 INTERRUPTED = "interrupted; the same command goes on where it was stopped"
 
 
@@ -72,13 +74,18 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
 
 
 def layout_for(
-    checkpoint: Checkpoint, precision: str | None, dtype: str | None, option: str = "--precision"
+    checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, option: str = "--precision"
 ) -> StoreLayout:
-    """The layout of a checkpoint's store. Raises UsageError, naming `option`, for a precision or dtype that is none."""
+    """The layout of a checkpoint's store.
+
+    Raises UsageError for a precision, which `option` gave, or a dtype that is none, and where there is nothing to clip.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
     precisions = _precisions(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, option)
-    return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype)
+    if clip and not has_blocks(precisions):
+        raise UsageError(f"--clip: {precision} {NOTHING_TO_CLIP}")
+    return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype, clip)
 
 
 def _precisions(spec: str, geometry: Geometry, option: str = "--precision") -> tuple[tuple[str, ...], ...]:
@@ -94,33 +101,34 @@ def prepare_store(
     dtype: str | None = None,
     on_progress: OnProgress = ignore,
     check: Callable[[StoreLayout], object] = lambda layout: None,
+    clip: bool = False,
 ) -> Store:
     """The store of a model, made first if there is none yet; `check` may refuse its layout before that."""
-    store = _named_store(model, precision, dtype)
+    store = _named_store(model, precision, dtype, clip)
     if store is not None:
         return store
     cache = cache_directory()
     try:
         checkpoint = open_checkpoint(open_source(model))
     except HubError:
-        made = sorted(cache.glob(f"{_slug(model, precision, dtype)}-*/"), key=lambda store: store.stat().st_mtime)
+        made = sorted(cache.glob(f"{_slug(model, precision, dtype, clip)}-*/"), key=lambda store: store.stat().st_mtime)
         finished = [store for store in made if is_store(store)]
         if not finished:
             raise
         return open_store(finished[-1])
-    layout = layout_for(checkpoint, precision, dtype)
-    directory = cache / f"{_slug(model, precision, dtype)}-{checkpoint.fingerprint[:12]}"
+    layout = layout_for(checkpoint, precision, dtype, clip)
+    directory = cache / f"{_slug(model, precision, dtype, clip)}-{checkpoint.fingerprint[:12]}"
     if not is_store(directory):
         check(layout)
         if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files()):
             raise CheckpointError(f"{model}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
-        _quantize_in_child(model, precision, dtype, directory, on_progress)
+        _quantize_in_child(model, precision, dtype, clip, directory, on_progress)
     store = open_store(directory)
     assert store.layout == layout
     return store
 
 
-def _named_store(model: str | Path, precision: str | None, dtype: str | None) -> Store | None:
+def _named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
     """The store that `model` names, None where it names no store. Raises StoreError if it is unfinished."""
     path = Path(model).expanduser()
     if not str(model) or str(model) in EMBEDDED or not (is_store(path) or partial_directory(path).is_dir()):
@@ -130,12 +138,14 @@ def _named_store(model: str | Path, precision: str | None, dtype: str | None) ->
         raise UsageError(f"--precision {precision}: the store {store.directory} has another; {AS_IT_IS}")
     if dtype and dtype != store.layout.dtype:
         raise UsageError(f"--dtype {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
+    if clip and not store.layout.clip:
+        raise UsageError(f"--clip: the store {store.directory} was made without; {AS_IT_IS}")
     return store
 
 
-def _slug(model: str | Path, precision: str | None, dtype: str | None) -> str:
+def _slug(model: str | Path, precision: str | None, dtype: str | None, clip: bool) -> str:
     named = str(model) if hub.parse(str(model)) else Path(model).expanduser().absolute().name
-    asked = f"{named.replace('/', '--')}-{precision or DEFAULT_PRECISION}-{dtype or 'half'}"
+    asked = f"{named.replace('/', '--')}-{precision or DEFAULT_PRECISION}{'-clip' * clip}-{dtype or 'half'}"
     plain = re.sub(r"[^\w.@-]+", "_", asked)
     if plain == asked and len(plain) <= SLUG_LENGTH:
         return plain
@@ -143,9 +153,10 @@ def _slug(model: str | Path, precision: str | None, dtype: str | None) -> str:
 
 
 def _quantize_in_child(
-    model: str | Path, precision: str | None, dtype: str | None, directory: Path, on_progress: OnProgress
+    model: str | Path, precision: str | None, dtype: str | None, clip: bool, directory: Path, on_progress: OnProgress
 ) -> None:
-    request = {"model": str(model), "precision": precision, "dtype": dtype, "directory": str(directory)}
+    how = {"precision": precision, "dtype": dtype, "clip": clip}
+    request = {"model": str(model), **how, "directory": str(directory)}
     command = [sys.executable, "-m", "qmix.quantize_child", json.dumps(request)]
     pipe = subprocess.PIPE
     # in a session of its own: a Ctrl-C reaches it once, from here, and not a second time while it is ending
@@ -176,15 +187,29 @@ def _quantize_in_child(
 
 @dataclass(frozen=True)
 class Subject:
-    """What a plan is about: a model as it was named, the layout of its store, and a digest of its weights if known."""
+    """What a plan is about: a model as it was named, the layout of its store, and a digest of its weights if known.
+
+    `use` is how often each expert is used, where that was measured; `is_store` says whether it is made already.
+    """
 
     name: str
     layout: StoreLayout
     fingerprint: str | None
+    use: Use | None = None
+    is_store: bool = False
 
     @property
     def geometry(self) -> Geometry:
         return self.layout.geometry
+
+    def calibrated(self, profile: Profile, precision: str | None) -> Subject:
+        """With a profile's use, in a precision of which it says more than was known; a store's cannot be changed."""
+        if precision is None:
+            return replace(self, use=profile.use)
+        precisions = _precisions(precision, self.geometry)
+        if self.is_store and precisions != self.layout.precisions:
+            raise UsageError(f"--precision {precision}: the store {self.name} has another; {AS_IT_IS}")
+        return replace(self, use=profile.use, layout=replace(self.layout, precisions=precisions))
 
 
 def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> Subject:
@@ -195,7 +220,7 @@ def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> S
         return Subject(str(model), StoreLayout(published.geometry, precisions, dtype or "bf16"), None)
     store = _named_store(model, precision, dtype)
     if store is not None:
-        return Subject(str(model), store.layout, store.fingerprint)
+        return Subject(str(model), store.layout, store.fingerprint, store.use, is_store=True)
     checkpoint = open_checkpoint(open_source(model))
     return Subject(str(model), layout_for(checkpoint, precision, dtype), checkpoint.fingerprint)
 

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,9 +28,10 @@ from qmix.errors import CheckpointError, StoreError
 from qmix.layout import StoreLayout
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
+from qmix.profile import Profile, write_profile
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.safetensors_header import ITEM_BYTES
-from qmix.store import Store, is_store, open_store
+from qmix.store import PROFILE, Store, is_store, open_store
 from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
@@ -51,7 +53,7 @@ class _Job:
     def __init__(self, weight: Weight, place: Place, layout: StoreLayout) -> None:
         self.weight, self.place = weight, place
         name = weight.piece.tensor
-        self.quantizer = MatrixQuantizer(place.precision, layout.dtype, weight.rows, weight.cols, name)
+        self.quantizer = MatrixQuantizer(place.precision, layout.dtype, weight.rows, weight.cols, name, layout.clip)
         step = _rows_at_once(weight, place, layout)
         self.chunks = [(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step)]
         self.scales: memoryview | None = None
@@ -78,14 +80,16 @@ def quantize(
     directory: Path,
     layout: StoreLayout,
     on_progress: OnProgress = ignore,
+    profile: Profile | None = None,
 ) -> Store:
     """Write the store of a checkpoint to `directory`, or go on with one that was begun; returns it opened.
 
-    A finished store of the same weights and precisions is left as it is. Raises CheckpointError, StoreError
-    or HubError; what was finished stays in `directory` + ".partial" for the next run.
+    A finished store of the same weights and precisions is left as it is, but for the `profile` that it is to carry.
+    Raises CheckpointError, StoreError or HubError; what was finished stays in `directory` + ".partial" for the next
+    run.
     """
     if directory.exists() or directory.is_symlink():
-        return _existing(checkpoint, directory, layout)
+        return _existing(checkpoint, directory, layout, profile)
     try:
         downloads = checkpoint.source.space_needed(checkpoint.files)
         name = Path(checkpoint.source.name).absolute().name
@@ -93,8 +97,8 @@ def quantize(
         try:
             if directory.exists():  # finished by another process between the look above and the lock
                 shutil.rmtree(writer.partial)
-                return _existing(checkpoint, directory, layout)
-            _Run(checkpoint, writer, layout, on_progress).run()
+                return _existing(checkpoint, directory, layout, profile)
+            _Run(checkpoint, writer, layout, on_progress).run(profile)
         finally:
             writer.close()
     except OSError as error:
@@ -102,7 +106,7 @@ def quantize(
     return open_store(directory)
 
 
-def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout) -> Store:
+def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, profile: Profile | None) -> Store:
     if not is_store(directory):
         raise StoreError(f"{directory}: exists and is not a qmix store; choose another name")
     if (directory / JOURNAL).exists():  # a run killed in its very last step leaves it
@@ -112,6 +116,12 @@ def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout) -> S
         raise StoreError(f"{directory}: is the store of another model ({store.source_name}); choose another name")
     if (store.layout.precisions, store.layout.dtype) != (layout.precisions, layout.dtype):
         raise StoreError(f"{directory}: is a store of this model in another precision; choose another name")
+    if store.layout.clip != layout.clip:
+        made = f"made {'with' if store.layout.clip else 'without'} --clip"
+        raise StoreError(f"{directory}: is a store of this model {made}; choose another name")
+    if profile is not None and profile != store.profile:
+        write_profile(directory / PROFILE, profile.to_json())
+        store = replace(store, profile=profile)
     return store
 
 
@@ -149,7 +159,7 @@ class _Run:
         for memory in memories[:READING]:
             self.reads.put(memory)
 
-    def run(self) -> None:
+    def run(self, profile: Profile | None) -> None:
         with ThreadPoolExecutor(IN_FLIGHT, "qmix-quantize") as pool:
             for file in self.checkpoint.files:
                 todo = [weight for weight in self.checkpoint.of_file(file) if weight.key not in self.writer.written]
@@ -162,7 +172,7 @@ class _Run:
                 self.writer.flush()  # before the shard may go
                 self.checkpoint.source.release(file)
             self._drain(pool, (partial(self._digest, unit) for unit in self._undigested()))
-        self.writer.finish(self.checkpoint.config, self.checkpoint.tokenizer_files())
+        self.writer.finish(self.checkpoint.config, self.checkpoint.tokenizer_files(), profile)
 
     def _fetching(self, file: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:

@@ -33,7 +33,7 @@ def main() -> None:
 
     try:
         checkpoint = open_checkpoint(open_source(request["model"]))
-        layout = layout_for(checkpoint, request["precision"], request["dtype"])
+        layout = layout_for(checkpoint, request["precision"], request["dtype"], request["clip"])
         quantize(checkpoint, Path(request["directory"]), layout, report)
     except QmixError as error:
         print(json.dumps({"error": str(error), "exit_code": error.exit_code}), flush=True)

@@ -22,6 +22,7 @@ from qmix.machine_profile import measured_rates
 from qmix.model import build_model, check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
+from qmix.plan.demand import Use
 from qmix.plan.file import PlanFile
 from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
@@ -50,7 +51,7 @@ class Runner:
         self.store, self.plan = store, plan
         self.tokenizer = load_tokenizer(store.directory)
         spread = spread_for(plan, rates or Rates(), kind)
-        pool = ExpertPool(store, plan.slots, elsewhere=spread.residents if spread else frozenset())
+        pool = ExpertPool(store, plan.slots_by_size, elsewhere=spread.residents if spread else frozenset())
         self._unpin = pin(pool.memory) if spread and kind == "cuda" else _nothing
         try:
             self.model: MixtralForCausalLM = build_model(store, pool, attention, spread)
@@ -157,6 +158,7 @@ def load(
     ram: int | str | None = None,
     context: int | None = None,
     precision: str | None = None,
+    clip: bool = False,
     dtype: str | None = None,
     attention: str = "sdpa",
     plan: PlanFile | None = None,
@@ -166,22 +168,22 @@ def load(
     """Open a model under a memory budget and return a Runner.
 
     `model` is a store, a checkpoint directory, a hub id, or an embedded model's name; a checkpoint is quantised once
-    into the user's cache directory. `ram` (bytes, or text like "12GiB") is a ceiling for the whole process, by
-    default 90% of the memory that is free; `context` the tokens of prompt and answer together, by default 4096 or
-    the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) is in place of these two. `on_progress` is told of
-    a quantisation, `on_load` of experts read into memory beforehand, which happens where all of them fit. Raises
-    QmixError; DoesNotFitError where the budget is too small.
+    into the user's cache directory, with `clip` by the 4-bit scales of least squared error. `ram` (bytes, or text like
+    "12GiB") is a ceiling for the whole process, by default 90% of the memory that is free; `context` the tokens of
+    prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) is in
+    place of these two. `on_progress` is told of a quantisation, `on_load` of experts read into memory beforehand, which
+    happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout, fingerprint: str | None = None) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Use | None = None) -> Plan:
         if plan is not None:
             return plan.plan_of(layout, fingerprint, attention)
-        return plan_for(layout, ram, context, attention)
+        return plan_for(layout, ram, context, attention, use=use)
 
     spec = plan.precision if plan is not None and precision is None else precision
-    store = prepare_store(model, spec, dtype, on_progress, planned)
-    return Runner(store, planned(store.layout, store.fingerprint), attention, on_load, measured_rates())
+    store = prepare_store(model, spec, dtype, on_progress, planned, clip)
+    return Runner(store, planned(store.layout, store.fingerprint, store.use), attention, on_load, measured_rates())
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

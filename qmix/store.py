@@ -3,6 +3,7 @@
     qmix.json                   manifest: format version, source, precision of every expert, checksums
     dense.safetensors           everything that is not an expert, in half precision
     experts-00000.safetensors   one layer's expert records, aligned for O_DIRECT
+    profile.json                how often each expert is used, if it was quantised with a profile
     config.json, tokenizer*     the model's own
 
 Checksums are XXH3 (64 bits) of a record's bytes, of a dense tensor's, and of config.json.
@@ -18,12 +19,14 @@ from typing import Any
 
 import xxhash
 
-from qmix.errors import REMAKE, CheckpointError, StoreError
+from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
 from qmix.geometry import Geometry
 from qmix.layout import FileLayout, StoreLayout
 from qmix.precision.formats import DTYPES, PRECISIONS
+from qmix.profile import Profile, Table, check_profile, read_profile
 
 MANIFEST = "qmix.json"
+PROFILE = "profile.json"
 FORMAT_VERSION = 1
 
 
@@ -38,10 +41,16 @@ class Store:
     fingerprint: str
     dense_checksums: dict[str, str]
     record_checksums: tuple[tuple[str, ...], ...]
+    profile: Profile | None = None
 
     @property
     def geometry(self) -> Geometry:
         return self.layout.geometry
+
+    @property
+    def use(self) -> Table | None:
+        """How often each expert is used, [layer][expert], where that was measured."""
+        return None if self.profile is None else self.profile.use
 
     def path(self, file: FileLayout) -> Path:
         return self.directory / file.name
@@ -65,6 +74,7 @@ def manifest(layout: StoreLayout, source: str, fingerprint: str, checksums: dict
         "source": {"name": source, "fingerprint": fingerprint},
         "dtype": layout.dtype,
         "precisions": [list(row) for row in layout.precisions],
+        **({"clip": True} if layout.clip else {}),
         "checksums": checksums,
     }
 
@@ -87,12 +97,12 @@ def open_store(directory: Path) -> Store:
     try:
         geometry = Geometry.from_config(config, str(directory / "config.json"))
         precisions = tuple(tuple(row) for row in content["precisions"])
-        layout = StoreLayout(geometry, precisions, content["dtype"])
+        layout = StoreLayout(geometry, precisions, content["dtype"], content.get("clip", False))
         dense = dict(content["checksums"]["dense"])
         records = tuple(tuple(row) for row in content["checksums"]["records"])
         source, fingerprint = content["source"]["name"], content["source"]["fingerprint"]
         known = set(PRECISIONS).issuperset(name for row in precisions for name in row)
-        known = known and layout.dtype in DTYPES
+        known = known and layout.dtype in DTYPES and layout.clip in (False, True)
     except CheckpointError as error:
         raise StoreError(str(error)) from None
     except (KeyError, TypeError, ValueError):
@@ -102,13 +112,26 @@ def open_store(directory: Path) -> Store:
         raise StoreError(f"{path}: damaged; {REMAKE}")
     if shape != {geometry.num_experts} or not len(precisions) == len(records) == geometry.num_layers:
         raise StoreError(f"{path}: belongs to another model than {directory / 'config.json'}; {REMAKE}")
-    store = Store(directory, layout, config, source, fingerprint, dense, records)
+    profile = _profile(directory / PROFILE, geometry, fingerprint)
+    store = Store(directory, layout, config, source, fingerprint, dense, records, profile)
     for file in layout.files:
         _check_file(store.path(file), file)
     path = directory / "config.json"
     if xxhash.xxh3_64_hexdigest(path.read_bytes()) != content["checksums"].get("config"):
         raise StoreError(f"{path}: changed since the store was made; {REMAKE}")
     return store
+
+
+def _profile(path: Path, geometry: Geometry, fingerprint: str) -> Profile | None:
+    """Of a store that was quantised with one."""
+    if not path.exists():
+        return None
+    try:
+        profile = read_profile(path)
+        check_profile(profile, path, geometry, fingerprint)
+    except UsageError as error:
+        raise StoreError(f"{error}; or delete this file, the store works without it") from None
+    return profile
 
 
 def _check_file(path: Path, layout: FileLayout) -> None:

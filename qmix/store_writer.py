@@ -24,8 +24,9 @@ from qmix.disk import DirectMemory, UncachedFile, require_space
 from qmix.errors import StoreError
 from qmix.journal import Journal
 from qmix.layout import FileLayout, StoreLayout, part_name
+from qmix.profile import Profile, write_profile
 from qmix.safetensors_header import TensorInfo
-from qmix.store import FORMAT_VERSION, MANIFEST, manifest, partial_directory
+from qmix.store import FORMAT_VERSION, MANIFEST, PROFILE, manifest, partial_directory
 
 JOURNAL = "journal.jsonl"
 FLUSH_SECONDS = 2.0  # a killed run repeats at most what it wrote since the last flush
@@ -129,6 +130,7 @@ class StoreWriter:
             "checkpoint": fingerprint,
             "precision": [list(row) for row in layout.precisions],
             "dtype": layout.dtype,
+            **({"clip": True} if layout.clip else {}),
         }
         self.journal = Journal(self.partial / JOURNAL, subject, str(directory))
         self._files: dict[str, UncachedFile] = {}
@@ -219,11 +221,13 @@ class StoreWriter:
         if entries:
             self._sync(entries)
 
-    def finish(self, config: dict[str, Any], tokenizer_files: Iterable[Path]) -> None:
+    def finish(self, config: dict[str, Any], tokenizer_files: Iterable[Path], profile: Profile | None = None) -> None:
         """Write the manifest and the model's own small files, and give the store its name."""
         self.flush()
         for path in tokenizer_files:
             shutil.copyfile(path, self.partial / path.name)
+        if profile is not None:
+            write_profile(self.partial / PROFILE, profile.to_json())
         config_text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (self.partial / "config.json").write_text(config_text)
         geometry = self.layout.geometry

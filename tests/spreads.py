@@ -11,7 +11,8 @@ GIB = 2**30
 
 
 def spread_plan(layout: StoreLayout, layer_devices: list[str], residents: set[int], slots: int = 2) -> Plan:
-    """A plan with layers as named, these experts of every layer that is on a GPU resident there, and so many slots."""
+    """A plan with layers as named, these experts of every layer that is on a GPU resident there, and so many slots for
+    records of each size."""
     host = make_plan(layout, 4 * GIB, 64, 500 * 2**20)
     experts = range(layout.geometry.num_experts)
     placement = [
@@ -19,8 +20,7 @@ def spread_plan(layout: StoreLayout, layer_devices: list[str], residents: set[in
     ]
     names = dict.fromkeys(name for name in layer_devices if name != "cpu")
     return replace(
-        host,
-        slots=slots,
+        host.with_slots(slots),
         layer_devices=tuple(layer_devices),
         placement=tuple(placement),
         devices=tuple(DevicePlan(name, GIB, 0, 0, 0, 0) for name in names),

@@ -19,12 +19,14 @@ from qmix.store import Store, partial_directory
 from qmix.store_writer import JOURNAL
 
 
-def make_store(checkpoint: Path, directory: Path, precision: str = "nf4", dtype: str | None = None) -> Store:
+def make_store(
+    checkpoint: Path, directory: Path, precision: str = "nf4", dtype: str | None = None, clip: bool = False
+) -> Store:
     opened = open_checkpoint(LocalSource(checkpoint))
-    return quantize(opened, directory, layout_for(opened, precision, dtype))
+    return quantize(opened, directory, layout_for(opened, precision, dtype, clip))
 
 
-def interrupt_store(checkpoint: Path, directory: Path, precision: str, after: int) -> None:
+def interrupt_store(checkpoint: Path, directory: Path, precision: str, after: int, clip: bool = False) -> None:
     """Begin a store, and stop as a user does after so many chunks."""
     opened, calls = open_checkpoint(LocalSource(checkpoint)), iter(range(1, 10**6))
 
@@ -33,7 +35,7 @@ def interrupt_store(checkpoint: Path, directory: Path, precision: str, after: in
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(opened, directory, layout_for(opened, precision, None), stop)
+        quantize(opened, directory, layout_for(opened, precision, None, clip), stop)
 
 
 def journaled(directory: Path) -> set[str]:
@@ -48,9 +50,14 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def make_pool(store: Store, slots: int, *arguments, **options) -> ExpertPool:
+    """With so many slots for records of each size in the store."""
+    return ExpertPool(store, dict.fromkeys(store.layout.record_counts, slots), *arguments, **options)
+
+
 def make_model(store: Store, slots: int | None = None, attention: str = "sdpa"):
     """transformers' model over a pool of `slots` slots, by default one for every expert."""
-    return build_model(store, ExpertPool(store, slots or store.geometry.num_records), attention)
+    return build_model(store, make_pool(store, slots or store.geometry.num_records), attention)
 
 
 def refusal(*arguments) -> str:

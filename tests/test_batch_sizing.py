@@ -58,12 +58,12 @@ def test_from_disk_more_sequences_are_worth_nearly_every_slot():
 def test_a_tokens_cost_by_hand():
     """All in memory: dense and every expert that 1, and 2, tokens are routed to, 2 of 8; then half of them on disk."""
     plan = chosen(64 * GIB, [100])
-    record, product = plan.slot_bytes, 0.2 * 32 * 2 * plan.slot_bytes
+    (record,) = LAYOUT.record_counts
+    product = 0.2 * 32 * 2 * record
     assert token_cost(plan, GEOMETRY) == pytest.approx(plan.dense + 256 * record / 4 + product)
     two = chosen(64 * GIB, [100, 100])
     assert token_cost(two, GEOMETRY) == pytest.approx((plan.dense + 256 * record * (1 - 9 / 16)) / 2 + product)
-    half = Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"slots": 128})
-    assert token_cost(half, GEOMETRY) == pytest.approx(plan.dense + 256 * record / 4 * 6 + product)
+    assert token_cost(plan.with_slots(128), GEOMETRY) == pytest.approx(plan.dense + 256 * record / 4 * 6 + product)
 
 
 def test_a_line_that_does_not_fit_by_itself_is_refused_with_the_budget_that_works():

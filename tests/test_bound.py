@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,11 +15,10 @@ from qmix.bound import (
     Bound,
     Cost,
     Workload,
-    all_records,
     bound,
     decode_cost,
     dense_read,
-    least_reads,
+    least_read_bytes,
     mean_position,
     prefill_cost,
     prefill_flops,
@@ -44,7 +44,7 @@ DENSE = 2 * (2 * 4 + 16 + 8 + 8 + 16 + 4 * 4) * 2 + (4 + 10 * 4) * 2  # norms, q
 ROW = 4 * 2  # of the embedding table
 KV = 2 * 2 * 2 * 2  # keys and values, layers, head_dim, bytes
 # two tokens through two layers
-ROUTING = [[(0, 0), (0, 1)], [(1, 0), (1, 1)], [(0, 0), (0, 2)], [(1, 0), (1, 1)]]
+ROUTING = np.array([[0, 1], [0, 1], [0, 2], [0, 1]])
 
 
 def layout_of(geometry: Geometry, precision: str = "half") -> StoreLayout:
@@ -87,38 +87,47 @@ def test_flops_of_a_prompt():
 
 
 def test_reads_are_those_of_a_pool_that_knew_the_future():
-    assert least_reads([[(0, 2)], [(0, 0)]], slots=2, start=[(0, 0), (0, 1)]) == 1
-    assert least_reads([[(0, 2)], [(0, 0)]], slots=2, start=[]) == 2
-    assert least_reads([[(0, 2)], [(0, 0)]], slots=2, start=[(0, 0), (0, 1), (0, 2)]) == 0  # the best two of them
+    layout = layout_of(GEOMETRY)
     # three slots: begin with 0.0, 0.1 and 1.0; read 1.1 in place of 0.1, then 0.2
-    assert least_reads(ROUTING, 3, all_records(GEOMETRY)) == 2
-    assert least_reads(ROUTING, 8, all_records(GEOMETRY)) == 0
+    assert least_read_bytes(layout, ROUTING, {RECORD: 3}) == 2 * RECORD
+    assert least_read_bytes(layout, ROUTING, {RECORD: 8}) == 0
+    assert least_read_bytes(layout, ROUTING, {RECORD: 8}, ()) == 5 * RECORD
+    assert least_read_bytes(layout, ROUTING, {RECORD: 8}, (0, 6)) == 4 * RECORD  # 0.0 was there, and 1.2 of no use
 
 
 @given(st.lists(st.sets(st.integers(0, 3), min_size=1, max_size=2), max_size=8), st.sets(st.integers(0, 3), max_size=2))
 def test_no_start_does_better_than_the_best_one(routing, start):
-    steps = [[(0, expert) for expert in sorted(step)] for step in routing]
-    best = least_reads(steps, 2, [(0, expert) for expert in range(4)])
-    assert best <= least_reads(steps, 2, [(0, expert) for expert in start]) <= sum(map(len, steps))
+    one_layer = layout_of(replace(GEOMETRY, num_layers=1))
+    trace = np.full((len(routing), 2), -1)
+    for row, step in zip(trace, routing, strict=True):
+        row[: len(step)] = sorted(step)
+    best = least_read_bytes(one_layer, trace, {RECORD: 2})
+    found = least_read_bytes(one_layer, trace, {RECORD: 2}, sorted(start))
+    assert best <= found <= RECORD * sum(map(len, routing))
 
 
 def test_cost_of_a_decoded_token():
-    found = decode_cost(Workload(1, 2), layout_of(GEOMETRY), ROUTING, slots=3)
+    found = decode_cost(Workload(1, 2), layout_of(GEOMETRY), ROUTING, {RECORD: 3})
     assert found == Cost(2 * RECORD / 2, 8 * RECORD / 2 + DENSE + ROW + 2.5 * KV, 0.0)
-    assert decode_cost(Workload(1, 2), layout_of(GEOMETRY), ROUTING, slots=8).disk_bytes == 0
+    assert decode_cost(Workload(1, 2), layout_of(GEOMETRY), ROUTING, {RECORD: 8}).disk_bytes == 0
 
 
 def test_cost_of_a_prompt_in_two_chunks():
-    found = prefill_cost(Workload(600), layout_of(GEOMETRY), ROUTING, slots=3)
+    found = prefill_cost(Workload(600), layout_of(GEOMETRY), ROUTING, {RECORD: 3})
     assert found == Cost(2 * RECORD, 8 * RECORD + 2 * (DENSE + ROW), prefill_flops(GEOMETRY, 600))
 
 
-def test_several_precisions_count_as_the_smallest():
+def test_records_of_each_size_have_slots_of_their_own():
     wide = replace(GEOMETRY, hidden_size=64, intermediate_size=64)
     mixed = layout_of(wide, "half,0.*=nf4")
-    smallest = mixed.records["nf4"].nbytes
-    assert smallest < mixed.records["half"].nbytes
-    assert prefill_cost(Workload(2), mixed, ROUTING, slots=3).disk_bytes == 2 * smallest
+    small, large = (mixed.records[name].nbytes for name in ("nf4", "half"))
+    asked = 4 * (small + large)  # by ROUTING, of each layer
+    # layer 0 with two slots begins with 0.0 and 0.1, and reads 0.2; layer 1 with one slot reads 1.0 or 1.1 each time
+    found = prefill_cost(Workload(2), mixed, ROUTING, {small: 2, large: 1})
+    assert found.disk_bytes == small + 2 * large
+    assert found.memory_bytes == asked + 2 * dense_read(mixed)
+    assert prefill_cost(Workload(2), mixed, ROUTING, {small: 3, large: 2}).disk_bytes == 0
+    assert decode_cost(Workload(1, 2), mixed, ROUTING, {small: 1, large: 2}).disk_bytes == small
 
 
 def test_the_arithmetic_loads_no_torch():

@@ -16,7 +16,7 @@ from qmix.chat.format import PlainFormat, Said, TemplateFormat, format_of
 from qmix.chat.session import Session, shown_ids
 from qmix.errors import Cancelled, StoreError, UsageError
 from qmix.generate import common_prefix
-from qmix.plan import PREFILL_CHUNK, Plan, make_plan
+from qmix.plan import PREFILL_CHUNK, make_plan
 from qmix.runner import Runner, load_tokenizer
 from qmix.text import Detokenizer
 
@@ -56,9 +56,7 @@ def half(tiny, tmp_path_factory):
 
 
 def runner_of(store, context=1024, slots=48) -> Runner:
-    plan = make_plan(store.layout, 2**40, context, 2**28)
-    fields = {name: getattr(plan, name) for name in Plan.__slots__} | {"slots": slots}
-    return Runner(store, Plan(**fields))
+    return Runner(store, make_plan(store.layout, 2**40, context, 2**28).with_slots(slots))
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,18 @@ def test_help_names_every_command(qmix):
     assert (done.status, done.err) == (0, "")
     assert done.out.startswith("Usage: qmix [OPTIONS] COMMAND [ARGS]...\n")
     commands = re.findall(r"^  ([a-z]+)  ", done.out, re.MULTILINE)
-    assert commands == ["generate", "chat", "batch", "quantize", "plan", "compare", "eval", "bench", "doctor"]
+    assert commands == [
+        "generate",
+        "chat",
+        "batch",
+        "quantize",
+        "plan",
+        "compare",
+        "calibrate",
+        "eval",
+        "bench",
+        "doctor",
+    ]
 
 
 def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use):
@@ -224,7 +235,7 @@ def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
     }
     parts = ("interpreter", "dense", "kv_cache", "work", "pool")
     assert found["total"] == sum(found[part] for part in parts)
-    assert (found["fits"], found["schema"]) == (True, "qmix-plan-2")
+    assert (found["fits"], found["schema"]) == (True, "qmix-plan-3")
     assert found["on_disk"] + found["pool"] == sum(found["expert_bytes"].values())
     assert table.out.count("r") > 48  # every expert's cell
     assert table.out.endswith("run it:\n  qmix generate -m tiny --ram 2048MiB --context 512\n")
@@ -245,7 +256,7 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     assert json.loads(qmix(*options, str(answer["smallest"])).out)["slots"] == 2
     assert qmix(*options, str(answer["smallest"] - 1)).status == 3
     nearest = answer.pop("nearest")
-    assert answer == {"schema": "qmix-plan-2", "fits": False, "smallest": answer["smallest"]}
+    assert answer == {"schema": "qmix-plan-3", "fits": False, "smallest": answer["smallest"]}
     assert nearest["ram"] == int(told[1]) * 2**20
     assert nearest["fits"]
     assert math.ceil(answer["smallest"] / 2**20) == int(told[1])

@@ -30,8 +30,7 @@ OPTIONS = [
 
 
 def plan_of(store, batch: int, context: int, slots: int) -> Plan:
-    plan = make_plan(store.layout, 2**40, context, 2**28, batch=batch)
-    return Plan(**{name: getattr(plan, name) for name in Plan.__slots__} | {"slots": slots})
+    return make_plan(store.layout, 2**40, context, 2**28, batch=batch).with_slots(slots)
 
 
 def runner_of(store, batch: int = 4, context: int = 128, slots: int | None = None) -> BatchRunner:

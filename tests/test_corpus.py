@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from calibration.corpus import LANGUAGES, TEXTS, Document, alternating, bundled, from_file
+from calibration.corpus import LANGUAGES, TEXTS, Document, Passage, alternating, bundled, from_file, windows
 from qmix.errors import UsageError
 
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -141,3 +141,13 @@ def test_alternating_takes_a_document_of_each_language_in_turn():
     assert "".join(document.text for document in alternating(documents)) == "adebc"
     assert [document.language for document in alternating(bundled())[:5]] == list(LANGUAGES)
     assert sorted(map(hash, alternating(bundled()))) == sorted(map(hash, bundled()))
+
+
+def test_windows_cover_passages_and_stop_at_the_tokens_asked_for():
+    passages = [Passage("en", list(range(10))), Passage("fr", [7]), Passage(None, list(range(5)))]
+    found = windows(passages, 4)
+    assert [passage.ids for passage in found] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
+    assert [passage.language for passage in found] == ["en", "en", "en", None]
+    assert [passage.ids for passage in windows(passages, 4, tokens=7)] == [[0, 1, 2, 3], [4, 5, 6]]
+    with pytest.raises(UsageError, match="no token to predict"):
+        windows([Passage(None, [5])], 4)

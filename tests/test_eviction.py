@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from checkpoints import TINY_CONFIG
 
-from calibration.replay import belady_hits, hits
-from qmix.eviction import POLICIES, LeastFrequentlyUsed, UsesPerTime
+from calibration.replay import replay
+from qmix.eviction import LeastFrequentlyUsed, UsesPerTime
 from qmix.geometry import Geometry
 
 GEOMETRY = Geometry.from_config(TINY_CONFIG | {"num_hidden_layers": 4, "num_local_experts": 8})  # top 2
@@ -24,6 +25,16 @@ def test_the_rate_of_use_starts_at_chance_and_decays_with_each_visit():
     assert policy.rate((1, 3)) == 0.25  # its layer was not visited
 
 
+def test_the_rate_of_use_starts_at_what_is_expected():
+    use = [[0.9, 0.3, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1]] + [[0.25] * 8] * 3
+    policy = LeastFrequentlyUsed(GEOMETRY, use, decay=0.5)
+    assert [policy.rate((0, expert)) for expert in range(3)] == [0.9, 0.3, 0.2]
+    policy.used(0, [1, 2])
+    assert [policy.rate((0, expert)) for expert in range(3)] == pytest.approx([0.45, 0.65, 0.6])
+    # seen from layer 1, layer 0's turn comes in three steps
+    assert UsesPerTime(GEOMETRY, use).worth((0, 0), layer=1) == pytest.approx(0.9 / 3)
+
+
 def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
     policy = UsesPerTime(GEOMETRY)
     worth = [policy.worth((layer, 0), layer=1) for layer in range(4)]
@@ -33,7 +44,6 @@ def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
 
 def test_going_round_everything_uses_per_time_is_as_good_as_knowing_the_future():
     """Every pass asks for every expert, as prefill does; dropping the least recently used finds nothing."""
-    trace = [[(layer, expert) for expert in range(8)] for _ in range(10) for layer in range(4)]
-    found = {name: hits(trace, 16, policy(GEOMETRY)) for name, policy in POLICIES.items()}
-    assert found["lru"] == 0
-    assert found["uses-per-time"] == belady_hits(trace, 16)
+    found = replay(np.tile(np.arange(8), (4 * 10, 1)), 4, 8, [16], top_k=2)
+    assert found.hit_rate("lru", 16) == 0
+    assert found.hit_rate("uses-per-time", 16) == found.hit_rate("belady", 16) > 0.4

@@ -9,8 +9,7 @@ import re
 import pytest
 import torch
 
-from qmix.errors import UsageError
-from qmix.fidelity import _Tally, windows
+from qmix.fidelity import _Tally
 
 
 def test_two_tokens_by_hand():
@@ -49,14 +48,6 @@ def test_chunks_add_up_to_the_whole():
     assert ours.kl_mean == pytest.approx(expected, rel=1e-5)
     assert ours.kl_mean == pytest.approx(theirs.kl_mean, rel=1e-9)
     assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-6)
-
-
-def test_windows_cover_documents_and_stop_at_the_tokens_asked_for():
-    documents = [list(range(10)), [7], list(range(5))]
-    assert windows(documents, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]]
-    assert windows(documents, 4, tokens=7) == [[0, 1, 2, 3], [4, 5, 6]]
-    with pytest.raises(UsageError, match="no token to predict"):
-        windows([[5]], 4)
 
 
 @pytest.fixture
@@ -107,11 +98,12 @@ def test_a_window_longer_than_the_model_sees_is_refused(qmix, text):
 def test_without_a_text_the_bundled_ones_are_taken(qmix):
     from transformers import AutoTokenizer
 
-    from calibration.corpus import alternating, bundled
+    from calibration.corpus import Passage, alternating, bundled, windows
     from qmix.models import EMBEDDED
 
     run = qmix("compare", "tiny", "--tokens", "400", "--window", "128", "--json", "--precision", "int8")
     assert run.status == 0, run.err
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED["tiny"])
-    cut = windows([tokenizer(document.text)["input_ids"] for document in alternating(bundled())], 128, 400)
+    whole = [Passage(None, tokenizer(document.text)["input_ids"]) for document in alternating(bundled())]
+    cut = windows(whole, 128, 400)
     assert json.loads(run.out)["tokens"] == 400 - len(cut)

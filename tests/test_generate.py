@@ -14,7 +14,7 @@ from transformers import MixtralForCausalLM
 
 import qmix
 from qmix.errors import Cancelled, DoesNotFitError, StoreError, UsageError
-from qmix.plan import PREFILL_CHUNK, Plan, make_plan
+from qmix.plan import PREFILL_CHUNK, make_plan
 from qmix.runner import Runner
 from qmix.sampling import Sampling
 
@@ -27,9 +27,7 @@ def store(tiny, tmp_path_factory):
 
 
 def runner_of(store, slots, context=1024) -> Runner:
-    plan = make_plan(store.layout, 2**40, context, 2**28)
-    fields = {name: getattr(plan, name) for name in Plan.__slots__} | {"slots": slots}
-    return Runner(store, Plan(**fields))
+    return Runner(store, make_plan(store.layout, 2**40, context, 2**28).with_slots(slots))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +55,41 @@ def test_the_text_is_the_same_whatever_the_budget(store, options):
             texts.append((long.token_ids, short.token_ids))
             assert (short.misses == 0) == (slots == 48)
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_text_of_a_mixed_store_is_the_same_whatever_the_budget(tiny, tmp_path):
+    """Budgets from the smallest to one that holds everything, and none exceeded by the pool."""
+    store = make_store(tiny, tmp_path / "store", "nf4,*.7=int8,2.*=half")
+    whole = make_plan(store.layout, 2**40, 1024, 2**28)
+    texts, slots = [], []
+    for share in (0, 0.1, 0.5, 0.9, 1):
+        plan = make_plan(store.layout, int(whole.smallest + share * (whole.roomy - whole.smallest)), 1024, 2**28)
+        with Runner(store, plan) as runner:
+            assert runner.pool.memory.nbytes == plan.pool
+            assert plan.total <= plan.ram
+            found = [
+                runner.complete(text, max_new_tokens=30, ignore_eos=True, temperature=0)
+                for text in (PROMPT * 60, PROMPT)
+            ]
+            texts.append([each.token_ids for each in found])
+            assert (found[-1].misses == 0) == (share == 1)
+            if share == 1:
+                assert runner.pool.counters.bytes_read == plan.expert_total
+            slots.append(list(plan.slots_by_size.values()))
+    assert slots == [[2, 2, 2], [8, 2, 2], [20, 3, 4], [32, 5, 7], [35, 5, 8]]
+    assert all(text == texts[-1] for text in texts)
+
+
+def test_a_mixed_store_keeps_as_many_records_as_its_bytes_have_room_for(tiny, tmp_path):
+    store = make_store(tiny, tmp_path / "store", "nf4,*.7=int8")
+    nf4, int8 = store.layout.record_counts
+    whole = make_plan(store.layout, 2**40, 1024, 2**28)
+    plan = make_plan(store.layout, (whole.smallest + whole.roomy) // 2, 1024, 2**28)
+    assert plan.slots_by_size == {nf4: 23, int8: 3}
+    assert plan.pool // int8 == 15  # slots of one size would hold so many
+    with Runner(store, plan) as runner:
+        runner.complete(PROMPT * 60, max_new_tokens=30, ignore_eos=True, temperature=0)
+        assert len(runner.pool._resident) == 26
 
 
 def test_a_seed_fixes_the_draws_and_another_changes_them(runner):

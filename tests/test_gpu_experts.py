@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, reference_model
 from spreads import spread_plan
-from stores import make_model, make_store
+from stores import make_model, make_pool, make_store
 
 from qmix.errors import StoreError, UsageError
 from qmix.gpu.experts import DeviceExperts, Routing
@@ -16,7 +16,6 @@ from qmix.gpu.model import spread_for
 from qmix.kv_cache import PlannedCache
 from qmix.model import build_model
 from qmix.plan.hardware import Rates
-from qmix.pool import ExpertPool
 from qmix.runner import Runner
 
 COPIES = Rates(pcie=1e18, gpu_memory=1e18, gpu_matmul=1e21)  # by these copying always pays
@@ -36,7 +35,7 @@ def logits(model, ids, cache=None):
 def spread_model(store, layer_devices, residents, rates=COMPUTES, slots=2):
     plan = spread_plan(store.layout, layer_devices, residents, slots)
     spread = spread_for(plan, rates, "cpu")
-    pool = ExpertPool(store, slots, elsewhere=spread.residents)
+    pool = make_pool(store, slots, elsewhere=spread.residents)
     return build_model(store, pool, "sdpa", spread)
 
 
@@ -60,7 +59,7 @@ def test_a_model_over_devices_gives_the_logits_of_one_on_the_cpu(tmp_path, ids, 
 
 
 @pytest.mark.parametrize("rates", [COPIES, COMPUTES], ids=["copies", "computes"])
-@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "nf4,0.*=int8,1.1=half,1.2=fp4"])
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "nf4,0.*=int8,1.1=half,1.2=fp4", "nf4,*.2=half"])
 def test_quantised_experts_over_devices_are_as_close_to_transformers(tmp_path, ids, precision, rates):
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     store = make_store(checkpoint, tmp_path / "store", precision)

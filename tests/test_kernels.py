@@ -14,7 +14,8 @@ from hypothesis.extra.numpy import arrays
 from numba.core.caching import CompileResultCacheImpl
 
 from qmix.bitsandbytes_quiet import functional as bnb
-from qmix.precision import kernels
+from qmix.compiled import compiled
+from qmix.precision import blocks
 from qmix.precision.kernels import BLOCK, quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 
 KINDS = ("nf4", "fp4")
@@ -158,7 +159,7 @@ def test_every_bfloat16_number(kind: str, absmax: float) -> None:
 
 def near_midpoints(kind: str, absmax: np.float32) -> torch.Tensor:
     """absmax, and each midpoint times absmax with its two neighbours: 46 fp32 numbers."""
-    middle = np.array(kernels._midpoints(kind)) * absmax
+    middle = np.array(blocks.midpoints_of(kind)) * absmax
     below, above = np.nextafter(middle, np.float32(-np.inf)), np.nextafter(middle, np.float32(np.inf))
     return torch.from_numpy(np.concatenate([[absmax], below, middle, above]))
 
@@ -345,4 +346,4 @@ def test_what_does_not_fit_the_flat_layout_is_refused(arguments) -> None:
 
 def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompileResultCacheImpl, "_locator_classes", [])
-    assert kernels._kernel(lambda x: x + 1)(1) == 2
+    assert compiled(lambda x: x + 1)(1) == 2

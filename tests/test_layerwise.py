@@ -21,8 +21,9 @@ SEQUENCES = [torch.randint(3, 4000, (length,), generator=RNG).tolist() for lengt
 EVERY = torch.arange(sum(map(len, SEQUENCES)))
 
 
-def variant(checkpoint, spec: str) -> Quantised:
-    return Quantised(spec, checkpoint.geometry, layout_for(checkpoint, spec, None).precisions, checkpoint.half_dtype)
+def variant(checkpoint, spec: str, clip: bool = False) -> Quantised:
+    layout = layout_for(checkpoint, spec, None, clip)
+    return Quantised(spec, checkpoint.geometry, layout.precisions, layout.dtype, clip)
 
 
 def logits(checkpoint, variants, sequences=SEQUENCES) -> list[torch.Tensor]:
@@ -50,10 +51,13 @@ def test_half_is_as_close_to_fp32_as_transformers_bf16(checkpoint, tiny):
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("spec", ["nf4", "fp4", "int8", "half", "nf4,0.*=int8,*.3=half"])
-def test_a_variant_made_in_memory_is_the_store(checkpoint, tiny, tmp_path, spec):
-    store = make_store(tiny, tmp_path / "store", spec)
-    made, stored = logits(checkpoint, [variant(checkpoint, spec), Stored("store", store, checkpoint)])
+@pytest.mark.parametrize(
+    ("spec", "clip"),
+    [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), ("half", False), ("nf4,0.*=int8,*.3=half", True)],
+)
+def test_a_variant_made_in_memory_is_the_store(checkpoint, tiny, tmp_path, spec, clip):
+    store = make_store(tiny, tmp_path / "store", spec, clip=clip)
+    made, stored = logits(checkpoint, [variant(checkpoint, spec, clip), Stored("store", store, checkpoint)])
     assert torch.equal(made, stored)
     assert variant(checkpoint, spec).nbytes == sum(store.layout.expert_bytes.values())
 

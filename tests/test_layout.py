@@ -105,7 +105,7 @@ def test_int8_and_half_records_by_hand() -> None:
 )
 def test_an_expert_of_8x22b_takes_the_published_bytes(precision: str, record: int, bits: float) -> None:
     layout = uniform(Geometry.from_config(CONFIG_8X22B), precision)
-    assert layout.slot_bytes == record
+    assert layout.record_counts == {record: 448}
     assert 8 * record / 301_989_888 == pytest.approx(bits, abs=2e-4)
     assert layout.expert_bytes == {precision: 448 * record}
 
@@ -130,7 +130,7 @@ def test_records_are_whole_aligned_and_hold_their_parts(layout: StoreLayout) -> 
             assert start == expected_start
             assert record.precision == layout.precisions[layer][expert]
             assert record.nbytes % PAGE == 0
-            assert record.nbytes <= layout.slot_bytes
+            assert record.nbytes in layout.record_counts
             position = 0
             for item in record.parts:
                 info = file.tensors[part_name(expert, item.matrix, item.part.name)]

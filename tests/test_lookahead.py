@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from stores import make_model, make_store
+from stores import make_model, make_pool, make_store
 
 from qmix.lookahead import EMBEDDING, FEW_TOKENS, Lookahead
-from qmix.pool import ExpertPool
 
 
 def test_by_hand():
@@ -74,7 +73,7 @@ def test_the_text_does_not_depend_on_what_is_read_ahead(store):
 
 
 def test_a_pool_that_holds_all_says_so(store):
-    pools = [ExpertPool(store, slots) for slots in (7, 8)]
+    pools = [make_pool(store, slots) for slots in (7, 8)]
     assert [pool.holds_all for pool in pools] == [False, True]
     for pool in pools:
         pool.close()

@@ -27,17 +27,25 @@ def qmix_json(*arguments: str, prefix: tuple[str, ...] = ()) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.fixture(scope="module")
+def mixed(tiny, tmp_path_factory):
+    return make_store(tiny, tmp_path_factory.mktemp("mixed") / "store", "nf4,*.7=int8,2.*=half")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("which", "options"),
     [
-        ("--ram", "4GiB", "--context", "2048"),
-        ("--ram", "4GiB", "--context", "1024", "--attn", "eager"),
-        ("--ram", "{smallest}", "--context", "1024"),
+        ("store", ("--ram", "4GiB", "--context", "2048")),
+        ("store", ("--ram", "4GiB", "--context", "1024", "--attn", "eager")),
+        ("store", ("--ram", "{smallest}", "--context", "1024")),
+        ("mixed", ("--ram", "4GiB", "--context", "1024")),
+        ("mixed", ("--ram", "{smallest}", "--context", "1024")),
     ],
-    ids=["roomy", "eager attention", "smallest pool"],
+    ids=["roomy", "eager attention", "smallest pool", "mixed", "mixed, smallest pool"],
 )
-def test_the_plans_total_is_the_runs_peak(store, options):
+def test_the_plans_total_is_the_runs_peak(which, options, request):
     """Within 5%, and never above the budget."""
+    store = request.getfixturevalue(which)
     if "{smallest}" in options:
         planned = qmix_json("plan", str(store.directory), "--ram", "4GiB", *options[2:])
         options = ("--ram", str(planned["smallest"]), *options[2:])

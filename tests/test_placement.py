@@ -52,8 +52,17 @@ def check(plan, store: StoreLayout) -> None:
     assert sum(counts.values()) == geometry.num_records
     assert set(counts) <= {"ram", "disk", *(device.name for device in plan.devices)}
     assert plan.host_records == counts["ram"] + counts["disk"]
-    assert counts["ram"] == min(plan.slots, plan.host_records)
-    assert plan.slots <= max(2, plan.host_records)
+    assert (counts["ram"], counts["disk"]) == (plan.host_records - plan.records_on_disk, plan.records_on_disk)
+    for each in plan.slot_classes:
+        host = [
+            where
+            for layer, row in enumerate(plan.placement)
+            for expert, where in enumerate(row)
+            if where in ("ram", "disk") and store.record(layer, expert).nbytes == each.nbytes
+        ]
+        assert (each.records, each.served) == (store.record_counts[each.nbytes], len(host))
+        assert each.least <= each.slots <= max(each.least, each.served)
+        assert host.count("ram") == min(each.slots, each.served)
     assert [len(row) for row in plan.placement] == [geometry.num_experts] * geometry.num_layers
     changes = [name for name, after in pairwise((*plan.layer_devices, "end")) if name != after]
     assert len(changes) == len(set(changes))  # whole runs of layers
@@ -128,19 +137,21 @@ def test_bytes_of_a_small_gpu_by_hand():
 
 
 def test_the_most_used_experts_come_first_and_equals_go_round_the_layers():
-    assert by_use(SKEWED)[:5] == [(3, 0), (0, 0), (2, 3), (4, 0), (4, 1)]
-    assert by_use(even_use(SMALL))[:6] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (0, 1)]
+    store = layout(SMALL)
+    assert by_use(store, SKEWED)[:5] == [(3, 0), (0, 0), (2, 3), (4, 0), (4, 1)]
+    assert by_use(store, even_use(SMALL))[:6] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (0, 1)]
 
 
 def test_the_most_used_experts_lie_on_the_gpu_then_in_memory():
-    demand = Demand(layout(SMALL, "half"), 100, 1, "sdpa", SKEWED)
-    found = None
+    store = layout(SMALL, "half")
+    demand, found = Demand(store, 100, 1, "sdpa", SKEWED), None
+    (record,) = store.record_counts
     for gpu in range(GPU_RESERVE_BYTES, 2 * GIB, MIB):  # until 8 experts have room
-        found = arrange(demand, (gpu,), lambda on_cpu, records: min(records, 2) if on_cpu == 0 else None, Rates())
+        found = arrange(demand, (gpu,), lambda on_cpu, wanted: {record: 2} if on_cpu == 0 else None, Rates())
         if found and len(found.residents) >= 8:
             break
     assert found
-    tiers = [found.placement[layer][expert] for layer, expert in by_use(SKEWED)]
+    tiers = [found.placement[layer][expert] for layer, expert in by_use(store, SKEWED)]
     resident = len(found.residents)
     assert 8 <= resident <= 9
     assert tiers == ["gpu:0"] * resident + ["ram"] * 2 + ["disk"] * (18 - resident)

@@ -23,7 +23,7 @@ def layout(geometry: Geometry, precision: str = "nf4") -> StoreLayout:
 def test_a_small_plan_by_hand():
     plan = make_plan(layout(SMALL, "half"), 1 * GIB, 100, 300 * MIB)
     # one expert: three matrices of 128 x 64 in two bytes, a multiple of 4096
-    assert plan.slot_bytes == 3 * 128 * 64 * 2 == 49152
+    assert plan.slots_by_size == {3 * 128 * 64 * 2: 8} == {49152: 8}
     assert (plan.slots, plan.num_records, plan.pool) == (8, 8, 8 * 49152)
     # 2 (keys, values) x 2 layers x 2 heads x 16 x 2 bytes a token
     assert plan.kv_cache == 100 * 256
@@ -51,10 +51,6 @@ def test_a_budget_too_small_is_refused_with_one_that_works():
     assert make_plan(layout(BIG), refused.value.smallest, 4096, 400 * MIB).slots == 2
     with pytest.raises(DoesNotFitError):
         make_plan(layout(BIG), refused.value.smallest - 1, 4096, 400 * MIB)
-
-
-def test_the_largest_precision_decides_the_slot():
-    assert make_plan(layout(SMALL, "nf4,0.0=half"), GIB, 10, MIB).slot_bytes == 49152
 
 
 def test_eager_attention_is_counted_as_dearer():

@@ -115,8 +115,10 @@ def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
         (("plan", "tiny", "--pcie", "fast"), "'fast' is not a rate"),
         (("plan", "tiny", "--gpu-matmul", "0"), "is not a rate of arithmetic"),
         (("plan", "tiny", "--plot", "plan.pdf"), "write it like plan.png or plan.svg"),
-        (("plan", "tiny", "--precision", "auto"), "takes a --profile"),
-        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-2', this qmix reads 'qmix-profile-1'"),
+        (("plan", "tiny", "--precision", "auto"), "--precision auto: takes a --profile"),
+        (("plan", "tiny", "--budget", "7MB"), "--budget: takes a --profile"),
+        (("plan", "tiny", "--budget", "7MB", "--precision", "nf4"), "--budget and --precision nf4: leave one"),
+        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-3', this qmix reads 'qmix-profile-2'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -129,20 +131,26 @@ def test_what_cannot_be_used_is_refused(qmix, tmp_path, argv, reason):
     assert "bug" not in done.err
 
 
-def test_a_profile_places_what_is_used_and_spares_what_suffers(qmix, tmp_path):
+def test_a_profile_places_what_is_used_and_chooses_precisions(qmix, tmp_path):
     use = [[0.9, 0.5, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05]] * 6
-    content = {"schema": "qmix-profile-1", "model": {"name": "tiny", "fingerprint": None}, "use": use}
+    errors = {"nf4": [[1.0] * 7 + [5.0]] + [[1.0] * 8] * 5, "int8": [[0.1] * 8] * 6}
+    content = {"schema": "qmix-profile-2", "model": {"name": "tiny", "fingerprint": None}, "use": use, "errors": errors}
     profile = tmp_path / "profile.json"
-    profile.write_text(json.dumps(content | {"suffering": [[0, 7]]}))
+    profile.write_text(json.dumps(content))
     options = ("plan", "tiny", "--profile", profile, "--json", "--context", "64")
     smallest = planned(qmix(*options))["smallest"]
     found = planned(qmix(*options, "--ram", str(smallest + 4 * 131072)))
     assert [row[0] for row in found["placement"]][:5] == ["ram"] * 5
     assert all(where == "disk" for row in found["placement"] for where in row[2:])
-    auto = planned(qmix(*options, "--precision", "auto"))
+    room = 48 * 131072 + 131072  # an int8 record of tiny is not twice one of nf4
+    auto = planned(qmix(*options, "--budget", str(room)))
     assert auto["model"]["precision"] == "nf4,0.7=int8"
     assert auto["model"]["precisions"][0][7] == "int8"
     assert "--precision nf4,0.7=int8" in auto["commands"][0]
+    profile.write_text(json.dumps(content | {"precisions": [["nf4"] * 8] * 5 + [["int8"] * 8]}))
+    assert planned(qmix(*options))["model"]["precision"] == "nf4,5.*=int8"
+    assert planned(qmix(*options, "--precision", "auto"))["model"]["precision"] == "nf4,5.*=int8"
+    assert planned(qmix(*options, "--precision", "half"))["model"]["precision"] == "half"
 
 
 @pytest.mark.parametrize("name", ["plan.png", "plan.svg"])
@@ -157,12 +165,12 @@ def test_a_plan_is_drawn(qmix, tmp_path, name):
 
 
 def test_without_matplotlib_a_picture_is_refused_before_any_work(monkeypatch):
+    from qmix import figure
     from qmix.errors import UsageError
-    from qmix.plan import plot as plan_plot
 
-    monkeypatch.setattr(plan_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'qmix-moe\[plot\]'"):
-        plan_plot.check_target(Path("plan.png"))
+        figure.check_target(Path("plan.png"), "plan")
 
 
 def test_rates_are_read_as_people_write_them():

@@ -15,11 +15,11 @@ from qmix.plan import file as plan_file
 from qmix.plan.file import read_plan
 from qmix.plan.hardware import Machine
 from qmix.plan.planned import plan_on
-from qmix.plan.profile import Profile, check_profile, read_profile
 from qmix.prepare import Subject
 
 GIB = 2**30
 SMALL = Geometry(1024, 4096, 2, 4, 2, 64, 4, 2, 96, 256)  # large enough that a GPU pays
+SLOTS = {"nbytes": 4096, "slots": 8, "records": 8, "served": 8}
 USE = ((0.9, 0.5, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5))
 
 
@@ -33,8 +33,8 @@ def layout(precision: str = "nf4") -> StoreLayout:
     return StoreLayout(SMALL, parse_precisions(precision, SMALL), "bf16")
 
 
-def write(path: Path, gpus=(), **options) -> Path:
-    planned = plan_on(Subject("org/small", layout(), "abc"), Machine(4 * GIB, gpus), 100, **options)
+def write(path: Path, gpus=(), use=None, **options) -> Path:
+    planned = plan_on(Subject("org/small", layout(), "abc", use), Machine(4 * GIB, gpus), 100, **options)
     path.write_text(json.dumps(planned.to_json()))
     return path
 
@@ -43,7 +43,7 @@ def write(path: Path, gpus=(), **options) -> Path:
 def test_a_plan_is_read_back_as_it_was_written(tmp_path, gpus, monkeypatch):
     monkeypatch.setattr(plan_file, "found_gpus", lambda: gpus)
     path = write(tmp_path / "plan.json", gpus, batch=3, use=USE)
-    made = plan_on(Subject("org/small", layout(), "abc"), Machine(4 * GIB, gpus), 100, batch=3, use=USE).plan
+    made = plan_on(Subject("org/small", layout(), "abc", USE), Machine(4 * GIB, gpus), 100, batch=3).plan
     assert read_plan(path).plan_of(layout(), "abc") == made
     assert read_plan(path).plan_of(layout()) == made  # where the weights are not known
 
@@ -76,10 +76,14 @@ def test_a_plan_for_a_larger_machine_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema": "qmix-plan-1"}, "schema 'qmix-plan-1', this qmix reads"),
         ({"fits": False}, "does not fit"),
-        ({"slots": 9}, "damaged"),
-        ({"slots": "8"}, "damaged"),
+        ({"schema": "qmix-plan-2"}, "schema 'qmix-plan-2', this qmix reads"),
+        ({"slot_classes": [SLOTS | {"slots": 9}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"slots": 1}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"slots": "8"}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"records": 7}]}, "damaged"),
+        ({"slot_classes": [SLOTS | {"served": 7}]}, "damaged"),
+        ({"slot_classes": [{"nbytes": 4096}]}, "damaged"),
         ({"work": -1}, "damaged"),
         ({"ram": 10}, "damaged"),
         ({"layer_devices": ["cpu", "gpu:0"]}, "damaged"),
@@ -104,34 +108,3 @@ def test_what_is_no_plan_at_all_is_refused(tmp_path):
     for text in ("", "[]", "3", "{"):
         (tmp_path / "bad").write_text(text)
         refusal(read_plan, tmp_path / "bad")
-
-
-def test_a_profile_is_read_back_as_it_was_written(tmp_path):
-    profile = Profile("org/small", "abc", USE, ((0, 3), (1, 1)))
-    (tmp_path / "profile.json").write_text(json.dumps(profile.to_json()))
-    assert read_profile(tmp_path / "profile.json") == profile
-    check_profile(profile, tmp_path, SMALL, "abc")
-    check_profile(profile, tmp_path, SMALL, None)
-    assert profile.precisions() == "nf4,0.3=int8,1.1=int8"
-    without = replace(profile, suffering=None)
-    assert "does not say which experts suffer" in refusal(without.precisions)
-
-
-@pytest.mark.parametrize(
-    ("profile", "reason"),
-    [
-        (Profile("other", None, USE[:1]), "other layers or experts"),
-        (Profile("other", "abd", USE), "weights are not this model's"),
-        (Profile("small", None, ((1.5, 0.2, 0.2, 0.1), USE[1])), "not between 0 and 1"),
-        (Profile("small", None, ((0.5, 0.5, 0.5, 0.2), USE[1])), "do not add up to 2"),
-        (Profile("small", None, USE, ((2, 0),)), "none of this model's"),
-    ],
-)
-def test_a_profile_of_something_else_is_refused(profile, reason):
-    assert reason in refusal(check_profile, profile, Path("p.json"), SMALL, "abc")
-
-
-@pytest.mark.parametrize("content", ["[]", "{", '{"schema": "qmix-profile-1"}', '{"schema": "qmix-profile-2"}'])
-def test_a_damaged_profile_is_refused(tmp_path, content):
-    (tmp_path / "p.json").write_text(content)
-    assert refusal(read_profile, tmp_path / "p.json").startswith(f"{tmp_path / 'p.json'}: ")

@@ -12,12 +12,11 @@ import pytest
 import torch
 from checkpoints import TINY_CONFIG, make_checkpoint, random_weights
 from safetensors.torch import load_file
-from stores import make_model, make_store
+from stores import make_model, make_pool, make_store
 
 from qmix.errors import REMAKE, StoreError
 from qmix.geometry import Geometry
 from qmix.model import read_dense
-from qmix.pool import ExpertPool
 from qmix.store import Store, open_store
 
 SPEC = "nf4,1.*=int8,*.3=half"
@@ -57,7 +56,7 @@ def edit(path: Path, change: Callable[[dict], Any]) -> None:
 
 def read_records(store: Store) -> list[tuple[int, int]]:
     """Every expert of every layer, through a pool that holds fewer than a layer has."""
-    pool = ExpertPool(store, 3)
+    pool = make_pool(store, 3)
     try:
         return [
             (layer, expert)
@@ -86,7 +85,7 @@ def test_a_store_gives_back_its_weights(made: Path) -> None:
     for name, tensor in dense.items():
         assert torch.equal(tensor, weights[name]), name
     assert read_records(store) == [(layer, expert) for layer in range(2) for expert in range(4)]
-    pool = ExpertPool(store, 8)
+    pool = make_pool(store, 8)
     for expert, matrices in pool.get(0, [3]):
         for name, matrix in (("w1", matrices.gate), ("w3", matrices.up), ("w2", matrices.down)):
             want = weights[f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight"]
@@ -156,7 +155,7 @@ def test_a_flipped_bit_of_a_record_is_found_when_it_is_read(store: Path, expert:
     damaged = open_store(store)
     want = f"{store / LAYER}: the record of expert {expert} is damaged; {REMAKE}"
     assert refusal(lambda: read_records(damaged)) == want
-    pool = ExpertPool(damaged, 3)
+    pool = make_pool(damaged, 3)
     others = [other for other in range(4) if other != expert]
     assert sorted(other for other, _ in pool.get(1, others)) == others
     pool.close()

@@ -172,8 +172,8 @@ def test_experts_held_twice_are_found(monkeypatch):
 
 def test_experts_held_on_a_gpu_and_in_the_pool_are_found(monkeypatch):
     def spoil(made):
-        residents = len(made.spread.residents)
-        return torch.empty(residents * made.pool.slot_bytes, dtype=torch.uint8)
+        records = [made.layout.record(*key).nbytes for key in made.spread.residents]
+        return torch.empty(sum(records), dtype=torch.uint8)
 
     found = broken(monkeypatch, spoil)
     assert [device.agrees for device in found.devices] == [True, True, False]

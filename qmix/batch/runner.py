@@ -104,10 +104,10 @@ class BatchRunner:
         register()
         self.store, self.plan, self.work = store, plan, Work()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(store.directory)
-        pool = ExpertPool(store, plan.slots, invariant=True)
+        pool = ExpertPool(store, plan.slots_by_size, invariant=True)
         try:
             model = build_model(store, pool, ROW_ATTENTION)
-            if plan.slots == plan.num_records:
+            if pool.holds_all:
                 pool.fill(on_load)
             self.capacity = plan.batch * plan.context
             arena = Arena(store.geometry, self.capacity, HALF[store.layout.dtype])

@@ -96,7 +96,7 @@ def begin(
     forms = Forms(identity, store.source_name, chosen["created"], text_of)
     run = BatchRun(requests, job, asking, forms, answers)
     held = ENTRY_BYTES * len(requests.entries)
-    plan = plan_lines(store.layout, job.needs, ram, batch, held) if job.needs else None
+    plan = plan_lines(store.layout, job.needs, ram, batch, held, store.use) if job.needs else None
     return Session(store, requests, run, plan, chosen["seed"], bool(tokenizer.chat_template) and not takes)
 
 

@@ -15,6 +15,7 @@ from qmix.geometry import Geometry
 from qmix.layout import StoreLayout
 from qmix.machine import default_budget, interpreter_memory
 from qmix.plan import PREFILL_CHUNK, Plan, make_plan
+from qmix.plan.demand import Use
 
 MAX_BATCH = PREFILL_CHUNK // 2  # the other half of a pass is for prompts
 DISK_COST = 10.0  # a byte from disk, in bytes from memory: 3 to 4 GB/s against 30 to 50 on the machine measured
@@ -37,16 +38,21 @@ def choose_plan(geometry: Geometry, needs: Sequence[int], plan_of: Callable[[int
 
 
 def plan_lines(
-    layout: StoreLayout, needs: Sequence[int], ram: int | None = None, batch: int | None = None, held: int = 0
+    layout: StoreLayout,
+    needs: Sequence[int],
+    ram: int | None = None,
+    batch: int | None = None,
+    held: int = 0,
+    use: Use | None = None,
 ) -> Plan:
     """The plan of a store on this machine for lines that need so many tokens each; `batch` sequences, if it is given.
 
-    `held` are bytes that the caller takes beside it. Raises DoesNotFitError.
+    `held` are bytes that the caller takes beside it, `use` how often each expert is used. Raises DoesNotFitError.
     """
     budget, own = default_budget() if ram is None else ram, interpreter_memory(kernels=True) + held
 
     def plan_of(count: int, context: int) -> Plan:
-        return make_plan(layout, budget, context, own, batch=count)
+        return make_plan(layout, budget, context, own, batch=count, use=use)
 
     if batch is not None:
         together = min(batch, len(needs))
@@ -62,10 +68,9 @@ def context_of(needs: Sequence[int], batch: int) -> int:
 def token_cost(plan: Plan, geometry: Geometry) -> float:
     """What a token of a pass with `plan.batch` of them takes, as bytes read from memory."""
     experts, top_k = geometry.num_experts, geometry.experts_per_token
-    used = plan.num_records * (1 - (1 - top_k / experts) ** plan.batch)
-    from_disk = 1 - plan.slots / plan.num_records
-    reading = plan.dense + used * plan.slot_bytes * (1 + DISK_COST * from_disk)
-    return reading / plan.batch + TOKEN_COST * geometry.num_layers * top_k * plan.slot_bytes
+    used = 1 - (1 - top_k / experts) ** plan.batch
+    reading = plan.dense + used * (plan.expert_total + DISK_COST * plan.on_disk)
+    return reading / plan.batch + TOKEN_COST * top_k / experts * plan.expert_total
 
 
 def _candidates(lines: int) -> list[int]:

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("generate", "chat", "batch", "quantize", "plan", "compare", "eval", "bench", "doctor")
+COMMANDS = ("generate", "chat", "batch", "quantize", "plan", "compare", "calibrate", "eval", "bench", "doctor")
 
 
 class Commands(click.Group):

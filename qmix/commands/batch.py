@@ -16,6 +16,7 @@ import click
 from qmix.commands.shared import (
     LOADING_PATIENCE,
     MODEL_HELP,
+    clip_option,
     context_option,
     dtype_option,
     model_or_default,
@@ -45,6 +46,7 @@ BATCH_HELP = "sequences continued together [by the plan, from --ram and the line
 @ram_option
 @context_option
 @precision_option
+@clip_option
 @dtype_option
 @plan_option
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
@@ -66,7 +68,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     to_stdout = str(output) == "-"
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers already; leave one of them, or give -o a file")
-    loading = {name: options.pop(name) for name in ("ram", "context", "precision", "dtype", "batch")}
+    loading = {name: options.pop(name) for name in ("ram", "context", "precision", "clip", "dtype", "batch")}
     loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
     defaults = {name: value for name, value in options.items() if value is not None}  # what resuming compares
     Sampling(**defaults)
@@ -110,7 +112,7 @@ def _answer(
         plan_for(layout, ram, 1, machine=this_machine(ram, gpus=()))
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(name, precision, loading["dtype"], making, check)
+        store = prepare_store(name, precision, loading["dtype"], making, check, loading["clip"])
     check(store.layout, store.fingerprint)
     session = begin(store, requests, answers, options, seed, context, ram, loading["batch"])
     for note in session.notes(name):

@@ -10,6 +10,7 @@ import click
 from qmix.commands.shared import (
     LOADING_PATIENCE,
     attention_option,
+    clip_option,
     dtype_option,
     model_or_default,
     out,
@@ -29,6 +30,7 @@ NEW_HELP = "tokens to generate, as 128 or 128,512; 0 for none [128]"
 @ram_option
 @click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[what the longest test takes]")
 @precision_option
+@clip_option
 @dtype_option
 @attention_option
 @plan_option

@@ -43,7 +43,7 @@ def chat(
     from qmix.sampling import Sampling
 
     name = model_or_default(model)
-    loading = {option: options.pop(option) for option in ("ram", "context", "precision", "dtype", "plan_path")}
+    loading = {option: options.pop(option) for option in ("ram", "context", "precision", "clip", "dtype", "plan_path")}
     attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
     Sampling(**settings)
     with loaded(name, attention, **loading) as runner:

@@ -27,7 +27,8 @@ def generate(prompt: str | None, **options: Any) -> None:
     from qmix.sampling import Sampling
 
     as_json = options.pop("as_json")
-    loading = {name: options.pop(name) for name in ("model", "ram", "context", "precision", "dtype", "plan_path")}
+    names = ("model", "ram", "context", "precision", "clip", "dtype", "plan_path")
+    loading = {name: options.pop(name) for name in names}
     attention = options.pop("attn")
     sampling = Sampling(**given(options))
     text = _read_prompt(prompt)

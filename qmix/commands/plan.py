@@ -14,12 +14,15 @@ from qmix.commands.shared import (
     Rate,
     Size,
     attention_option,
+    budget_option,
     context_option,
     dtype_option,
     model_or_default,
     out,
+    profile_option,
     quiet_libraries,
     ram_option,
+    read_profile_option,
 )
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import parse_bytes
@@ -27,11 +30,10 @@ from qmix.units import parse_bytes
 if TYPE_CHECKING:
     from qmix.plan.hardware import Machine
     from qmix.plan.planned import Planned
-    from qmix.plan.profile import Profile
     from qmix.prepare import Subject
     from qmix.verify.rehearsal import Verification
 
-PRECISION_HELP = "as for quantize, or `auto`: nf4, and int8 for the experts that the profile says suffer"
+PRECISION_HELP = "as for quantize, or `auto`: what the profile has chosen"
 RATES = {  # option: what it states, whether in FLOP/s, help
     "--disk-read": ("disk_read", False, "of the disk, as 3.5GB/s"),
     "--memory-read": ("memory_read", False, "of main memory, as 60GB/s"),
@@ -59,7 +61,8 @@ def _rate_options(command: Any) -> Any:
 @click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
 @dtype_option
 @attention_option
-@click.option("--profile", type=click.Path(path_type=Path, dir_okay=False), help="how often each expert is used")
+@profile_option
+@budget_option
 @click.option("--compare", multiple=True, metavar="MACHINE", help=COMPARE_HELP)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="draw the plan into FILE.png or .svg")
 @click.option("--verify", is_flag=True, help="run the model on pretend devices, at full size, and compare its bytes")
@@ -70,21 +73,12 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     Without a network, MODEL may be mixtral-8x7b or mixtral-8x22b. What is not stated of the machine is this one's.
     Exit code 3: it does not fit; then the nearest plan is shown that does.
     """
-    from qmix.prepare import subject_of
-
     plot = _plot_target(options["plot"])
     machine = _machine(options)
     machines = {text: _compared(text, machine) for text in options["compare"]}
     name = model_or_default(model)
-    profile, precision = _profile(options["profile"], options["precision"])
-    subject = subject_of(name, precision, options["dtype"])
-    use = None
-    if profile is not None:
-        from qmix.plan.profile import check_profile
-
-        check_profile(profile, options["profile"], subject.geometry, subject.fingerprint)
-        use = profile.use
-    how = {"batch": options["batch"], "attention": options["attn"], "precision": precision, "use": use}
+    subject, precision = _subject(name, options)
+    how = {"batch": options["batch"], "attention": options["attn"], "precision": precision}
     if machines:
         _compare(subject, machines, options["context"], how, as_json)
         return
@@ -191,16 +185,21 @@ def _size(option: str, text: str) -> int:
         raise UsageError(f"{option}: {error}") from None
 
 
-def _profile(path: Path | None, precision: str | None) -> tuple[Profile | None, str | None]:
-    """The profile, and the precision with `auto` resolved by it."""
-    if path is None:
-        if precision == "auto":
-            raise UsageError("--precision auto: takes a --profile that says which experts suffer")
-        return None, precision
-    from qmix.plan.profile import read_profile
+def _subject(name: str, options: dict[str, Any]) -> tuple[Subject, str | None]:
+    """The model with what a profile says of it, and its precision as --precision takes it."""
+    from qmix.prepare import subject_of
 
-    profile = read_profile(path)
-    return profile, profile.precisions() if precision == "auto" else precision
+    path, precision, budget = options["profile"], options["precision"], options["budget"]
+    profile = read_profile_option(path, precision, budget)
+    if profile is None:
+        return subject_of(name, precision, options["dtype"]), precision
+    from qmix.profile import AUTO, check_profile
+
+    subject = subject_of(name, None if precision == AUTO else precision, options["dtype"])
+    check_profile(profile, path, subject.geometry, subject.fingerprint)
+    if not subject.is_store or precision is not None or budget is not None:
+        precision = profile.spec(precision, budget, subject.geometry, subject.layout.dtype)
+    return subject.calibrated(profile, precision), precision
 
 
 def _compare(
@@ -236,6 +235,6 @@ def _plot_target(path: Path | None) -> Path | None:
     """Refused before any work: matplotlib missing, or a name that is neither .png nor .svg."""
     if path is None:
         return None
-    from qmix.plan.plot import check_target
+    from qmix.figure import check_target
 
-    return check_target(path)
+    return check_target(path, "plan")

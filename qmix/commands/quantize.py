@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from qmix.commands.shared import dtype_option, precision_option
+from qmix.commands.shared import (
+    budget_option,
+    clip_option,
+    dtype_option,
+    precision_option,
+    profile_option,
+    read_profile_option,
+)
 from qmix.errors import UsageError
 from qmix.units import format_bytes
 
@@ -15,10 +23,19 @@ from qmix.units import format_bytes
 @click.argument("model")
 @click.argument("store", type=click.Path(path_type=Path))
 @precision_option
+@clip_option
+@profile_option
+@budget_option
 @dtype_option
 @click.option("--evict", is_flag=True, help="hub only: delete each shard when it is used up")
-def quantize(model: str, store: Path, precision: str | None, dtype: str | None, evict: bool) -> None:
-    """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped."""
+def quantize(
+    model: str, store: Path, precision: str | None, clip: bool, dtype: str | None, evict: bool, **options: Any
+) -> None:
+    """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped.
+
+    With a --profile, experts are held as it has chosen, or as loses least within --budget, where no --precision is
+    given; and the store carries it, so that runs know from the start which experts are used most.
+    """
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
     from qmix.prepare import INTERRUPTED, layout_for, open_source
@@ -26,16 +43,22 @@ def quantize(model: str, store: Path, precision: str | None, dtype: str | None, 
     from qmix.store import is_store, partial_directory
     from qmix.terminal import ProgressDisplay, say
 
+    profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)
     scratch = partial_directory(store) / "shards" if evict else None
     source = open_source(model, scratch)
     if evict and isinstance(source, LocalSource):
         raise UsageError(f"--evict: {model} is not on the hub; your own files are never deleted")
     checkpoint = open_checkpoint(source)
-    layout = layout_for(checkpoint, precision, dtype)
+    if profile is not None:
+        from qmix.profile import check_profile
+
+        check_profile(profile, options["profile"], checkpoint.geometry, checkpoint.fingerprint)
+        precision = profile.spec(precision, options["budget"], checkpoint.geometry, dtype or checkpoint.half_dtype)
+    layout = layout_for(checkpoint, precision, dtype, clip)
     with ProgressDisplay(f"quantizing {model}") as display:
         try:
-            made = run(checkpoint, store, layout, display)
+            made = run(checkpoint, store, layout, display, profile)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(INTERRUPTED) from None
     say(f"{made.directory}: {'already there, ' if there else ''}{format_bytes(made.layout.total_bytes)}")

@@ -15,11 +15,15 @@ from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
     from qmix.plan.file import PlanFile
+    from qmix.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
 MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
+
+
+CLIP_HELP = "choose each 4-bit block's scale by its error"
 
 
 class Size(click.ParamType[int]):
@@ -50,6 +54,19 @@ class Rate(click.ParamType[float]):
 
 
 precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
+profile_option = click.option(
+    "--profile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="what `qmix calibrate` wrote: how often each expert is used, and what quantising it costs",
+)
+budget_option = click.option(
+    "--budget",
+    type=Size(),
+    metavar="SIZE",
+    help="of all experts: the profile's `auto` is then what loses least in so many bytes",
+)
+clip_option = click.option("--clip", is_flag=True, help=CLIP_HELP)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16"]),
@@ -84,7 +101,9 @@ def together(*options: Decorator) -> Decorator:
     return decorate
 
 
-loading_options = together(ram_option, context_option, precision_option, dtype_option, attention_option, plan_option)
+loading_options = together(
+    ram_option, context_option, precision_option, clip_option, dtype_option, attention_option, plan_option
+)
 sampling_options = together(
     click.option("--temperature", type=float, help="0 is greedy [the model's own]"),
     click.option("--top-p", type=float, help="[the model's own]"),
@@ -123,6 +142,18 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
         return load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+
+
+def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:
+    """The profile that `--profile` names. Raises UsageError where another option asks for one that is not given."""
+    from qmix.profile import AUTO, read_profile
+
+    if budget is not None and precision not in (None, AUTO):
+        raise UsageError(f"--budget and --precision {precision}: leave one of them out")
+    if path is None and (precision == AUTO or budget is not None):
+        asking = "--budget" if budget is not None else f"--precision {AUTO}"
+        raise UsageError(f"{asking}: takes a --profile that says what quantising each expert costs")
+    return None if path is None else read_profile(path)
 
 
 def read_plan_option(path: Path | None, **others: Any) -> PlanFile | None:

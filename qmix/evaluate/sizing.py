@@ -10,17 +10,19 @@ left goes to slots again.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.layout import StoreLayout
 from qmix.machine import default_budget, interpreter_memory
-from qmix.plan import MIN_SLOTS, PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
+from qmix.plan import PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
+from qmix.plan.slots import least_slots, share_slots
 from qmix.units import format_bytes
 
 MOST_TOKENS = 2**14  # of a pass: enough that 8x22B's reading is a small part of it even where cores are many and fast
-SLOTS_AHEAD = 8  # from where on the pool reads two records ahead
+SLOTS_AHEAD = 8  # of each size, from where on the pool reads two records ahead
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
 HEAD_ROWS = 64  # predictions at once
 RUNNING_BYTES = 2**25  # of what allocators keep
@@ -28,12 +30,15 @@ RUNNING_BYTES = 2**25  # of what allocators keep
 
 @dataclass(frozen=True, slots=True)
 class ScoringPlan:
-    """A pass of `tokens` rows whose sequences have `longest` tokens at most, and a pool of `slots`; bytes in all."""
+    """A pass of `tokens` rows, and a pool of `slots` by the bytes of their records; `total` bytes in all.
+
+    Sequences have `longest` tokens at most.
+    """
 
     ram: int
     tokens: int
     longest: int
-    slots: int
+    slots: dict[int, int]
     total: int
 
 
@@ -54,11 +59,9 @@ def plan_scoring(
             f"--batch-tokens {batch_tokens}: the longest request has {longest} tokens; take so many or more"
         )
     budget = default_budget() if ram is None else ram
-    geometry, slot = layout.geometry, layout.slot_bytes
     fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
-    each, records = token_bytes(geometry), geometry.num_records
-    least = min(MIN_SLOTS, records)
-    smallest = math.ceil((fixed + longest * each + least * slot) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+    each, least = token_bytes(layout.geometry), least_slots(layout)
+    smallest = math.ceil((fixed + longest * each + _bytes(least)) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
     if budget < smallest:
         raise DoesNotFitError(
             f"does not fit {format_bytes(budget)} of RAM: the model and requests of up to {longest} tokens take "
@@ -67,13 +70,24 @@ def plan_scoring(
         )
     room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
     wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
-    if room - records * slot >= max(longest, min(wanted, PREFILL_CHUNK)) * each:
-        slots, tokens = records, min(wanted, (room - records * slot) // each)
-    else:
-        ahead = min(records, SLOTS_AHEAD, (room - longest * each) // slot)
-        tokens = min(wanted, (room - ahead * slot) // each)
-        slots = min(records, (room - tokens * each) // slot)
-    return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + slots * slot)
+    every = layout.record_counts
+    kept = every
+    if room - _bytes(every) < max(longest, min(wanted, PREFILL_CHUNK)) * each:
+        kept = {nbytes: min(count, SLOTS_AHEAD) for nbytes, count in every.items()}
+    tokens = min(wanted, max(longest, (room - _bytes(kept)) // each))
+    slots = share_slots(_sizes(layout), least, room - tokens * each)
+    return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + _bytes(slots))
+
+
+def _sizes(layout: StoreLayout) -> list[int]:
+    """Of all records, an expert of each layer after the other: what a pool has room for is of all layers."""
+    geometry = layout.geometry
+    places = [(layer, expert) for expert in range(geometry.num_experts) for layer in range(geometry.num_layers)]
+    return [layout.record(layer, expert).nbytes for layer, expert in places]
+
+
+def _bytes(slots: Mapping[int, int]) -> int:
+    return sum(nbytes * count for nbytes, count in slots.items())
 
 
 def token_bytes(geometry: Geometry) -> int:

@@ -81,7 +81,7 @@ class Loader:
 
     def __init__(self, device: Device, pool: ExpertPool) -> None:
         self.pool, self.layout = pool, pool.store.layout
-        self.staging = Staging(device, pool.slot_bytes)
+        self.staging = Staging(device, max(self.layout.record_counts))
         self.sizes = {precision: expert_size(self.layout, precision) for precision in self.layout.records}
         most = max((size.on_device for name, size in self.sizes.items() if is_made_over(name)), default=0)
         self.memory = device.empty((most,), torch.uint8)

@@ -7,8 +7,9 @@ records; what does not fit the pool stays on disk. `total` is the peak that a ru
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qmix.errors import DoesNotFitError
@@ -18,14 +19,14 @@ from qmix.plan.demand import PREFILL_CHUNK, Arrangement, Demand, DevicePlan, Hol
 from qmix.plan.hardware import Rates
 from qmix.plan.placement import arrange
 from qmix.plan.predict import Prediction, speed_of
+from qmix.plan.slots import SlotClass, least_slots, share_slots
 from qmix.plan.traffic import decode_load, prefill_load
 from qmix.units import format_bytes
 
-SCHEMA = "qmix-plan-2"
+SCHEMA = "qmix-plan-3"
 DEFAULT_CONTEXT = 4096
 TYPICAL = Rates()
 CUDA_HOST_BYTES = 2**30  # CUDA's libraries and pinned buffers in the process' own memory; stated, not measured
-MIN_SLOTS = 2  # one expert computes while the next is read; also where all end on GPUs: they are loaded through them
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
 RESERVE_SHARE = 0.01
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
@@ -38,8 +39,9 @@ class Plan:
 
     `layer_devices` says for each layer where its dense weights and KV cache lie, "cpu" or "gpu:0"; embeddings lie with
     the first layer, the last norm and the head with the last. `placement` is [layer][expert]: "gpu:0" for a resident
-    that stays there, "ram" or "disk" for where the others are at the start; which of them the pool's `slots` hold
-    later is decided by use. `interpreter`, `dense`, `kv_cache`, `work` and the pool are the host's.
+    that stays there, "ram" or "disk" for where the others are at the start; which of them the pool holds later is
+    decided by use. `slot_classes` are the pool's, one for each size of record. `interpreter`, `dense`, `kv_cache`,
+    `work` and the pool are the host's.
     """
 
     ram: int
@@ -49,8 +51,7 @@ class Plan:
     dense: int
     kv_cache: int
     work: int
-    slots: int
-    slot_bytes: int
+    slot_classes: tuple[SlotClass, ...]
     num_records: int
     expert_bytes: dict[str, int]
     store_bytes: int
@@ -59,8 +60,18 @@ class Plan:
     placement: tuple[tuple[str, ...], ...] = ()
 
     @property
+    def slots(self) -> int:
+        """Of all sizes together."""
+        return sum(each.slots for each in self.slot_classes)
+
+    @property
+    def slots_by_size(self) -> dict[int, int]:
+        """By the bytes of the records that they hold, as a pool takes them."""
+        return {each.nbytes: each.slots for each in self.slot_classes}
+
+    @property
     def pool(self) -> int:
-        return self.slots * self.slot_bytes
+        return sum(each.nbytes * each.slots for each in self.slot_classes)
 
     @property
     def total(self) -> int:
@@ -75,7 +86,12 @@ class Plan:
     @property
     def on_disk(self) -> int:
         """Bytes of the expert records that neither a GPU nor the pool has room for."""
-        return self.expert_total * max(0, self.host_records - self.slots) // self.num_records
+        return sum(each.nbytes * each.on_disk for each in self.slot_classes)
+
+    @property
+    def records_on_disk(self) -> int:
+        """How many these are."""
+        return sum(each.on_disk for each in self.slot_classes)
 
     @property
     def host_records(self) -> int:
@@ -89,18 +105,23 @@ class Plan:
     @property
     def smallest(self) -> int:
         """The smallest budget that this model and context run in."""
-        least = min(MIN_SLOTS, self.num_records) * self.slot_bytes
+        least = sum(each.nbytes * each.least for each in self.slot_classes)
         return _with_reserve(self.total - self.pool + least)
 
     @property
     def roomy(self) -> int:
         """The smallest budget of memory with which nothing is read from disk once it is loaded."""
-        slots = max(self.host_records, min(MIN_SLOTS, self.num_records))
-        return _with_reserve(self.total - self.pool + slots * self.slot_bytes)
+        most = sum(each.nbytes * max(each.served, each.least) for each in self.slot_classes)
+        return _with_reserve(self.total - self.pool + most)
+
+    def with_slots(self, most: int) -> Plan:
+        """The same with no more slots of each size than that."""
+        fewer = (replace(each, slots=min(each.slots, most)) for each in self.slot_classes)
+        return replace(self, slot_classes=tuple(fewer))
 
     def to_json(self) -> dict[str, Any]:
         """Fields and what follows from them; `plan_file.read_plan` reads it back."""
-        derived = ("pool", "total", "headroom", "on_disk", "smallest", "roomy", "host_records")
+        derived = ("slots", "pool", "total", "headroom", "on_disk", "smallest", "roomy", "host_records")
         devices = [asdict(device) | {"total": device.total, "headroom": device.headroom} for device in self.devices]
         fields = asdict(self) | {"devices": devices}
         return {"schema": SCHEMA, **fields, **{name: getattr(self, name) for name in derived}}
@@ -136,8 +157,7 @@ def make_plan(
         context=context,
         batch=batch,
         **parts,
-        slots=found.slots,
-        slot_bytes=layout.slot_bytes,
+        slot_classes=_classes(found),
         num_records=layout.geometry.num_records,
         expert_bytes=layout.expert_bytes,
         store_bytes=layout.total_bytes,
@@ -147,13 +167,19 @@ def make_plan(
     )
 
 
+def _classes(found: Arrangement) -> tuple[SlotClass, ...]:
+    records, served = found.demand.layout.record_counts, Counter(found.wanted)
+    return tuple(SlotClass(nbytes, found.slots[nbytes], count, served[nbytes]) for nbytes, count in records.items())
+
+
 class _Host:
     """The host's bytes by how many layers lie on the CPU, and the least budget of all that were tried."""
 
     def __init__(self, demand: Demand, ram: int, interpreter: int) -> None:
         self.demand, self.ram, self.interpreter = demand, ram, interpreter
-        self.slot_bytes = demand.layout.slot_bytes
-        self._least: tuple[int, int, int] | None = None  # smallest budget, its layers on the CPU, its slots
+        self.least = least_slots(demand.layout)
+        self.least_bytes = sum(nbytes * count for nbytes, count in self.least.items())
+        self._smallest: tuple[int, int] | None = None  # budget, and its layers on the CPU
 
     def parts(self, cpu_layers: int) -> dict[str, int]:
         demand, layout = self.demand, self.demand.layout
@@ -167,33 +193,32 @@ class _Host:
             "work": work(geometry, demand.context, demand.attention, demand.batch),
         }
 
-    def slots(self, cpu_layers: int, records: int) -> int | None:
-        """Slots for so many experts beside what else the host holds; None where too few fit."""
+    def slots(self, cpu_layers: int, wanted: Sequence[int]) -> dict[int, int] | None:
+        """Slots for records of `wanted` bytes beside what else the host holds; None where too few fit."""
         fixed = sum(self.parts(cpu_layers).values())
-        least = min(MIN_SLOTS, self.demand.geometry.num_records)
-        smallest = _with_reserve(fixed + least * self.slot_bytes)
-        if self._least is None or smallest < self._least[0]:
-            self._least = smallest, cpu_layers, least
+        smallest = _with_reserve(fixed + self.least_bytes)
+        if self._smallest is None or smallest < self._smallest[0]:
+            self._smallest = smallest, cpu_layers
         if self.ram < smallest:
             return None
         room = int((self.ram - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
-        return max(least, min(records, room // self.slot_bytes))
+        return share_slots(wanted, self.least, room)
 
     @property
     def smallest(self) -> int:
-        assert self._least is not None
-        return self._least[0]
+        assert self._smallest is not None
+        return self._smallest[0]
 
     def refusal(self) -> str:
-        assert self._least is not None
-        smallest, cpu_layers, least = self._least
+        assert self._smallest is not None
+        smallest, cpu_layers = self._smallest
         parts, tokens = self.parts(cpu_layers), self.demand.context * self.demand.batch
         return (
             f"does not fit {format_bytes(self.ram)} of RAM: needs {format_bytes(smallest)} "
             f"(Python {format_bytes(parts['interpreter'])}, dense weights {format_bytes(parts['dense'])}, "
             f"KV cache for {tokens} tokens {format_bytes(parts['kv_cache'])}, "
             f"work space {format_bytes(parts['work'])}, "
-            f"{least} experts {format_bytes(least * self.slot_bytes)}); the smallest budget that works is "
+            f"{sum(self.least.values())} experts {format_bytes(self.least_bytes)}); the smallest budget that works is "
             f"--ram {math.ceil(smallest / 2**20)}MiB"
         )
 
@@ -201,7 +226,7 @@ class _Host:
 def predict(plan: Plan, layout: StoreLayout, rates: Rates, use: Use | None = None) -> Prediction:
     """The plan's speed: decode at half the context, and one chunk of a prompt."""
     demand = Demand(layout, plan.context, plan.batch, "sdpa", use or even_use(layout.geometry))
-    found = Arrangement(plan.layer_devices.count("cpu"), _holdings(plan, demand), plan.slots, demand)
+    found = Arrangement(plan.layer_devices.count("cpu"), _holdings(plan, demand), plan.slots_by_size, demand)
     tokens = min(PREFILL_CHUNK, plan.context)
     decode = decode_load(found, StepUse.of(demand, plan.batch))
     prefill = prefill_load(found, StepUse.of(demand, tokens), tokens)

@@ -5,7 +5,8 @@ Experts are ranked by expected use, 0 the most used; what a tier holds is told b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,7 +84,12 @@ class Demand:
 
     @cached_property
     def order(self) -> list[tuple[int, int]]:
-        return by_use(self.use)
+        return by_use(self.layout, self.use)
+
+    @cached_property
+    def record_bytes(self) -> list[int]:
+        """Of the record of each rank."""
+        return [self.layout.record(*key).nbytes for key in self.order]
 
     @cached_property
     def layers(self) -> list[int]:
@@ -136,11 +142,14 @@ class Holding:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Layers [0, cpu_layers) on the CPU, the others on GPUs that hold some of their experts; `slots` for the rest."""
+    """Layers [0, cpu_layers) on the CPU, the others on GPUs that hold some of their experts.
+
+    `slots` says how many are for the rest, by the bytes of their records.
+    """
 
     cpu_layers: int
     holdings: tuple[Holding, ...]
-    slots: int
+    slots: Mapping[int, int]
     demand: Demand
 
     @property
@@ -154,13 +163,13 @@ class Arrangement:
     def placement(self) -> tuple[tuple[str, ...], ...]:
         """[layer][expert]: a GPU's name, "ram" or "disk"."""
         geometry, devices = self.demand.geometry, self.layer_devices
-        table = [["disk"] * geometry.num_experts for _ in range(geometry.num_layers)]
+        table = [["ram"] * geometry.num_experts for _ in range(geometry.num_layers)]
         for rank in self.residents:
             layer, expert = self.demand.order[rank]
             table[layer][expert] = devices[layer]
-        for rank in self.elsewhere[: self.slots]:
+        for rank in self.missed:
             layer, expert = self.demand.order[rank]
-            table[layer][expert] = "ram"
+            table[layer][expert] = "disk"
         return tuple(map(tuple, table))
 
     @cached_property
@@ -174,6 +183,22 @@ class Arrangement:
         """Ranks of those that do not."""
         limits = self._limits
         return [rank for rank, layer in enumerate(self.demand.layers) if rank > limits[layer]]
+
+    @cached_property
+    def wanted(self) -> list[int]:
+        """Bytes of the records of those that do not."""
+        return list(map(self.demand.record_bytes.__getitem__, self.elsewhere))
+
+    @cached_property
+    def missed(self) -> list[int]:
+        """Ranks of those that lie on no GPU and have no slot, when the most used have taken the slots of their size."""
+        left, found = dict(self.slots), []
+        for rank, nbytes in zip(self.elsewhere, self.wanted, strict=True):
+            if left[nbytes]:
+                left[nbytes] -= 1
+            else:
+                found.append(rank)
+        return found
 
     @property
     def _limits(self) -> list[int]:
@@ -212,7 +237,16 @@ def even_use(geometry: Geometry) -> tuple[tuple[float, ...], ...]:
     return ((share,) * geometry.num_experts,) * geometry.num_layers
 
 
-def by_use(use: Use) -> list[tuple[int, int]]:
-    """All (layer, expert), the most used first; equals a layer after the other, so that all layers get their share."""
-    keys = [(layer, expert) for layer, row in enumerate(use) for expert in range(len(row))]
-    return sorted(keys, key=lambda key: (-use[key[0]][key[1]], key[1], key[0]))
+def by_use(layout: StoreLayout, use: Use) -> list[tuple[int, int]]:
+    """All (layer, expert), the most used first.
+
+    Equals a layer after the other, so that all layers get their share; and so that any first part of them has the same
+    share of the records of each size.
+    """
+    keys = sorted(layout.experts, key=lambda key: (-use[key[0]][key[1]], key[1], key[0]))
+    kinds = [(use[layer][expert], layout.record(layer, expert).nbytes) for layer, expert in keys]
+    counts, seen, places = Counter(kinds), Counter[tuple[float, int]](), {}
+    for key, kind in zip(keys, kinds, strict=True):
+        places[key] = (seen[kind] + 0.5) / counts[kind]
+        seen[kind] += 1
+    return sorted(keys, key=lambda key: (-use[key[0]][key[1]], places[key]))

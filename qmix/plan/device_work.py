@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from math import prod
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.precision.formats import parts
+from qmix.precision.formats import FOUR_BITS, parts
 from qmix.precision.record import record_layout
 from qmix.safetensors_header import aligned
 
 ALIGNMENT = 256  # of a part on a device: what CUDA's own allocator gives
 ABSMAX_BYTES = 4  # fp32, which bitsandbytes' CUDA kernels take
 LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, which torch allocates at the first product
-FOUR_BITS = ("nf4", "fp4")
 STAGED_RECORDS = 2  # one is copied while the one before computes
 
 

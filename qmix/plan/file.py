@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import UsageError
+from qmix.json_file import read_object
 from qmix.layout import StoreLayout
 from qmix.machine import available_memory, found_gpus, own_memory
-from qmix.plan import MIN_SLOTS, SCHEMA, Plan
+from qmix.plan import SCHEMA, Plan
 from qmix.plan.demand import DevicePlan
-from qmix.plan.json_file import read_object
+from qmix.plan.slots import SlotClass
 from qmix.units import format_bytes
 
 AGAIN = "make it again with `qmix plan --json`"
@@ -86,6 +87,7 @@ def _plan(content: dict[str, Any]) -> Plan:
     values = {field.name: content[field.name] for field in fields(Plan)}
     names = [field.name for field in fields(DevicePlan)]
     values["devices"] = tuple(DevicePlan(**{name: device[name] for name in names}) for device in content["devices"])
+    values["slot_classes"] = tuple(SlotClass(**each) for each in content["slot_classes"])
     values["layer_devices"] = tuple(content["layer_devices"])
     values["placement"] = tuple(map(tuple, content["placement"]))
     return Plan(**values)
@@ -95,7 +97,8 @@ def _consistent(file: PlanFile) -> bool:
     """Whether every number is one, and layers, experts and devices are those of one model and machine."""
     plan, geometry = file.plan, file.model["geometry"]
     names = {device.name for device in plan.devices}
-    counts = [plan.ram, plan.context, plan.batch, plan.interpreter, plan.dense, plan.kv_cache, plan.work, plan.slots]
+    counts = [plan.ram, plan.context, plan.batch, plan.interpreter, plan.dense, plan.kv_cache, plan.work]
+    counts += [count for each in plan.slot_classes for count in (each.nbytes, each.slots, each.records, each.served)]
     counts += [count for device in plan.devices for count in (device.budget, device.total)]
     shape = len(plan.placement), {len(row) for row in plan.placement}
     return (
@@ -104,7 +107,9 @@ def _consistent(file: PlanFile) -> bool:
         and len(plan.layer_devices) == geometry["num_layers"]
         and names.union({"cpu"}).issuperset(plan.layer_devices)
         and names.union({"ram", "disk"}).issuperset(where for row in plan.placement for where in row)
-        and plan.slots <= max(plan.host_records, MIN_SLOTS)
+        and all(each.least <= each.slots <= max(each.served, each.least) for each in plan.slot_classes)
+        and sum(each.records for each in plan.slot_classes) == plan.num_records
+        and sum(each.served for each in plan.slot_classes) == plan.host_records
         and plan.total <= plan.ram
         and all(device.total <= device.budget for device in plan.devices)
     )

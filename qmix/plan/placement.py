@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from qmix.plan.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
@@ -23,7 +24,8 @@ GPU_RESERVE_BYTES = 600 * 2**20  # CUDA's context, cuBLAS' own work space
 GPU_RESERVE_SHARE = 0.02  # the allocator's slack
 
 Cut = tuple[int, ...]  # where each GPU's layers begin, and at the end the number of layers
-SlotsFor = Callable[[int, int], int | None]  # from layers on the CPU and experts on no GPU; None: does not fit
+# from layers on the CPU, and the bytes of each record on no GPU, the most used first; None: does not fit
+SlotsFor = Callable[[int, list[int]], dict[int, int] | None]
 
 
 def arrange(demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rates) -> Arrangement | None:
@@ -39,10 +41,11 @@ def arrange(demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rat
         held = holdings.of(cut)
         if held is None:
             continue
-        slots = slots_for(cut[0], demand.geometry.num_records - holdings.residents(held))
+        bare = Arrangement(cut[0], held, {}, demand)
+        slots = slots_for(cut[0], bare.wanted)
         if slots is None:
             continue
-        found = Arrangement(cut[0], held, slots, demand)
+        found = replace(bare, slots=slots)
         seconds = new * seconds_of(decode_load(found, step), rates)
         seconds += seconds_of(prefill_load(found, chunk, prompt), rates)
         uneven = max((each.last - each.first) / each.plan.budget for each in held) if held else 0.0
@@ -72,7 +75,7 @@ class _Holdings:
 
     def __init__(self, demand: Demand, gpus: Sequence[int]) -> None:
         self.demand, self.gpus = demand, gpus
-        self._found: dict[tuple[int, int, int], tuple[Holding, int] | None] = {}
+        self._found: dict[tuple[int, int, int], Holding | None] = {}
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
     def of(self, cut: Cut) -> tuple[Holding, ...] | None:
@@ -84,16 +87,10 @@ class _Holdings:
             held = self._found[key]
             if held is None:
                 return None
-            found.append(held[0])
+            found.append(held)
         return tuple(found)
 
-    def residents(self, holdings: Sequence[Holding]) -> int:
-        """How many experts these hold."""
-        found = (self._found[int(held.plan.name.removeprefix("gpu:")), held.first, held.last] for held in holdings)
-        return sum(each[1] for each in found if each)
-
-    def _holding(self, gpu: int, first: int, last: int) -> tuple[Holding, int] | None:
-        """With the number of its experts."""
+    def _holding(self, gpu: int, first: int, last: int) -> Holding | None:
         demand, budget = self.demand, self.gpus[gpu]
         usable = int((budget - GPU_RESERVE_BYTES) / (1 + GPU_RESERVE_SHARE))
         dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
@@ -106,7 +103,7 @@ class _Holdings:
             count = bisect_right(sizes, room)
             if uploads or count == len(sizes):
                 plan = DevicePlan(f"gpu:{gpu}", budget, dense, cache, sizes[count - 1] if count else 0, work)
-                return Holding(first, last, plan, ranks[count - 1] if count else -1), count
+                return Holding(first, last, plan, ranks[count - 1] if count else -1)
         return None
 
     def _run(self, first: int, last: int) -> tuple[list[int], list[int]]:

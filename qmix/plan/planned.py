@@ -9,7 +9,6 @@ from typing import Any
 
 from qmix.errors import DoesNotFitError
 from qmix.plan import Plan, predict
-from qmix.plan.demand import Use
 from qmix.plan.hardware import Machine
 from qmix.plan.predict import Prediction
 from qmix.plan.published import PUBLISHED
@@ -77,11 +76,10 @@ def plan_on(
     batch: int = 1,
     attention: str = "sdpa",
     precision: str | None = None,
-    use: Use | None = None,
 ) -> Planned:
     """A model's plan on a machine. Raises DoesNotFitError where its memory is too small."""
-    plan = plan_for(subject.layout, None, context, attention, batch, machine=machine, use=use)
-    prediction = predict(plan, subject.layout, machine.speeds, use)
+    plan = plan_for(subject.layout, None, context, attention, batch, machine=machine, use=subject.use)
+    prediction = predict(plan, subject.layout, machine.speeds, subject.use)
     return Planned(subject, machine, plan, prediction, attention, precision)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmix.errors import QmixError, UsageError
+from qmix.figure import save
 from qmix.plan.planned import Planned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FORMATS = (".png", ".svg")
 GPU_COLOURS = ("#1b7f5c", "#2f6fb0", "#6a51a3", "#b0568f")
 COLOURS = {"ram": "#e6a93c", "disk": "#c9ccd1"}
 PARTS = {  # of a tier's bar, in order, and their colours
@@ -23,16 +21,6 @@ PARTS = {  # of a tier's bar, in order, and their colours
     "experts": "#2f6fb0",
     "headroom": "#eceef1",
 }
-DPI = 150
-
-
-def check_target(path: Path) -> Path:
-    """Raises UsageError before any work is done."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path}: write it like plan.png or plan.svg")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot: matplotlib is not installed; pip install 'qmix-moe[plot]'")
-    return path
 
 
 def draw(planned: Planned, path: Path) -> None:
@@ -44,10 +32,7 @@ def draw(planned: Planned, path: Path) -> None:
     figure.suptitle(f"{planned.subject.name}: {planned.prediction.decode.rate:.3g} tok/s predicted", fontsize=12)
     _map(upper, planned)
     _bars(lower, planned)
-    try:
-        figure.savefig(path, dpi=DPI)
-    except OSError as error:
-        raise QmixError(f"{path}: {error.strerror}; give --plot another place") from None
+    save(figure, path)
 
 
 def _map(axes: Axes, planned: Planned) -> None:

@@ -16,8 +16,8 @@ def decode_load(found: Arrangement, step: StepUse) -> Load:
     geometry, layers, position = demand.geometry, demand.geometry.num_layers, ceil(demand.context / 2)
     on_cpu, beside = _elsewhere(found, step)
     hosts = found.elsewhere
-    missed = hosts[found.slots :]
-    share = missed_share(found.slots / len(hosts)) if missed else 0.0
+    missed = found.missed
+    share = missed_share(1 - len(missed) / len(hosts)) if missed else 0.0
     on_gpus = sum(demand.read_of(held.first, held.last, position) for held in found.holdings)
     more = demand.batch - 1  # tokens whose arithmetic does not hide behind the reading of weights
     return Load(
@@ -38,7 +38,7 @@ def prefill_load(found: Arrangement, chunk: StepUse, tokens: int) -> Load:
     demand = found.demand
     geometry, layers = demand.geometry, demand.geometry.num_layers
     on_cpu, beside = _elsewhere(found, chunk)
-    missed = found.elsewhere[found.slots :]
+    missed = found.missed
     attention, routed = tokens * _attention_flops(geometry, tokens / 2), tokens * _expert_flops(geometry)
     on_gpus = layers - found.cpu_layers
     expert_total = demand.expert_total / layers * on_gpus

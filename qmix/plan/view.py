@@ -154,7 +154,7 @@ def compare_table(title: str, names: Sequence[str], found: Sequence[Planned | st
             table.add_row(Text(name), Text(each), "", "", "")
             continue
         plan, predicted = each.plan, each.prediction
-        on_disk = max(0, plan.host_records - plan.slots)
+        on_disk = plan.records_on_disk
         spread = f"{plan.num_records - plan.host_records} / {plan.host_records - on_disk} / {on_disk}"
         rates = (f"{_digits(speed.rate)} tok/s" for speed in (predicted.decode, predicted.prefill))
         table.add_row(Text(name), spread, *rates, predicted.decode.limit)

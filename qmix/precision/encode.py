@@ -17,7 +17,12 @@ CHUNK_WEIGHTS = 2**22  # quantised at once: what is made on the way stays small
 
 
 def encoded(
-    matrices: Mapping[str, torch.Tensor], geometry: Geometry, precision: str, dtype: str, name: str = "expert"
+    matrices: Mapping[str, torch.Tensor],
+    geometry: Geometry,
+    precision: str,
+    dtype: str,
+    name: str = "expert",
+    clip: bool = False,
 ) -> Expert:
     """The expert of `matrices`, w1, w3 and w2 as [rows, cols], quantised as a store's would be.
 
@@ -29,7 +34,7 @@ def encoded(
     for item in layout.parts:
         offsets.setdefault(item.matrix, []).append(item.offset)
     for matrix, (rows, cols) in geometry.expert_matrices.items():
-        quantizer = MatrixQuantizer(precision, dtype, rows, cols, f"{name}.{matrix}")
+        quantizer = MatrixQuantizer(precision, dtype, rows, cols, f"{name}.{matrix}", clip)
         main, *rest = offsets[matrix]
         step = chunk_rows(precision, rows, cols, CHUNK_WEIGHTS)
         for start in range(0, rows, step):

@@ -18,6 +18,7 @@ from qmix.geometry import Geometry
 from qmix.safetensors_header import ITEM_BYTES
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
+FOUR_BITS = ("nf4", "fp4")
 DTYPES = {"bf16": "BF16", "fp16": "F16"}  # the two half precisions, as users and as safetensors name them
 BLOCK = 64  # weights that share an absmax
 PACK_ROWS = 32  # rows interleaved in the packed layout
@@ -73,6 +74,6 @@ def parts(precision: str, dtype: str, rows: int, cols: int) -> tuple[Part, ...]:
 def chunk_rows(precision: str, rows: int, cols: int, max_weights: int) -> int:
     """Rows to quantise at once: about `max_weights` weights, and never a block or a group of rows split."""
     step = 1
-    if precision in ("nf4", "fp4"):
+    if precision in FOUR_BITS:
         step = PACK_ROWS if fits_kernels(rows, cols) else BLOCK // gcd(BLOCK, cols)
     return min(rows, max(1, max_weights // (cols * step)) * step)

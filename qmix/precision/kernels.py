@@ -1,16 +1,6 @@
 """Quantisation on a CPU: codes and scales equal, bit for bit, to those of bitsandbytes.
 
-A block of 64 weights shares one scale, its largest magnitude ("absmax"). Its kind, nf4 or fp4, has sixteen
-values between -1 and 1; a weight x takes the code of the one nearest to x / absmax. The rank of that value is
-the number of midpoints between neighbours that lie strictly below. With absmax 2.0 and the midpoints of NF4:
-
-    x               -2.0    0.0    0.5    1.0
-    x / absmax      -1.0    0.0   0.25    0.5
-    midpoints below    0      7     10     12     -0.85 ... -0.05 0.04 0.12 0.20 0.29 0.39 0.502 0.64 0.86
-
-Counting beats searching: fifteen comparisons and no branch run in vector lanes on any machine LLVM knows. The
-largest magnitude is found among bit patterns: without the sign they order as integers, infinities and NaNs
-above all finite numbers, so one maximum yields the absmax and tells whether every weight is finite.
+How a block's codes are found is told in `blocks`; here they are put where they belong.
 
 Two layouts of a matrix [rows, cols]:
 
@@ -30,97 +20,29 @@ rows. Weights are float32, or bfloat16 as uint16 bit patterns, which a shift wid
 Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functional.py.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from qmix.compiled import compiled
+from qmix.precision.blocks import (
+    FP4_CODES,
+    TINY,
+    Array,
+    Midpoints,
+    Steps,
+    chosen_scale,
+    encode,
+    largest_magnitude,
+    midpoints_of,
+    ratios_of,
+    steps_of,
+    widen,
+)
 from qmix.precision.formats import BLOCK, PACK_ROWS
 
 # Blocks of a row read before going to the next. Rows a multiple of 4096 bytes apart share a few sets of the first
 # cache: one block at a time, the 32 rows evict each other's prefetched lines (twice as slow at 14336 columns).
 STRIP = 8
-
-Array = npt.NDArray[Any]
-Midpoints = tuple[np.float32, ...]
-
-# The values of each kind, ascending, to be divided by the last.
-VALUES = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0, 0.0625, 2, 3, 4, 6, 8, 12),
-}  # fmt: skip
-# By rank (NF4 codes are ranks). In this order, that of bitsandbytes' sort, 0.0 gets code 0 and 0.001 the zero 8.
-FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
-
-TINY = np.float32(1e-38)  # bitsandbytes divides by no absmax below this
-
-
-@cache
-def _midpoints(kind: str) -> Midpoints:
-    """Fifteen, ascending; a tuple so that LLVM unrolls the loop over them."""
-    if kind not in VALUES:
-        raise ValueError(f"kind must be 'nf4' or 'fp4', not {kind!r}")
-    values = np.array(VALUES[kind], np.float32)
-    values /= values[-1]
-    return tuple((values[:-1] + values[1:]) / np.float32(2))
-
-
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call, and kept on disk where a directory can be written."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither this directory nor the user's own cache
-        return njit(nogil=True, error_model="numpy")(function)
-
-
-# Numba inlines the helpers: a call would count references to its arrays, which costs more than a block.
-
-
-@njit(inline="always")
-def _widen(row: Array, j: int) -> np.uint32:
-    """Weight j as the bit pattern of a float32."""
-    shift = 16 if row.itemsize == 2 else 0  # apart: inside the call below, Numba on Python 3.10 cannot inline it
-    return np.uint32(np.uint32(row[j]) << shift)
-
-
-@njit(inline="always")
-def _absmax(row: Array, count: int) -> np.float32:
-    """The largest magnitude of `count` weights; NaN or infinite if one of them is."""
-    top = np.uint32(0)
-    for j in range(count):
-        top = max(top, np.uint32(_widen(row, j) & 0x7FFFFFFF))
-    return np.uint32(top).view(np.float32)
-
-
-@njit(inline="always")
-def _fp4_code(rank: int) -> int:
-    """FP4_CODES[rank], in arithmetic: that runs in vector lanes, a table does not."""
-    magnitude = np.uint8(rank ^ (7 if rank < 8 else 8))  # rank among the eight magnitudes
-    sign = 8 if (rank < 8) == (magnitude > 0) else 0  # the two zeros have it the wrong way round
-    return magnitude ^ ((magnitude & 2) << 1) | sign  # and codes 2, 3 change places with 6, 7
-
-
-@njit(inline="always")
-def _encode(row: Array, absmax: np.float32, midpoints: Midpoints, fp4: bool, codes: Array) -> None:
-    """The 64 codes of a block, a byte each. No clamping to -1..1: there is no midpoint outside."""
-    inverse = np.float32(1) / max(absmax, TINY)
-    for j in range(BLOCK):
-        scaled = _widen(row, j).view(np.float32) * inverse
-        rank = np.uint8(0)
-        for midpoint in midpoints:
-            rank += np.uint8(scaled > midpoint)
-        codes[j] = rank
-    if fp4:
-        for j in range(BLOCK):
-            codes[j] = _fp4_code(codes[j])
 
 
 @njit(inline="always")
@@ -131,49 +53,71 @@ def _interleave(pairs: Array, words: Array) -> None:
             words[p, r] = pairs[r, p] | (pairs[r + PACK_ROWS // 2, p] << 4)
 
 
-@_kernel
-def _packed(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
+@compiled
+def _packed(
+    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
+) -> bool:
     """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
     pairs = scratch.view(np.uint16)  # [8, 32, 32]
+    errors = np.empty(BLOCK, np.float32)
     for group in range(codes.shape[0]):
         for first in range(0, codes.shape[1], STRIP):
             strip = range(first, min(first + STRIP, codes.shape[1]))
             for r in range(PACK_ROWS):
                 for block in strip:
                     row = weights[group * PACK_ROWS + r, block]
-                    largest = _absmax(row, BLOCK)
+                    largest = largest_magnitude(row, BLOCK)
                     if not np.isfinite(largest):
                         return False
-                    absmax[block, group * PACK_ROWS + r] = largest
-                    _encode(row, largest, midpoints, fp4, scratch[block - first, r])
+                    scale = largest
+                    if ratios is not None:
+                        scale = chosen_scale(row, largest, ratios, steps, errors)
+                    absmax[block, group * PACK_ROWS + r] = scale
+                    encode(row, scale, midpoints, fp4, scratch[block - first, r])
             for block in strip:
                 _interleave(pairs[block - first], codes[group, block])
     return True
 
 
-@_kernel
-def _flat(weights: Array, midpoints: Midpoints, fp4: bool, codes: Array, absmax: Array) -> bool:
+@compiled
+def _flat(
+    weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
+) -> bool:
     """weights [B, 64], codes [B, 32], absmax [B]"""
     scratch = np.empty(BLOCK, np.uint8)
     pairs = scratch.view(np.uint16)  # [32]
+    errors = np.empty(BLOCK, np.float32)
     for block in range(weights.shape[0]):
         row = weights[block]
-        absmax[block] = _absmax(row, BLOCK)
-        if not np.isfinite(absmax[block]):
+        largest = largest_magnitude(row, BLOCK)
+        if not np.isfinite(largest):
             return False
-        _encode(row, absmax[block], midpoints, fp4, scratch)
+        scale = largest
+        if ratios is not None:
+            scale = chosen_scale(row, largest, ratios, steps, errors)
+        absmax[block] = scale
+        encode(row, scale, midpoints, fp4, scratch)
         for p in range(BLOCK // 2):
             codes[block, p] = (pairs[p] << 4) | (pairs[p] >> 8)
     return True
 
 
-@_kernel
+@compiled
+def _scale_of_short_block(weights: Array, ratios: Array | None, steps: Steps) -> np.float32:
+    """weights [1 to 63]"""
+    scale = max(largest_magnitude(weights, weights.size), TINY)
+    if ratios is not None:
+        scale = chosen_scale(weights, scale, ratios, steps, np.empty(BLOCK, np.float32))
+    return scale
+
+
+@compiled
 def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
     """weights [R, C], codes [R, C], row_max [R]"""
     for r in range(weights.shape[0]):
         row = weights[r]
-        row_max[r] = _absmax(row, row.size)
+        row_max[r] = largest_magnitude(row, row.size)
         if not np.isfinite(row_max[r]):
             return False
         scale = np.float32(127) * (np.float32(1) / row_max[r])  # torch's rounding of 127.0 / row_max
@@ -181,12 +125,12 @@ def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
             codes[r] = 0
         else:
             for j in range(row.size):
-                codes[r, j] = np.int8(np.rint(_widen(row, j).view(np.float32) * scale))
+                codes[r, j] = np.int8(np.rint(widen(row, j).view(np.float32) * scale))
     return True
 
 
-def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array) -> bool:
-    """Quantise rows into the packed layout.
+def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array, clip: bool = False) -> bool:
+    """Quantise rows into the packed layout, with `clip` by the scales of least squared error.
 
     weights uint16 or float32 [rows, cols], rows a multiple of 32, cols of 64; codes uint8 [rows * cols / 2];
     absmax float32 [cols / 64, rows], which may be some columns of a wider array. All else C-contiguous.
@@ -199,11 +143,11 @@ def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array)
     _require_output(absmax, np.float32, (cols // BLOCK, rows), contiguous=False)
     blocks = _bits(weights).reshape(rows, cols // BLOCK, BLOCK)
     words = codes.view(np.uint16).reshape(rows // PACK_ROWS, cols // BLOCK, BLOCK // 2, PACK_ROWS // 2)
-    return _packed(blocks, _midpoints(kind), kind == "fp4", words, absmax)
+    return _packed(blocks, midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4", words, absmax)
 
 
-def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, last: bool) -> bool:
-    """Quantise consecutive weights into the flat layout.
+def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, last: bool, clip: bool = False) -> bool:
+    """Quantise consecutive weights into the flat layout, with `clip` by the scales of least squared error.
 
     weights uint16 or float32 [n], codes uint8 [(n + 1) // 2], absmax float32 [ceil(n / 64)]; n is a multiple
     of 64 unless these are the `last` weights of their tensor. All C-contiguous.
@@ -217,21 +161,25 @@ def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, l
     _require_output(codes, np.uint8, ((n + 1) // 2,))
     _require_output(absmax, np.float32, (-(-n // BLOCK),))
     bits, words = _bits(weights), codes[: full // 2].reshape(blocks, BLOCK // 2)
-    finite = _flat(bits[:full].reshape(blocks, BLOCK), _midpoints(kind), kind == "fp4", words, absmax)
+    whole, how = (
+        bits[:full].reshape(blocks, BLOCK),
+        (midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4"),
+    )
+    finite = _flat(whole, *how, words, absmax)
     if not finite or n == full:
         return finite
-    return _short_block(bits[full:], kind, codes[full // 2 :], absmax[blocks:])
+    return _short_block(bits[full:], kind, clip, codes[full // 2 :], absmax[blocks:])
 
 
-def _short_block(bits: Array, kind: str, codes: Array, absmax: Array) -> bool:
+def _short_block(bits: Array, kind: str, clip: bool, codes: Array, absmax: Array) -> bool:
     """As bitsandbytes has it: divided by the clamped absmax, which is stored; an odd weight paired with 0."""
     weights = (bits.astype(np.uint32) << (16 if bits.itemsize == 2 else 0)).view(np.float32)
     if not np.isfinite(weights).all():
         return False
-    absmax[0] = max(np.abs(weights).max(), TINY)
+    absmax[0] = _scale_of_short_block(bits, ratios_of(clip), steps_of(kind))
     scaled = np.zeros(2 * codes.size, np.float32)
     scaled[: weights.size] = weights / absmax[0]
-    ranks = np.searchsorted(np.array(_midpoints(kind)), scaled).astype(np.uint8)
+    ranks = np.searchsorted(np.array(midpoints_of(kind)), scaled).astype(np.uint8)
     wide = FP4_CODES[ranks] if kind == "fp4" else ranks
     codes[:] = wide[::2] << 4 | wide[1::2]
     return True

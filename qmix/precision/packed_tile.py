@@ -18,8 +18,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from qmix.precision.blocks import FP4_CODES, VALUES
 from qmix.precision.formats import BLOCK, PACK_ROWS
-from qmix.precision.kernels import FP4_CODES, VALUES
 from qmix.precision.vectors import (
     I8,
     I16,

@@ -10,18 +10,19 @@ from qmix.precision.formats import BLOCK, fits_kernels, parts
 from qmix.precision.kernels import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 from qmix.torch_dtypes import HALF
 
-_LARGEST_SCALE = torch.finfo(torch.bfloat16).max
+LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 
 
 class MatrixQuantizer:
     """Quantises one [rows, cols] matrix by row chunks, in any order and from several threads.
 
     A chunk's codes (or half-precision weights) are returned to be written; the scales, small, are gathered
-    here until the last chunk is done. `name` is the tensor's, for errors.
+    here until the last chunk is done. `name` is the tensor's, for errors. With `clip` the scales of 4-bit blocks are
+    those of least squared error among some near the absmax.
     """
 
-    def __init__(self, precision: str, dtype: str, rows: int, cols: int, name: str) -> None:
-        self.precision, self.dtype, self.name = precision, dtype, name
+    def __init__(self, precision: str, dtype: str, rows: int, cols: int, name: str, clip: bool = False) -> None:
+        self.precision, self.dtype, self.name, self.clip = precision, dtype, name, clip
         self.rows, self.cols = rows, cols
         self.main, *scales = parts(precision, dtype, rows, cols)
         self._packed = precision in ("nf4", "fp4") and fits_kernels(rows, cols)
@@ -42,19 +43,19 @@ class MatrixQuantizer:
         elif self._packed:
             codes = np.empty(chunk.numel() // 2, np.uint8)
             scales = self._scales[:, start : start + len(chunk)]
-            finite = quantize_4bit_packed(weights, self.precision, codes, scales)
+            finite = quantize_4bit_packed(weights, self.precision, codes, scales, self.clip)
             offset = start * self.cols // 2
         else:
             first, count = start * self.cols, chunk.numel()
             codes = np.empty((count + 1) // 2, np.uint8)
             scales = self._scales[first // BLOCK : -(-(first + count) // BLOCK)]
             last = start + len(chunk) == self.rows
-            finite = quantize_4bit_flat(weights.reshape(-1), self.precision, codes, scales, last)
+            finite = quantize_4bit_flat(weights.reshape(-1), self.precision, codes, scales, last, self.clip)
             offset = first // 2
         if not finite:
-            raise self._not_finite()
-        if self.precision != "int8" and scales.max() > _LARGEST_SCALE:
-            raise self._too_large("bf16")
+            raise not_finite(self.name)
+        if self.precision != "int8" and scales.max() > LARGEST_SCALE:
+            raise too_large(self.name, "bf16")
         return offset, codes.view(np.uint8).reshape(-1)
 
     def scales(self) -> np.ndarray | None:
@@ -70,18 +71,20 @@ class MatrixQuantizer:
         # a value times zero is zero unless it is NaN or infinite: one pass, no mask in memory
         if not bool(torch.isfinite((half * 0).sum())):
             if bool(torch.isfinite(chunk).all()):
-                raise self._too_large(self.dtype)
-            raise self._not_finite()
+                raise too_large(self.name, self.dtype)
+            raise not_finite(self.name)
         return half.contiguous().view(torch.uint8).numpy().reshape(-1)
 
-    def _too_large(self, dtype: str) -> CheckpointError:
-        advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
-        return CheckpointError(f"tensor {self.name!r} has values too large for {dtype}; {advice}")
 
-    def _not_finite(self) -> CheckpointError:
-        return CheckpointError(
-            f"tensor {self.name!r} holds NaN or infinite weights; the checkpoint is damaged, fetch it again"
-        )
+def too_large(name: str, dtype: str) -> CheckpointError:
+    """What to say of a tensor with values that `dtype` cannot hold."""
+    advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
+    return CheckpointError(f"tensor {name!r} has values too large for {dtype}; {advice}")
+
+
+def not_finite(name: str) -> CheckpointError:
+    """What to say of a tensor that holds what is no number."""
+    return CheckpointError(f"tensor {name!r} holds NaN or infinite weights; the checkpoint is damaged, fetch it again")
 
 
 def _for_kernels(chunk: torch.Tensor) -> np.ndarray:

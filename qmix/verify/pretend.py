@@ -7,7 +7,7 @@ take addresses (shapes only), and the router's choice (given).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from qmix.eviction import Key
-from qmix.pool import ExpertPool, PoolCounters
+from qmix.pool import ExpertPool
+from qmix.pool_counters import PoolCounters
 from qmix.store import Store
 
 KIND = "gpu"  # torch's name for the pretend backend
@@ -35,12 +36,15 @@ def register() -> None:
 class PretendPool(ExpertPool):
     """A pool of fake memory whose records are all there."""
 
-    def __init__(self, store: Store, slots: int, elsewhere: frozenset[Key] = frozenset()) -> None:
+    def __init__(self, store: Store, slots: Mapping[int, int], elsewhere: frozenset[Key] = frozenset()) -> None:
         self.store, self.slots, self.invariant, self.elsewhere = store, slots, False, elsewhere
-        self.slot_bytes = store.layout.slot_bytes
-        self.memory = torch.empty(slots * self.slot_bytes, dtype=torch.uint8)
+        self._memory = torch.empty(sum(nbytes * count for nbytes, count in slots.items()), dtype=torch.uint8)
         self.counters, self.cancelled = PoolCounters(), False
         self._computes = PretendExpert(store.geometry.intermediate_size)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        return self._memory
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
         return self.memory[: self.store.layout.record(layer, expert).nbytes]

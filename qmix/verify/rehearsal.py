@@ -94,7 +94,8 @@ class Rehearsal:
     def furnish(self) -> None:
         """All that is there before the first step."""
         spread = self.spread
-        self.pool = pretend.PretendPool(self.store, self.plan.slots, spread.residents if spread else frozenset())
+        elsewhere = spread.residents if spread else frozenset()
+        self.pool = pretend.PretendPool(self.store, self.plan.slots_by_size, elsewhere)
         host = Device(HOST, torch.device(HOST))
         dense = typed(self.store, dense_memory(self.store, spread.of_tensor if spread else lambda name: host))
         furnish(self.model, self.store, self.pool, dense, self.spread)

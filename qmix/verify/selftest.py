@@ -22,6 +22,7 @@ from qmix.models import EMBEDDED
 from qmix.plan import DevicePlan, Plan, make_plan
 from qmix.plan.hardware import Rates
 from qmix.plan.published import PUBLISHED
+from qmix.plan.slots import MIN_SLOTS
 from qmix.prepare import layout_for
 from qmix.quantize import quantize
 from qmix.runner import Runner
@@ -86,8 +87,7 @@ def spread_over(store: Store, gpus: int) -> Plan:
     homes = [f"gpu:{layer * gpus // geometry.num_layers}" for layer in range(geometry.num_layers)]
     experts = range(geometry.num_experts)
     return replace(
-        host,
-        slots=4,
+        host.with_slots(4),
         layer_devices=tuple(homes),
         placement=tuple(tuple("disk" if expert % 2 else home for expert in experts) for home in homes),
         devices=tuple(DevicePlan(f"gpu:{index}", GIB, 0, 0, 0, 0) for index in range(gpus)),
@@ -124,7 +124,7 @@ def _real_bytes(gpus: int, say: Say) -> list[bool]:
     free = [torch.cuda.mem_get_info(index)[0] for index in range(gpus)]
     budgets = [min(int(SHARE * each), 8 * GIB // gpus) for each in free]
     plan = make_plan(layout, 16 * GIB, 4096, PYTHON_BYTES, gpus=budgets)
-    plan = replace(plan, slots=min(plan.slots, 2))  # what the others' memory holds does not matter here
+    plan = plan.with_slots(MIN_SLOTS)  # what the others' memory holds does not matter here
     title = f"{LAYERS} layers of 8x22B on {' + '.join(map(format_bytes, budgets))}"
     return [_report(verify_on_gpus(plan, layout), title, say)]
 

@@ -1,0 +1,85 @@
+"""What a calibration found, put together for people: tables and pictures for a terminal, and one picture for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import RenderableType
+from rich.text import Text
+
+from calibration.pictures import UseMap, error_chart, error_table, hit_chart, hit_table, language_table
+from calibration.plot import draw as draw_picture
+from calibration.replay import BELADY
+from calibration.routing import Routing
+from calibration.run import UNKNOWN, Calibration
+from qmix.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What a machine's memory holds: `slots` experts in a budget of `ram` bytes."""
+
+    ram: int
+    slots: int
+
+
+def report(found: Calibration, pool: Pool | None) -> list[RenderableType]:
+    """Everything, in the order in which one reads it; `pool` is that of the machine it is for, if it has one."""
+    routing, chosen = found.routing, found.chosen
+    use = routing.total.tolist()
+    languages = {name: table.tolist() for name, table in routing.counts.items() if name != UNKNOWN}
+    point = (chosen.nbytes, chosen.error) if chosen else None
+    frontier = found.allocator.frontier()
+    parts: list[RenderableType] = [UseMap(use)]
+    if len(languages) > 1:
+        parts.append(language_table(use, languages))
+    parts += [Text("\n".join(_sentences(found, pool))), hit_chart(found.replay), hit_table(found.replay)]
+    parts += [error_chart(frontier, found.uniform, point), error_table(found.uniform, point)]
+    return [part for each in parts for part in (each, Text())][:-1]
+
+
+def draw(found: Calibration, path: Path) -> None:
+    """The pictures into a file. Raises QmixError where it cannot be written."""
+    routing, chosen = found.routing, found.chosen
+    languages = {name: table.tolist() for name, table in routing.counts.items() if name != UNKNOWN}
+    draw_picture(
+        path,
+        found.name,
+        routing.total.tolist(),
+        found.replay,
+        found.allocator.frontier(),
+        found.uniform,
+        (chosen.nbytes, chosen.error) if chosen else None,
+        languages if len(languages) > 1 else None,
+    )
+
+
+def _sentences(found: Calibration, pool: Pool | None) -> Iterator[str]:
+    routing, replay, geometry = found.routing, found.replay, found.geometry
+    tokens = sum(routing.tokens.values())
+    yield f"{tokens} tokens; an expert got {routing.total.min()} to {routing.total.max()} of them"
+    chance = geometry.experts_per_token / geometry.num_experts
+    if not np.isnan(routing.repeated).all():
+        yield f"of a token's experts the token before took {np.nanmean(routing.repeated):.0%} ({chance:.0%} by chance)"
+    yield f"guessed right: {_guesses(routing)}"
+    if pool is not None:
+        best = replay.best(pool.slots)
+        yield (
+            f"here, {format_bytes(pool.ram)} hold {min(pool.slots, replay.records)} of {replay.records} experts: "
+            f"{best} finds {replay.hit_rate(best, pool.slots):.1%} of what a token asks for, "
+            f"no policy more than {replay.hit_rate(BELADY, pool.slots):.1%}"
+        )
+    yield f"what runs use: {found.profile.policy}"
+
+
+def _guesses(routing: Routing) -> str:
+    """Shares by how many layers ahead, means over the layers that have so many before them."""
+    shares = [
+        (ahead, float(np.nanmean(column)))
+        for ahead, column in enumerate(routing.lookahead.T, 1)
+        if not np.isnan(column).all()
+    ]
+    return ", ".join(f"{share:.0%} {ahead} {'layer' if ahead == 1 else 'layers'} ahead" for ahead, share in shares)

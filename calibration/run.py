@@ -1,0 +1,127 @@
+"""A checkpoint calibrated: one pass of text, layer by layer, in which its routing and its experts are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from calibration.corpus import Passage
+from calibration.replay import Replay, replay
+from calibration.routing import Routing, RoutingRecorder
+from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
+from qmix.allocation import Allocation, Allocator
+from qmix.checkpoint import Checkpoint
+from qmix.geometry import Geometry
+from qmix.layerwise import LayerwisePass, Quantised
+from qmix.layout import StoreLayout, parse_precisions
+from qmix.lookahead import DEPTH
+from qmix.prepare import DEFAULT_PRECISION
+from qmix.profile import Profile
+from qmix.progress import OnProgress, ignore
+
+UNKNOWN = "text"  # the language of text that nobody named one for
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of a model: its routing, and by way to hold an expert what that costs, [layer][expert].
+
+    `dtype` is what half precision is, `budget` the bytes for which precisions are to be chosen, if any.
+    """
+
+    name: str
+    fingerprint: str
+    geometry: Geometry
+    dtype: str
+    routing: Routing
+    errors: Mapping[str, Table]
+    sampled: Sequence[Sequence[int]]
+    budget: int | None = None
+
+    @cached_property
+    def replay(self) -> Replay:
+        """The recorded routing through caches."""
+        return replay(self.routing.trace, self.geometry.num_layers, self.geometry.num_experts)
+
+    @cached_property
+    def allocator(self) -> Allocator:
+        return self._profile.allocator(self.geometry, self.dtype)
+
+    @cached_property
+    def chosen(self) -> Allocation | None:
+        """What loses least within the budget."""
+        return None if self.budget is None else self.allocator.within(self.budget)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What plans and runs take of it."""
+        return replace(self._profile, precisions=None if self.chosen is None else self.chosen.precisions)
+
+    @property
+    def layout(self) -> StoreLayout:
+        """Of the store that the profile leads to."""
+        precisions = self.profile.precisions or parse_precisions(DEFAULT_PRECISION, self.geometry)
+        return StoreLayout(self.geometry, precisions, self.dtype)
+
+    @property
+    def uniform(self) -> dict[str, tuple[int, float]]:
+        """Bytes of all experts, and the sum of their errors, by way to hold them all."""
+        records = self.geometry.num_records
+        weights = sum(rows * cols for rows, cols in self.geometry.expert_matrices.values())
+        found = {kind.name: (records * kind.nbytes(weights), sum(map(sum, self.errors[kind.name]))) for kind in KINDS}
+        return {**found, "half": (2 * records * weights, 0.0)}
+
+    def to_json(self) -> dict[str, Any]:
+        """A profile's file: what plans and runs take of it, and the rest for people to read."""
+        return self.profile.to_json() | {
+            "budget": self.budget,
+            "routing": self.routing.to_json(),
+            "sampled": [list(row) for row in self.sampled],
+            "replay": self.replay.to_json(),
+        }
+
+    @cached_property
+    def _profile(self) -> Profile:
+        errors = {name: tuple(map(tuple, table)) for name, table in self.errors.items()}
+        use = tuple(map(tuple, self.routing.use.tolist()))
+        return Profile(self.name, self.fingerprint, use, errors, policy=self.replay.recommended())
+
+
+def half(checkpoint: Checkpoint, dtype: str) -> Quantised:
+    """The variant of a checkpoint that is calibrated: as it was published."""
+    geometry = checkpoint.geometry
+    precisions = tuple(("half",) * geometry.num_experts for _ in range(geometry.num_layers))
+    return Quantised("half", geometry, precisions, dtype)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    dtype: str,
+    passages: Sequence[Passage],
+    budget: int | None = None,
+    on_progress: OnProgress = ignore,
+) -> Calibration:
+    """Run passages through a checkpoint once. Raises CheckpointError or HubError."""
+    geometry = checkpoint.geometry
+    sequences = [passage.ids for passage in passages]
+    languages = [passage.language or UNKNOWN for passage in passages]
+    with LayerwisePass(checkpoint, dtype, [half(checkpoint, dtype)], on_progress) as layers:
+        recorder = RoutingRecorder(geometry, *layers.routers(), sequences, languages)
+        meter = SensitivityMeter(geometry, layers.activation)
+        layers.run(sequences, [recorder, meter])
+    name = Path(checkpoint.source.name).absolute().name
+    model = name, checkpoint.fingerprint, geometry, dtype
+    return Calibration(*model, recorder.result(), meter.errors, meter.sampled, budget)
+
+
+def memory_needed(geometry: Geometry, tokens: int) -> int:
+    """Bytes that measuring takes beside the pass itself."""
+    hidden, inner, experts = geometry.hidden_size, geometry.intermediate_size, geometry.num_experts
+    gates = geometry.num_layers * experts * hidden * (2 + 4)
+    chosen = geometry.experts_per_token * 2
+    routing = tokens * (chosen * (geometry.num_layers + DEPTH * (DEPTH + 1) // 2) + experts * 3 * 8)
+    samples = SAMPLES * (experts * hidden * 2 + 4 * inner * 2 + 4 * hidden * 4)
+    return gates + routing + samples + 2 * hidden * inner  # one matrix, as it comes back from being quantised
