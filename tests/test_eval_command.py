@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from card_data import write_card
@@ -58,6 +59,11 @@ def model(store, directory: Path, context: int = 2048) -> QmixLM:
     lm = QmixLM(engine, load_tokenizer(store.directory), context, notes.append)
     lm.notes = notes
     return lm
+
+
+def made(*arguments: str) -> click.Context:
+    """The command with its arguments, in this process."""
+    return command.make_context("eval", list(arguments), help_option_names=["-h", "--help"])  # which click keeps
 
 
 def evaluated(lm, names=NAMES, limit: int | None = None) -> tuple[dict, dict]:
@@ -185,14 +191,14 @@ def test_an_interrupted_run_says_how_far_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr("qmix.evaluate.display.EvaluationDisplay.__call__", stop)
     arguments = ["tiny", "--data", str(TASKS), "--tasks", "help_last", "-o", str(tmp_path / "out"), "--ram", "3GiB"]
     told = "interrupted; 4 of 4 requests are done, the same command goes on"
-    with command.make_context("eval", arguments) as context, pytest.raises(KeyboardInterrupt, match=told):
+    with made(*arguments) as context, pytest.raises(KeyboardInterrupt, match=told):
         command.invoke(context)
     assert lines_of(tmp_path / "out" / REQUESTS) == 4
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("qmix.commands.eval.find_spec", lambda name: None)
-    with command.make_context("eval", ["tiny"]) as context, pytest.raises(UsageError, match=r"pip install .*\[eval\]"):
+    with made("tiny") as context, pytest.raises(UsageError, match=r"pip install .*\[eval\]"):
         command.invoke(context)
 
 
