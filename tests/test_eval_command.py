@@ -7,16 +7,18 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from card_data import write_card
 from checkpoints import reference_model
 from command import Commands
 from killed_batches import Batches, lines_of
+from lm_eval.api.instance import Instance
 from stores import make_store
 
 from qmix.commands.eval import eval as command
-from qmix.errors import DataError, QmixError, UsageError
+from qmix.errors import QmixError, UsageError
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import find_files, offline
 from qmix.evaluate.engine import Engine, Work
@@ -59,6 +61,11 @@ def model(store, directory: Path, context: int = 2048) -> QmixLM:
     return lm
 
 
+def made(*arguments: str) -> click.Context:
+    """The command with its arguments, in this process."""
+    return command.make_context("eval", list(arguments), help_option_names=["-h", "--help"])  # which click keeps
+
+
 def evaluated(lm, names=NAMES, limit: int | None = None) -> tuple[dict, dict]:
     """The results by task and figure, and what the model gave for each request."""
     mute()
@@ -68,17 +75,20 @@ def evaluated(lm, names=NAMES, limit: int | None = None) -> tuple[dict, dict]:
     return found, answers
 
 
-def test_figures_and_answers_are_those_of_the_harness_own_model(half, tiny, tmp_path):
+@pytest.fixture(scope="module")
+def harness_own(tiny):
     """HFLM on transformers' bf16 model, its softmax in fp32; left alone it rounds every log-probability to 8 bits."""
     from lm_eval.models.huggingface import HFLM
 
+    reference, tokenizer = reference_model(tiny, torch.bfloat16), load_tokenizer(tiny)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    theirs = HFLM(
-        pretrained=reference_model(tiny, torch.bfloat16), tokenizer=load_tokenizer(tiny), softmax_dtype="float32"
-    )
-    expected, their_answers = evaluated(theirs)
+    torch.set_num_threads(1)  # its many small operations wait for each other's threads on a busy machine
+    yield lambda **options: HFLM(pretrained=reference, tokenizer=tokenizer, softmax_dtype="float32", **options)
     torch.set_num_threads(threads)
+
+
+def test_figures_and_answers_are_those_of_the_harness_own_model(half, harness_own, tmp_path):
+    expected, their_answers = evaluated(harness_own())
     found, answers = evaluated(model(half, tmp_path))
     for task, figure in (
         ("help_choice", "acc"),
@@ -97,6 +107,18 @@ def test_figures_and_answers_are_those_of_the_harness_own_model(half, tiny, tmp_
     )
 
 
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [("", "Click the button."), ("Click the ", "button"), ("<s>Click", " the button"), ("Click", "able menus")],
+)
+def test_texts_become_the_tokens_of_the_harness_own_model(half, harness_own, tmp_path, context, continuation):
+    """An empty context, a space at its end, a start that is there already, a continuation in the middle of a word."""
+    request = Instance("loglikelihood", {}, (context, continuation), 0)
+    ((ours, _),) = model(half, tmp_path).loglikelihood([request])
+    ((hers, _),) = harness_own().loglikelihood([request], disable_tqdm=True)
+    assert ours == pytest.approx(hers, abs=0.3, rel=0.02)
+
+
 def test_a_single_question_has_no_error_and_is_json_all_the_same(half, tmp_path):
     lm = model(half, tmp_path)
     mute()
@@ -109,17 +131,8 @@ def test_a_single_question_has_no_error_and_is_json_all_the_same(half, tmp_path)
     }  # fmt: skip
 
 
-def test_longer_requests_lose_their_beginning_as_in_the_harness_own_model(half, tiny, tmp_path):
-    from lm_eval.models.huggingface import HFLM
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    theirs = HFLM(
-        pretrained=reference_model(tiny, torch.bfloat16), tokenizer=load_tokenizer(tiny), softmax_dtype="float32",
-        max_length=40,
-    )  # fmt: skip
-    _, expected = evaluated(theirs, ("help_choice", "help_pages"))
-    torch.set_num_threads(threads)
+def test_longer_requests_lose_their_beginning_as_in_the_harness_own_model(half, harness_own, tmp_path):
+    _, expected = evaluated(harness_own(max_length=40), ("help_choice", "help_pages"))
     lm = model(half, tmp_path, context=40)
     _, found = evaluated(lm, ("help_choice", "help_pages"))
     assert found["help_pages"] == pytest.approx(expected["help_pages"], rel=5e-3)
@@ -178,12 +191,15 @@ def test_an_interrupted_run_says_how_far_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr("qmix.evaluate.display.EvaluationDisplay.__call__", stop)
     arguments = ["tiny", "--data", str(TASKS), "--tasks", "help_last", "-o", str(tmp_path / "out"), "--ram", "3GiB"]
     told = "interrupted; 4 of 4 requests are done, the same command goes on"
-    with (
-        command.make_context("eval", arguments, help_option_names=["-h", "--help"]) as context,
-        pytest.raises(KeyboardInterrupt, match=told),
-    ):
+    with made(*arguments) as context, pytest.raises(KeyboardInterrupt, match=told):
         command.invoke(context)
     assert lines_of(tmp_path / "out" / REQUESTS) == 4
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("qmix.commands.eval.find_spec", lambda name: None)
+    with made("tiny") as context, pytest.raises(UsageError, match=r"pip install .*\[eval\]"):
+        command.invoke(context)
 
 
 def test_missing_data_is_told_with_what_to_fetch(qmix, tmp_path):
@@ -215,7 +231,7 @@ def test_what_cannot_be_done_is_refused(qmix, tmp_path, options, status, told):
 
 def test_a_task_that_the_harness_does_not_take_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\noutput_type: multiple_choice\n")
-    with pytest.raises((UsageError, DataError), match="broken"):
+    with pytest.raises(UsageError, match="broken: .* json without data_files under dataset_kwargs.; correct it"):
         load_tasks(["broken"], tmp_path, None)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,9 +10,10 @@ from hypothesis import strategies as st
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.evaluate.card import CARD, CARD_AVERAGE, card_rows
 from qmix.evaluate.passes import Query, Segment, make_pass, spans
-from qmix.evaluate.sizing import MOST_TOKENS, ScoringPlan, plan_scoring, token_bytes
+from qmix.evaluate.sizing import MOST_TOKENS, plan_scoring, token_bytes
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, parse_precisions
+from qmix.plan.slots import least_slots
 
 BIG = Geometry(6144, 16384, 56, 48, 8, 128, 8, 2, 32000, 65536)
 GIB = 2**30
@@ -91,55 +90,46 @@ def layout(monkeypatch) -> StoreLayout:
     return StoreLayout(BIG, parse_precisions("nf4", BIG), "bf16")
 
 
-def slots(plan: ScoringPlan) -> int:
-    return sum(plan.slots.values())
-
-
 def test_where_not_all_experts_fit_tokens_come_before_slots(layout):
     plan = plan_scoring(layout, 2000, 10**7, 13 * GIB)
-    assert slots(plan) == 8
+    assert sum(plan.slots.values()) == 8
     assert 2000 < plan.tokens < MOST_TOKENS
     more = plan_scoring(layout, 2000, 10**7, 24 * GIB)
     assert more.tokens == MOST_TOKENS
-    assert 8 < slots(more) < BIG.num_records
+    assert 8 < sum(more.slots.values()) < BIG.num_records
 
 
 def test_where_all_experts_fit_they_stay(layout):
     plan = plan_scoring(layout, 2000, 10**7, 96 * GIB)
-    assert (slots(plan), plan.tokens) == (BIG.num_records, MOST_TOKENS)
+    assert (sum(plan.slots.values()), plan.tokens) == (BIG.num_records, MOST_TOKENS)
 
 
 def test_a_small_job_takes_no_more_than_it_needs(layout):
     few = plan_scoring(layout, 100, 300, 24 * GIB)
     assert few.tokens == 300
-    assert slots(few) > slots(plan_scoring(layout, 100, 10**6, 24 * GIB))
+    assert sum(few.slots.values()) > sum(plan_scoring(layout, 100, 10**6, 24 * GIB).slots.values())
     assert plan_scoring(layout, 100, 10**6, 24 * GIB, batch_tokens=700).tokens == 700
 
 
-@given(st.integers(12, 120), st.integers(1, 60000), st.integers(1, 10**6))
-def test_no_plan_exceeds_its_budget_and_the_smallest_does(gib, longest, rows):
-    layout = StoreLayout(BIG, parse_precisions("nf4", BIG), "bf16")
+@given(
+    st.sampled_from(["nf4", "nf4,0.*=int8,*.3=half"]),
+    st.integers(12, 120),
+    st.integers(1, 60000),
+    st.integers(1, 10**6),
+)
+def test_no_plan_exceeds_its_budget_and_the_smallest_does(precision, gib, longest, rows):
+    layout = StoreLayout(BIG, parse_precisions(precision, BIG), "bf16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qmix.evaluate.sizing.interpreter_memory", lambda kernels: 500 * 2**20)
         with pytest.raises(DoesNotFitError) as refused:
             plan_scoring(layout, longest, max(rows, longest), 10 * GIB)
         smallest = refused.value.smallest
         assert f"--ram {-(-smallest // 2**20)}MiB" in str(refused.value)
-        assert slots(plan_scoring(layout, longest, max(rows, longest), smallest)) == 2
+        assert plan_scoring(layout, longest, max(rows, longest), smallest).slots == least_slots(layout)
         plan = plan_scoring(layout, longest, max(rows, longest), max(smallest, gib * GIB))
         assert plan.total < plan.ram
         assert longest <= plan.tokens <= max(longest, MOST_TOKENS)
-        assert 2 <= slots(plan) <= BIG.num_records
-
-
-def test_each_size_of_record_has_slots(layout):
-    mixed = replace(layout, precisions=parse_precisions("nf4,0.*=int8", BIG))
-    small, large = sorted(mixed.record_counts)
-    tight = plan_scoring(mixed, 2000, 10**7, 14 * GIB)
-    assert {small, large} == set(tight.slots)
-    assert min(tight.slots.values()) >= 2
-    assert tight.total <= tight.ram
-    assert plan_scoring(mixed, 2000, 10**7, 96 * GIB).slots == mixed.record_counts
+        assert all(2 <= plan.slots[nbytes] <= count for nbytes, count in layout.record_counts.items())
 
 
 def test_a_token_takes_what_its_states_take():

@@ -28,8 +28,7 @@ def question(context: list[int], *lengths: int, vocabulary: int = 4000) -> list[
 
 def score(store, queries: list[Query], tokens: int = 4096, slots: int | None = None) -> list[Score]:
     longest = max(len(query.inputs) for query in queries) // 4
-    of_each = {nbytes: slots or count for nbytes, count in store.layout.record_counts.items()}
-    plan = ScoringPlan(0, tokens, longest, of_each, 0)
+    plan = ScoringPlan(0, tokens, longest, dict.fromkeys(store.layout.record_counts, slots or 48), 0)
     with Scorer(store, plan) as scorer:
         return [
             found

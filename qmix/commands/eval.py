@@ -14,6 +14,7 @@ import click
 
 from qmix.commands.shared import (
     LOADING_PATIENCE,
+    clip_option,
     dtype_option,
     model_or_default,
     out,
@@ -50,6 +51,7 @@ BATCH_HELP = "through the model together [by the plan, from --ram and the reques
 @ram_option
 @click.option("--context", type=click.IntRange(min=2), metavar="TOKENS", help=CONTEXT_HELP)
 @precision_option
+@clip_option
 @dtype_option
 @plan_option
 @click.option("--batch-tokens", type=click.IntRange(min=1), metavar="N", help=BATCH_HELP)
@@ -73,7 +75,8 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
         raise UsageError("lm-evaluation-harness is not installed; pip install 'qmix-moe[eval]'")
     name = model_or_default(model)
     quiet_libraries()
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would resample in processes of its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would resample in processes of its own
     store = _store(name, plan, options)
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import Engine
@@ -111,7 +114,7 @@ def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
         plan_scoring(layout, 1, 1, options["ram"])
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(name, options["precision"], options["dtype"], making, check)
+        store = prepare_store(name, options["precision"], options["dtype"], making, check, options["clip"])
     check(store.layout, store.fingerprint)
     return store
 

@@ -7,7 +7,6 @@ README.md that says what is where; and files that a task of one's own names itse
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class MissingData(Exception):
 
 
 def task_class(data: Path | None) -> type[ConfigurableTask]:
-    """The class of tasks whose data is looked for in `data` first, and that show no bar of their own."""
+    """The class of tasks whose data is looked for in `data` first."""
 
     class LocalTask(ConfigurableTask):
         def __init__(self, config: dict[str, Any]) -> None:
@@ -41,6 +40,8 @@ def task_class(data: Path | None) -> type[ConfigurableTask]:
                 super().download(dataset_kwargs)
                 return
             path, name = str(self.DATASET_PATH), self.DATASET_NAME
+            if path in FORMS and "data_files" not in (dataset_kwargs or {}):  # else all below the directory is taken
+                raise ValueError(f"{path} without data_files under dataset_kwargs")
             local = None if data is None or path in FORMS else data / path
             try:
                 if local is None or not local.is_dir():
@@ -58,10 +59,6 @@ def task_class(data: Path | None) -> type[ConfigurableTask]:
                 return options
             beside = Path(self.config.metadata["config_source"]).parent
             return options | {"data_files": _beside(options["data_files"], beside)}
-
-        def build_all_requests(self, **options: Any) -> None:
-            with contextlib.redirect_stderr(io.StringIO()):
-                super().build_all_requests(**options)
 
     return LocalTask
 

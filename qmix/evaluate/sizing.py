@@ -22,8 +22,8 @@ from qmix.plan.slots import least_slots, share_slots
 from qmix.units import format_bytes
 from qmix.use import by_use, even_use
 
-MOST_TOKENS = 2**14  # of a pass: what a killed run loses; at 8x22B a core computes minutes for each second of reading
-SLOTS_AHEAD = 8  # of a size, from where on the pool reads two records ahead
+MOST_TOKENS = 2**14  # of a pass: enough that 8x22B's reading is a small part of it even where cores are many and fast
+SLOTS_AHEAD = 8  # of each size, from where on the pool reads two records ahead
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
 HEAD_ROWS = 64  # predictions at once
 RUNNING_BYTES = 2**25  # of what allocators keep
@@ -31,15 +31,15 @@ RUNNING_BYTES = 2**25  # of what allocators keep
 
 @dataclass(frozen=True, slots=True)
 class ScoringPlan:
-    """A pass of `tokens` rows whose sequences have `longest` tokens at most; `slots` by the bytes of their records.
+    """A pass of `tokens` rows, and a pool of `slots` by the bytes of their records; `total` bytes in all.
 
-    `total` are the bytes of the process.
+    Sequences have `longest` tokens at most.
     """
 
     ram: int
     tokens: int
     longest: int
-    slots: Mapping[int, int]
+    slots: dict[int, int]
     total: int
 
 
@@ -61,7 +61,7 @@ def plan_scoring(
         )
     budget = default_budget() if ram is None else ram
     fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
-    each, least, counts = token_bytes(layout.geometry), least_slots(layout), layout.record_counts
+    each, least = token_bytes(layout.geometry), least_slots(layout)
     smallest = math.ceil((fixed + longest * each + _bytes(least)) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
     if budget < smallest:
         raise DoesNotFitError(
@@ -71,14 +71,13 @@ def plan_scoring(
         )
     room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
     wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
-    held_all = _bytes(counts)
-    if room - held_all >= max(longest, min(wanted, PREFILL_CHUNK)) * each:
-        slots, tokens = counts, min(wanted, (room - held_all) // each)
-    else:
-        ahead = _bytes({nbytes: min(count, SLOTS_AHEAD) for nbytes, count in counts.items()})
-        tokens = min(wanted, (room - min(ahead, room - longest * each)) // each)
-        order = [layout.record(*key).nbytes for key in by_use(layout, even_use(layout.geometry))]
-        slots = share_slots(order, least, room - tokens * each)
+    every = layout.record_counts
+    kept = every
+    if room - _bytes(every) < max(longest, min(wanted, PREFILL_CHUNK)) * each:
+        kept = {nbytes: min(count, SLOTS_AHEAD) for nbytes, count in every.items()}
+    tokens = min(wanted, max(longest, (room - _bytes(kept)) // each))
+    order = [layout.record(*key).nbytes for key in by_use(layout, even_use(layout.geometry))]
+    slots = share_slots(order, least, room - tokens * each)
     return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + _bytes(slots))
 
 
