@@ -1,7 +1,7 @@
 # One entry for each development action. `make setup` first.
 PYTHON = .venv/bin/python
 
-.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-plan bench-replay reference build clean
+.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-plan bench-replay bench-calibration reference build clean
 
 setup:           ## a virtual environment with all that development needs
 	python3 -m venv .venv
@@ -35,6 +35,9 @@ bench-decode:    ## decode on the embedded model beside transformers'
 
 bench-plan:      ## predicted against measured memory, of the store named by STORE
 	$(PYTHON) benchmarks/plan_accuracy.py $(STORE)
+
+bench-calibration: ## an expert measured, routing replayed, bytes spread over experts
+	$(PYTHON) benchmarks/calibration_speed.py
 
 bench-replay:    ## recorded routing through caches of every size
 	$(PYTHON) benchmarks/replay_tiny.py

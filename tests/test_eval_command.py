@@ -231,7 +231,7 @@ def test_what_cannot_be_done_is_refused(qmix, tmp_path, options, status, told):
 
 def test_a_task_that_the_harness_does_not_take_is_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\noutput_type: multiple_choice\n")
-    with pytest.raises(UsageError, match="broken: .* json without data_files under dataset_kwargs.; correct it"):
+    with pytest.raises(UsageError, match=r"broken: .* json without data_files under dataset_kwargs\); correct it"):
         load_tasks(["broken"], tmp_path, None)
 
 
