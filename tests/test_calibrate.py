@@ -82,7 +82,7 @@ def test_what_it_chooses_loses_less_than_the_straight_line(calibrated, qmix):
     options = [option for budget in budgets for option in ("--budget", str(budget))]
     ends = ("--precision", "nf4", "--precision", "int8", "--precision", "auto")
     profile = ("--profile", directory / "profile.json")
-    done = qmix("compare", "tiny", *ends, *profile, *options, "--tokens", "3000", "--json")
+    done = qmix("compare", "tiny", *ends, *profile, *options, "--tokens", "2000", "--json")
     assert done.status == 0, done.err
     _, nf4, int8, auto, *mixed = json.loads(done.out)["rows"]
     assert [row["name"] for row in mixed] == ["auto in 7.73 MB", "auto in 9.17 MB", "auto in 10.6 MB"]

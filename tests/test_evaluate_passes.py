@@ -99,6 +99,13 @@ def test_where_not_all_experts_fit_tokens_come_before_slots(layout):
     assert 8 < sum(more.slots.values()) < BIG.num_records
 
 
+def test_the_smallest_budgets_have_the_fewest_slots_and_what_is_left_is_for_tokens(layout):
+    plan = plan_scoring(layout, 100, 10**7, 12 * GIB)
+    assert plan.slots == least_slots(layout)
+    (slot,) = plan.slots
+    assert 100 < plan.tokens < 2048 + (8 - 2) * slot // token_bytes(BIG)
+
+
 def test_where_all_experts_fit_they_stay(layout):
     plan = plan_scoring(layout, 2000, 10**7, 96 * GIB)
     assert (sum(plan.slots.values()), plan.tokens) == (BIG.num_records, MOST_TOKENS)

@@ -23,6 +23,7 @@ from qmix.units import format_bytes
 from qmix.use import by_use, even_use
 
 MOST_TOKENS = 2**14  # of a pass: enough that 8x22B's reading is a small part of it even where cores are many and fast
+ENOUGH_TOKENS = 2**11  # from where on slots to read ahead are worth more than still more tokens
 SLOTS_AHEAD = 8  # of each size, from where on the pool reads two records ahead
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
 HEAD_ROWS = 64  # predictions at once
@@ -71,13 +72,14 @@ def plan_scoring(
         )
     room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
     wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
+    enough = max(longest, min(wanted, ENOUGH_TOKENS)) * each
     every = layout.record_counts
-    kept = every
-    if room - _bytes(every) < max(longest, min(wanted, PREFILL_CHUNK)) * each:
-        kept = {nbytes: min(count, SLOTS_AHEAD) for nbytes, count in every.items()}
-    tokens = min(wanted, max(longest, (room - _bytes(kept)) // each))
+    ahead = {nbytes: min(count, SLOTS_AHEAD) for nbytes, count in every.items()}
+    kept = next((slots for slots in (every, ahead) if room - _bytes(slots) >= enough), least)
+    tokens = min(wanted, (room - _bytes(kept)) // each)
     order = [layout.record(*key).nbytes for key in by_use(layout, even_use(layout.geometry))]
     slots = share_slots(order, least, room - tokens * each)
+    tokens = min(wanted, (room - _bytes(slots)) // each)
     return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + _bytes(slots))
 
 
