@@ -3,71 +3,35 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from qmix.evaluate.card import CARD, CardRow, card_rows
-from qmix.terminal import LINE_SECONDS, say
 from qmix.units import format_bytes
+from qmix.work_display import WorkDisplay, time_left
 
 if TYPE_CHECKING:
     from qmix.evaluate.engine import Work
 
 
-class EvaluationDisplay:
-    """A bar where stderr is a terminal, plain lines elsewhere; called with the work after each layer or pass."""
+class EvaluationDisplay(WorkDisplay):
+    """Called with the work after each layer or pass."""
 
     def __init__(self, title: str) -> None:
-        self._title = title
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        self._printed = time.monotonic()
+        super().__init__(title)
         self._first: tuple[int, float] | None = None  # tokens and seconds of what went before
-
-    def __enter__(self) -> EvaluationDisplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, work: Work) -> None:
         self._first = self._first or (work.tokens, work.seconds)
         tokens, seconds = work.tokens - self._first[0], work.seconds - self._first[1]
         rate = f"{tokens / seconds:.0f} tok/s" if seconds else ""
-        left = _duration(work.tokens_left * seconds / tokens) if tokens and work.tokens_left else ""
-        if self._console.file.isatty():
-            if self._bar is None:
-                self._start()
-            assert self._bar is not None
-            total, requests = work.tokens + work.tokens_left, f"{work.done}/{work.requests} requests"
-            self._bar.update(self._task, total=total, completed=work.tokens, requests=requests, rate=rate, left=left)
-        elif time.monotonic() - self._printed >= LINE_SECONDS:
-            self._printed = time.monotonic()
-            parts = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens", rate, left]
-            say(f"{self._title}: {', '.join(filter(None, parts))}")
-
-    def _start(self) -> None:
-        one_line = Column(no_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}", table_column=one_line),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[requests]}", table_column=one_line),
-            TextColumn("{task.fields[rate]}", table_column=one_line),
-            TextColumn("{task.fields[left]}", table_column=one_line),
-            console=self._console,
-        )
-        self._task = self._bar.add_task(self._title, requests="", rate="", left="")
-        self._bar.start()
+        left = time_left(work.tokens_left * seconds / tokens) if tokens and work.tokens_left else ""
+        count = f"{work.done}/{work.requests} requests"
+        told = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens"]
+        self.show(work.tokens, work.tokens + work.tokens_left, count, told, rate, left)
 
 
 def result_tables(content: Mapping[str, Any]) -> list[Table]:
@@ -136,8 +100,3 @@ def _table(*left: str, right: Sequence[str]) -> Table:
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds) // 60, round(seconds) // 3600
-    return f"{seconds:.0f} s left" if minutes < 2 else f"{minutes} min left" if hours < 2 else f"{hours} h left"
