@@ -136,9 +136,9 @@ def test_a_profile_of_other_weights_is_refused(calibrated, qmix, tmp_path, tiny)
 @pytest.mark.parametrize(
     ("options", "status", "reason"),
     [
-        (("no/profile.json",), 2, "there is no such directory"),
+        (("no/profile.json",), 2, "its directory is not there"),
         (("p.json", "--plot", "p.pdf"), 2, "write it like calibration.png"),
-        (("p.json", "--plot", "no/p.png"), 2, "there is no such directory"),
+        (("p.json", "--plot", "no/p.png"), 2, "its directory is not there"),
         (("p.json", "--budget", "1MB"), 3, "give 6291456 bytes or more"),
         (("p.json", "--ram", "64MiB"), 3, "take fewer --tokens, or --ram"),
         (("p.json", "--text", "none.txt"), 2, "none.txt: No such file"),

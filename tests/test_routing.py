@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from calibration.corpus import Passage
 from calibration.routing import Routing, RoutingRecorder
 from calibration.run import calibrate
 from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.source import LocalSource
 from qmix.geometry import Geometry
+from qmix.layerwise import LayerwisePass
 from qmix.layerwise import Routing as Routed
 
 SMALL = Geometry(2, 4, 2, 1, 1, 2, 3, 1, 8, 16)  # hidden 2, two layers of three experts, one a token
@@ -85,3 +88,20 @@ def test_it_is_what_transformers_routes(tiny):
     assert found.tokens == {"en": 80, "text": 40}
     assert found.mass["en"] == pytest.approx(logits[:80].float().softmax(-1).sum(0).numpy(), abs=0.3)
     assert (sum(found.counts.values()).sum(1) == 240).all()
+
+
+def test_each_expert_is_read_once_for_all_text(tiny, monkeypatch):
+    read: Counter[str] = Counter()
+    weight = LayerwisePass.weight
+
+    def counted(layers: LayerwisePass, key: str) -> torch.Tensor:
+        read[key] += 1
+        return weight(layers, key)
+
+    monkeypatch.setattr(LayerwisePass, "weight", counted)
+    checkpoint = open_checkpoint(LocalSource(tiny))
+    calibrate(checkpoint, "bf16", [Passage("en", list(range(5, 405))), Passage("fr", list(range(700, 900)))])
+    experts = {
+        expert_key(layer, index, name) for layer in range(6) for index in range(8) for name in ("w1", "w2", "w3")
+    }
+    assert {key: read[key] for key in experts} == dict.fromkeys(experts, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,8 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
 
         check_target(plot, "calibration")
     for path in filter(None, (profile, plot)):
-        if not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: there is no such directory; make it first")
+        if not os.access(path.absolute().parent, os.W_OK):  # known now, and not after hours
+            raise UsageError(f"{path}: its directory is not there, or cannot be written; name another place")
     checkpoint = open_checkpoint(open_source(model))
     window = window_of(checkpoint.geometry, options["window"])
     quiet_libraries()
