@@ -15,12 +15,13 @@ from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
 from qmix.allocation import Allocation, Allocator
 from qmix.checkpoint import Checkpoint
 from qmix.geometry import Geometry
-from qmix.layerwise import LayerwisePass, Quantised
+from qmix.layerwise import LayerwisePass
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.lookahead import DEPTH
 from qmix.prepare import DEFAULT_PRECISION
 from qmix.profile import Profile
 from qmix.progress import OnProgress, ignore
+from qmix.variants import Quantised
 
 UNKNOWN = "text"  # the language of text that nobody named one for
 

@@ -23,99 +23,18 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.rows import WeightFile
-from qmix.errors import DoesNotFitError, StoreError
-from qmix.geometry import Geometry
+from qmix.errors import DoesNotFitError
 from qmix.model import activation_of, empty_mixtral, module_name
-from qmix.pool import ExpertPool
-from qmix.precision.encode import encoded
-from qmix.precision.matmul import Expert
-from qmix.precision.record import record_layout
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.safetensors_header import ITEM_BYTES
-from qmix.store import Store
 from qmix.torch_dtypes import HALF
 from qmix.units import format_bytes
+from qmix.variants import Variant
 
 CHUNK = 512  # tokens through an expert, a norm or the head at once
 SLACK = 2**28  # of what allocators keep, and of the libraries' own work space
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
-
-class Variant(Protocol):
-    """The model with its experts held in some way."""
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-
-    @property
-    def nbytes(self) -> int:
-        """All of its expert records."""
-
-    @property
-    def held(self) -> int:
-        """Bytes in memory for the expert that is computed."""
-
-    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        """One of its experts, from the checkpoint's half-precision `matrices`; good until the next is asked for."""
-
-    def close(self) -> None:
-        """Let go of what it has opened."""
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert], `clip` as a store's."""
-
-    name: str
-    geometry: Geometry
-    precisions: tuple[tuple[str, ...], ...]
-    dtype: str
-    clip: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        sizes = {kind: record_layout(self.geometry, kind, self.dtype).nbytes for row in self.precisions for kind in row}
-        return sum(sizes[kind] for row in self.precisions for kind in row)
-
-    @property
-    def held(self) -> int:
-        return max(record_layout(self.geometry, kind, self.dtype).nbytes for row in self.precisions for kind in row)
-
-    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        precision = self.precisions[layer][index]
-        name = f"layers.{layer}.experts.{index}"
-        return encoded(matrices, self.geometry, precision, self.dtype, name, self.clip)
-
-    def close(self) -> None:
-        pass
-
-
-class Stored:
-    """Experts as they lie in a store of the same weights. Raises StoreError where it is of others."""
-
-    def __init__(self, name: str, store: Store, checkpoint: Checkpoint) -> None:
-        if store.fingerprint != checkpoint.fingerprint:
-            raise StoreError(f"{store.directory}: was made from other weights ({store.source_name}); compare its own")
-        self.name, self.store = name, store
-        self._pool: ExpertPool | None = None  # takes its memory when it is first used: a budget is checked before
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.store.layout.expert_bytes.values())
-
-    @property
-    def held(self) -> int:
-        return sum(self.store.layout.record_counts)  # a record of each size
-
-    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        self._pool = self._pool or ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))
-        return next(expert for _, expert in self._pool.get(layer, [index]))
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
 
 
 def memory_needed(checkpoint: Checkpoint, tokens: int, window: int, variants: Sequence[Variant], own: int) -> int:

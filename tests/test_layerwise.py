@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.errors import DoesNotFitError, StoreError
-from qmix.layerwise import LayerwisePass, Quantised, Stored, check_memory, memory_needed
+from qmix.layerwise import LayerwisePass, check_memory, memory_needed
 from qmix.prepare import layout_for
+from qmix.variants import Quantised, Stored
 
 RNG = torch.Generator().manual_seed(0)
 SEQUENCES = [torch.randint(3, 4000, (length,), generator=RNG).tolist() for length in (70, 1, 33, 600)]

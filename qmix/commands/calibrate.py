@@ -33,7 +33,7 @@ NAMED = 6  # experts in a sentence; of more it gives the number
 def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, **options: Any) -> None:
     """Run text through the checkpoint MODEL once, and write what it shows to PROFILE.
 
-    The text goes through layer by layer, so the model may be larger than memory, and every weight is read once. The
+    The text goes through layer by layer, so the model may be larger than memory, and every expert is read once. The
     profile says how often each expert is used, what quantising it costs, and how well caches do; `plan` and
     `quantize` take it with --profile, and a store carries it to the runs that read it.
     """
@@ -77,7 +77,7 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     print_table(*report(found, _pool(found, options["ram"])))
     if plot is not None:
         draw(found, plot)
-    say(f"{profile}: written; use it with `qmix plan {model} --profile` and `qmix quantize {model} STORE --profile`")
+    say(f"{profile}: written; `qmix plan {model} --profile {profile}` shows what it is good for")
 
 
 def _named(keys: Sequence[tuple[int, int]]) -> str:

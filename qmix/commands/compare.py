@@ -109,10 +109,10 @@ def _variants(
     checkpoint: Checkpoint, dtype: str, against: str, specs: Mapping[str, str], clip: bool, stores: Sequence[Path]
 ) -> list[Any]:
     """The reference, each of `specs` (with `clip` also with clipped blocks, where it has any), and the stores."""
-    from qmix.layerwise import Quantised, Stored
     from qmix.layout import has_blocks
     from qmix.prepare import NOTHING_TO_CLIP, layout_for
     from qmix.store import open_store
+    from qmix.variants import Quantised, Stored
 
     def made(name: str, spec: str, clipped: bool = False) -> Quantised:
         layout = layout_for(checkpoint, spec, dtype, clipped)
