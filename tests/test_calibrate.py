@@ -75,6 +75,7 @@ def test_a_store_is_made_of_it_and_carries_it(calibrated, qmix, tmp_path):
     assert refused.status == 2
 
 
+@pytest.mark.slow
 def test_what_it_chooses_loses_less_than_the_straight_line(calibrated, qmix):
     """Between all experts in nf4 and all in int8, at three places."""
     directory, _ = calibrated

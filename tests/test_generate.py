@@ -263,6 +263,7 @@ def test_drafting_reads_a_long_prompt_in_chunks_too(store):
     assert max(lengths) == PREFILL_CHUNK
 
 
+@pytest.mark.slow
 def test_a_thousand_tokens_leave_nothing_behind(store):
     """Memory, threads and open files are what they were after a hundred."""
     process = psutil.Process()

@@ -41,12 +41,14 @@ def prove(plan, layout):
     return found
 
 
+@pytest.mark.slow
 def test_8x7b_on_12_gib_and_32_gib_of_ram():
     plan, layout = planned(SMALLER, 32, 12)
     assert plan.on_disk == 0
     prove(plan, layout)
 
 
+@pytest.mark.slow
 def test_8x22b_on_the_cpu_with_24_gib_and_disk():
     plan, layout = planned(BIG, 24)
     assert plan.on_disk > 0
