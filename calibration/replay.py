@@ -7,7 +7,7 @@ it is computed. So a step's own experts never push each other out where there ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -63,12 +63,6 @@ class Replay:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Replay:
-        """From what `to_json` gave, as JSON or not. Raises KeyError or TypeError for anything else."""
-        curves = (Curve(each["policy"], tuple(each["slots"]), tuple(each["hits"])) for each in found["curves"])
-        return cls(found["requests"], found["records"], tuple(curves))
 
 
 def replay(

@@ -51,19 +51,10 @@ class Routing:
         """Share of all tokens that are routed to each expert, [L, E]."""
         return self.total / sum(self.tokens.values())
 
-    def use_in(self, language: str) -> Shares:
-        """Share of one language's tokens that are routed to each expert, [L, E]."""
-        return self.counts[language] / self.tokens[language]
-
     @property
     def scarce(self) -> list[tuple[int, int]]:
         """(layer, expert) of those with too few samples."""
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(self.total < ENOUGH)]
-
-    def apart(self, one: str, other: str) -> float:
-        """How differently two languages are routed: total variation of a token's experts, mean over layers; 0 to 1."""
-        difference = np.abs(self.use_in(one) - self.use_in(other)).sum(1)
-        return float(np.mean(difference / 2) / self.trace.shape[1])
 
     def to_json(self) -> dict[str, Any]:
         return {

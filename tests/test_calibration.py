@@ -150,8 +150,11 @@ def test_between_two_sizes_the_rate_is_on_the_line():
     assert rates == pytest.approx([0.05, 0.1, 0.35, 0.6, 0.9])
 
 
-def test_a_replay_goes_through_json():
-    assert Replay.from_json(json.loads(json.dumps(FOUND.to_json()))) == FOUND
+def test_a_replay_as_json_names_each_curve():
+    content = json.loads(json.dumps(FOUND.to_json()))
+    assert (content["requests"], content["records"]) == (FOUND.requests, FOUND.records)
+    assert [curve["policy"] for curve in content["curves"]] == [curve.policy for curve in FOUND.curves]
+    assert [tuple(curve["hits"]) for curve in content["curves"]] == [curve.hits for curve in FOUND.curves]
 
 
 def test_sizes_are_twelve_up_to_all_records_and_begin_with_what_a_token_asks_for():

@@ -56,9 +56,6 @@ def test_a_small_case_by_hand(small):
     assert np.isnan(small.lookahead[:, 2:]).all()
     assert small.trace.tolist() == [[0], [0], [0], [1], [2], [1]]
     assert small.scarce == [(layer, expert) for layer in range(2) for expert in range(3)]
-    # en: (1, 0, 0) and (1/2, 1/2, 0); fr: (0, 0, 1) and (0, 1, 0)
-    assert small.apart("en", "fr") == pytest.approx((1 + 0.5) / 2)
-    assert small.apart("en", "en") == 0
 
 
 def test_what_is_unknown_is_null_in_json(small):
