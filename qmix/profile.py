@@ -23,8 +23,8 @@ from qmix.allocation import Allocator, Precisions, too_small
 from qmix.disk import written_whole
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
+from qmix.files import read_object
 from qmix.geometry import Geometry
-from qmix.json_file import read_object
 from qmix.precision.formats import PRECISIONS
 from qmix.precision.record import record_layout
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from qmix.errors import QmixError, UsageError
-from qmix.line_file import LineFile, write_whole
+from qmix.files import LineFile, write_whole
 
 SCHEMA = "qmix-batch-1"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qmix.checkpoint.reader import TOKENIZERS
 from qmix.errors import QmixError, UsageError
-from qmix.line_file import LineFile
+from qmix.files import LineFile
 from qmix.store import MANIFEST, Store
 
 FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others

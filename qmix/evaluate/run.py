@@ -20,7 +20,7 @@ from qmix.bench import precision_of
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
 from qmix.evaluate.model import QmixLM
-from qmix.line_file import write_whole
+from qmix.files import write_whole
 
 SCHEMA = "qmix-eval-1"
 RESULTS = "results.json"

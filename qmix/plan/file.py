@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import UsageError
-from qmix.json_file import read_object
+from qmix.files import read_object
 from qmix.layout import StoreLayout
 from qmix.machine import available_memory, found_gpus, own_memory
 from qmix.plan import SCHEMA, Plan

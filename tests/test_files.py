@@ -1,0 +1,109 @@
+"""Bounded, typed JSON and whole files: what is refused, where the message points, what is set aside."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmix.errors import CheckpointError, QmixError, UsageError
+from qmix.files import decode_json, read_bounded, read_json, read_state
+
+
+class Moe(msgspec.Struct):
+    num_experts: int
+
+
+class Params(msgspec.Struct):
+    dim: int
+    moe: Moe
+    norm_eps: float = 1e-5
+
+
+ZEROS = b"0" * 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"dim": 1, "moe": {"num_experts": "8"}}', "f: moe.num_experts: expected int, got str; fix it"),
+        (b'{"dim": 1, "moe": []}', "f: moe: expected object, got array; fix it"),
+        (b'{"dim": 1}', "f: object missing required field moe; fix it"),
+        (b'{"dim": 1.5, "moe": {"num_experts": 8}}', "f: dim: expected int, got float; fix it"),
+        (b'{"dim": true, "moe": {"num_experts": 8}}', "f: dim: expected int, got bool; fix it"),
+        (b'{"dim": 1' + ZEROS + b"}", "f: dim: integer value out of range; fix it"),
+        (b'{"dim": 1, "moe": {"num_experts": 8}, "norm_eps": 1e400}', "f: norm_eps: number out of range; fix it"),
+        (b'{"dim": NaN}', "f: invalid JSON: invalid character (byte 8); fix it"),
+        (b'{"dim": 1', "f: invalid JSON: Input data was truncated; fix it"),
+        (b"", "f: invalid JSON: Input data was truncated; fix it"),
+        (b'{"x": "\xff"}', "f: invalid JSON: not UTF-8 (byte 8); fix it"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "f: invalid JSON: nested too deeply; fix it"),
+        (b"[]", "f: expected object, got array; fix it"),
+    ],
+)
+def test_json_that_is_refused_says_where(text: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        decode_json(text, Params, "f", CheckpointError, "fix it")
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("text", [b'{"x": "\\ud800"}', b'{"x": "\\udc00 \\ud800"}'])
+def test_lone_surrogates_are_refused(text: bytes) -> None:
+    with pytest.raises(UsageError, match="f: invalid JSON"):
+        decode_json(text, dict[str, Any], "f", UsageError)
+
+
+def test_a_key_given_twice_is_refused_where_keys_are_to_be_unique() -> None:
+    text = b'{"a": {"b": 1, "b": 2}}'
+    assert decode_json(text, dict[str, Any], "f", UsageError) == {"a": {"b": 2}}
+    with pytest.raises(UsageError, match="f: invalid JSON: the key 'b' is given twice"):
+        decode_json(text, dict[str, Any], "f", UsageError, unique=True)
+
+
+def test_a_byte_order_mark_and_whole_numbers_for_floats_are_taken() -> None:
+    text = b'\xef\xbb\xbf{"dim": 2, "moe": {"num_experts": 8}, "norm_eps": 1}'
+    assert decode_json(text, Params, "f", UsageError) == Params(2, Moe(8), 1.0)
+
+
+@given(st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    for kind in (dict[str, Any], Params, list[int]):
+        with suppress(UsageError):
+            assert isinstance(decode_json(data, kind, "f", UsageError, unique=True), dict | list | Params)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(), st.lists))
+def test_what_python_writes_is_read_back(value: Any) -> None:
+    assert decode_json(json.dumps({"v": value}).encode(), dict[str, Any], "f", UsageError) == {"v": value}
+
+
+def test_an_endless_file_is_refused_by_its_size() -> None:
+    with pytest.raises(UsageError, match="/dev/zero: larger than 1000 bytes; give a file"):
+        read_bounded(Path("/dev/zero"), 1000, UsageError, "give a file")
+
+
+@pytest.mark.parametrize(("name", "why"), [("none", "No such file"), (".", "Is a directory"), ("\0", "null byte")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, why: str) -> None:
+    with pytest.raises(CheckpointError, match=why):
+        read_json(tmp_path / name, dict[str, Any], CheckpointError, "give another")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"dim": "x"}', b"\xff", b"[" * 100_000, b'{"dim": 1e999}'])
+def test_an_unreadable_state_file_is_set_aside(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "machine.json"
+    path.write_bytes(content)
+    assert read_state(path, Moe) is None
+    assert not path.exists()
+    assert (tmp_path / "machine.json.unreadable").read_bytes() == content
+
+
+def test_state_that_is_not_there_or_cannot_be_moved_stops_nothing(tmp_path: Path) -> None:
+    assert read_state(tmp_path / "machine.json", Moe) is None
+    assert read_state(tmp_path, Moe) is None
+    assert issubclass(CheckpointError, QmixError)
