@@ -29,10 +29,9 @@ from qmix.machine import (
     default_budget,
     found_gpus,
     free_disk,
-    has_fast_kernels,
     interpreter_memory,
 )
-from qmix.machine_profile import measured_rates
+from qmix.machine_profile import four_bit_products, measured_rates
 from qmix.models import EMBEDDED
 from qmix.plan import Plan, default_context, make_plan
 from qmix.plan.hardware import Machine
@@ -233,7 +232,7 @@ def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None
         gpus=found_gpus() if gpus is None else tuple(gpus),
         disk=free_disk(cache_directory()),
         rates=measured_rates(),
-        fast_kernels=has_fast_kernels(),
+        four_bit=four_bit_products(),
     )
 
 
