@@ -94,13 +94,18 @@ class DirectFile:
         try:
             read_fully(self.fd, buffer, offset)
         except OSError as error:
+            self._check_length(offset, len(buffer))  # past the end, O_DIRECT finds the rest of the buffer unaligned
             more = f"; {mending(self.path.parent)}" if error.errno in DISK_ERRORS else ""
             raise StoreError(f"{self.path}: {error.strerror}; {disk_advice(error)}{more}") from None
-        except EOFError as error:
-            last = offset + len(buffer) - 1
-            raise StoreError(
-                f"{self.path}: cut short, {error}, bytes {offset} to {last} were wanted; {mending(self.path.parent)}"
-            ) from None
+        except EOFError:
+            self._check_length(offset, len(buffer))
+            raise StoreError(f"{self.path}: grew shorter while it was read; {mending(self.path.parent)}") from None
+
+    def _check_length(self, offset: int, nbytes: int) -> None:
+        size = os.fstat(self.fd).st_size
+        if size < offset + nbytes:
+            wanted = f"bytes {offset} to {offset + nbytes - 1} were wanted"
+            raise StoreError(f"{self.path}: cut short, ends at byte {size}, {wanted}; {mending(self.path.parent)}")
 
     def forget(self, offset: int, nbytes: int) -> None:
         """Let the page cache drop these bytes, so that they are read from the disk next time."""

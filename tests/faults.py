@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -30,7 +31,7 @@ class Fault:
 
     def matches(self, fd: int, nbytes: int, offset: int | None) -> bool:
         with suppress(OSError):
-            path = os.readlink(f"/proc/self/fd/{fd}")
+            path = str(Path(f"/proc/self/fd/{fd}").readlink())
             at_place = self.offset is None or offset is None or offset <= self.offset < offset + nbytes
             return path.endswith(self.path) and at_place
         return False

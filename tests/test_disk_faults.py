@@ -114,14 +114,15 @@ def test_dense_weights_are_read_once_more(store, befall, read, code):
         assert f"model.norm.weight (bytes {info.offset} to {info.offset + info.nbytes - 1})" in str(caught.value)
 
 
-def test_a_file_cut_short_while_it_is_in_use_says_where_it_ends(store, tmp_path):
+@pytest.mark.parametrize("left", [0, 4096, 5000])
+def test_a_file_cut_short_while_it_is_in_use_says_where_it_ends(store, tmp_path, left):
     copy = shutil.copytree(store.directory, tmp_path / "s")
     opened = open_store(copy)
     first = store.layout.record_offset(1, 3)
-    os.truncate(copy / LAYER, first + 4096)
+    os.truncate(copy / LAYER, first + left)
     with pytest.raises(StoreError) as caught:
         use(opened, 1, 3)
-    assert f"{copy / LAYER}: cut short, ends at byte {first + 4096}" in str(caught.value)
+    assert f"{copy / LAYER}: cut short, ends at byte {first + left}" in str(caught.value)
     assert mending(copy) in str(caught.value)
 
 

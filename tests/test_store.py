@@ -257,7 +257,8 @@ def test_the_config_of_another_model_does_not_open_a_store(
 def test_a_layer_of_another_store_of_the_same_shape_is_found_when_it_is_read(store: Path, tmp_path: Path) -> None:
     other = make_store(make_checkpoint(tmp_path / "other", seed=1), tmp_path / "other.q", SPEC)
     shutil.copy(other.directory / LAYER, store / LAYER)
-    assert refusal(lambda: read_records(open_store(store))).startswith(f"{store / LAYER}: the record of expert 0 (bytes")
+    want = f"{store / LAYER}: the record of expert 0 (bytes "
+    assert refusal(lambda: read_records(open_store(store))).startswith(want)
 
 
 def test_a_store_half_written_says_how_to_go_on(tmp_path: Path) -> None:

@@ -68,9 +68,7 @@ def fill_from_disk(store: Store, memory: dict[str, torch.Tensor], attempts: int 
                 file.forget(offset, len(target))
             else:
                 place = f"bytes {offset} to {offset + len(target) - 1}"
-                raise StoreError(
-                    f"{file.path}: the tensor {name} ({place}) is damaged; {mending(store.directory)}"
-                )
+                raise StoreError(f"{file.path}: the tensor {name} ({place}) is damaged; {mending(store.directory)}")
 
 
 def _fill(file: DirectFile, reader: Reader, staging: torch.Tensor, target: torch.Tensor, begin: int) -> str:
