@@ -19,9 +19,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
-from qmix.errors import REMAKE, StoreError, UsageError
+from qmix.errors import StoreError, UsageError
 from qmix.experts import PooledExperts
-from qmix.gpu.dense import read_dense_to
+from qmix.gpu.dense import fill_from_disk, read_dense_to
 from qmix.gpu.devices import download
 from qmix.gpu.model import Spread
 from qmix.invariant import make_invariant
@@ -139,7 +139,7 @@ def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tenso
 
 
 def read_dense(store: Store) -> dict[str, torch.Tensor]:
-    """All dense weights by published name, read once into one mapping and checked."""
+    """All dense weights by published name, read into one mapping and checked; one that is wrong is read once more."""
     layout = store.layout.dense
     start = len(layout.header)
     memory = anonymous_memory(layout.size - start)
@@ -149,7 +149,7 @@ def read_dense(store: Store) -> dict[str, torch.Tensor]:
     for name, info in layout.tensors.items():
         raw = memory[info.offset - start : info.offset - start + info.nbytes]
         if xxhash.xxh3_64_hexdigest(raw.numpy().data) != store.dense_checksums.get(name):
-            raise StoreError(f"{file.path}: the tensor {name} is damaged; {REMAKE}")
+            fill_from_disk(store, {name: raw}, attempts=1)
         tensors[name] = raw.view(dtype).view(info.shape)
     return tensors
 

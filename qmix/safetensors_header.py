@@ -15,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
 
 ITEM_BYTES = {
@@ -55,7 +56,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):

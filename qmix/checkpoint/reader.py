@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmix.checkpoint.naming import Piece, resolve
 from qmix.checkpoint.source import LocalSource, Source, load_json
+from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
 from qmix.geometry import Geometry, config_from_params
 from qmix.safetensors_header import TensorInfo
@@ -190,8 +191,8 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             if "mmap" not in str(error):
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
-    except (FileNotFoundError, PermissionError) as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}; {disk_advice(error)}") from None
     except Exception:
         raise CheckpointError(
             f"{path}: damaged, or a pickle with code in it, which is never run; fetch it again, or take the safetensors"

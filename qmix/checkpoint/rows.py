@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qmix.checkpoint.reader import Weight, load_pickle
-from qmix.disk import DirectMemory, UncachedFile
+from qmix.disk import DirectMemory, UncachedFile, disk_advice
 from qmix.errors import CheckpointError
 from qmix.torch_dtypes import TORCH
 
@@ -26,7 +26,7 @@ class WeightFile:
         try:
             self._file = UncachedFile(path, os.O_RDONLY) if self._pickle is None else None
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
+            raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
 
     def __enter__(self) -> WeightFile:
         return self
@@ -66,9 +66,11 @@ class WeightFile:
         try:
             data = self._file.read(memory, begin, nbytes)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror} while reading {weight.piece.tensor!r}") from None
-        except EOFError:
-            raise CheckpointError(f"{self.path}: cut short inside {weight.piece.tensor!r}; fetch it again") from None
+            what = f"{error.strerror} while reading {weight.piece.tensor!r}"
+            raise CheckpointError(f"{self.path}: {what}; {disk_advice(error)}, and fetch the file again") from None
+        except EOFError as error:
+            what = f"cut short inside {weight.piece.tensor!r}, {error}"
+            raise CheckpointError(f"{self.path}: {what}; fetch it again") from None
         if begin % dtype.itemsize:  # a header of odd length; the kernels take whole numbers of 2 or 4 bytes
             memory.view[:nbytes] = data
             data = memory.view[:nbytes]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qmix.disk import read_fully
 from qmix.errors import CheckpointError
 from qmix.safetensors_header import TensorInfo, check_header, read_header
 
@@ -82,13 +83,22 @@ class LocalSource:
         """Sizes and pages spread over each file: another training run of the same shape differs."""
         digest = hashlib.sha256()
         for name in sorted(names):
-            with (self.directory / name).open("rb") as file:
-                size = file.seek(0, 2)
-                digest.update(f"{name}:{size}:".encode())
-                for page in range(SAMPLED_PAGES + 1):
-                    file.seek(max(0, size - 4096) * page // SAMPLED_PAGES)
-                    digest.update(file.read(4096))
+            try:
+                self._sample(name, digest.update)
+            except (OSError, EOFError) as error:
+                what = error.strerror if isinstance(error, OSError) else f"cut short, {error}"
+                raise CheckpointError(f"{self.directory / name}: {what}; see `dmesg`, or fetch it again") from None
         return "sampled:" + digest.hexdigest()
+
+    def _sample(self, name: str, update: Callable[[bytes], None]) -> None:
+        page = bytearray(4096)
+        with (self.directory / name).open("rb", buffering=0) as file:
+            size = file.seek(0, 2)
+            update(f"{name}:{size}:".encode())
+            for number in range(SAMPLED_PAGES + 1):
+                view = memoryview(page)[: min(size, 4096)]
+                read_fully(file.fileno(), view, max(0, size - 4096) * number // SAMPLED_PAGES)
+                update(bytes(view))
 
 
 class HubSource:
