@@ -119,13 +119,21 @@ class _UnreadableState(QmixError):
     pass
 
 
-def read_object(path: Path, schema: str, what: str, again: str) -> dict[str, Any]:
-    """Return the object in a file. Raises UsageError naming it where it is not `what`; `again` says what to do."""
-    content = read_json(path, dict[str, Any], UsageError, f"is it {what}?")
-    found = content.get("schema")
+class _Versioned(msgspec.Struct):
+    schema: Any = None
+
+
+def read_versioned(path: Path, kind: type[T], schema: str, what: str, again: str) -> T:
+    """Return the content of a JSON file that names its schema, as `kind`.
+
+    Raises UsageError naming the file where it is not `what`; `again` says what to do about one of another schema or one
+    that is damaged.
+    """
+    data = read_bounded(path, JSON_LIMIT, UsageError, f"is it {what}?")
+    found = decode_json(data, _Versioned, str(path), UsageError, f"is it {what}?").schema
     if found != schema:
-        raise UsageError(f"{path}: schema {found!r}, this qmix reads {schema!r}; {again}")
-    return content
+        raise UsageError(f"{path}: schema {str(found)[:100]!r}, this qmix reads {schema!r}; {again}")
+    return decode_json(data, kind, str(path), UsageError, again)
 
 
 class LineFile:
