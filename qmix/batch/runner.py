@@ -17,11 +17,11 @@ from qmix.model import build_model
 from qmix.plan import Plan
 from qmix.pool import ExpertPool
 from qmix.progress import OnProgress, ignore
-from qmix.runner import load_tokenizer
 from qmix.sampling import Sampling
 from qmix.scheduler import Continuation
 from qmix.store import Store
 from qmix.text import Detokenizer, StopScanner
+from qmix.tokenizer import load_tokenizer
 from qmix.torch_dtypes import HALF
 
 
