@@ -18,12 +18,13 @@ from qmix import bitsandbytes_quiet, doctor, machine_profile
 from qmix.doctor_view import report_table
 from qmix.machine import has_avx512_bf16
 from qmix.plan.hardware import FourBitProducts, Rates
-from qmix.precision import matmul, products
+from qmix.precision import matmul
 from qmix.precision.matmul import FourBitMatrix, has_kernels
+from qmix.precision.paths import current
 from qmix.terminal import print_table
 
 SIZES = {"large": (512, 1024), "small": (64, 128)}
-needs_pairs = pytest.mark.skipif(not products.has_pairs(), reason="a CPU without AVX512-BF16")
+needs_pairs = pytest.mark.skipif(not current().pairs, reason="a CPU path without AVX512-BF16")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
 from qmix.checkpoint.reader import Weight, load_pickle
 from qmix.disk import DirectMemory, UncachedFile, disk_advice
@@ -46,11 +47,21 @@ class WeightFile:
         They lie in `memory` if it is given: good until it is used again. Rows of an interleaved weight are put in
         Hugging Face order; `start` and `stop` must then be multiples of `head_dim`.
         """
-        raw = self._read(weight, start, stop, memory)
+        raw = self._columns(weight, start, stop) if weight.piece.transposed else self._read(weight, start, stop, memory)
         if not weight.piece.interleaved:
             return raw
         # [heads, head_dim / 2 pairs, 2, H] -> [heads, 2, head_dim / 2, H]
         return raw.view(-1, head_dim // 2, 2, weight.cols).transpose(1, 2).reshape(-1, weight.cols)
+
+    def _columns(self, weight: Weight, start: int, stop: int) -> torch.Tensor:
+        """Rows of a weight that lies transposed, [cols, rows], in the file; mapped, since each touches all of it."""
+        piece = weight.piece
+        last = piece.first_row + weight.cols
+        if self._pickle is not None:
+            return self._pickle[piece.tensor][piece.first_row : last, start:stop].T.contiguous()
+        with safe_open(self.path, "pt") as file:
+            columns: torch.Tensor = file.get_slice(piece.tensor)[piece.first_row : last, start:stop]
+        return columns.T.contiguous()
 
     def _read(self, weight: Weight, start: int, stop: int, memory: DirectMemory | None) -> torch.Tensor:
         if self._pickle is not None:

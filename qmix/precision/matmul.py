@@ -22,6 +22,7 @@ from qmix.bitsandbytes_quiet import cpu_library
 from qmix.bitsandbytes_quiet import functional as bnb
 from qmix.geometry import MATRICES
 from qmix.precision.formats import BLOCK, FOUR_BITS, KERNEL_WEIGHTS, PACK_ROWS, fits_kernels
+from qmix.precision.paths import current
 from qmix.precision.record import RecordLayout
 from qmix.torch_dtypes import TORCH
 
@@ -219,13 +220,12 @@ def has_kernels(kinds: Collection[str], shapes: Iterable[tuple[int, int]]) -> bo
 def four_bit_kernel(kind: str, ours: bool) -> str | None:
     """Return whose kernel multiplies packed matrices: OURS, THEIRS, or None where rows are dequantised.
 
-    With `ours` only qmix's own will do, which needs nothing of bitsandbytes.
+    With `ours`, and on paths for which bitsandbytes has no kernel, only qmix's own will do, which needs nothing of
+    bitsandbytes.
     """
-    if not ours:
-        return None if packed_kernel(kind) is None else THEIRS
-    from qmix.precision.products import has_pairs
-
-    return OURS if has_pairs() else None
+    if ours or not current().pairs:
+        return OURS
+    return None if packed_kernel(kind) is None else THEIRS
 
 
 @cache
