@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from qmix.disk import read_fully
 from qmix.errors import CheckpointError
 from qmix.safetensors_header import TensorInfo, check_header, check_no_pointer, read_header
 
@@ -92,16 +91,6 @@ class LocalSource:
                 what = error.strerror if isinstance(error, OSError) else f"cut short, {error}"
                 raise CheckpointError(f"{self.directory / name}: {what}; see `dmesg`, or fetch it again") from None
         return "sampled:" + digest.hexdigest()
-
-    def _sample(self, name: str, update: Callable[[bytes], None]) -> None:
-        page = bytearray(4096)
-        with (self.directory / name).open("rb", buffering=0) as file:
-            size = file.seek(0, 2)
-            update(f"{name}:{size}:".encode())
-            for number in range(SAMPLED_PAGES + 1):
-                view = memoryview(page)[: min(size, 4096)]
-                read_fully(file.fileno(), view, max(0, size - 4096) * number // SAMPLED_PAGES)
-                update(bytes(view))
 
 
 class HubSource:
