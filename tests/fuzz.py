@@ -1,10 +1,11 @@
 """Feed every parser of qmix with inputs that nobody meant: it must take or refuse each, and go on.
 
     python tests/fuzz.py --runs 100000              # minutes; exit code 1 where something failed
-    python tests/fuzz.py --replay fuzz-failures/plan.json-17
+    python tests/fuzz.py --replay fuzz-failures/plan.json@17
 
-A failure is an exception that is no QmixError, a refusal of more than one line, more than five seconds or a gigabyte for
-one input, or the end of the process. Inputs that failed are written to `--failures`, and follow from --seed.
+A failure is an exception that is no QmixError, a refusal of more than one line or of more than 2000 characters, more
+than five seconds or a gigabyte for one input, or the end of the process. Inputs that failed are written to
+`--failures`; they follow from `--seed`.
 """
 
 from __future__ import annotations

@@ -18,14 +18,15 @@ LONG = 20_000
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 7, 63, 64, 65, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, 10**40, -(10**40),
     0.0, -0.0, 0.5, 1.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"),
-    "", " ", "0", "1", "nf4", "half", "gpu:0", "../x", "/dev/zero", "\0", "\n", "\r", "\x1b[2J", "\ud800", "\udc00\ud800",
-    "é" * 300, "😀", "a" * LONG, "{{ 1/0 }}", "%s%n", "١٢", "NaN", [], {}, [[]], {"": None}, [None], [0] * LONG,
+    "", " ", "0", "1", "nf4", "half", "gpu:0", "../x", "/dev/zero", "\0", "\n", "\r", "\x1b[2J", "\ud800",
+    "\udc00\ud800", "é" * 300, "😀", "a" * LONG, "{{ 1/0 }}", "%s%n", "١٢", "NaN", [], {}, [[]], {"": None}, [None], [0] * LONG,
 )  # fmt: skip
 RAW_VALUES = (b"1e999", b"-1e999", b"1" + b"0" * 400, b"1" + b"0" * 5000, b"0x10", b"01", b"1.", b"'a'", b"tru", b"")
 PIECES = (
     b"\0", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\r\n", b"{", b"}", b"[", b"]", b'"', b"\\",
     b"\\ud800", b",", b":", b"-", b"9" * 30, b"e9", b"*", b"=", b".", b"/", b"@", b"..", b"--", b" ", b"GiB", b"%",
-    b"\xe2\x80\xae", b"\xd9\xa1", b"'", b"#", b"&a *a", b"!!python/object:os.system", b"{% for i in range(9**9) %}", b"{{",
+    b"\xe2\x80\xae", b"\xd9\xa1", b"'", b"#", b"&a *a", b"!!python/object:os.system", b"{% for i in range(9**9) %}",
+    b"{{",
 )  # fmt: skip
 
 JSON = (
@@ -164,7 +165,7 @@ def near_value(rng: random.Random, data: bytes) -> bytes:
         if isinstance(old, str):
             return rng.choice((old + "x", old[:-1], old.upper(), [old], {"a": old}, old * 3, old + "\n"))
         if isinstance(old, list):
-            return rng.choice((old + old[:1], old[:-1], old[::-1], [old], old + [None], dict(enumerate(map(str, old)))))
+            return rng.choice((old + old[:1], old[:-1], old[::-1], [old], [*old, None], dict(enumerate(map(str, old)))))
         return rng.choice(([old], list(old), {**old, "extra": old}))
 
     return _dumped(_put(value, rng.choice(_places(value)), near))

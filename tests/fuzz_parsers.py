@@ -281,30 +281,24 @@ def of_chats(room: Room) -> list[Parser]:
 
     def command(data: bytes) -> object:
         """As a terminal gives it: a line, what is no UTF-8 as surrogates."""
-        line = data.decode("utf-8", errors="surrogateescape").partition("\n")[0]
-        if line.split(" ")[0].lower() == "/save":  # writes where it is told to
+        line = "/" + data.decode("utf-8", errors="surrogateescape").partition("\n")[0].strip().lstrip("/")
+        if line.lower().startswith("/save"):  # writes where it is told to
             return None
         session = Session(runner, {})
         session.conversation.turns = []
-        return slash.run(f"/{line.lstrip('/')}", session)
+        return slash.run(line, session)
 
     def template(data: bytes) -> object:
-        changed = AutoTokenizer.from_pretrained(TINY, local_files_only=True) if tokenizer is None else tokenizer
-        before, changed.chat_template = changed.chat_template, data.decode("utf-8", errors="replace")
+        before, tokenizer.chat_template = tokenizer.chat_template, data.decode("utf-8", errors="replace")
         try:
-            return format_of(changed).whole("be brief", (), "How do I print?")
+            return format_of(tokenizer).whole("be brief", (), "How do I print?")
         finally:
-            changed.chat_template = before
+            tokenizer.chat_template = before
 
-    lines = (
-        "/set temperature 0.7",
-        "/set stop a\\n",
-        "/system be brief",
-        "/load x.json",
-        '/read "a b" what?',
-        "/stats",
-    )
-    commands = tuple(line.encode() for line in (*lines, "/help", "/undo", "/regen", "/model", "/set top-k 4", "/set"))
+    commands = (
+        b"/set temperature 0.7", b"/set stop a\\n", b"/set top-k 4", b"/set", b"/system be brief", b"/load x.json",
+        b'/read "a b" what?', b"/stats", b"/help", b"/undo", b"/regen", b"/model",
+    )  # fmt: skip
     return [
         room.file("chat.json", "json", (dumped(saved),), loaded),
         Parser("slash commands", "text", commands, command),
