@@ -10,6 +10,7 @@ than five seconds or a gigabyte for one input, or the end of the process. Inputs
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
@@ -122,6 +123,7 @@ def tried(parser: Parser, count: int, seed: int, room: Path) -> Tally:
 
 
 def _feed(trial: Trial, fed: Iterator[bytes], note: Path, result: Path) -> None:
+    gc.freeze()  # or the first collection would copy every page
     signal.signal(signal.SIGALRM, _hang)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 4 * BYTES, resource.RLIM_INFINITY))

@@ -107,8 +107,9 @@ def test_every_test_that_a_promise_rests_on_is_there():
 
 
 def gib(nbytes: int) -> str:
-    value = nbytes / 2**30
-    return f"{value:.0f} GiB" if value >= 99.95 else f"{value:.1f} GiB"
+    """Rounded up: a budget that is rounded down is refused."""
+    tenths = -(-10 * nbytes // 2**30)
+    return f"{-(-tenths // 10)} GiB" if tenths >= 1000 else f"{tenths / 10:.1f} GiB"
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
