@@ -10,20 +10,30 @@ _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+LONGEST = 40  # characters that are quoted of what was typed
+MOST = 2**62  # bytes: more than any machine addresses, and what an int64 holds
+
+
 def parse_bytes(text: str | int) -> int:
     """'12GiB', '500 MB', '1.5g' or a plain number to bytes. Raises UsageError."""
     if type(text) is int:
         value = text
     elif not isinstance(text, str):
-        raise UsageError(f"{text!r} is not a size; give whole bytes, or a text like '12GiB'")
+        raise UsageError(f"{_quoted(text)} is not a size; give whole bytes, or a text like '12GiB'")
     else:
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
         if match is None:
-            raise UsageError(f"{text!r} is not a size; write it like 12GiB, 500MB or 20000000000")
+            raise UsageError(f"{_quoted(text)} is not a size; write it like 12GiB, 500MB or 20000000000")
         value = round(float(match[1]) * (_FACTORS | _BINARY)[(match[2] or "").lower()])
-    if value <= 0:
-        raise UsageError(f"{text!r} is not a size above zero")
+    if not 0 < value <= MOST:
+        raise UsageError(f"{_quoted(text)} is not a size above zero and below 4 EiB")
     return value
+
+
+def _quoted(text: object) -> str:
+    """Return what was typed as a message shows it, cut short where it is long."""
+    shown = repr(text)
+    return shown if len(shown) <= LONGEST + 2 else f"{shown[:LONGEST]}…"
 
 
 def format_bytes(count: float) -> str:
@@ -40,14 +50,14 @@ def parse_rate(text: str) -> float:
     try:
         return float(parse_bytes(re.sub(r"\s*/\s*s\s*$", "", text)))
     except UsageError:
-        raise UsageError(f"{text!r} is not a rate; write it like 25GB/s") from None
+        raise UsageError(f"{_quoted(text)} is not a rate; write it like 25GB/s") from None
 
 
 def parse_flops(text: str) -> float:
     """'80TFLOP/s', '800 GFLOPS' or '80T' to FLOP/s. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"{text!r} is not a rate of arithmetic; write it like 80TFLOP/s")
+        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
     return float(match[1]) * _FACTORS[match[2].lower()]
 
 

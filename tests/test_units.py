@@ -45,12 +45,16 @@ def test_sizes_are_read_as_people_write_them(text: str | int, count: int) -> Non
         "12 34",
         "1.",
         "9" * 400,
+        "5 EiB",
+        "5000000TiB",
+        2**62 + 1,
     ],
 )
 def test_what_is_no_size_above_zero_is_refused_and_quoted(text: str | int) -> None:
     with pytest.raises(UsageError) as caught:
         parse_bytes(text)
-    assert str(caught.value).startswith(f"{text!r} is not a size")
+    quoted = repr(text) if len(repr(text)) <= 42 else f"{repr(text)[:40]}…"
+    assert str(caught.value).startswith(f"{quoted} is not a size")
     assert caught.value.exit_code == 2
 
 
