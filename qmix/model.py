@@ -13,7 +13,7 @@ import xxhash
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
@@ -21,6 +21,7 @@ from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import REMAKE, StoreError, UsageError
 from qmix.experts import PooledExperts
+from qmix.generation_config import read_generation_config
 from qmix.gpu.dense import read_dense_to
 from qmix.gpu.devices import download
 from qmix.gpu.model import Spread
@@ -63,8 +64,13 @@ def build_model(
 
 
 def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
-    """transformers' model as the store's config says, all of it on torch's `meta` device."""
-    return empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+    """transformers' model as the store's config says, all of it on torch's `meta` device.
+
+    Raises StoreError where config.json or generation_config.json cannot be used.
+    """
+    model = empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+    model.generation_config = read_generation_config(store.directory, store.config, store.geometry.vocab_size)
+    return model
 
 
 def empty_mixtral(
@@ -106,7 +112,6 @@ def furnish(
         spread.put_experts(model, pool, activation)
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
-    model.generation_config = _generation_config(store)
     if not pool.holds_all:
         _look_ahead(model, pool)
     model.eval().requires_grad_(False)
@@ -167,24 +172,6 @@ def _natural_strides(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple
 def module_name(published: str) -> str:
     """transformers 5 calls the mixture of experts `mlp`."""
     return published.replace(".block_sparse_moe.", ".mlp.")
-
-
-def _generation_config(store: Store) -> GenerationConfig:
-    path = store.directory / "generation_config.json"
-    if not path.is_file():
-        return GenerationConfig.from_model_config(_config(store))
-    with _refusals(path):
-        config = GenerationConfig.from_pretrained(store.directory, local_files_only=True)
-        config.validate()
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            if not isinstance(getattr(config, name), int | float | None):
-                raise TypeError(f"{name} is no number")
-        return config
-
-
-def _config(store: Store) -> MixtralConfig:
-    with _refusals(store.directory / "config.json"):
-        return MixtralConfig(**store.config)
 
 
 @contextmanager
