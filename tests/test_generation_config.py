@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from stores import make_store
 from transformers import GenerationConfig, MixtralForCausalLM
@@ -50,7 +50,9 @@ def batch(store):
 
 @pytest.fixture(scope="module")
 def theirs(tiny):
-    return MixtralForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
+    model = MixtralForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
+    model.generation_config = GenerationConfig()
+    return model
 
 
 def test_every_field_of_transformers_is_decided_once():
@@ -130,10 +132,10 @@ def test_a_field_changes_a_greedy_text_as_in_transformers_wherever_it_is_generat
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_chat_generates_as_a_batch_does(own, batch, name):
     own.model.generation_config = batch.model.generation_config = parsed({"eos_token_id": 2, name: GREEDY[name]})
-    session = Session(own, {"max_new_tokens": 20})
+    session = Session(own, {"max_new_tokens": 8})
     answer = session.ask("How do I print a page?")
     shown = "".join(answer.pieces)
-    request = Request("a", answer.prompt.ids, Sampling(max_new_tokens=20))
+    request = Request("a", answer.prompt.ids, Sampling(max_new_tokens=8))
     (together,) = [answer for answers in batch.answer([request]) for answer in answers]
     assert (answer.ids, shown) == (together.token_ids, together.text.lstrip())
 
@@ -143,17 +145,25 @@ def test_a_chat_generates_as_a_batch_does(own, batch, name):
 def test_one_prompt_and_many_are_put_through_the_same_processors(own, name, options):
     """Those of `generate`, caught in the act, and those of a batch, with all that they hold."""
     own.model.generation_config = parsed({"eos_token_id": 2, "do_sample": True} | {name: (GREEDY | SAMPLED)[name]})
-    seen, original = [], type(own.model)._get_logits_processor
+    seen = []
+
+    def caught(*arguments, **given):
+        processors = type(own.model)._get_logits_processor(own.model, *arguments, **given)
+        seen.append(described(processors))  # before they are used, which changes some
+        return processors
+
     sampling = Sampling(max_new_tokens=1, seed=1, **options)
     prompt = own.tokenizer(PROMPT)["input_ids"]
-    own.model._get_logits_processor = lambda *a, **k: seen.append(original(own.model, *a, **k)) or seen[-1]
+    own.model._get_logits_processor = caught
     try:
         own.complete(prompt, sampling)
     finally:
         del own.model._get_logits_processor
-    mine = TokenChooser(own.model, sampling, prompt)._processors
-    described = [[(type(one).__name__, vars(one)) for one in each] for each in (mine, seen[0])]
-    assert str(described[0]) == str(described[1])
+    assert described(TokenChooser(own.model, sampling, prompt)._processors) == seen[0]
+
+
+def described(processors) -> str:
+    return str([(type(one).__name__, vars(one)) for one in processors])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +174,6 @@ def test_one_prompt_and_many_are_put_through_the_same_processors(own, name, opti
         ({"temperature": 0.0}, {"do_sample": False}),
         ({"do_sample": True, "temperature": 2}, {"do_sample": True, "temperature": 2.0}),
         ({"do_sample": True, "top_k": -1}, {"top_k": 0}),
-        ({"top_k": 50.0}, {"top_k": 50}),
         ({"repetition_penalty": 2}, {"repetition_penalty": 2.0}),
         ({"eos_token_id": []}, {"eos_token_id": None}),
         ({"stop_strings": "icon"}, {"stop_strings": ["icon"]}),
@@ -198,7 +207,7 @@ def test_what_would_change_the_text_and_is_not_supported_is_refused_by_name(name
         ('{"temperature": -1.0}', "temperature -1.0: must be 0 (greedy), or 0.000001 to 100; "),
         ('{"temperature": "0.7"}', "temperature: expected float | null, got str; "),
         ('{"temperature": true}', "temperature: expected float | null, got bool; "),
-        ('{"temperature": 1e999}', "invalid JSON: "),
+        ('{"temperature": 1e999}', "[...]: number out of range; "),
         ('{"temperature": NaN}', "invalid JSON: "),
         ('{"top_p": 1.5}', "top_p 1.5: must be above 0 and at most 1; "),
         ('{"top_k": 2.5}', "top_k: expected int | null, got float; "),
@@ -209,8 +218,8 @@ def test_what_would_change_the_text_and_is_not_supported_is_refused_by_name(name
         ('{"do_sample": "yes"}', "do_sample: expected bool | null, got str; "),
         ('{"eos_token_id": 4096}', "eos_token_id: 4096 is no token id of this model, they are 0 to 4095; "),
         ('{"bad_words_ids": [[5, -1]]}', "bad_words_ids: -1 is no token id of this model, they are 0 to 4095; "),
-        ('{"bad_words_ids": [[]]}', "bad_words_ids[...]: "),
-        ('{"stop_strings": [""]}', "stop_strings[...]: "),
+        ('{"bad_words_ids": [[]]}', "bad_words_ids[0]: "),
+        ('{"stop_strings": [""]}', "stop_strings[0]: "),
         ('{"top_k": 5, "top_k": 6}', "invalid JSON: the key 'top_k' is given twice; "),
         ('[{"top_k": 5}]', "expected object, got array; "),
         ("{", "invalid JSON: "),
@@ -276,8 +285,13 @@ def test_whatever_is_taken_chooses_a_token_and_all_else_is_one_line(runner, part
     try:
         config = parsed(content)
     except StoreError as error:
-        assert str(error).startswith(f"{FILE}: ")
-        assert "\n" not in str(error)
+        refusal = str(error)
+        event("refused")
+    else:
+        refusal = None
+    if refusal is not None:
+        assert refusal.startswith(f"{FILE}: ")
+        assert "\n" not in refusal
         return
     runner.model.generation_config = config
     logits = 10 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
