@@ -65,6 +65,7 @@ class Honoured(msgspec.Struct):
     stop_strings: Text | list[Text] | None = None
 
 
+CARRIED = ("bos_token_id", "pad_token_id")  # without effect here, kept for who uses the model as transformers' own
 IDS = (
     "bad_words_ids",
     "sequence_bias",
@@ -109,7 +110,7 @@ IGNORED = (
 )
 
 
-def read_generation_config(directory: Path, config: dict[str, Any], vocab_size: int) -> GenerationConfig:
+def read_generation_config(directory: Path, config: MixtralConfig) -> GenerationConfig:
     """Return the model's own way to generate, from its generation_config.json or else from what its config says.
 
     Raises StoreError naming the file and the key where a value cannot be used, or would change the text and is not
@@ -117,9 +118,9 @@ def read_generation_config(directory: Path, config: dict[str, Any], vocab_size: 
     """
     path = directory / FILE
     if path.is_file():
-        return parse_generation_config(read_bounded(path, SIZE_LIMIT, StoreError, REMEDY), vocab_size, path)
-    own = {name: value for name, value in MixtralConfig(**config).to_dict().items() if name in vars(GenerationConfig())}
-    return parse_generation_config(msgspec.json.encode(own), vocab_size, directory / "config.json")
+        return parse_generation_config(read_bounded(path, SIZE_LIMIT, StoreError, REMEDY), config.vocab_size, path)
+    own = {name: value for name, value in config.to_dict().items() if name in vars(GenerationConfig())}
+    return parse_generation_config(msgspec.json.encode(own), config.vocab_size, directory / "config.json")
 
 
 def parse_generation_config(data: bytes, vocab_size: int, where: Path) -> GenerationConfig:
@@ -128,7 +129,8 @@ def parse_generation_config(data: bytes, vocab_size: int, where: Path) -> Genera
     honoured = decode_json(data, Honoured, str(where), StoreError, REMEDY)
     if problem := _problem(content, honoured, vocab_size):
         raise StoreError(f"{where}: {problem}; {REMEDY}")
-    return GenerationConfig(**_normal(honoured), pad_token_id=PAD)
+    carried = {name: content[name] for name in CARRIED if type(content.get(name)) is int and content[name] >= 0}
+    return GenerationConfig(**_normal(honoured), **carried)
 
 
 def _problem(content: dict[str, Any], honoured: Honoured, vocab_size: int) -> str | None:
@@ -193,6 +195,7 @@ def decoding(defaults: GenerationConfig, sampling: Sampling) -> Decoding:
     config = copy.deepcopy(defaults)
     config.update(**sampling.overrides())
     stops, config.stop_strings = (*sampling.stop, *(config.stop_strings or ())), None
+    config.pad_token_id = PAD if config.pad_token_id is None else config.pad_token_id
     config.do_sample = bool(config.do_sample) and config.temperature != 0
     if not config.do_sample:
         config.temperature = config.top_p = config.top_k = config.min_p = None

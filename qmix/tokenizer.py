@@ -14,25 +14,29 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import msgspec
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from qmix.checkpoint.reader import TOKENIZERS
+from qmix.checkpoint.reader import TOKENIZERS, no_tokenizer
 from qmix.errors import QmixError, StoreError, UsageError
 from qmix.files import read_bounded, read_json
 
-JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG = "tokenizer_config.json"
+JSON_FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_LIMIT = 2**20  # bytes; those in use take a few thousand
 REMEDY = "put the model's own there"
-TRIAL = "Hello w\u00f6rld\n"
+TRIAL = "A <s>trial</s> of\n\ttokens: é 中 🦉"
+BPE = 2  # sentencepiece's number of a model type
 STDERR = 2
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a store or checkpoint, tried once; nothing is looked up elsewhere. Raises StoreError."""
-    if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise StoreError(f"{directory}: has no {' or '.join(TOKENIZERS)}; {REMEDY}")
+    vocabulary = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
+    if vocabulary is None:
+        there = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+        raise StoreError(no_tokenizer(str(directory), there))
     for name in JSON_FILES:
         if (directory / name).is_file():
             read_json(directory / name, dict[str, msgspec.Raw], StoreError, REMEDY)
@@ -43,10 +47,34 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             raise StoreError(f"{template}: not UTF-8 (byte {error.start + 1}); {REMEDY}") from None
     try:
         with _no_panic_lines(), _failures():
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            if vocabulary.name == "tokenizer.json":
+                tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            else:
+                tokenizer = _from_sentencepiece(vocabulary)
             tokenizer.decode(tokenizer(TRIAL)["input_ids"])
     except _Failure as failure:
-        raise StoreError(f"{_culprit(directory)}: cannot be used as a tokenizer ({failure}); {REMEDY}") from None
+        raise StoreError(f"{_culprit(vocabulary)}: cannot be used as a tokenizer ({failure}); {REMEDY}") from None
+    return tokenizer
+
+
+def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    """Return what gives the ids that sentencepiece does, `<s>` first unless tokenizer_config.json says otherwise."""
+    try:
+        import google.protobuf  # noqa: F401 -- reads the file
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise StoreError(f"{path}: takes the package sentencepiece; pip install 'qmix-moe[sentencepiece]'") from None
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    spec = model.normalizer_spec
+    if model.trainer_spec.model_type != BPE or spec.precompiled_charsmap or spec.remove_extra_whitespaces:
+        raise ValueError("not of a Mixtral: those are byte-pair models which leave the text as it is")
+    config = path.with_name(CONFIG)
+    stated = read_json(config, _Config, StoreError, REMEDY).add_bos_token if config.is_file() else None
+    tokenizer = LlamaTokenizer.from_pretrained(path.parent, local_files_only=True, add_bos_token=stated is not False)
+    # LlamaTokenizer puts no space before a text that begins with one, sentencepiece always does
+    prefix = [normalizers.Prepend("▁")] if spec.add_dummy_prefix else []
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    tokenizer.backend_tokenizer.pre_tokenizer = None
     return tokenizer
 
 
@@ -82,6 +110,12 @@ def check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"not UTF-8 text (character {error.start + 1}); give text in UTF-8") from None
+
+
+class _Config(msgspec.Struct):
+    """What qmix reads of tokenizer_config.json itself."""
+
+    add_bos_token: bool | None = None
 
 
 class _Failure(Exception):
@@ -122,15 +156,15 @@ def _no_panic_lines() -> Iterator[None]:
                 os.write(STDERR, printed.read())
 
 
-def _culprit(directory: Path) -> Path:
+def _culprit(path: Path) -> Path:
     """Return the file that a tokenizer's failure is due to: its vocabulary, or what is said about its use."""
-    path = next(directory / name for name in TOKENIZERS if (directory / name).is_file())
-    if path.name == TOKENIZERS[0] and (directory / "tokenizer_config.json").is_file():
+    config = path.with_name(CONFIG)
+    if path.name == TOKENIZERS[0] and config.is_file():
         try:
             with _no_panic_lines(), _failures():
                 bare = Tokenizer.from_file(str(path))
                 bare.decode(bare.encode(TRIAL).ids)
-            return directory / "tokenizer_config.json"
+            return config
         except _Failure:
             pass
     return path

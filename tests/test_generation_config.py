@@ -177,7 +177,7 @@ def described(processors) -> str:
         ({"repetition_penalty": 2}, {"repetition_penalty": 2.0}),
         ({"eos_token_id": []}, {"eos_token_id": None}),
         ({"stop_strings": "icon"}, {"stop_strings": ["icon"]}),
-        ({"pad_token_id": -1, "bos_token_id": None}, {"pad_token_id": 0, "bos_token_id": None}),
+        ({"pad_token_id": -1, "bos_token_id": None}, {"pad_token_id": None, "bos_token_id": None}),
         (
             {"num_beams": 1, "num_return_sequences": 1.0, "guidance_scale": 1.0, "penalty_alpha": 0.0},
             {"num_beams": None},
