@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmix.errors import UsageError
+from qmix.text import check_text
 
 LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
 
@@ -62,6 +63,8 @@ class Sampling:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be {allowed.wanted}")
         if not all(self.stop):
             raise UsageError("--stop '': must be a text that is not empty")
+        for text in self.stop:
+            check_text(text, "--stop")
 
     def overrides(self) -> dict[str, Any]:
         """What these options change in a transformers GenerationConfig."""
