@@ -73,9 +73,12 @@ class Chat:
         except Exception as error:
             self._tell(f"{type(error).__name__}: {error}; this turn is not kept")
         finally:
-            if self.kept is not None:
-                self.kept.keep(self.session)
+            self._keep()
         return True
+
+    def _keep(self) -> None:
+        if self.kept is not None:
+            self.kept.keep(self.session)
 
     def _tell(self, message: str) -> None:
         self.failed = True
@@ -105,8 +108,9 @@ class Chat:
             except Exception:
                 self.session.drop(answer)
                 raise
-            kept = self.session.keep(answer)
-            self._sum_up(answer, stopped, kept)
+            said = self.session.keep(answer)
+            self._keep()
+            self._sum_up(answer, stopped, said)
 
     def _stream(self, answer: Answer) -> bool:
         """Show an answer as it comes; whether it was stopped."""
@@ -129,8 +133,8 @@ class Chat:
     def _interruptible(self) -> AbstractContextManager[None]:
         return _on_interrupt(_once) if self.keeps_on else nullcontext()
 
-    def _sum_up(self, answer: Answer, stopped: bool, kept: bool) -> None:
-        if not kept:
+    def _sum_up(self, answer: Answer, stopped: bool, said: bool) -> None:
+        if not said:
             self.screen.say("stopped before the first token; this turn is not kept")
         elif self.screen.sum_up is None:
             return
