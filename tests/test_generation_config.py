@@ -64,10 +64,10 @@ def test_every_field_of_transformers_is_decided_once():
 GREEDY = {  # a value of each field that changes what the embedded model continues the prompt with
     "repetition_penalty": 2,
     "encoder_repetition_penalty": 3.5,
-    "no_repeat_ngram_size": 2,
+    "no_repeat_ngram_size": 1,
     "encoder_no_repeat_ngram_size": 1,
-    "min_length": 30,
-    "min_new_tokens": 25,
+    "min_length": 12,
+    "min_new_tokens": 7,
     "bad_words_ids": [[1], [261]],
     "sequence_bias": [[[261], -50], [[300], 2.0]],
     "suppress_tokens": [261],
@@ -75,10 +75,11 @@ GREEDY = {  # a value of each field that changes what the embedded model continu
     "forced_bos_token_id": 7,
     "forced_eos_token_id": [2],
     "eos_token_id": [2, 261],
-    "stop_strings": "icon",
+    "stop_strings": "dialog",
     "remove_invalid_values": True,
     "renormalize_logits": True,
 }
+TOKENS = {"forced_eos_token_id": 3}  # of the continuation, 8 for the others: it ends by itself with the fifth
 WITHOUT_CHANGE = {"remove_invalid_values", "renormalize_logits", "forced_bos_token_id"}  # of a greedy text from ids
 SAMPLED = {
     "do_sample": True,
@@ -113,7 +114,8 @@ def own(runner):
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_field_changes_a_greedy_text_as_in_transformers_wherever_it_is_generated(own, batch, theirs, name):
     prompt = own.tokenizer(PROMPT)["input_ids"]
-    sampling = Sampling(max_new_tokens=20)
+    tokens = TOKENS.get(name, 8)
+    sampling = Sampling(max_new_tokens=tokens)
     plain = own.complete(prompt, sampling)
     content = {"eos_token_id": 2} | with_ids({name: GREEDY[name]}, own)
     own.model.generation_config = batch.model.generation_config = parsed(content)
@@ -122,7 +124,7 @@ def test_a_field_changes_a_greedy_text_as_in_transformers_wherever_it_is_generat
     floats = {name: float(value) for name, value in content.items() if name.endswith("penalty")}
     if name == "sequence_bias":
         floats = {name: [[ids, float(bias)] for ids, bias in content[name]]}
-    options = GenerationConfig(**(content | floats), max_new_tokens=20, pad_token_id=0)
+    options = GenerationConfig(**(content | floats), max_new_tokens=tokens, pad_token_id=0)
     reference = theirs.generate(torch.tensor([prompt]), generation_config=options, tokenizer=own.tokenizer)
     assert alone.token_ids == together.token_ids == reference[0, len(prompt) :].tolist()
     assert (alone.text, alone.finish_reason) == (together.text, together.finish_reason)
@@ -132,10 +134,10 @@ def test_a_field_changes_a_greedy_text_as_in_transformers_wherever_it_is_generat
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_chat_generates_as_a_batch_does(own, batch, name):
     own.model.generation_config = batch.model.generation_config = parsed({"eos_token_id": 2, name: GREEDY[name]})
-    session = Session(own, {"max_new_tokens": 8})
+    session = Session(own, {"max_new_tokens": 2})
     answer = session.ask("How do I print a page?")
     shown = "".join(answer.pieces)
-    request = Request("a", answer.prompt.ids, Sampling(max_new_tokens=8))
+    request = Request("a", answer.prompt.ids, Sampling(max_new_tokens=2))
     (together,) = [answer for answers in batch.answer([request]) for answer in answers]
     assert (answer.ids, shown) == (together.token_ids, together.text.lstrip())
 

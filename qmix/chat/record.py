@@ -152,7 +152,7 @@ def _read(path: Path) -> SavedSession:
     schema = decode_json(data, dict[str, Any], str(path), SessionError, remedy, unique=True).get("schema")
     if schema != SCHEMA:
         raise SessionError(f"{path}: not a chat that this qmix reads (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
-    return decode_json(data, SavedSession, str(path), SessionError, "damaged or changed")
+    return decode_json(data, SavedSession, str(path), SessionError, remedy)
 
 
 def _check_ids(turns: list[Turn], vocab_size: int) -> None:
