@@ -22,7 +22,7 @@ from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import StoreError, UsageError
 from qmix.experts import PooledExperts
-from qmix.files import read_json
+from qmix.generation_config import read_generation_config
 from qmix.geometry import CONFIG_KEYS
 from qmix.gpu.dense import fill_from_disk, read_dense_to
 from qmix.gpu.devices import download
@@ -79,8 +79,13 @@ def build_model(
 
 
 def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
-    """transformers' model as the store's config says, all of it on torch's `meta` device."""
-    return empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+    """transformers' model as the store's config says, all of it on torch's `meta` device.
+
+    Raises StoreError where config.json or generation_config.json cannot be used.
+    """
+    model = empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+    model.generation_config = generation_config(store.directory, store.config)
+    return model
 
 
 def empty_mixtral(
@@ -135,7 +140,6 @@ def furnish(
         spread.put_experts(model, pool, activation)
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
-    model.generation_config = generation_config(store.directory, store.config)
     if not pool.holds_all:
         _look_ahead(model, pool)
     model.eval().requires_grad_(False)
@@ -211,17 +215,7 @@ def generation_config(directory: Path, content: dict[str, Any]) -> GenerationCon
 
     Raises StoreError naming the file.
     """
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return GenerationConfig.from_model_config(mixtral_config(content, directory / "config.json"))
-    read_json(path, dict[str, Any], StoreError, "correct it or fetch it again")
-    with _refusals(path):
-        config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        config.validate()
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            if not isinstance(getattr(config, name), int | float | None):
-                raise TypeError(f"{name} is no number")
-        return config
+    return read_generation_config(directory, mixtral_config(content, directory / "config.json"))
 
 
 @contextmanager

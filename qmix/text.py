@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from qmix.errors import UsageError
+
 REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no whole character yet
 CONTEXT_TOKENS = 8  # of the prompt, so that a leading space is decoded as one
+
+
+def check_text(text: str, what: str = "the text") -> None:
+    """Raise UsageError where a text holds half of a surrogate pair, which bytes that are not UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what}: not UTF-8 text (character {error.start + 1})") from None
 
 
 class Detokenizer:

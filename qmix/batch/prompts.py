@@ -9,12 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from qmix.batch.lines import Line
 from qmix.batch.runner import Request
+from qmix.chat_template import ChatTemplate, TemplateRefusal
 from qmix.choice import stream_seed
 from qmix.geometry import Geometry
 from qmix.sampling import Sampling
 from qmix.tokenizer import encode, tokenizing
-
-PROBE = "qmix-probe"  # a text that no template has of its own
 
 
 class LineRefused(Exception):
@@ -24,11 +23,11 @@ class LineRefused(Exception):
 @dataclass(frozen=True, slots=True)
 class Asking:
     """Makes requests of lines: `context` is what prompt and answer may take together, `options` are Sampling's fields
-    for lines that have none of their own, `seed` is the run's. Without `takes_system` a system text goes into the first
-    turn of the user."""
+    for lines that have none of their own, `seed` is the run's. Where the template has no place for a system text it
+    goes into the first turn of the user."""
 
     tokenizer: PreTrainedTokenizerBase
-    takes_system: bool
+    template: ChatTemplate | None
     geometry: Geometry
     context: int
     options: dict[str, Any]
@@ -64,26 +63,16 @@ class Asking:
         return list(ids)
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self.tokenizer.chat_template:
+        if self.template is None:
             raise LineRefused("the model has no chat template: it continues text, so give a prompt")
         roles = [message["role"] for message in messages[:2]]
-        if not self.takes_system and roles == ["system", "user"]:
+        if not self.template.takes_system and roles == ["system", "user"]:
             content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages = [{"role": "user", "content": content}, *messages[2:]]
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # whatever a template raises, of jinja's or its own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LineRefused(f"the model's chat template does not take these messages ({reason[:200]})") from None
-
-
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model's template takes a system message and shows it: some raise, some leave it out."""
-    messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
-    try:
-        return PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # whatever a template raises; there may be none at all
-        return False
+            return self.template.ids(messages, True)
+        except TemplateRefusal as error:
+            raise LineRefused(f"the model's chat template does not take these messages ({error})") from None
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 from qmix.batch.forms import Forms
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
-from qmix.batch.prompts import Asking, takes_system, token_text
+from qmix.batch.prompts import Asking, token_text
 from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
 from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
+from qmix.chat_template import ChatTemplate
 from qmix.errors import UsageError
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
@@ -84,8 +85,8 @@ def begin(
     if isinstance(answers, FileAnswers):
         chosen = answers.begin(subject, chosen)
     tokenizer = load_tokenizer(store.directory)
-    takes = takes_system(tokenizer)
-    asking = Asking(tokenizer, takes, store.geometry, limit, dict(options), chosen["seed"])
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    asking = Asking(tokenizer, template, store.geometry, limit, dict(options), chosen["seed"])
     job = Job.of(requests, asking, answers)
 
     @cache
@@ -97,7 +98,7 @@ def begin(
     run = BatchRun(requests, job, asking, forms, answers)
     held = ENTRY_BYTES * len(requests.entries)
     plan = plan_lines(store.layout, job.needs, ram, batch, held, store.use) if job.needs else None
-    return Session(store, requests, run, plan, chosen["seed"], bool(tokenizer.chat_template) and not takes)
+    return Session(store, requests, run, plan, chosen["seed"], template is not None and not template.takes_system)
 
 
 def _subject(

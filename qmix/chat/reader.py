@@ -16,6 +16,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from qmix.chat.settings import NAMES
 from qmix.chat.slash import COMMANDS
 from qmix.errors import UsageError
+from qmix.text import check_text
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
@@ -59,7 +60,9 @@ class TerminalReader:
         )
 
     def read(self) -> str:
-        return unquoted(self._session.prompt())
+        text = self._session.prompt()
+        check_text(text, "this turn")  # a terminal's bytes that are not UTF-8 come as halves of surrogate pairs
+        return unquoted(text)
 
     def left_something(self) -> bool:
         return bool(self._session.default_buffer.text)

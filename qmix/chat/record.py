@@ -12,10 +12,12 @@ has the same of both, it goes on from the ids; another takes the texts. `kept` a
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import xxhash
 
 from qmix.chat.conversation import Turn, ids_of
@@ -23,6 +25,7 @@ from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
 from qmix.disk import written_whole
 from qmix.errors import QmixError, SessionError
+from qmix.files import JSON_LIMIT, decode_json, read_bounded
 from qmix.runner import Runner
 from qmix.sampling import Sampling
 
@@ -30,26 +33,56 @@ SCHEMA = "qmix-chat-1"
 KV_SUFFIX = ".kv.safetensors"
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class SavedTurn(msgspec.Struct):
+    """A turn, as in `Turn` but for the system text."""
+
+    user: str
+    answer: str
+    kept: Count
+    opening: list[Count]
+    answer_ids: list[Count]
+
+
+class SavedModel(msgspec.Struct):
+    """The model that a session was saved with."""
+
+    name: str | None
+    fingerprint: str | None
+    template: str | None
+
+
+class SavedSession(msgspec.Struct):
+    """The content of a file."""
+
+    schema: str
+    model: SavedModel
+    system: str
+    settings: dict[str, Any]
+    forgotten: Count
+    turns: list[SavedTurn]
+
+
 def save(session: Session, path: Path) -> None:
-    """Write the session; the file is replaced at once or not at all. Raises SessionError."""
+    """Write the session; the file is replaced at once or not at all, and private. Raises SessionError."""
     conversation = session.conversation
     rendered = all(turn.system == conversation.system for turn in conversation.turns)
     turns = conversation.turns if rendered else [_text_alone(turn) for turn in conversation.turns]
-    content = {
-        "schema": SCHEMA,
-        "model": {"name": session.runner.store.source_name, **_identity(session.runner)},
-        "system": conversation.system,
-        "settings": saved_settings(session.settings),
-        "forgotten": conversation.forgotten,
-        "turns": [
-            {name: getattr(turn, name) for name in ("user", "answer", "kept", "opening", "answer_ids")}
-            for turn in turns
-        ],
-    }
+    content = SavedSession(
+        SCHEMA,
+        SavedModel(session.runner.store.source_name, **_identity(session.runner)),
+        conversation.system,
+        saved_settings(session.settings),
+        conversation.forgotten,
+        [SavedTurn(turn.user, turn.answer, turn.kept, turn.opening, turn.answer_ids) for turn in turns],
+    )
     try:
         with written_whole(path) as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
-    except (OSError, UnicodeEncodeError) as error:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
         raise SessionError(f"{path}: cannot be written ({_reason(error)})") from None
 
 
@@ -58,25 +91,25 @@ def load(session: Session, path: Path) -> str | None:
 
     Raises SessionError, and leaves the session as it is, where the file is none of ours.
     """
-    content = _read(path)
+    saved = _read(path)
+    turns = [
+        Turn(turn.user, turn.answer, saved.system, turn.kept, turn.opening, turn.answer_ids) for turn in saved.turns
+    ]
+    same = {"fingerprint": saved.model.fingerprint, "template": saved.model.template} == _identity(session.runner)
     try:
-        turns = [_turn(entry, content["system"]) for entry in content["turns"]]
-        settings, forgotten = restored_settings(content["settings"]), content["forgotten"]
+        settings = restored_settings(saved.settings)
         Sampling(**settings)
-        same = {name: content["model"][name] for name in ("fingerprint", "template")} == _identity(session.runner)
-        if not isinstance(content["system"], str) or type(forgotten) is not int:
-            raise TypeError("of another type than it must be")
-        if not 0 <= forgotten <= len(turns):
+        if saved.forgotten > len(turns):
             raise ValueError("more turns forgotten than there are")
         if same:
             _check_ids(turns, session.runner.store.geometry.vocab_size)
-    except (KeyError, TypeError, ValueError, QmixError) as error:
+    except (ValueError, QmixError) as error:
         raise SessionError(f"{path}: damaged or changed ({_reason(error)})") from None
     conversation = session.conversation
-    conversation.system, conversation.forgotten = content["system"], forgotten
+    conversation.system, conversation.forgotten = saved.system, saved.forgotten
     conversation.turns = turns if same else [_text_alone(turn) for turn in turns]
     session.settings = settings
-    return None if same else f"{path}: saved with {content['model'].get('name')}; its texts are taken, all is read anew"
+    return None if same else f"{path}: saved with {saved.model.name}; its texts are taken, all is read anew"
 
 
 def save_cache(session: Session, path: Path) -> int:
@@ -113,26 +146,13 @@ def _identity(runner: Runner) -> dict[str, str | None]:
     return {"fingerprint": runner.store.fingerprint, "template": digest}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise SessionError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise SessionError(f"{path}: not a saved chat (no valid JSON)") from None
-    schema = content.get("schema") if isinstance(content, dict) else None
+def _read(path: Path) -> SavedSession:
+    remedy = "give a file that /save wrote"
+    data = read_bounded(path, JSON_LIMIT, SessionError, remedy)
+    schema = decode_json(data, dict[str, Any], str(path), SessionError, remedy, unique=True).get("schema")
     if schema != SCHEMA:
-        raise SessionError(f"{path}: not a chat that this qmix reads (schema {schema!r}, not {SCHEMA!r})")
-    return dict(content)
-
-
-def _turn(entry: Any, system: str) -> Turn:
-    texts = [entry["user"], entry["answer"]]
-    ids = [*entry["opening"], *entry["answer_ids"], entry["kept"]]
-    if not all(isinstance(text, str) for text in texts) or not all(type(token) is int and token >= 0 for token in ids):
-        raise TypeError("a turn is not text and token ids")
-    user, answer = texts
-    return Turn(user, answer, system, entry["kept"], list(entry["opening"]), list(entry["answer_ids"]))
+        raise SessionError(f"{path}: not a chat that this qmix reads (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
+    return decode_json(data, SavedSession, str(path), SessionError, remedy)
 
 
 def _check_ids(turns: list[Turn], vocab_size: int) -> None:
@@ -148,4 +168,4 @@ def _text_alone(turn: Turn) -> Turn:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
+    return str(error)

@@ -12,8 +12,11 @@ from qmix.chat import record
 from qmix.chat.session import Session
 from qmix.chat.settings import parse_setting
 from qmix.errors import UsageError
+from qmix.files import read_bounded
 from qmix.machine import peak_memory
 from qmix.units import format_bytes
+
+LONGEST_READ = 2**24  # bytes of a file that becomes a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +121,7 @@ def _read(session: Session, rest: str) -> Outcome:
     name, *question = _words("/read", rest)
     path = _path("/read", [name])
     try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"/read {path}: {error.strerror}") from None
+        text = read_bounded(path, LONGEST_READ, UsageError, "give a file of text").decode()
     except UnicodeDecodeError:
         raise UsageError(f"/read {path}: not UTF-8 text") from None
     if not text.strip():
@@ -172,7 +173,10 @@ def _words(command: str, rest: str) -> list[str]:
 def _path(command: str, words: list[str]) -> Path:
     if len(words) != 1 or not words[0]:
         raise UsageError(f"{command}: give one file; quote a name with spaces")
-    return Path(words[0]).expanduser()
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UsageError(f"{command} {words[0]}: {error}") from None
 
 
 COMMANDS = {
