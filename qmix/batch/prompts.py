@@ -83,10 +83,3 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
         return PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception:  # whatever a template raises; there may be none at all
         return False
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token's text as it stands inside a text: a leading space is kept."""
-    before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
-    first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    return before[len(first) :] if before.startswith(first) else first
