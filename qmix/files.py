@@ -231,6 +231,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    except OSError:
-        scratch.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
         raise

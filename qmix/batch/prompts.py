@@ -13,7 +13,7 @@ from qmix.chat_template import ChatTemplate, TemplateRefusal
 from qmix.choice import stream_seed
 from qmix.geometry import Geometry
 from qmix.sampling import Sampling
-from qmix.tokenizer import encode, tokenizing
+from qmix.tokenizer import encode
 
 
 class LineRefused(Exception):
@@ -73,11 +73,3 @@ class Asking:
             return self.template.ids(messages, True)
         except TemplateRefusal as error:
             raise LineRefused(f"the model's chat template does not take these messages ({error})") from None
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token's text as it stands inside a text: a leading space is kept."""
-    with tokenizing(tokenizer):
-        before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
-        first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    return before[len(first) :] if before.startswith(first) else first

@@ -8,13 +8,12 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from qmix.batch.forms import Forms
+from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
-from qmix.batch.prompts import Asking, token_text
+from qmix.batch.prompts import Asking
 from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
 from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
@@ -89,12 +88,8 @@ def begin(
     asking = Asking(tokenizer, template, store.geometry, limit, dict(options), chosen["seed"])
     job = Job.of(requests, asking, answers)
 
-    @cache
-    def text_of(token: int) -> str:
-        return token_text(tokenizer, token)
-
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
-    forms = Forms(identity, store.source_name, chosen["created"], text_of)
+    forms = Forms(identity, store.source_name, chosen["created"], told_by(tokenizer))
     run = BatchRun(requests, job, asking, forms, answers)
     held = ENTRY_BYTES * len(requests.entries)
     plan = plan_lines(store.layout, job.needs, ram, batch, held, store.use) if job.needs else None

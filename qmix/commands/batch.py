@@ -19,6 +19,7 @@ from qmix.commands.shared import (
     clip_option,
     context_option,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     plan_option,
@@ -115,6 +116,8 @@ def _answer(
         store = prepare_store(name, precision, loading["dtype"], making, check, loading["clip"])
     check(store.layout, store.fingerprint)
     session = begin(store, requests, answers, options, seed, context, ram, loading["batch"])
+    if session.plan is not None:
+        hold_to(session.plan.ram)
     for note in session.notes(name):
         say(note)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:

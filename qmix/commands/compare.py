@@ -13,6 +13,7 @@ from qmix.commands.shared import (
     PRECISION_HELP,
     Size,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     profile_option,
@@ -74,6 +75,7 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
     own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
     check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
+    hold_to(budget)
     with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
         found = run(layers, sequences)
     predicted = tokens - len(sequences)

@@ -16,6 +16,7 @@ from qmix.commands.shared import (
     LOADING_PATIENCE,
     clip_option,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     plan_option,
@@ -81,11 +82,12 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import Engine
     from qmix.evaluate.results import Results, identity
-    from qmix.machine import own_memory
+    from qmix.machine import default_budget, own_memory
     from qmix.terminal import ProgressDisplay, print_table, say
 
     loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
     showing = partial(EvaluationDisplay, f"evaluating {name}")
+    hold_to(options["ram"] or default_budget())
     with Results(output, identity(store)) as results:
         engine = Engine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,32 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
 
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
-        return load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+        runner = load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+    hold_to(runner.plan.ram)
+    return runner
+
+
+def hold_to(budget: int) -> None:
+    """Have the command say on stderr, however it ends, that its process took more memory than `budget` bytes."""
+    click.get_current_context().call_on_close(partial(_say_overrun, budget))
+
+
+def _say_overrun(budget: int) -> None:
+    """Say what the peak was where it is above the budget; the next command then measures Python's own memory again."""
+    from qmix.machine import forget_interpreter_memory, peak_memory
+    from qmix.units import format_bytes
+
+    peak = peak_memory()
+    if peak <= budget:
+        return
+    forget_interpreter_memory()
+    less = (2 * budget - peak) // 2**20
+    otherwise = f"; if it is above again, give --ram {less}MiB" if less > 0 else ""
+    click.echo(
+        f"peak memory {format_bytes(peak)} is above the budget of {format_bytes(budget)}: run the command again, "
+        f"it measures what Python itself takes anew{otherwise}",
+        err=True,
+    )
 
 
 def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:
