@@ -154,7 +154,7 @@ def open_store(directory: Path) -> Store:
         if partial_directory(directory).is_dir():
             raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
-    content, found = _manifest(path)
+    content, found = read_manifest(path)
     config = read_json(directory / CONFIG, dict[str, Any], StoreError, REMAKE)
     layout = _layout(directory, found, config)
     store = Store(
@@ -175,8 +175,8 @@ def open_store(directory: Path) -> Store:
     return store
 
 
-def _manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
-    """Return what a manifest says, as it is and typed, once its version and its own digest are right."""
+def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
+    """Return what a manifest says, as it is and typed. Raises StoreError where its version or its digest is wrong."""
     data = read_bounded(path, JSON_LIMIT, StoreError, REMAKE)
     content = decode_json(data, dict[str, Any], str(path), StoreError, REMAKE)
     version = content.get("format_version")
