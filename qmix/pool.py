@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from qmix.direct_io import DirectFile
-from qmix.errors import REMAKE, Cancelled, StoreError
+from qmix.errors import Cancelled, StoreError, mending
 from qmix.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
 from qmix.pool_counters import PoolCounters
 from qmix.precision.matmul import Expert
@@ -258,14 +258,18 @@ class ExpertPool:
     def _begin(self, key: Key, slot: int, ahead: bool = False) -> tuple[Key, int, Read]:
         layer, expert = key
         buffer = self._slots.bytes(slot)
+        offset = self.store.layout.record_offset(layer, expert)
         want, path = self.store.record_checksums[layer][expert], self._files[layer].path
 
         def check(record: memoryview) -> None:
             if xxhash.xxh3_64_hexdigest(record) != want:
-                raise StoreError(f"{path}: the record of expert {expert} is damaged; {REMAKE}")
+                place = f"bytes {offset} to {offset + len(record) - 1}"
+                raise StoreError(
+                    f"{path}: the record of expert {expert} ({place}) is damaged; {mending(self.store.directory)}"
+                )
 
         self.counters.bytes_read += len(buffer)
-        read = Read(self._files[layer], buffer, self.store.layout.record_offset(layer, expert), check)
+        read = Read(self._files[layer], buffer, offset, check)
         return key, slot, self._reader.submit(read, ahead)
 
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from qmix.checkpoint.fingerprint import WeightDigest, fingerprint_of, read_fingerprint, weight_digests
 from qmix.checkpoint.reader import Checkpoint, Weight
 from qmix.checkpoint.rows import WeightFile
-from qmix.disk import DirectMemory, copied
+from qmix.disk import FULL, DirectMemory, copied, disk_advice
 from qmix.errors import CheckpointError, StoreError
 from qmix.layout import StoreLayout
 from qmix.precision.formats import chunk_rows
@@ -171,13 +171,16 @@ def _existing(
 
 
 def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return StoreError(
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
             "Free some space and run the same command: it goes on where it was"
         )
     no_place = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
-    advice = "choose a directory that can be written" if no_place else "the same command goes on where it was"
+    if no_place:
+        advice = "choose a directory that can be written"
+    else:
+        advice = f"{disk_advice(error)}; the same command goes on where it was"
     return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")
 
 
@@ -275,14 +278,14 @@ class _Run:
 
     def _chunk(self, source: WeightFile, job: _Job, start: int, stop: int, slot: Slot) -> Note:
         """In a worker: one chunk through read, quantise and write, in the memory of `slot`."""
+        rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim, slot.read)
         try:
-            rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim, slot.read)
             offset, data = job.quantizer.quantize(rows, start)
-            file, offset = job.place.unit.file, job.place.parts[0].offset + offset
-            written = copied(data, offset, slot.written)
-            del data
         except CheckpointError as error:
             raise CheckpointError(f"{source.path}: {error}") from None
+        file, offset = job.place.unit.file, job.place.parts[0].offset + offset
+        written = copied(data, offset, slot.written)
+        del data
         self.writer.write(file, written, offset)
         if job.was_last():
             scales = job.quantizer.scales()

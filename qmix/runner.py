@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import MixtralForCausalLM
 
-from qmix.checkpoint.reader import TOKENIZERS
-from qmix.errors import StoreError, UsageError
+from qmix.errors import UsageError
 from qmix.generate import Engine, Piece, Result
 from qmix.gpu.devices import pin
 from qmix.gpu.model import spread_for
@@ -29,6 +28,7 @@ from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
 from qmix.sampling import Sampling
 from qmix.store import Store
+from qmix.tokenizer import decode, encode, load_tokenizer
 from qmix.torch_dtypes import HALF
 from qmix.use import Use
 
@@ -133,7 +133,7 @@ class Runner:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str) and not prompt.strip():
             raise UsageError("the prompt is empty; give some text to continue")
-        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else list(prompt)
+        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not all(type(token) is int for token in ids):
             raise UsageError("the prompt must be text, or a list of whole numbers")
         if not ids:
@@ -145,7 +145,7 @@ class Runner:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without special tokens and otherwise as it is."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, ids)
 
 
 def _nothing() -> None:
@@ -184,14 +184,3 @@ def load(
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, planned, clip)
     return Runner(store, planned(store.layout, store.fingerprint, store.use), attention, on_load, measured_rates())
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a store or checkpoint; nothing is looked up elsewhere. Raises StoreError."""
-    if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise StoreError(f"{directory}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{directory}: its tokenizer cannot be loaded ({reason[:200]})") from None

@@ -192,7 +192,7 @@ def test_space_is_checked_before_the_first_byte_is_written(qmix, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config))
-    expected = expected_weights(Geometry.from_config(config))
+    expected = dict(expected_weights(Geometry.from_config(config)))
     for layer in range(8):
         placed, position = [], 0
         for name, shape in expected.items():

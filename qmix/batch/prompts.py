@@ -12,6 +12,7 @@ from qmix.batch.runner import Request
 from qmix.choice import stream_seed
 from qmix.geometry import Geometry
 from qmix.sampling import Sampling
+from qmix.tokenizer import encode, tokenizing
 
 PROBE = "qmix-probe"  # a text that no template has of its own
 
@@ -52,7 +53,7 @@ class Asking:
         if line.messages:
             ids = self._chat(line.messages)
         elif isinstance(line.prompt, str):
-            ids = self.tokenizer(line.prompt, verbose=False)["input_ids"] if line.prompt.strip() else []
+            ids = encode(self.tokenizer, line.prompt) if line.prompt.strip() else []
         else:
             ids = list(line.prompt)
         if not ids:
@@ -87,6 +88,7 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """One token's text as it stands inside a text: a leading space is kept."""
-    before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
-    first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    with tokenizing(tokenizer):
+        before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
+        first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     return before[len(first) :] if before.startswith(first) else first

@@ -12,13 +12,13 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from qmix.errors import CheckpointError
 from qmix.files import read_state, write_whole
-from qmix.safetensors_header import MAX_HEADER, TensorInfo, check_header, read_header
+from qmix.safetensors_header import MAX_HEADER, TensorInfo, check_header, check_no_pointer, read_header
 
 if TYPE_CHECKING:
     from qmix.hub import HubRepo
@@ -78,7 +78,10 @@ class LocalSource:
 
     def small_file(self, name: str) -> Path | None:
         path = self.directory / name
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        check_no_pointer(path)
+        return path
 
     def headers(self, names: Iterable[str]) -> dict[str, dict[str, TensorInfo]]:
         return {name: read_header(self.directory / name) for name in names}
@@ -187,16 +190,3 @@ class HubSource:
 
     def remember(self, identity: str, fingerprint: str) -> None:
         pass
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmix.commands.shared import together
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,18 +44,17 @@ def window_of(geometry: Geometry, asked: int | None) -> int:
 def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, tokens: int | None) -> list[Passage]:
     """Windows of the files' documents, or of the bundled ones, whose first few are of every language."""
     from calibration.corpus import Passage, alternating, bundled, from_file, windows
+    from qmix.tokenizer import encode
 
     documents = [document for path in paths for document in from_file(path)] or alternating(bundled())
     tokenizer = _tokenizer(checkpoint)
-    whole = [Passage(document.language, tokenizer(document.text, verbose=False)["input_ids"]) for document in documents]
+    whole = [Passage(document.language, encode(tokenizer, document.text)) for document in documents]
     return windows(whole, window, tokens)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    from qmix.checkpoint.reader import TOKENIZERS
-    from qmix.runner import load_tokenizer
+    from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
+    from qmix.tokenizer import load_tokenizer
 
-    for path in checkpoint.tokenizer_files():
-        if path.name in TOKENIZERS:
-            return load_tokenizer(path.parent)
-    raise CheckpointError(f"{checkpoint.source.name}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
+    check_tokenizer(checkpoint.source)
+    return load_tokenizer(next(path.parent for path in checkpoint.tokenizer_files() if path.name in TOKENIZERS))

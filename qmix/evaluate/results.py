@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qmix.checkpoint.reader import TOKENIZERS
 from qmix.errors import QmixError, UsageError
-from qmix.files import LineFile
+from qmix.files import LineFile, decode_json
 from qmix.store import MANIFEST, Store
 
 FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
 REQUESTS = "requests.jsonl"
 KEY_BYTES = 16
+AGAIN = "choose another --out, or delete the file"
+
+
+class _Line(msgspec.Struct):
+    key: str
+    result: list[bool | int | float]  # [log-probability, whether it is greedy's] of a text, or the ids of an answer
 
 
 class Results:
@@ -65,14 +74,11 @@ class Results:
     def _read(self) -> dict[bytes, Any]:
         found: dict[bytes, Any] = {}
         for number, raw in enumerate(self._file.lines(), 1):
-            try:
-                line = json.loads(raw)
-                found[bytes.fromhex(line["key"])] = line["result"]
-            except (ValueError, TypeError, KeyError):
-                raise UsageError(
-                    f"{self._file.path}: line {number} is no result of an evaluation; choose another --out, "
-                    "or delete the file"
-                ) from None
+            where = f"{self._file.path}: line {number} is no result of an evaluation"
+            line = decode_json(raw, _Line, where, UsageError, AGAIN)
+            if not re.fullmatch(f"[0-9a-f]{{{2 * KEY_BYTES}}}", line.key):
+                raise UsageError(f"{where}: key: expected {2 * KEY_BYTES} hex digits; {AGAIN}")
+            found[bytes.fromhex(line.key)] = line.result
         return found
 
 
