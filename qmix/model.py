@@ -13,10 +13,11 @@ import xxhash
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers import GenerationConfig, MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+from qmix.as_transformers import MixtralForCausalLM
 from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import StoreError, UsageError
@@ -118,6 +119,7 @@ def furnish(
 ) -> None:
     """Put experts and dense weights, given by published name and lying where they are to stay, into an empty model."""
     activation = activation_of(model.config)
+    model.pool = pool
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
     model.model.rotary_emb = rotary_embedding(model.config, store.directory / "config.json")

@@ -11,7 +11,7 @@ takes one for all, so that a row's product does not depend on the rows beside it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from ctypes import c_int64, c_void_p
 from functools import cache
 
@@ -46,6 +46,20 @@ class Matrix:
         """Rows [start, stop) in fp32."""
         raise NotImplementedError
 
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield the matrix a few rows at a time, dequantised and rounded to `dtype`; none is large."""
+        step = max(1, SLOW_PATH_WEIGHTS // self.cols // PACK_ROWS) * PACK_ROWS
+        for start in range(0, self.rows, step):
+            yield self.dequantize(start, min(start + step, self.rows)).to(dtype)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the whole matrix, dequantised and rounded to `dtype`, in memory of its own."""
+        whole, row = torch.empty((self.rows, self.cols), dtype=dtype), 0
+        for piece in self.pieces(dtype):
+            whole[row : row + len(piece)] = piece
+            row += len(piece)
+        return whole
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ self.T without a kernel: [T, cols] to [T, rows], a few rows of the matrix at a time."""
         out = torch.empty((len(x), self.rows), dtype=x.dtype)
@@ -64,7 +78,7 @@ class Matrix:
 def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
     """x [..., cols] @ weight.T, both in the same half precision, by whichever kernel is the faster.
 
-    With `invariant` by qmix's own whatever the sizes.
+    With `invariant` by qmix's own whatever the sizes; by torch's wherever x or the weight requires a gradient.
 
     torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
     speed; in bf16 it is good at many rows.
@@ -72,7 +86,7 @@ def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False)
     tokens = x.numel() // weight.shape[1]
     ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
     ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
-    if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad:
+    if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
     from qmix.precision.products import multiply_rows
 
