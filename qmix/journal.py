@@ -15,7 +15,7 @@ import msgspec
 import xxhash
 
 from qmix.errors import StoreError
-from qmix.files import decode_json
+from qmix.files import decode_json, leads_to
 
 SUM = b',"sum":"%s"}\n'
 SUM_BYTES = len(SUM % (b"0" * 16))
@@ -52,7 +52,7 @@ class Journal:
         self._file = path.open("a+b")
         try:
             self._lock(on_wait)
-            self.is_current = self._names(path)
+            self.is_current = leads_to(path, self._file)  # or who had it finished, and moved it
             self.entries = self._read() if self.is_current else []
         except BaseException:
             self._file.close()
@@ -64,13 +64,6 @@ class Journal:
         except BlockingIOError:
             on_wait()
             fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def _names(self, path: Path) -> bool:
-        """Return whether `path` still leads to this file: who had it may have finished and moved it."""
-        try:
-            return os.path.samestat(path.stat(), os.fstat(self._file.fileno()))
-        except OSError:
-            return False
 
     def _read(self) -> list[Entry]:
         """Return the entries up to the first line that is not whole; the rest is cut off."""

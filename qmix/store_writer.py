@@ -23,7 +23,7 @@ from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.reader import TOKENIZERS, Checkpoint
 from qmix.disk import DirectMemory, UncachedFile, require_space
 from qmix.errors import CheckpointError, StoreError
-from qmix.files import JSON_LIMIT, read_bounded, write_whole
+from qmix.files import JSON_LIMIT, read_bounded, sync, write_whole
 from qmix.journal import Entry, Journal, Subject
 from qmix.layout import FileLayout, StoreLayout, part_name
 from qmix.profile import Profile
@@ -293,10 +293,10 @@ class StoreWriter:
             if path.is_dir():
                 shutil.rmtree(path)  # what passed through on its way into the store
             else:
-                _sync_path(path)
-        _sync_path(self.partial)
+                sync(path)
+        sync(self.partial)
         self.partial.rename(self.directory)
-        _sync_path(self.directory.absolute().parent)
+        sync(self.directory.absolute().parent)
         # last, so that a run killed before the rename goes on from it
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
@@ -354,11 +354,3 @@ def write_manifest(directory: Path, content: dict[str, Any]) -> None:
 
 def _manifest_bytes(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _sync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,12 +1,12 @@
 """A session as a JSON file: who said what, the token ids of it, and the settings.
 
     {"schema": "qmix-chat-1",
-     "model": {"name": ..., "fingerprint": ..., "template": ...},
+     "model": {"name": ..., "parts": {"weights": ..., "tokenizer.json": ...}},
      "system": "...", "settings": {"temperature": 0.7}, "forgotten": 0,
      "turns": [{"user": "...", "answer": "...", "kept": 0, "opening": [1, 3, ...], "answer_ids": [...]}]}
 
-`fingerprint` is that of the weights, `template` a digest of the chat template (null for a base model). Where a reader
-has the same of both, it goes on from the ids; another takes the texts. `kept` and `opening` are as in `Turn`.
+`parts` are the checksums of all that a store's answers depend on. Where a reader has the same, it goes on from the ids;
+another takes the texts. `kept` and `opening` are as in `Turn`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
-from qmix.disk import written_whole
 from qmix.errors import QmixError, SessionError
-from qmix.runner import Runner
+from qmix.files import written_whole
 from qmix.sampling import Sampling
 
 SCHEMA = "qmix-chat-1"
@@ -37,7 +34,7 @@ def save(session: Session, path: Path) -> None:
     turns = conversation.turns if rendered else [_text_alone(turn) for turn in conversation.turns]
     content = {
         "schema": SCHEMA,
-        "model": {"name": session.runner.store.source_name, **_identity(session.runner)},
+        "model": {"name": session.runner.store.source_name, "parts": session.runner.store.parts},
         "system": conversation.system,
         "settings": saved_settings(session.settings),
         "forgotten": conversation.forgotten,
@@ -63,7 +60,8 @@ def load(session: Session, path: Path) -> str | None:
         turns = [_turn(entry, content["system"]) for entry in content["turns"]]
         settings, forgotten = restored_settings(content["settings"]), content["forgotten"]
         Sampling(**settings)
-        same = {name: content["model"][name] for name in ("fingerprint", "template")} == _identity(session.runner)
+        saved = dict(content["model"].get("parts") or {})  # none of an earlier qmix
+        same = saved == session.runner.store.parts
         if not isinstance(content["system"], str) or type(forgotten) is not int:
             raise TypeError("of another type than it must be")
         if not 0 <= forgotten <= len(turns):
@@ -76,7 +74,12 @@ def load(session: Session, path: Path) -> str | None:
     conversation.system, conversation.forgotten = content["system"], forgotten
     conversation.turns = turns if same else [_text_alone(turn) for turn in turns]
     session.settings = settings
-    return None if same else f"{path}: saved with {content['model'].get('name')}; its texts are taken, all is read anew"
+    if same:
+        return None
+    now = session.runner.store.parts
+    others = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
+    what = f"{content['model'].get('name')} with other {' and '.join(others)}"
+    return f"{path}: saved with {what}; its texts are taken, all is read anew"
 
 
 def save_cache(session: Session, path: Path) -> int:
@@ -105,12 +108,6 @@ def load_cache(session: Session, path: Path) -> str | None:
 
 def kv_path(path: Path) -> Path:
     return path.with_name(path.name + KV_SUFFIX)
-
-
-def _identity(runner: Runner) -> dict[str, str | None]:
-    template = runner.tokenizer.chat_template
-    digest = None if not template else xxhash.xxh3_64_hexdigest(json.dumps(template, sort_keys=True).encode())
-    return {"fingerprint": runner.store.fingerprint, "template": digest}
 
 
 def _read(path: Path) -> dict[str, Any]:
