@@ -55,7 +55,7 @@ IDENTITY_LENGTH = 12  # of the identity's digits, in a store's name
 SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst
 AS_IT_IS = "leave it out, or quantize its checkpoint"
 NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
-COMPARING = "comparing its weights with those of the store that is there"
+COMPARING = "comparing its weights with those that were read before"
 INTERRUPTED = "interrupted; the same command goes on where it was stopped"
 
 
@@ -153,13 +153,18 @@ def _place(checkpoint: Checkpoint, slug: str, on_progress: OnProgress) -> Path:
     others = _fingerprints(slug)
     if is_store(directory) or not others:
         return directory
-    known = checkpoint.known_fingerprint
-    if known is None:
-        from qmix.checkpoint.fingerprint import read_fingerprint  # loads torch, which a plan does without
+    return others.get(fingerprint_of(checkpoint, on_progress), directory)
 
-        total = sum(weight.nbytes for weight in checkpoint.weights.values())
-        known = read_fingerprint(checkpoint, counted(total, on_progress, COMPARING))
-    return others.get(known, directory)
+
+def fingerprint_of(checkpoint: Checkpoint, on_progress: OnProgress = ignore) -> str:
+    """Return a checkpoint's fingerprint, for which all of it is read where it is not known."""
+    known = checkpoint.known_fingerprint
+    if known is not None:
+        return known
+    from qmix.checkpoint.fingerprint import read_fingerprint  # loads torch, which a plan does without
+
+    total = sum(weight.nbytes for weight in checkpoint.weights.values())
+    return read_fingerprint(checkpoint, counted(total, on_progress, COMPARING))
 
 
 def _fingerprints(slug: str) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from qmix import prepare
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.errors import CheckpointError, StoreError
-from qmix.prepare import layout_for, prepare_store
+from qmix.prepare import COMPARING, layout_for, prepare_store
 from qmix.progress import Progress
 from qmix.quantize import quantize
 from qmix.store import open_store
@@ -170,7 +170,7 @@ def test_a_copy_is_compared_once_and_uses_the_store_that_is_there(
     store, notes = prepare_store(checkpoint, SPEC), set()
     change(checkpoint / SHARD)
     assert prepare_store(checkpoint, SPEC, on_progress=lambda progress: notes.add(progress.note)) == store
-    assert notes == {"comparing its weights with those of the store that is there"}
+    assert notes == {COMPARING}
     monkeypatch.setattr("qmix.checkpoint.fingerprint.WeightFile", None)
     assert prepare_store(checkpoint, SPEC) == store
     assert len(in_this_process) == 1

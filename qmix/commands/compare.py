@@ -61,9 +61,12 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.layerwise import LayerwisePass, check_memory, memory_needed
     from qmix.machine import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
-    from qmix.prepare import DEFAULT_PRECISION, layout_for
+    from qmix.prepare import DEFAULT_PRECISION, fingerprint_of, layout_for
     from qmix.terminal import ProgressDisplay, fidelity_table, print_table, say
 
+    if stores or options["profile"]:  # which must be of the same weights
+        with ProgressDisplay(f"reading {name}") as display:
+            fingerprint_of(checkpoint, display)
     dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
     specs = _specs(checkpoint, dtype, options["precisions"], options["profile"], options["budgets"])
     if not specs and not stores:
