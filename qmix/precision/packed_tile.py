@@ -59,7 +59,8 @@ PARTS = PACK_ROWS // LANES  # vectors of sums of a group
 # Rows of x in a tile, times the vectors of a group: 24 registers of 32, or 8 of 16.
 PACKED_TOKENS = 12 if current().registers == 32 else max(1, 8 // PARTS)
 # Groups side by side, so that few rows of x make as many independent sums: each waits for its own last addition.
-PACKED_GROUPS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2} if current().registers == 32 else {1: max(1, 8 // PARTS)}
+# Sixteen registers hold one group's and what it is looked up with; two were spilled.
+PACKED_GROUPS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2} if current().registers == 32 else {}
 BLOCK_TOKENS = 12 if current().registers == 32 else max(1, 12 // PARTS)  # rows of x in a tile over widened weights
 AHEAD = 1024  # bytes of each group's codes fetched ahead: one row of x takes 1.7 ms an expert; 2.4 at 3072, 1.8 at 6144
 X_ITEM = 2 if current().pairs else 4  # bytes of a number of x
@@ -266,12 +267,28 @@ def _block_by_tokens(b: Builder, kind: str, tokens: int, arguments: Sequence[Val
     totals = _places(b, tokens, 1)
     clear(b, chain.from_iterable(totals))
     with cgutils.for_range(b, ir.Constant(I64, BLOCK)) as column:
-        place = b.add(weights, times(b, column.index, 4 * PACK_ROWS))
-        vectors = [load(b, place, 4 * LANES * part, SUMS) for part in range(PARTS)]
-        for t, lines in enumerate(totals):
-            number = spread(b, load(b, b.add(x, times(b, column.index, 4)), 4 * BLOCK * t, FLOAT))
-            for total, vector in zip(lines[0], vectors, strict=True):
-                b.store(add_wide(b, b.load(total), number, vector), total)
+        place, numbers = b.add(weights, times(b, column.index, 4 * PACK_ROWS)), b.add(x, times(b, column.index, 4))
+
+        def vector(part: int) -> Value:
+            return load(b, place, 4 * LANES * part, SUMS)
+
+        def number(t: int) -> Value:
+            return spread(b, load(b, numbers, 4 * BLOCK * t, FLOAT))
+
+        # the fewer operands are held in registers beside the sums, the others are loaded one by one
+        if tokens < PARTS:
+            held = [number(t) for t in range(tokens)]
+            products = (
+                (t, part, held[t], weight) for part in range(PARTS) for weight in [vector(part)] for t in range(tokens)
+            )
+        else:
+            kept = [vector(part) for part in range(PARTS)]
+            products = (
+                (t, part, one, kept[part]) for t in range(tokens) for one in [number(t)] for part in range(PARTS)
+            )
+        for t, part, one, weight in products:
+            total = totals[t][0][part]
+            b.store(add_wide(b, b.load(total), one, weight), total)
     _add_scaled(b, kind, totals, absmax, stride, sums)
 
 
