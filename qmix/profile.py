@@ -22,10 +22,9 @@ from typing import Any
 import msgspec
 
 from qmix.allocation import Allocator, Precisions, too_small
-from qmix.disk import written_whole
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
-from qmix.files import read_versioned
+from qmix.files import read_versioned, written_whole
 from qmix.geometry import Geometry
 from qmix.precision.formats import PRECISIONS
 from qmix.precision.record import record_layout

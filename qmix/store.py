@@ -37,6 +37,7 @@ PROFILE = "profile.json"
 CONFIG = "config.json"
 SMALL_FILES = (CONFIG, *TOKENIZER_FILES)  # what answers depend on besides the weights
 EDITABLE = ("generation_config.json", "chat_template.jinja")  # of them, those that people adapt in a store
+WEIGHTS = "weights"  # the part of a store's digest that is not a small file
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 has no checksums of small files but the config's, and no digest of the manifest
 RESTORE = "run `qmix quantize` again on its checkpoint and this store, which brings the checkpoint's own back"
@@ -71,7 +72,7 @@ class Store:
     """An opened store. `dense_checksums` is by tensor name, `record_checksums` [layer][expert].
 
     `small_files` are the SHA-256 of the model's own small files as the store was made with them, by name. `parts` are
-    those of all that answers depend on, as it is now: "weights" for the manifest, then small files by name.
+    those of all that answers depend on, as it is now: WEIGHTS for the manifest, then small files by name.
     """
 
     directory: Path
@@ -154,7 +155,7 @@ def open_store(directory: Path) -> Store:
         if partial_directory(directory).is_dir():
             raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
-    content, found = _manifest(path)
+    content, found = read_manifest(path)
     config = read_json(directory / CONFIG, dict[str, Any], StoreError, REMAKE)
     layout = _layout(directory, found, config)
     store = Store(
@@ -175,8 +176,8 @@ def open_store(directory: Path) -> Store:
     return store
 
 
-def _manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
-    """Return what a manifest says, as it is and typed, once its version and its own digest are right."""
+def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
+    """Return what a manifest says, as it is and typed. Raises StoreError where its version or its digest is wrong."""
     data = read_bounded(path, JSON_LIMIT, StoreError, REMAKE)
     content = decode_json(data, dict[str, Any], str(path), StoreError, REMAKE)
     version = content.get("format_version")
@@ -210,7 +211,7 @@ def _parts(directory: Path, content: Mapping[str, Any]) -> dict[str, str]:
         weights["checksums"] = {name: value for name, value in checksums.items() if name != "files"}
     there = {name: directory / name for name in SMALL_FILES if (directory / name).is_file()}
     files = {name: file_digest(read_bounded(path, JSON_LIMIT, StoreError, RESTORE)) for name, path in there.items()}
-    return {"weights": digest_of(weights), **files}
+    return {WEIGHTS: digest_of(weights), **files}
 
 
 def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_a_chat_that_cannot_be_kept_says_so_once_and_goes_on(qmix, tmp_path):
 DEEP = '{"schema": "qmix-chat-1", "turns": ' + "[" * 100_000 + "]" * 100_000 + "}"
 TURN = '{{"user": "a", "answer": "b", "kept": {}, "opening": [1], "answer_ids": [2]}}'
 WHOLE = (
-    '{{"schema": "qmix-chat-1", "model": {{"name": "a", "fingerprint": "b", "template": null}}, "system": "", '
+    '{{"schema": "qmix-chat-1", "model": {{"name": "a", "parts": {{}}}}, "system": "", '
     '"settings": {}, "forgotten": {}, "turns": {}}}'
 )
 ODD = {

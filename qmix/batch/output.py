@@ -11,10 +11,30 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import msgspec
+
 from qmix.errors import QmixError, UsageError
-from qmix.files import LineFile, write_whole
+from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
+ELSEWHERE = "choose another name for the answers"
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """What of a line counts here."""
+
+    custom_id: str
+    error: Any
+
+
+class _Chosen(msgspec.Struct, frozen=True):
+    seed: int
+    created: int
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    subject: dict[str, Any]
+    chosen: _Chosen
 
 
 class Answers(Protocol):
@@ -84,12 +104,12 @@ class FileAnswers:
         if known is None and self.done:
             raise UsageError(f"{self.path}: is there, without {self.manifest.name}; choose another name, or delete it")
         if known is not None and self.done:
-            if differs := _differences(known["subject"], subject):
+            if differs := _differences(known.subject, subject):
                 raise UsageError(
                     f"{self.path}: has answers of another run ({differs}); give what it was begun with, "
                     "choose another name, or delete it"
                 )
-            return dict(known["chosen"])
+            return msgspec.structs.asdict(known.chosen)
         self._write_manifest({"schema": SCHEMA, "subject": dict(subject), "chosen": dict(chosen)})
         return dict(chosen)
 
@@ -102,26 +122,19 @@ class FileAnswers:
         done: set[str] = set()
         refused = 0
         for number, raw in enumerate(self._file.lines(), 1):
-            try:
-                answer = json.loads(raw)
-                done.add(answer["custom_id"])
-                refused += answer["error"] is not None
-            except (ValueError, TypeError, KeyError):
-                raise UsageError(
-                    f"{self.path}: line {number} is no answer of a batch; choose another name, or delete the file"
-                ) from None
+            where = f"{self.path}: line {number} is no answer of a batch"
+            answer = decode_json(raw, _Answer, where, UsageError, "choose another name, or delete the file")
+            done.add(answer.custom_id)
+            refused += answer.error is not None
         return done, refused
 
-    def _known(self) -> dict[str, Any] | None:
-        try:
-            known = json.loads(self.manifest.read_text("utf-8"))
-            if known["schema"] != SCHEMA:
-                raise UsageError(f"{self.manifest}: of another version of qmix; choose another name for the answers")
-            return {"subject": dict(known["subject"]), "chosen": dict(known["chosen"])}
-        except FileNotFoundError:
+    def _known(self) -> _Manifest | None:
+        if not self.manifest.exists():
             return None
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{self.manifest}: is damaged; choose another name for the answers") from None
+        content = read_json(self.manifest, dict[str, Any], UsageError, ELSEWHERE)
+        if content.get("schema") != SCHEMA:
+            raise UsageError(f"{self.manifest}: of another version of qmix; {ELSEWHERE}")
+        return convert_json(content, _Manifest, str(self.manifest), UsageError, ELSEWHERE)
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
         try:
@@ -136,6 +149,14 @@ def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     for name in [*known, *(name for name in asked if name not in known)]:
         was, now = known.get(name), asked.get(name)
         if was != now:
-            by_name = isinstance(was, str) and isinstance(now, str) and len(was) == len(now) == 64
-            found.append(f"another {name}" if by_name else f"{name} {json.dumps(was)}, now {json.dumps(now)}")
+            if _is_checksum(was) and _is_checksum(now):
+                found.append(f"another {name}")
+            elif _is_checksum(was or now) and not (was and now):
+                found.append(f"now {'without' if was else 'with'} {name}")
+            else:
+                found.append(f"{name} {json.dumps(was)}, now {json.dumps(now)}")
     return "; ".join(found)
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64

@@ -21,7 +21,7 @@ from qmix.chat_template import ChatTemplate
 from qmix.errors import UsageError
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
-from qmix.store import MANIFEST, Store
+from qmix.store import WEIGHTS, Store
 from qmix.tokenizer import load_tokenizer
 
 
@@ -100,8 +100,8 @@ def _subject(
     store: Store, requests: Requests, options: Mapping[str, Any], context: int, seed: int | None
 ) -> dict[str, Any]:
     """What answers belong to, as JSON has it: input, model, and all options that change them."""
-    model = hashlib.sha256((store.directory / MANIFEST).read_bytes()).hexdigest()
+    model = {"model" if part == WEIGHTS else part: digest for part, digest in sorted(store.parts.items())}
     named = {f"--{name.replace('_', '-')}": value for name, value in sorted(options.items())}
-    subject = {"input": requests.digest, "model": model, **named, "--context": context, "--seed": seed}
+    subject = {"input": requests.digest, **model, **named, "--context": context, "--seed": seed}
     whole: dict[str, Any] = json.loads(json.dumps(subject))
     return whole

@@ -1,32 +1,28 @@
 """A session as a JSON file: who said what, the token ids of it, and the settings.
 
     {"schema": "qmix-chat-1",
-     "model": {"name": ..., "fingerprint": ..., "template": ...},
+     "model": {"name": ..., "parts": {"weights": ..., "tokenizer.json": ...}},
      "system": "...", "settings": {"temperature": 0.7}, "forgotten": 0,
      "turns": [{"user": "...", "answer": "...", "kept": 0, "opening": [1, 3, ...], "answer_ids": [...]}]}
 
-`fingerprint` is that of the weights, `template` a digest of the chat template (null for a base model). Where a reader
-has the same of both, it goes on from the ids; another takes the texts. `kept` and `opening` are as in `Turn`.
+`parts` are the checksums of all that a store's answers depend on. Where a reader has the same, it goes on from the ids;
+another takes the texts. `kept` and `opening` are as in `Turn`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import xxhash
 
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
-from qmix.disk import written_whole
 from qmix.errors import QmixError, SessionError
-from qmix.files import JSON_LIMIT, decode_json, read_bounded
-from qmix.runner import Runner
+from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
 from qmix.sampling import Sampling
 
 SCHEMA = "qmix-chat-1"
@@ -50,8 +46,7 @@ class SavedModel(msgspec.Struct):
     """The model that a session was saved with."""
 
     name: str | None
-    fingerprint: str | None
-    template: str | None
+    parts: dict[str, str] = {}  # none of an earlier qmix
 
 
 class SavedSession(msgspec.Struct):
@@ -72,7 +67,7 @@ def save(session: Session, path: Path) -> None:
     turns = conversation.turns if rendered else [_text_alone(turn) for turn in conversation.turns]
     content = SavedSession(
         SCHEMA,
-        SavedModel(session.runner.store.source_name, **_identity(session.runner)),
+        SavedModel(session.runner.store.source_name, session.runner.store.parts),
         conversation.system,
         saved_settings(session.settings),
         conversation.forgotten,
@@ -95,7 +90,7 @@ def load(session: Session, path: Path) -> str | None:
     turns = [
         Turn(turn.user, turn.answer, saved.system, turn.kept, turn.opening, turn.answer_ids) for turn in saved.turns
     ]
-    same = {"fingerprint": saved.model.fingerprint, "template": saved.model.template} == _identity(session.runner)
+    same = saved.model.parts == session.runner.store.parts
     try:
         settings = restored_settings(saved.settings)
         Sampling(**settings)
@@ -109,7 +104,12 @@ def load(session: Session, path: Path) -> str | None:
     conversation.system, conversation.forgotten = saved.system, saved.forgotten
     conversation.turns = turns if same else [_text_alone(turn) for turn in turns]
     session.settings = settings
-    return None if same else f"{path}: saved with {saved.model.name}; its texts are taken, all is read anew"
+    if same:
+        return None
+    now, was = session.runner.store.parts, saved.model.parts
+    others = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+    what = f"{saved.model.name} with other {' and '.join(others)}"
+    return f"{path}: saved with {what}; its texts are taken, all is read anew"
 
 
 def save_cache(session: Session, path: Path) -> int:
@@ -138,12 +138,6 @@ def load_cache(session: Session, path: Path) -> str | None:
 
 def kv_path(path: Path) -> Path:
     return path.with_name(path.name + KV_SUFFIX)
-
-
-def _identity(runner: Runner) -> dict[str, str | None]:
-    template = runner.tokenizer.chat_template
-    digest = None if not template else xxhash.xxh3_64_hexdigest(json.dumps(template, sort_keys=True).encode())
-    return {"fingerprint": runner.store.fingerprint, "template": digest}
 
 
 def _read(path: Path) -> SavedSession:

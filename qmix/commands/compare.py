@@ -62,9 +62,12 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.layerwise import LayerwisePass, check_memory, memory_needed
     from qmix.machine import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
-    from qmix.prepare import DEFAULT_PRECISION, layout_for
+    from qmix.prepare import DEFAULT_PRECISION, fingerprint_of, layout_for
     from qmix.terminal import ProgressDisplay, fidelity_table, print_table, say
 
+    if stores or options["profile"]:  # which must be of the same weights
+        with ProgressDisplay(f"reading {name}") as display:
+            fingerprint_of(checkpoint, display)
     dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
     specs = _specs(checkpoint, dtype, options["precisions"], options["profile"], options["budgets"])
     if not specs and not stores:
@@ -78,9 +81,10 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     hold_to(budget)
     with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
         found = run(layers, sequences)
+        fingerprint = layers.fingerprint() if as_json else ""
     predicted = tokens - len(sequences)
     if as_json:
-        out(json.dumps(_content(name, checkpoint.fingerprint, predicted, window, found)) + "\n")
+        out(json.dumps(_content(name, fingerprint, predicted, window, found)) + "\n")
         return
     print_table(fidelity_table(found))
     say(f"{predicted} tokens predicted in windows of {window}, against {against}; KL in nats, +/- its standard error")

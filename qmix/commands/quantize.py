@@ -40,7 +40,7 @@ def quantize(
     quiet_libraries()
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
-    from qmix.prepare import INTERRUPTED, layout_for, open_source
+    from qmix.prepare import INTERRUPTED, fingerprint_of, layout_for, open_source
     from qmix.quantize import quantize as run
     from qmix.store import is_store, partial_directory
     from qmix.terminal import ProgressDisplay, say
@@ -56,7 +56,9 @@ def quantize(
     if profile is not None:
         from qmix.profile import check_profile
 
-        check_profile(profile, options["profile"], checkpoint.geometry, checkpoint.fingerprint)
+        with ProgressDisplay(f"reading {model}") as display:
+            fingerprint = fingerprint_of(checkpoint, display)
+        check_profile(profile, options["profile"], checkpoint.geometry, fingerprint)
         precision = profile.spec(precision, options["budget"], checkpoint.geometry, dtype or checkpoint.half_dtype)
     layout = layout_for(checkpoint, precision, dtype, clip)
     if not (store.exists() or store.is_symlink()):
