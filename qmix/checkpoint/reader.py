@@ -56,7 +56,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `config`, of `config_file`, is in Hugging Face form, `weights` maps keys to their places."""
+    """An opened checkpoint. `config`, of `config_file`, is in Hugging Face form; `weights` maps keys to places."""
 
     source: Source
     config: dict[str, Any]
