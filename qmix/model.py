@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,11 @@ def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
     Other keys are about training, other programs or how transformers is to run (`torchscript`, `use_cache`,
     `attn_implementation`, `quantization_config`); as attributes of the config they would change what runs.
     """
-    kept = {key: value for key, value in content.items() if key in MODEL_KEYS}
+    kept = deepcopy({key: value for key, value in content.items() if key in MODEL_KEYS})  # transformers changes it
     with _refusals(where):
         config = MixtralConfig(**kept)
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is no activation that transformers has")
         if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
             raise ValueError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size}")
         return config
@@ -169,14 +172,12 @@ def rotary_embedding(config: MixtralConfig, where: Path) -> MixtralRotaryEmbeddi
         return rotary
 
 
-def activation_of(config: MixtralConfig, where: str = "config.json") -> Callable[[torch.Tensor], torch.Tensor]:
-    """An expert's activation. Raises StoreError where transformers has none of that name."""
+def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return an expert's activation."""
     if config.hidden_act == "silu":  # every published Mixtral's; as a function it is done sooner than as a module
         return nn.functional.silu
-    try:
-        return ACT2FN[config.hidden_act]
-    except KeyError:
-        raise StoreError(f"{where}: hidden_act {config.hidden_act!r} is no activation that transformers has") from None
+    activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[config.hidden_act]
+    return activation
 
 
 def read_dense(store: Store) -> dict[str, torch.Tensor]:
@@ -225,6 +226,7 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
         raise StoreError(
             f"{path}: transformers does not take it ({reason[:200]}); correct it or fetch it again"
         ) from None

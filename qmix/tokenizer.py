@@ -54,7 +54,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
                 tokenizer = _from_sentencepiece(vocabulary)
             tokenizer.decode(tokenizer(TRIAL)["input_ids"])
     except _Failure as failure:
-        raise StoreError(f"{_culprit(vocabulary)}: cannot be used as a tokenizer ({failure}); {REMEDY}") from None
+        raise StoreError(f"{_culprit(vocabulary)}: the tokenizer cannot be used ({failure}); {REMEDY}") from None
     return tokenizer
 
 
