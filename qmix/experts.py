@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qmix.gradients import Activation, Forward, differentiable
+from qmix.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.lookahead import Lookahead
 from qmix.plan import PREFILL_CHUNK
 from qmix.pool import ExpertPool
@@ -53,6 +53,8 @@ class PooledExperts(PoolExperts):
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Forward]]:
+        if hidden_states.requires_grad:
+            return one_by_one(self.pool, self.layer, chosen)
         if self.lookahead is None:
             return self.pool.get(self.layer, chosen)
         self.lookahead.chosen(self.layer, chosen)
