@@ -33,7 +33,7 @@ def differentiable(forward: Forward, pool: ExpertPool, key: Key) -> Forward:
 
 
 def one_by_one(pool: ExpertPool, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
-    """Yield each expert in the order given, whichever are in memory: checkpointing compares a pass with its repetition."""
+    """Yield each expert in the order given, whichever are in memory: checkpointing compares a pass with its repeat."""
     for expert in experts:
         yield from pool.get(layer, [expert])
 

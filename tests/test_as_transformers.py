@@ -175,7 +175,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(store, u
 @pytest.mark.slow
 def test_torch_compile_is_refused_when_it_is_called(store):
     for part in (make_model(store), make_model(store).model):
-        with torch.no_grad(), pytest.raises(UsageError, match="torch.compile"):
+        with torch.no_grad(), pytest.raises(UsageError, match=r"torch\.compile"):
             torch.compile(part)(IDS)
 
 
