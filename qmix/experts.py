@@ -36,7 +36,8 @@ class PooledExperts(PoolExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
-        self.check_caller()
+        if self.layer == 0:  # once a pass: it takes a microsecond
+            self.check_caller()
         tokens, top_k = top_k_index.shape
         outputs = hidden_states.new_empty(tokens, top_k, hidden_states.shape[-1])  # [T, k, H]
         chosen = top_k_index[0].tolist() if tokens == 1 else top_k_index.unique().tolist()

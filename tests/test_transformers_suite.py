@@ -46,7 +46,7 @@ class Qmix:
             Plain().made(config).save_pretrained(directory)
             model = self.opened(directory, attn_implementation=config._attn_implementation)
         model.generation_config = transformers.GenerationConfig.from_model_config(config)
-        return model.train()
+        return model.train().requires_grad_(True)
 
     def opened(self, pretrained_model_name_or_path, attn_implementation="sdpa", dtype=None):
         scratch = tempfile.mkdtemp()
@@ -92,6 +92,7 @@ class Tester:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=2,
+            head_dim=self.hidden_size // self.num_attention_heads,
             num_local_experts=8,
             max_position_embeddings=512,
             pad_token_id=self.pad_token_id,

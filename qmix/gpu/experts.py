@@ -130,7 +130,8 @@ class DeviceExperts(PoolExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
-        self.check_caller()
+        if self.layer == 0:  # once a pass: it takes a microsecond
+            self.check_caller()
         tokens, top_k = top_k_index.shape
         routing = Routing(self.read_routing(top_k_index))
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
