@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmix.batch.forms import Forms
 from qmix.batch.lines import Requests
@@ -19,10 +19,16 @@ from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
 from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
 from qmix.errors import UsageError
+from qmix.geometry import Geometry
+from qmix.layout import StoreLayout
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
 from qmix.runner import load_tokenizer
 from qmix.store import MANIFEST, Store
+from qmix.use import Use
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +81,13 @@ def begin(
 
     `options` are Sampling's fields but the seed. Raises UsageError, and DoesNotFitError.
     """
-    longest = store.geometry.max_position
-    if context is not None and not 1 <= context <= longest:
-        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
-    limit = context or default_context(store.geometry)
+    limit = _limit(store.geometry, context)
     subject = _subject(store, requests, options, limit, seed)
     chosen = {"seed": secrets.randbelow(2**31) if seed is None else seed, "created": int(time.time())}
     if isinstance(answers, FileAnswers):
         chosen = answers.begin(subject, chosen)
     tokenizer = load_tokenizer(store.directory)
-    takes = takes_system(tokenizer)
-    asking = Asking(tokenizer, takes, store.geometry, limit, dict(options), chosen["seed"])
+    asking = Asking(tokenizer, takes_system(tokenizer), store.geometry, limit, dict(options), chosen["seed"])
     job = Job.of(requests, asking, answers)
 
     @cache
@@ -95,9 +97,41 @@ def begin(
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
     forms = Forms(identity, store.source_name, chosen["created"], text_of)
     run = BatchRun(requests, job, asking, forms, answers)
+    plan = _plan(store.layout, requests, job, ram, batch, store.use)
+    folds_system = bool(tokenizer.chat_template) and not asking.takes_system
+    return Session(store, requests, run, plan, chosen["seed"], folds_system)
+
+
+def check_budget(
+    layout: StoreLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Requests,
+    answers: FileAnswers | StreamAnswers,
+    options: Mapping[str, Any],
+    context: int | None,
+    ram: int | None,
+    batch: int | None,
+) -> None:
+    """Look at every line before there is a store. Raises as `begin` does where the plan could not be made."""
+    limit = _limit(layout.geometry, context)
+    asking = Asking(tokenizer, takes_system(tokenizer), layout.geometry, limit, dict(options), seed=0)
+    _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None)
+
+
+def _limit(geometry: Geometry, context: int | None) -> int:
+    """Tokens that prompt and answer of a line may take together."""
+    longest = geometry.max_position
+    if context is not None and not 1 <= context <= longest:
+        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
+    return context or default_context(geometry)
+
+
+def _plan(
+    layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: Use | None
+) -> Plan | None:
+    """The plan for what is left, None where nothing is."""
     held = ENTRY_BYTES * len(requests.entries)
-    plan = plan_lines(store.layout, job.needs, ram, batch, held, store.use) if job.needs else None
-    return Session(store, requests, run, plan, chosen["seed"], bool(tokenizer.chat_template) and not takes)
+    return plan_lines(layout, job.needs, ram, batch, held, use) if job.needs else None
 
 
 def _subject(

@@ -46,12 +46,13 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
     from calibration.corpus import Passage, alternating, bundled, from_file, windows
 
     documents = [document for path in paths for document in from_file(path)] or alternating(bundled())
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     whole = [Passage(document.language, tokenizer(document.text, verbose=False)["input_ids"]) for document in documents]
     return windows(whole, window, tokens)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises CheckpointError where it has none."""
     from qmix.checkpoint.reader import TOKENIZERS
     from qmix.runner import load_tokenizer
 

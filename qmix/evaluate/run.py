@@ -19,6 +19,7 @@ from qmix import __version__
 from qmix.bench import precision_of
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
+from qmix.evaluate.engine import Engine
 from qmix.evaluate.model import QmixLM
 from qmix.files import write_whole
 
@@ -29,7 +30,11 @@ SEEDS = (0, 1234)  # of random and numpy, for tasks that draw: the harness's own
 
 
 def run_tasks(lm: QmixLM, loaded: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """The harness's results of loaded tasks, on the first `limit` questions of each."""
+    """The harness's results of loaded tasks, on the first `limit` questions of each.
+
+    Raises DoesNotFitError, before anything is computed, with a budget that does for all of them.
+    """
+    lm.coming = lambda: [request for task in loaded["tasks"].values() for request in task.instances]
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of its resampling there
@@ -39,6 +44,7 @@ def run_tasks(lm: QmixLM, loaded: dict[str, Any], limit: int | None) -> dict[str
 
 def report(lm: QmixLM, found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The results as qmix writes them; `settings` are the command's, with the tasks by name."""
+    assert isinstance(lm.engine, Engine)
     store = lm.engine.store
     model = {
         "name": store.source_name,
