@@ -28,10 +28,10 @@ from qmix.errors import CheckpointError, StoreError
 from qmix.layout import StoreLayout
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
-from qmix.profile import Profile, write_profile
+from qmix.profile import Profile
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.safetensors_header import ITEM_BYTES
-from qmix.store import PROFILE, Store, is_store, open_store
+from qmix.store import Store, is_store, open_store, put_profile
 from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
@@ -120,7 +120,7 @@ def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, prof
         made = f"made {'with' if store.layout.clip else 'without'} --clip"
         raise StoreError(f"{directory}: is a store of this model {made}; choose another name")
     if profile is not None and profile != store.profile:
-        write_profile(directory / PROFILE, profile.to_json())
+        put_profile(directory, profile)
         store = replace(store, profile=profile)
     return store
 

@@ -95,7 +95,7 @@ def stage(tmp_path_factory, commands, first_use) -> Path:
     edited(tiny, stage / "noexperts", EXPERTS, lambda content: None)
     edited(tiny, stage / "cutmanifest", "qmix.json", lambda content: content[:1000])
     edited(tiny, stage / "oddmanifest", "qmix.json", replaced(precisions=[["q4"]]))
-    edited(tiny, stage / "version2", "qmix.json", replaced(format_version=2))
+    edited(tiny, stage / "version3", "qmix.json", replaced(format_version=3))
     edited(tiny, stage / "half.partial", "qmix.json", lambda content: None)
     edited(tiny, stage / "notokens", "tokenizer.json", lambda content: None)
     edited(tiny, stage / "badtokens", "tokenizer.json", lambda content: content[:1000])

@@ -17,7 +17,7 @@ from stores import make_model, make_pool, make_store
 from qmix.errors import REMAKE, StoreError, mending
 from qmix.geometry import Geometry
 from qmix.model import read_dense
-from qmix.store import Store, open_store
+from qmix.store import Store, open_store, sealed
 
 SPEC = "nf4,1.*=int8,*.3=half"
 LAYER = "experts-00001.safetensors"
@@ -49,9 +49,10 @@ def flip(path: Path, offset: int) -> None:
 
 
 def edit(path: Path, change: Callable[[dict], Any]) -> None:
+    """Change a manifest, and its digest with it: what is tested is the check behind that of the digest."""
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(sealed(content)))
 
 
 def read_records(store: Store) -> list[tuple[int, int]]:
@@ -181,30 +182,42 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_found_when_it_is_read(s
         assert str(store / name) in refusal(lambda read=read: read(opened))
 
 
-DAMAGED = f"damaged; {REMAKE}"
+UNKNOWN = f"names a precision or a dtype that there is none of; {REMAKE}"
 MANIFESTS = {
     "no JSON": (
         lambda path: path.write_text("{"),
-        f"damaged, not valid JSON; {REMAKE}",
+        f"invalid JSON: Input data was truncated; {REMAKE}",
     ),
     "no text": (
         lambda path: path.write_bytes(b"\xff\xfe"),
-        f"damaged, not valid JSON; {REMAKE}",
+        f"invalid JSON: not UTF-8 (byte 1); {REMAKE}",
     ),
-    "no object": (lambda path: path.write_text("[]"), DAMAGED),
-    "other format": (lambda path: edit(path, lambda m: m.update(format="x")), "format version 1, this qmix"),
+    "no object": (lambda path: path.write_text("[]"), f"expected object, got array; {REMAKE}"),
+    "other format": (lambda path: edit(path, lambda m: m.update(format="x")), "format version 2, this qmix"),
     "other version": (
-        lambda path: edit(path, lambda m: m.update(format_version=2)),
-        f"format version 2, this qmix reads 1; {REMAKE}",
+        lambda path: edit(path, lambda m: m.update(format_version=3)),
+        f"format version 3, this qmix reads 2; {REMAKE}",
     ),
-    "no precisions": (lambda path: edit(path, lambda m: m.pop("precisions")), DAMAGED),
-    "precisions of another kind": (lambda path: edit(path, lambda m: m.update(precisions=4)), DAMAGED),
-    "precisions of lists": (lambda path: edit(path, lambda m: m.update(precisions=[[["nf4"]]])), DAMAGED),
-    "unknown precision": (lambda path: edit(path, lambda m: m["precisions"][0].__setitem__(0, "nf3")), DAMAGED),
-    "unknown dtype": (lambda path: edit(path, lambda m: m.update(dtype="fp8")), DAMAGED),
-    "dtype of another kind": (lambda path: edit(path, lambda m: m.update(dtype=[])), DAMAGED),
-    "no checksums": (lambda path: edit(path, lambda m: m.update(checksums={})), DAMAGED),
-    "no source": (lambda path: edit(path, lambda m: m.update(source=None)), DAMAGED),
+    "no precisions": (
+        lambda path: edit(path, lambda m: m.pop("precisions")),
+        "object missing required field precisions",
+    ),
+    "precisions of another kind": (
+        lambda path: edit(path, lambda m: m.update(precisions=4)),
+        f"precisions: expected array, got int; {REMAKE}",
+    ),
+    "precisions of lists": (
+        lambda path: edit(path, lambda m: m.update(precisions=[[["nf4"]]])),
+        "precisions[0][0]: expected str, got array",
+    ),
+    "unknown precision": (lambda path: edit(path, lambda m: m["precisions"][0].__setitem__(0, "nf3")), UNKNOWN),
+    "unknown dtype": (lambda path: edit(path, lambda m: m.update(dtype="fp8")), UNKNOWN),
+    "dtype of another kind": (lambda path: edit(path, lambda m: m.update(dtype=[])), "dtype: expected str, got array"),
+    "no checksums": (
+        lambda path: edit(path, lambda m: m.update(checksums={})),
+        "checksums: object missing required field dense",
+    ),
+    "no source": (lambda path: edit(path, lambda m: m.update(source=None)), "source: expected object, got null"),
     "a layer too few": (lambda path: edit(path, lambda m: m["precisions"].pop()), "belongs to another model"),
     "an expert too few": (
         lambda path: edit(path, lambda m: m["precisions"][1].pop()),
