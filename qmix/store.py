@@ -154,9 +154,9 @@ def open_store(directory: Path) -> Store:
         if partial_directory(directory).is_dir():
             raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
-    content, found = _manifest(path)
+    content, found = read_manifest(path)
     config = read_json(directory / CONFIG, dict[str, Any], StoreError, REMAKE)
-    layout = _layout(directory, found, config)
+    layout = layout_of(directory, found, config)
     store = Store(
         directory=directory,
         layout=layout,
@@ -167,7 +167,7 @@ def open_store(directory: Path) -> Store:
         record_checksums=found.checksums.records,
         small_files=found.checksums.files,
         parts=_parts(directory, content),
-        profile=_profile(directory / PROFILE, layout.geometry, found.source.fingerprint, content["format_version"]),
+        profile=profile_of(directory / PROFILE, layout.geometry, found.source.fingerprint, content["format_version"]),
     )
     for file in layout.files:
         _check_file(store.path(file), file)
@@ -175,7 +175,7 @@ def open_store(directory: Path) -> Store:
     return store
 
 
-def _manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
+def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
     """Return what a manifest says, as it is and typed, once its version and its own digest are right."""
     data = read_bounded(path, JSON_LIMIT, StoreError, REMAKE)
     content = decode_json(data, dict[str, Any], str(path), StoreError, REMAKE)
@@ -187,7 +187,7 @@ def _manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
     return content, decode_json(data, Manifest, str(path), StoreError, REMAKE)
 
 
-def _layout(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLayout:
+def layout_of(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLayout:
     path = directory / MANIFEST
     if found.dtype not in DTYPES or not set(PRECISIONS).issuperset(name for row in found.precisions for name in row):
         raise StoreError(f"{path}: names a precision or a dtype that there is none of; {REMAKE}")
@@ -237,7 +237,7 @@ def put_profile(directory: Path, profile: Profile) -> None:
     write_profile(directory / PROFILE, sealed(profile.to_json()))
 
 
-def _profile(path: Path, geometry: Geometry, fingerprint: str, version: int) -> Profile | None:
+def profile_of(path: Path, geometry: Geometry, fingerprint: str, version: int) -> Profile | None:
     """Return the profile that a store was quantised with, None where it has none."""
     if not path.exists():
         return None
