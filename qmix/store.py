@@ -176,7 +176,7 @@ def open_store(directory: Path) -> Store:
 
 
 def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
-    """Return what a manifest says, as it is and typed, once its version and its own digest are right."""
+    """Return what a manifest says, as it is and typed. Raises StoreError where its version or its digest is wrong."""
     data = read_bounded(path, JSON_LIMIT, StoreError, REMAKE)
     content = decode_json(data, dict[str, Any], str(path), StoreError, REMAKE)
     version = content.get("format_version")

@@ -62,9 +62,10 @@ def _torn_write(write: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _torn_journal(append: Callable[..., Any]) -> Callable[..., Any]:
-    def half(journal: Any, entries: list[dict[str, Any]]) -> None:
-        text = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
-        os.write(journal._file.fileno(), text[:-7])
+    def half(journal: Any, entries: list[Any]) -> None:
+        from qmix.journal import encoded
+
+        os.write(journal._file.fileno(), b"".join(map(encoded, entries))[:-7])
         _die()
 
     return half

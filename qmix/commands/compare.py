@@ -76,9 +76,10 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
     with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
         found = run(layers, sequences)
+        fingerprint = layers.fingerprint() if as_json else ""
     predicted = tokens - len(sequences)
     if as_json:
-        out(json.dumps(_content(name, checkpoint.fingerprint, predicted, window, found)) + "\n")
+        out(json.dumps(_content(name, fingerprint, predicted, window, found)) + "\n")
         return
     print_table(fidelity_table(found))
     say(f"{predicted} tokens predicted in windows of {window}, against {against}; KL in nats, +/- its standard error")
