@@ -3,6 +3,7 @@
     qmix.json                   manifest: format version, source, precision of every expert, checksums, its own digest
     dense.safetensors           everything that is not an expert, in half precision
     experts-00000.safetensors   one layer's expert records, aligned for O_DIRECT
+    source.json                 where the checkpoint was that it is made from
     profile.json                how often each expert is used, if it was quantised with a profile
     config.json, tokenizer*     the model's own
 
@@ -25,7 +26,7 @@ import msgspec
 import xxhash
 
 from qmix.checkpoint.reader import TOKENIZER_FILES, TOKENIZERS
-from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
+from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError, mending
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, read_json
 from qmix.geometry import Geometry
 from qmix.layout import FileLayout, StoreLayout
@@ -34,6 +35,7 @@ from qmix.profile import Profile, Table, check_profile, read_profile, write_prof
 
 MANIFEST = "qmix.json"
 PROFILE = "profile.json"
+ORIGIN = "source.json"
 CONFIG = "config.json"
 SMALL_FILES = (CONFIG, *TOKENIZER_FILES)  # what answers depend on besides the weights
 EDITABLE = ("generation_config.json", "chat_template.jinja")  # of them, those that people adapt in a store
@@ -155,7 +157,7 @@ def open_store(directory: Path) -> Store:
             raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
     content, found = read_manifest(path)
-    config = read_json(directory / CONFIG, dict[str, Any], StoreError, REMAKE)
+    config = read_json(directory / CONFIG, dict[str, Any], StoreError, mending(directory))
     layout = layout_of(directory, found, config)
     store = Store(
         directory=directory,
@@ -199,7 +201,7 @@ def layout_of(directory: Path, found: Manifest, config: dict[str, Any]) -> Store
     if any(
         (len(table), {len(row) for row in table}) != (geometry.num_layers, {geometry.num_experts}) for table in tables
     ):
-        raise StoreError(f"{path}: belongs to another model than {directory / CONFIG}; {REMAKE}")
+        raise StoreError(f"{path}: belongs to another model than {directory / CONFIG}; {mending(directory)}")
     return StoreLayout(geometry, found.precisions, found.dtype, found.clip)
 
 
@@ -232,6 +234,17 @@ def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:
         raise StoreError(f"{path}: {'changed since the store was made' if found else 'missing'}; {RESTORE}")
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """Where a store's checkpoint was when it was made; nothing else depends on it."""
+
+    location: str
+
+
+def put_origin(directory: Path, location: str) -> None:
+    """Let a store say where its checkpoint is. Raises OSError."""
+    (directory / ORIGIN).write_bytes(msgspec.json.encode(Origin(location)) + b"\n")
+
+
 def put_profile(directory: Path, profile: Profile) -> None:
     """Let a store carry a profile. Raises QmixError naming the file."""
     write_profile(directory / PROFILE, sealed(profile.to_json()))
@@ -258,8 +271,8 @@ def _check_file(path: Path, layout: FileLayout) -> None:
         with path.open("rb") as file:
             header = file.read(len(layout.header))
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; {REMAKE}") from None
+        raise StoreError(f"{path}: {error.strerror}; {mending(path.parent)}") from None
     if header != layout.header[: len(header)]:
-        raise StoreError(f"{path}: damaged, or of another model than this store; {REMAKE}")
+        raise StoreError(f"{path}: damaged, or of another model than this store; {mending(path.parent)}")
     if size != layout.size:
-        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {REMAKE}")
+        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {mending(path.parent)}")

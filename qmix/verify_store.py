@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import xxhash
 
+from qmix.checkpoint.reader import TOKENIZERS
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.disk import DirectMemory, UncachedFile
 from qmix.errors import CheckpointError, StoreError
@@ -34,6 +35,7 @@ from qmix.store import (
     EDITABLE,
     MANIFEST,
     PROFILE,
+    SMALL_FILES,
     Manifest,
     file_digest,
     layout_of,
@@ -44,6 +46,8 @@ from qmix.store_writer import places
 
 WINDOW_BYTES = 2 * PIECE_BYTES
 WINDOWS = 4  # in memory
+MISSING = "missing"
+STRANGE = "a file beside the store's own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,11 @@ class Verification:
     unchecked: tuple[str, ...] = ()
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the manifest is damaged: then nothing says what the rest should be."""
+        return any(damage.file == MANIFEST for damage in self.damages)
+
+    @property
     def rate(self) -> float:
         """Bytes/s."""
         return self.nbytes / self.seconds
@@ -111,8 +120,8 @@ class Verification:
         }
 
 
-def verify_store(directory: Path, on_progress: OnProgress = ignore) -> Verification:
-    """Read all of a store. Raises StoreError only where the directory is none."""
+def verify_store(directory: Path, on_progress: OnProgress = ignore, layout: StoreLayout | None = None) -> Verification:
+    """Read all of a store; `layout` is for one whose config cannot tell. Raises StoreError where it is no store."""
     started = time.perf_counter()
     if not (directory / MANIFEST).is_file():
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing); name a store's directory")
@@ -123,8 +132,7 @@ def verify_store(directory: Path, on_progress: OnProgress = ignore) -> Verificat
         damage = Damage(MANIFEST, "the manifest", _reason(error, directory / MANIFEST))
         return Verification(directory, 0, 0, 0, time.perf_counter() - started, (damage,), unchecked)
     damages, small = _small_files(directory, content, found)
-    layout = None
-    if all(damage.file != CONFIG for damage in damages):
+    if layout is None and all(damage.file != CONFIG for damage in damages):
         try:
             layout = layout_of(directory, found, read_json(directory / CONFIG, dict[str, Any], StoreError, ""))
             damages += _profile(directory, layout, content)
@@ -152,10 +160,18 @@ def _small_files(directory: Path, content: dict[str, Any], found: Manifest) -> t
             if path.exists() or name not in EDITABLE:
                 damages.append(Damage(name, "the file", _reason(error, path)))
             continue
-        digest = xxhash.xxh3_64_hexdigest(data) if content["format_version"] == 1 else file_digest(data)
-        if digest != want and name not in EDITABLE:
+        if small_digest(content, data) != want and name not in EDITABLE:
             damages.append(Damage(name, "the file", "not as the store was made with"))
+    if content["format_version"] != 1 and not known.keys().isdisjoint(TOKENIZERS):
+        beside = [name for name in SMALL_FILES if name not in known and name not in EDITABLE]
+        why = "not there when the store was made"
+        damages += [Damage(name, STRANGE, why) for name in beside if (directory / name).exists()]
     return damages, len(known)
+
+
+def small_digest(content: dict[str, Any], data: bytes) -> str:
+    """Return the checksum by which a manifest of this content knows a small file."""
+    return xxhash.xxh3_64_hexdigest(data) if content["format_version"] == 1 else file_digest(data)
 
 
 def _profile(directory: Path, layout: StoreLayout, content: dict[str, Any]) -> list[Damage]:
@@ -172,12 +188,12 @@ def _weight_files(
 ) -> tuple[list[Damage], list[Part], tuple[str, ...]]:
     """What is wrong with the files as such, the parts to be compared, and files whose parts are not known."""
     damages: list[Damage] = []
-    parts = [] if layout is None else _parts_of(layout, found)
+    parts = [] if layout is None else parts_of(layout, found)
     unchecked: list[str] = []
     known = {} if layout is None else {file.name: file for file in layout.files}
     for index, name in enumerate([DENSE_FILE, *map(layer_file, range(len(found.precisions)))]):
         if not (directory / name).is_file():
-            damages.append(Damage(name, "the file", "missing"))
+            damages.append(Damage(name, "the file", MISSING))
         elif layout is not None:
             damages += _outside(directory / name, known[name])
         else:
@@ -197,11 +213,11 @@ def _outside(path: Path, layout: FileLayout) -> list[Damage]:
         damages.append(Damage(path.name, "the length", f"{size} bytes, {layout.size} expected"))
     length = len(layout.header)
     header = Part(path.name, "", "the header", 0, length, xxhash.xxh3_64_hexdigest(layout.header))
-    why = _again(path, header)
+    why = recheck(path, header)
     return damages if why is None else [*damages, Damage(path.name, header.what, why, header)]
 
 
-def _parts_of(layout: StoreLayout, found: Manifest) -> list[Part]:
+def parts_of(layout: StoreLayout, found: Manifest) -> list[Part]:
     units = {place.unit.name: place.unit for place in places(layout).values()}
     return [_part(unit.file.name, name, unit.offset, unit.nbytes, found) for name, unit in units.items()]
 
@@ -239,13 +255,13 @@ def _compare(directory: Path, parts: list[Part], on_progress: OnProgress) -> Ite
     there = [part for part in parts if (directory / part.file).is_file()]
     done, total = 0, sum(part.nbytes for part in there)
     for part, well in _swept(directory, sorted(there, key=lambda part: (part.file, part.offset))):
-        if not well and (why := _again(directory / part.file, part)) is not None:
+        if not well and (why := recheck(directory / part.file, part)) is not None:
             yield Damage(part.file, part.what, why, part)
         done += part.nbytes
         on_progress(Progress(done, total))
 
 
-def _again(path: Path, part: Part) -> str | None:
+def recheck(path: Path, part: Part) -> str | None:
     """Read one part by itself, past the caches, and return what is wrong with it."""
     digest, position, memory = xxhash.xxh3_64(), part.offset, DirectMemory(min(part.nbytes, PIECE_BYTES))
     try:

@@ -28,9 +28,12 @@ Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """Files of one checkpoint; `name` is how messages call it."""
+    """Files of one checkpoint; `name` is how messages call it, `location` finds it again from anywhere."""
 
     name: str
+
+    @property
+    def location(self) -> str: ...
 
     def files(self) -> dict[str, int | None]:
         """File name to size in bytes, or None where it is not known."""
@@ -70,6 +73,10 @@ class LocalSource:
         """`known` is the directory where fingerprints are kept for checkpoints that were read."""
         self.directory, self.known = directory, known
         self.name = str(directory)
+
+    @property
+    def location(self) -> str:
+        return str(self.directory.absolute())
 
     def files(self) -> dict[str, int | None]:
         try:
@@ -138,6 +145,10 @@ class HubSource:
         self.repo = repo
         self.scratch = scratch
         self.name = f"{repo.repo}@{repo.revision}" if repo.revision else repo.repo
+
+    @property
+    def location(self) -> str:
+        return f"{self.repo.repo}@{self.repo.commit}"
 
     def files(self) -> dict[str, int | None]:
         return {file.name: file.size for file in self.repo.files}

@@ -23,7 +23,6 @@ def verify(store: Path, as_json: bool) -> None:
     `qmix quantize STORE` mends it.
     """
     quiet_libraries()
-    from qmix.store import MANIFEST
     from qmix.terminal import ProgressDisplay
     from qmix.verify_store import verify_store
 
@@ -37,12 +36,9 @@ def verify(store: Path, as_json: bool) -> None:
         for name in found.unchecked:
             out(f"{name}: not checked, for nothing is known of what it should hold\n")
     if found.damages:
-        lost = any(damage.file == MANIFEST for damage in found.damages)
         count = len(found.damages)
-        what = f"{count} {'part is' if count == 1 else 'parts are'} damaged"
-        raise StoreError(
-            f"{store}: {what}; {REMAKE if lost else f'mend it with `qmix quantize {shlex.quote(str(store))}`'}"
-        )
+        advice = REMAKE if found.is_lost else f"mend it with `qmix quantize {shlex.quote(str(store))}`"
+        raise StoreError(f"{store}: {count} {'part is' if count == 1 else 'parts are'} damaged; {advice}")
     if not as_json:
         out(
             f"{store}: all well, {format_bytes(found.nbytes)} in {found.parts} parts and {found.small_files} small "
