@@ -21,7 +21,7 @@ import xxhash
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
-from qmix.disk import written_whole
+from qmix.disk import disk_advice, written_whole
 from qmix.errors import QmixError, SessionError
 from qmix.runner import Runner
 from qmix.sampling import Sampling
@@ -50,7 +50,8 @@ def save(session: Session, path: Path) -> None:
         with written_whole(path) as file:
             file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
     except (OSError, UnicodeEncodeError) as error:
-        raise SessionError(f"{path}: cannot be written ({_reason(error)})") from None
+        advice = disk_advice(error) if isinstance(error, OSError) else "change the text"
+        raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}, or give another name") from None
 
 
 def load(session: Session, path: Path) -> str | None:
@@ -84,7 +85,8 @@ def save_cache(session: Session, path: Path) -> int:
     try:
         return session.runner.save_cache(kv_path(path))
     except OSError as error:
-        raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)})") from None
+        advice = f"{disk_advice(error)}, or give another name"
+        raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)}); {advice}") from None
 
 
 def load_cache(session: Session, path: Path) -> str | None:

@@ -131,7 +131,9 @@ def refuse(options: dict[str, Any], why: str) -> None:
     typed = (None, click.core.ParameterSource.DEFAULT)
     for name in options:
         if context.get_parameter_source(name) not in typed:
-            raise UsageError(f"{names[name]}: {why}; leave it out")
+            raise UsageError(
+                f"{names[name]}: {why}, or leave it out" if "; " in why else f"{names[name]}: {why}; leave it out"
+            )
 
 
 def model_or_default(model: str | None) -> str:
