@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from qmix.disk import disk_advice
 from qmix.errors import QmixError, UsageError
 
 JSON_LIMIT = 64 * 2**20  # bytes of one JSON file: ten times the manifest of the largest Mixtral
@@ -208,7 +209,8 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise QmixError(
-                f"{self.path}: {error.strerror}; what is in it is whole, and the same command goes on from there"
+                f"{self.path}: {error.strerror}; {disk_advice(error)}: what is in it is whole, and the same command "
+                "goes on from there"
             ) from None
         self._end += len(data)
 

@@ -6,6 +6,7 @@ import re
 
 from qmix.errors import UsageError
 
+LEAST_MEANT = 10**5  # bytes, bytes/s or FLOP/s: where a smaller number has no unit, it was left out
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -27,6 +28,10 @@ def parse_bytes(text: str | int) -> int:
         value = round(float(match[1]) * (_FACTORS | _BINARY)[(match[2] or "").lower()])
     if not 0 < value <= MOST:
         raise UsageError(f"{_quoted(text)} is not a size above zero and below 4 EiB")
+    bare = str(text).strip()
+    if value < LEAST_MEANT and bare[-1].isdecimal():
+        meant = f"{bare}{'GiB' if value < 4096 else 'MiB'}"
+        raise UsageError(f"{_quoted(text)} is not a size: so few bytes cannot be meant; did you mean {meant}?")
     return value
 
 
@@ -47,10 +52,12 @@ def format_bytes(count: float) -> str:
 
 def parse_rate(text: str) -> float:
     """'25GB/s', '3.2 GB' or '900G' to bytes/s. Raises UsageError."""
+    bare = re.sub(r"\s*/\s*s\s*$", "", text).strip()
     try:
-        return float(parse_bytes(re.sub(r"\s*/\s*s\s*$", "", text)))
-    except UsageError:
-        raise UsageError(f"{_quoted(text)} is not a rate; write it like 25GB/s") from None
+        return float(parse_bytes(bare))
+    except UsageError as error:
+        meant = f"did you mean {bare}GB/s?" if "did you mean" in str(error) else "write it like 25GB/s"
+        raise UsageError(f"{_quoted(text)} is not a rate; {meant}") from None
 
 
 def parse_flops(text: str) -> float:
@@ -58,7 +65,10 @@ def parse_flops(text: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
-    return float(match[1]) * _FACTORS[match[2].lower()]
+    rate = float(match[1]) * _FACTORS[match[2].lower()]
+    if rate < LEAST_MEANT and not match[2]:
+        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; did you mean {match[1]}TFLOP/s?")
+    return rate
 
 
 def format_flops(rate: float) -> str:

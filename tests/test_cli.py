@@ -76,6 +76,7 @@ def test_help_names_every_command(qmix):
         "chat",
         "batch",
         "quantize",
+        "verify",
         "plan",
         "compare",
         "calibrate",

@@ -21,6 +21,7 @@ import msgspec
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
+from qmix.disk import disk_advice
 from qmix.errors import QmixError, SessionError
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
 from qmix.sampling import Sampling
@@ -78,7 +79,8 @@ def save(session: Session, path: Path) -> None:
             os.fchmod(file.fileno(), 0o600)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
-        raise SessionError(f"{path}: cannot be written ({_reason(error)})") from None
+        advice = disk_advice(error) if isinstance(error, OSError) else "change the text"
+        raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}, or give another name") from None
 
 
 def load(session: Session, path: Path) -> str | None:
@@ -117,7 +119,8 @@ def save_cache(session: Session, path: Path) -> int:
     try:
         return session.runner.save_cache(kv_path(path))
     except OSError as error:
-        raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)})") from None
+        advice = f"{disk_advice(error)}, or give another name"
+        raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)}); {advice}") from None
 
 
 def load_cache(session: Session, path: Path) -> str | None:

@@ -105,6 +105,8 @@ def _specs(
     profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
     if profile is None or path is None:
         return {spec: spec for spec in precisions}
+    if AUTO not in precisions and not budgets:
+        raise UsageError(f"--profile: nothing is asked of it; give --precision {AUTO} or --budget, or leave it out")
     check_profile(profile, path, checkpoint.geometry, checkpoint.fingerprint)
     asked = checkpoint.geometry, dtype
     typed = {spec: profile.auto(None, *asked) if spec == AUTO else spec for spec in precisions}

@@ -125,6 +125,18 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value != () and value is not False}
 
 
+def refuse(options: dict[str, Any], why: str) -> None:
+    """Raise UsageError where any of these options was given: another one makes them meaningless, as `why` says."""
+    context = click.get_current_context()
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    typed = (None, click.core.ParameterSource.DEFAULT)
+    for name in options:
+        if context.get_parameter_source(name) not in typed:
+            raise UsageError(
+                f"{names[name]}: {why}, or leave it out" if "; " in why else f"{names[name]}: {why}; leave it out"
+            )
+
+
 def model_or_default(model: str | None) -> str:
     if model is not None:
         return model

@@ -47,12 +47,13 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
     from qmix.tokenizer import encode
 
     documents = [document for path in paths for document in from_file(path)] or alternating(bundled())
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = tokenizer_of(checkpoint)
     whole = [Passage(document.language, encode(tokenizer, document.text)) for document in documents]
     return windows(whole, window, tokens)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint. Raises CheckpointError where it has none."""
     from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
     from qmix.tokenizer import load_tokenizer
 
