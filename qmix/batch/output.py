@@ -9,12 +9,35 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Annotated, Any, BinaryIO, Protocol
+
+import msgspec
 
 from qmix.errors import QmixError, UsageError
-from qmix.files import LineFile, write_whole
+from qmix.files import LineFile, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
+LONGEST_LINE = 256 * 2**20  # bytes: an answer of 65,536 tokens with the 20 likeliest at each place has half of that
+
+
+class _Answer(msgspec.Struct):
+    """What is read back of an answer's line."""
+
+    custom_id: str
+    error: dict[str, msgspec.Raw] | None
+
+
+class _Chosen(msgspec.Struct):
+    """What a run takes over from the one before it."""
+
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    created: int
+
+
+class _Manifest(msgspec.Struct):
+    schema: str
+    subject: dict[str, Any]
+    chosen: _Chosen
 
 
 class Answers(Protocol):
@@ -84,12 +107,12 @@ class FileAnswers:
         if known is None and self.done:
             raise UsageError(f"{self.path}: is there, without {self.manifest.name}; choose another name, or delete it")
         if known is not None and self.done:
-            if differs := _differences(known["subject"], subject):
+            if differs := _differences(known.subject, subject):
                 raise UsageError(
                     f"{self.path}: has answers of another run ({differs}); give what it was begun with, "
                     "choose another name, or delete it"
                 )
-            return dict(known["chosen"])
+            return msgspec.to_builtins(known.chosen)
         self._write_manifest({"schema": SCHEMA, "subject": dict(subject), "chosen": dict(chosen)})
         return dict(chosen)
 
@@ -101,27 +124,20 @@ class FileAnswers:
         """Ids that have a line, and how many of them say an error."""
         done: set[str] = set()
         refused = 0
-        for number, raw in enumerate(self._file.lines(), 1):
-            try:
-                answer = json.loads(raw)
-                done.add(answer["custom_id"])
-                refused += answer["error"] is not None
-            except (ValueError, TypeError, KeyError):
-                raise UsageError(
-                    f"{self.path}: line {number} is no answer of a batch; choose another name, or delete the file"
-                ) from None
+        for number, raw in enumerate(self._file.lines(LONGEST_LINE), 1):
+            where = f"{self.path}: line {number} is no answer of a batch"
+            answer = decode_json(raw, _Answer, where, UsageError, "choose another name, or delete the file")
+            done.add(answer.custom_id)
+            refused += answer.error is not None
         return done, refused
 
-    def _known(self) -> dict[str, Any] | None:
-        try:
-            known = json.loads(self.manifest.read_text("utf-8"))
-            if known["schema"] != SCHEMA:
-                raise UsageError(f"{self.manifest}: of another version of qmix; choose another name for the answers")
-            return {"subject": dict(known["subject"]), "chosen": dict(known["chosen"])}
-        except FileNotFoundError:
+    def _known(self) -> _Manifest | None:
+        if not self.manifest.exists():
             return None
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{self.manifest}: is damaged; choose another name for the answers") from None
+        known = read_json(self.manifest, _Manifest, UsageError, "choose another name for the answers")
+        if known.schema != SCHEMA:
+            raise UsageError(f"{self.manifest}: of another version of qmix; choose another name for the answers")
+        return known
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
         try:

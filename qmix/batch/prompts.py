@@ -11,6 +11,7 @@ from qmix.batch.lines import Line
 from qmix.batch.runner import Request
 from qmix.choice import stream_seed
 from qmix.geometry import Geometry
+from qmix.prompt import PromptEncoder, PromptTooLong
 from qmix.sampling import Sampling
 
 PROBE = "qmix-probe"  # a text that no template has of its own
@@ -22,14 +23,13 @@ class LineRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Makes requests of lines: `context` is what prompt and answer may take together, `options` are Sampling's fields
-    for lines that have none of their own, `seed` is the run's. Without `takes_system` a system text goes into the first
-    turn of the user."""
+    """Makes requests of lines: `encoder` has the tokenizer and what prompt and answer may take together, `options` are
+    Sampling's fields for lines that have none of their own, `seed` is the run's. Without `takes_system` a system text
+    goes into the first turn of the user."""
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: PromptEncoder
     takes_system: bool
     geometry: Geometry
-    context: int
     options: dict[str, Any]
     seed: int
 
@@ -38,10 +38,14 @@ class Asking:
 
         A line with a seed of its own draws by that alone, all others by the run's seed and their id.
         """
-        prompt = self._ids(line)
-        room = self.context - len(prompt)
-        if room < 1:
-            raise LineRefused(f"the prompt is {len(prompt)} tokens, too long for a context of {self.context}")
+        if line.refused is not None:
+            raise LineRefused(line.refused)
+        try:
+            prompt = self._ids(line)
+            self.encoder.check_count(len(prompt))
+        except PromptTooLong as error:
+            raise LineRefused(str(error)) from None
+        room = self.encoder.context - len(prompt)
         own = {"seed": stream_seed(self.seed, line.id)} | line.options
         sampling = Sampling(**(self.options | own))
         if sampling.max_new_tokens > room:
@@ -52,7 +56,7 @@ class Asking:
         if line.messages:
             ids = self._chat(line.messages)
         elif isinstance(line.prompt, str):
-            ids = self.tokenizer(line.prompt, verbose=False)["input_ids"] if line.prompt.strip() else []
+            ids = self.encoder.ids(line.prompt) if line.prompt.strip() else []
         else:
             ids = list(line.prompt)
         if not ids:
@@ -63,14 +67,21 @@ class Asking:
         return list(ids)
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self.tokenizer.chat_template:
+        tokenizer = self.encoder.tokenizer
+        if not tokenizer.chat_template:
             raise LineRefused("the model has no chat template: it continues text, so give a prompt")
         roles = [message["role"] for message in messages[:2]]
-        if not self.takes_system and roles == ["system", "user"]:
-            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        if not self.takes_system and roles in (["system"], ["system", "user"]):
+            content = "\n\n".join(message["content"] for message in messages[:2])
             messages = [{"role": "user", "content": content}, *messages[2:]]
+        if len(messages) >= self.encoder.context:  # a template puts tokens around each
+            raise self.encoder.too_long(f"the prompt has {len(messages)} messages")
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            self.encoder.check(text)
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except PromptTooLong:
+            raise
         except Exception as error:  # whatever a template raises, of jinja's or its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise LineRefused(f"the model's chat template does not take these messages ({reason[:200]})") from None

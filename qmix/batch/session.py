@@ -15,12 +15,13 @@ from qmix.batch.forms import Forms
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking, takes_system, token_text
-from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
+from qmix.batch.run import BatchRun, Job, Summary
 from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
 from qmix.errors import UsageError
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
+from qmix.prompt import PromptEncoder
 from qmix.runner import load_tokenizer
 from qmix.store import MANIFEST, Store
 
@@ -85,7 +86,8 @@ def begin(
         chosen = answers.begin(subject, chosen)
     tokenizer = load_tokenizer(store.directory)
     takes = takes_system(tokenizer)
-    asking = Asking(tokenizer, takes, store.geometry, limit, dict(options), chosen["seed"])
+    encoder = PromptEncoder(tokenizer, limit, longest)
+    asking = Asking(encoder, takes, store.geometry, dict(options), chosen["seed"])
     job = Job.of(requests, asking, answers)
 
     @cache
@@ -95,8 +97,7 @@ def begin(
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
     forms = Forms(identity, store.source_name, chosen["created"], text_of)
     run = BatchRun(requests, job, asking, forms, answers)
-    held = ENTRY_BYTES * len(requests.entries)
-    plan = plan_lines(store.layout, job.needs, ram, batch, held, store.use) if job.needs else None
+    plan = plan_lines(store.layout, job.needs, ram, batch, requests.held, store.use) if job.needs else None
     return Session(store, requests, run, plan, chosen["seed"], bool(tokenizer.chat_template) and not takes)
 
 

@@ -10,14 +10,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qmix.checkpoint.reader import TOKENIZERS
 from qmix.errors import QmixError, UsageError
-from qmix.files import LineFile
+from qmix.files import LineFile, decode_json
 from qmix.store import MANIFEST, Store
 
 FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
 REQUESTS = "requests.jsonl"
 KEY_BYTES = 16
+REMEDY = "choose another --out, or delete the file"
+
+
+class _Line(msgspec.Struct):
+    """A result as it lies in the file."""
+
+    key: str
+    result: Any
 
 
 class Results:
@@ -65,14 +75,12 @@ class Results:
     def _read(self) -> dict[bytes, Any]:
         found: dict[bytes, Any] = {}
         for number, raw in enumerate(self._file.lines(), 1):
+            where = f"{self._file.path}: line {number} is no result of an evaluation"
+            line = decode_json(raw, _Line, where, UsageError, REMEDY)
             try:
-                line = json.loads(raw)
-                found[bytes.fromhex(line["key"])] = line["result"]
-            except (ValueError, TypeError, KeyError):
-                raise UsageError(
-                    f"{self._file.path}: line {number} is no result of an evaluation; choose another --out, "
-                    "or delete the file"
-                ) from None
+                found[bytes.fromhex(line.key)] = line.result
+            except ValueError as error:
+                raise UsageError(f"{where}: key: {error}; {REMEDY}") from None
         return found
 
 
