@@ -25,32 +25,34 @@ TEXT_LIMIT = 4 * 2**20  # bytes of one text of a user's: some ten times what fit
 T = TypeVar("T")
 
 
-def read_bounded(path: Path, limit: int, error: type[QmixError], remedy: str) -> bytes:
+def read_bounded(path: Path, limit: int, error: type[QmixError], remedy: str, where: str = "") -> bytes:
     """Return a file's bytes. Raises `error` where it cannot be read or is larger than `limit` bytes.
 
-    Endless files such as /dev/zero are refused after `limit` bytes.
+    Endless files such as /dev/zero are refused after `limit` bytes. `where` starts the message of a failure in place of
+    the path.
     """
+    where = where or str(path)
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the name
-        raise error(f"{path}: {getattr(failure, 'strerror', None) or failure}; {remedy}") from None
+        raise error(f"{where}: {getattr(failure, 'strerror', None) or failure}; {remedy}") from None
     if len(data) > limit:
-        raise error(f"{path}: larger than {limit} bytes; {remedy}")
+        raise error(f"{where}: larger than {limit} bytes; {remedy}")
     return data
 
 
-def read_text(path: Path, error: type[QmixError], remedy: str, limit: int = TEXT_LIMIT) -> str:
-    """Return a text file without a byte order mark. Raises `error` where it is too large, or not UTF-8."""
-    return decode_text(read_bounded(path, limit, error, remedy), str(path), error)
+def read_text(path: Path, where: str = "") -> str:
+    """Return a user's text, its lines ended by newlines. Raises UsageError where it is too large, or not UTF-8.
 
-
-def decode_text(data: bytes, where: str, error: type[QmixError]) -> str:
-    """Return UTF-8 text; `where` (a file, a stream) starts the message of a failure."""
+    `where` starts the message of a failure in place of the path.
+    """
+    remedy = f"give a text file of at most {TEXT_LIMIT >> 20} MiB"
+    data = read_bounded(path, TEXT_LIMIT, UsageError, remedy, where).removeprefix(b"\xef\xbb\xbf")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as failure:
-        raise error(f"{where}: not UTF-8 text (byte {failure.start}); save it as UTF-8") from None
+        raise UsageError(f"{where or path}: not UTF-8 text (byte {failure.start}); save it as UTF-8") from None
 
 
 def read_json(path: Path, kind: type[T], error: type[QmixError], remedy: str, limit: int = JSON_LIMIT) -> T:

@@ -8,7 +8,7 @@ that takes about a kilobyte a token, which is within a plan's reserve.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmix.errors import UsageError
 
@@ -22,24 +22,36 @@ class PromptTooLong(UsageError):
     """A user's text does not fit the context."""
 
 
+def too_long(found: str, context: int, longest_context: int) -> PromptTooLong:
+    """Return the error of a text that is `found` to be so long; a larger context helps only where the model has one."""
+    if context < longest_context:
+        return PromptTooLong(f"{found}, too long for a context of {context}; shorten it, or give a larger --context")
+    return PromptTooLong(f"{found}, too long for a context of {context}, the model's longest; shorten it")
+
+
 class PromptEncoder:
     """Tokenises prompts for a context of `context` tokens; the model's own maximum is `longest_context`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, longest_context: int) -> None:
-        self.tokenizer, self.context, self._longest_context = tokenizer, context, longest_context
+        self.tokenizer, self.context, self.longest_context = tokenizer, context, longest_context
         self._longest = longest_token(tokenizer)
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of the longest text that could fit: each token the longest of the vocabulary."""
+        return self.context * self._longest
 
     def ids(self, text: str, what: str = "the prompt") -> list[int]:
         """Return a text's token ids. Raises PromptTooLong where they leave no room for an answer."""
         self.check(text, what)
-        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = _encoded(self.tokenizer, text)
         self.check_count(len(ids), what)
         return ids
 
     def check(self, text: str, what: str = "the prompt") -> None:
         """Raise PromptTooLong where a text cannot fit; a text of one piece, and one that nearly fits, pass."""
-        size = len(text.encode())
-        if size > self.context * self._longest or self._exceeds(text):
+        size = len(text.encode("utf-8", "surrogatepass"))
+        if size > self.most_bytes or self._exceeds(text):
             raise self.too_long(f"{what} is {size} bytes")
 
     def check_count(self, tokens: int, what: str = "the prompt") -> None:
@@ -48,12 +60,8 @@ class PromptEncoder:
             raise self.too_long(f"{what} is {tokens} tokens")
 
     def too_long(self, found: str) -> PromptTooLong:
-        """Return the error of a text with what helps: a larger context only where the model has one."""
-        if self.context < self._longest_context:
-            remedy = f"too long for a context of {self.context}; shorten it, or give a larger --context"
-        else:
-            remedy = f"too long for a context of {self.context}, the model's longest; shorten it"
-        return PromptTooLong(f"{found}, {remedy}")
+        """Return the error of a text that is `found` to be so long."""
+        return too_long(found, self.context, self.longest_context)
 
     def _exceeds(self, text: str) -> bool:
         """Count a text of several pieces, leaving out what its cuts may have added: no more than a token's bytes."""
@@ -61,7 +69,7 @@ class PromptEncoder:
             return False
         counted = 0
         for start in range(0, len(text), PIECE):
-            ids = self.tokenizer(text[start : start + PIECE], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = _encoded(self.tokenizer, text[start : start + PIECE], add_special_tokens=False)
             counted += max(0, len(ids) - self._longest)
             if counted > self.context:
                 return True
@@ -75,15 +83,18 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encoded_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     """Yield the token ids of a long text in pieces, cut before words so that they join to those of the whole text."""
-    whole, first, second = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in ("a b", "a", "b")
-    )
+    whole, first, second = (_encoded(tokenizer, part, add_special_tokens=False) for part in ("a b", "a", "b"))
     adds_space = whole == first + second  # the tokenizer puts one before a text, in place of the one at the cut
     start, special = 0, True
     while start < len(text):
         end = _before_word(text, start, start + PIECE)
-        yield tokenizer(text[start:end], add_special_tokens=special, verbose=False)["input_ids"]
+        yield _encoded(tokenizer, text[start:end], add_special_tokens=special)
         start, special = end + (adds_space and text[end : end + 1] == " "), False
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
+    return ids
 
 
 def _before_word(text: str, start: int, end: int) -> int:

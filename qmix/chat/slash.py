@@ -12,6 +12,7 @@ from qmix.chat import record
 from qmix.chat.session import Session
 from qmix.chat.settings import parse_setting
 from qmix.errors import UsageError
+from qmix.files import read_text
 from qmix.machine import peak_memory
 from qmix.units import format_bytes
 
@@ -117,12 +118,7 @@ def _load(session: Session, rest: str) -> Outcome:
 def _read(session: Session, rest: str) -> Outcome:
     name, *question = _words("/read", rest)
     path = _path("/read", [name])
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"/read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"/read {path}: not UTF-8 text") from None
+    text = read_text(path, f"/read {path}")
     if not text.strip():
         raise UsageError(f"/read {path}: is empty")
     return Outcome(ask="\n\n".join([text.rstrip("\n"), *([" ".join(question)] if question else [])]))

@@ -10,6 +10,7 @@ import click
 
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
 from qmix.errors import UsageError
+from qmix.files import read_text
 
 MAX_HELP = "of an answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
@@ -60,7 +61,7 @@ def chat(
             session.conversation.system = session.conversation.system if text is None else text
         _introduce(session, name, quiet)
         screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics)
-        running = Chat(session, _reader(no_history), screen, keeps_on=_is_terminal(sys.stdin))
+        running = Chat(session, _reader(no_history, session.most_bytes), screen, keeps_on=_is_terminal(sys.stdin))
         running.run()
     if running.failed and not running.keeps_on:
         raise click.exceptions.Exit(1)
@@ -71,12 +72,7 @@ def _system_text(text: str | None, path: Path | None) -> str | None:
         raise UsageError("--system and --system-file: give one of them")
     if path is None:
         return text
-    try:
-        return path.expanduser().read_text("utf-8").rstrip("\n")
-    except OSError as error:
-        raise UsageError(f"--system-file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--system-file {path}: not UTF-8 text") from None
+    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
@@ -94,7 +90,7 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
         say(f"{name}: /help says what can be typed, Ctrl-D leaves")
 
 
-def _reader(no_history: bool) -> Any:
+def _reader(no_history: bool, limit: int) -> Any:
     """prompt_toolkit's line where a terminal is on both sides, plain lines elsewhere."""
     import platformdirs
 
@@ -103,11 +99,11 @@ def _reader(no_history: bool) -> Any:
 
     if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
         path = Path(platformdirs.user_state_dir("qmix")) / "chat-history"
-        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say))
+        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say), limit)
     if sys.stdin is None:
         raise UsageError("stdin is closed; there is nobody to talk with")
     asks = _is_terminal(sys.stdin)
-    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
+    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None, limit)
 
 
 def _shown(text: str) -> None:
