@@ -33,9 +33,9 @@ BOTH = (
     Field("stream_options", None, "shapes streams, which a batch has none of"),
     Field("stream", (False,), "a batch's answers are whole"),
     Field("n", (1,), "one answer a request"),
-    Field("logit_bias", ({},), "not there"),
-    Field("frequency_penalty", (0,), "not there; repetition_penalty is"),
-    Field("presence_penalty", (0,), "not there; repetition_penalty is"),
+    Field("logit_bias", ({},), "no such option"),
+    Field("frequency_penalty", (0,), "no such option; repetition_penalty is"),
+    Field("presence_penalty", (0,), "no such option; repetition_penalty is"),
 )
 CHAT_FIELDS = (
     *BOTH,
@@ -55,7 +55,7 @@ CHAT_FIELDS = (
     Field("modalities", (["text"],), "answers are text"),
     Field("audio", (), "answers are text"),
     Field("reasoning_effort", ("none",), "the model answers without reasoning first"),
-    Field("verbosity", ("medium",), "not there"),
+    Field("verbosity", ("medium",), "no such option"),
     Field("web_search_options", (), "nothing is searched"),
 )
 COMPLETION_FIELDS = (
@@ -80,11 +80,12 @@ def not_taken(fields: Iterable[Field], given: Mapping[str, msgspec.Raw], where: 
     """Return what is said of the first field whose value would change the answer, None where all are taken."""
     for field in fields:
         if field.name in given and not field.takes(given[field.name]):
-            return f"{where}{field.name}: qmix takes only {_taken(field)} ({field.why}); leave it out"
+            return f"{where}{field.name}: qmix takes only {taken(field)} ({field.why}); leave it out"
     return None
 
 
-def _taken(field: Field) -> str:
+def taken(field: Field) -> str:
+    """Return the values that are taken, as JSON."""
     return " or ".join(["null", *(json.dumps(value) for value in field.neutral or ())])
 
 

@@ -21,7 +21,7 @@ from qmix.evaluate.card import CARD
 from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
 from qmix.hub_calls import muted
 
-YAML_LIMIT = 2**20  # bytes of a task's file; those of the harness have at most a few thousand
+YAML_LIMIT = 2**20  # bytes of a task's file; the largest of the harness has 63 kB
 SEED = 1234  # of the draw of a prompt's examples: the harness's own
 THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
 
