@@ -180,7 +180,7 @@ def test_a_file_that_was_changed_while_it_was_read_is_named_by_its_line():
     found = Requests(file)
     file.seek(2)
     file.write(b"xx")
-    with pytest.raises(UsageError, match="line 1: 'id' is missing .*; the input was changed"):
+    with pytest.raises(UsageError, match=r"line 1: 'id' is missing .*; the input was changed"):
         found.line(found.entries[0])
 
 
@@ -189,7 +189,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = [
+FIELDS = [
     "id",
     "prompt",
     "messages",
@@ -205,7 +205,7 @@ NAMES = [
 ]
 
 
-@given(st.binary(max_size=100) | st.dictionaries(st.sampled_from(NAMES), JSON).map(lambda o: json.dumps(o).encode()))
+@given(st.binary(max_size=100) | st.dictionaries(st.sampled_from(FIELDS), JSON).map(lambda o: json.dumps(o).encode()))
 def test_any_line_is_a_request_or_an_error_of_its_own(raw):
     with suppress(LineError):
         assert parse_line(raw).id

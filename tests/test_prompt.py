@@ -12,9 +12,7 @@ from calibration.corpus import bundled
 from qmix.prompt import PIECE, PromptEncoder, PromptTooLong, encoded_pieces, longest_token
 from qmix.runner import load_tokenizer
 
-REPEATED = st.sampled_from(
-    ["a", " ", "word ", "To print a page, ", "ä", "中", "\n", "</s>", "123", "▁", "🙂", "automáticamente "]
-)
+PARTS = ["a", " ", "word ", "To print a page, ", "ä", "中", "\n", "</s>", "123", "▁", "🙂", "automáticamente "]
 
 
 @pytest.fixture(scope="module")
