@@ -42,10 +42,10 @@ def test_the_longest_token_is_counted_in_the_bytes_that_it_stands_for(tokenizer)
     assert longest_token(tokenizer) == len(" automáticamente".encode()) == 17
 
 
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 1500)), min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 1000)), min_size=1, max_size=8))
 def test_what_fits_is_tokenised_as_a_whole_and_one_token_more_is_refused(tokenizer, parts):
-    """Texts of up to some 300,000 characters, most of them longer than a piece."""
+    """Texts of up to some 130,000 characters, most of them longer than a piece."""
     text = "".join(part * count for part, count in parts)
     whole = tokenizer(text, verbose=False)["input_ids"]
     assert PromptEncoder(tokenizer, len(whole) + 1, 10**6).ids(text) == whole

@@ -30,7 +30,7 @@ class _Answer(msgspec.Struct):
 class _Chosen(msgspec.Struct):
     """What a run takes over from the one before it."""
 
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int
 
 
