@@ -9,6 +9,7 @@ from typing import Any
 from qmix.errors import UsageError
 
 LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
+MOST_STOP = 8192  # characters of all stop sequences: each of hundreds of answers at once keeps its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             raise UsageError(f"stop {self.stop!r}: give a tuple of texts")
+        stops = sum(map(len, self.stop))
         heat, penalty = self.temperature, self.repetition_penalty
         for option, value, holds, wanted in (
             ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
@@ -49,6 +51,7 @@ class Sampling:
             ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
             ("--draft-ngram", self.draft_ngram, 0 <= self.draft_ngram <= 64, "0 (off) to 64"),
             ("--stop", "''", all(self.stop), "a text that is not empty"),
+            ("--stop", f"of {stops} characters", stops <= MOST_STOP, f"at most {MOST_STOP} in all"),
         ):
             if not holds:
                 raise UsageError(f"{option} {value}: must be {wanted}")

@@ -70,6 +70,8 @@ def test_texts_in_parts_are_put_together():
         ('{"id": "a", "prompt": "b", "seed": 1' + "0" * 19 + "}", f"seed 1{'0' * 19}: must be 0 to 2^63 - 1"),
         ('{"id": 1' + "0" * 5000 + ', "prompt": "b"}', "id: integer value out of range"),
         ('{"id": "a", "prompt": [1' + "0" * 5000 + "]}", "prompt[0]: integer value out of range"),
+        ({"id": "a", "prompt": "b", "stop": ["x" * 5000, "y" * 5000]},
+         "stop of 10000 characters: must be at most 8192 in all"),
         ({"id": "ä" * 257, "prompt": "b"}, "the id is 514 bytes; give one of at most 512"),
         ({"id": "a", "prompt": "b", "zzz": {"a": {"b": 1e300}}}, "unknown field 'zzz'"),
         ('{"id": "a", "prompt": "b", "temperature": 1, "stop": ["x", "\\udc00"]}',
