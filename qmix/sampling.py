@@ -11,6 +11,7 @@ from qmix.errors import UsageError
 from qmix.text import check_text
 
 LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
+MOST_STOP = 8192  # characters of all stop sequences: each of hundreds of answers at once keeps its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class Sampling:
             raise UsageError("--stop '': must be a text that is not empty")
         for text in self.stop:
             check_text(text, "--stop")
+        if (characters := sum(map(len, self.stop))) > MOST_STOP:
+            raise UsageError(f"--stop of {characters} characters: must be at most {MOST_STOP} in all")
 
     def overrides(self) -> dict[str, Any]:
         """What these options change in a transformers GenerationConfig."""

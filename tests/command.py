@@ -42,11 +42,15 @@ def get_kernel(name, *args, **options):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left behind; `status` is below zero where a signal ended it."""
+    """What a command left behind; `status` is below zero where a signal ended it.
+
+    `peak` is the most memory it had, in bytes, for a command that was run in a fork.
+    """
 
     status: int
     out: str
     err: str
+    peak: int = 0
 
     @property
     def lines(self) -> list[str]:
@@ -91,8 +95,8 @@ class Commands:
             "streams": [str(stream) for stream in streams],
         }
         self._server.stdin.write(json.dumps(request) + "\n")
-        status = int(self._server.stdout.readline())
-        return Finished(status, streams[1].read_text("utf-8"), streams[2].read_text("utf-8"))
+        status, peak = map(int, self._server.stdout.readline().split())
+        return Finished(status, streams[1].read_text("utf-8"), streams[2].read_text("utf-8"), peak)
 
 
 def real(*argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Finished:
@@ -170,7 +174,8 @@ def _serve() -> None:
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(end.code)  # Python's own end takes longer than most commands
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        _, status, used = os.wait4(child, 0)
+        print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024, flush=True)
 
 
 def _become(argv: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:

@@ -14,7 +14,7 @@ from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
-from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
+from qmix.batch.run import BatchRun, Job, Summary
 from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
 from qmix.chat_template import ChatTemplate
@@ -23,6 +23,7 @@ from qmix.geometry import Geometry
 from qmix.layout import StoreLayout
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
+from qmix.prompt import PromptEncoder
 from qmix.store import WEIGHTS, Store
 from qmix.tokenizer import load_tokenizer
 from qmix.use import Use
@@ -87,7 +88,7 @@ def begin(
     if isinstance(answers, FileAnswers):
         chosen = answers.begin(subject, chosen)
     tokenizer = load_tokenizer(store.directory)
-    asking = Asking(tokenizer, _template(tokenizer), store.geometry, limit, dict(options), chosen["seed"])
+    asking = _asking(tokenizer, store.geometry, limit, options, chosen["seed"])
     job = Job.of(requests, asking, answers)
 
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
@@ -110,16 +111,20 @@ def check_budget(
 ) -> None:
     """Look at every line before there is a store. Raises as `begin` does where the plan could not be made."""
     limit = _limit(layout.geometry, context)
-    asking = Asking(tokenizer, _template(tokenizer), layout.geometry, limit, dict(options), seed=0)
+    asking = _asking(tokenizer, layout.geometry, limit, options, seed=0)
     _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    return ChatTemplate(tokenizer) if tokenizer.chat_template else None
+def _asking(
+    tokenizer: PreTrainedTokenizerBase, geometry: Geometry, limit: int, options: Mapping[str, Any], seed: int
+) -> Asking:
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    encoder = PromptEncoder(tokenizer, limit, geometry.max_position)
+    return Asking(encoder, template, geometry, dict(options), seed)
 
 
 def _limit(geometry: Geometry, context: int | None) -> int:
-    """Tokens that prompt and answer of a line may take together."""
+    """Return the tokens that prompt and answer of a line may take together."""
     longest = geometry.max_position
     if context is not None and not 1 <= context <= longest:
         raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
@@ -129,9 +134,8 @@ def _limit(geometry: Geometry, context: int | None) -> int:
 def _plan(
     layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: Use | None
 ) -> Plan | None:
-    """The plan for what is left, None where nothing is."""
-    held = ENTRY_BYTES * len(requests.entries)
-    return plan_lines(layout, job.needs, ram, batch, held, use) if job.needs else None
+    """Return the plan for what is left, None where nothing is."""
+    return plan_lines(layout, job.needs, ram, batch, requests.held, use) if job.needs else None
 
 
 def _subject(

@@ -12,11 +12,9 @@ from qmix.chat import record
 from qmix.chat.session import Session
 from qmix.chat.settings import parse_setting
 from qmix.errors import UsageError
-from qmix.files import read_bounded
+from qmix.files import read_text
 from qmix.machine import peak_memory
 from qmix.units import format_bytes
-
-LONGEST_READ = 2**24  # bytes of a file that becomes a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +118,7 @@ def _load(session: Session, rest: str) -> Outcome:
 def _read(session: Session, rest: str) -> Outcome:
     name, *question = _words("/read", rest)
     path = _path("/read", [name])
-    try:
-        text = read_bounded(path, LONGEST_READ, UsageError, "give a file of text").decode()
-    except UnicodeDecodeError:
-        raise UsageError(f"/read {path}: not UTF-8 text") from None
+    text = read_text(path, f"/read {path}")
     if not text.strip():
         raise UsageError(f"/read {path}: is empty")
     return Outcome(ask="\n\n".join([text.rstrip("\n"), *([" ".join(question)] if question else [])]))

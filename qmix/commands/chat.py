@@ -10,11 +10,10 @@ import click
 
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
 from qmix.errors import UsageError
-from qmix.files import read_bounded
+from qmix.files import read_text
 from qmix.machine import state_directory
 from qmix.text import check_text
 
-LONGEST_SYSTEM = 2**24  # bytes
 MAX_HELP = "of an answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
 
@@ -69,7 +68,8 @@ def chat(
             say(line)
         kept = None if no_history else KeptChat(directory, say)
         screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics)
-        running = Chat(session, _reader(no_history), screen, _is_terminal(sys.stdin), kept)
+        reader = _reader(no_history, session.most_bytes)
+        running = Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
         running.run()
     if running.failed and not running.keeps_on:
         raise click.exceptions.Exit(1)
@@ -81,10 +81,7 @@ def _system_text(text: str | None, path: Path | None) -> str | None:
     if path is None:
         check_text(text or "", "--system")
         return text
-    try:
-        return read_bounded(path.expanduser(), LONGEST_SYSTEM, UsageError, "give a file of text").decode().rstrip("\n")
-    except UnicodeDecodeError:
-        raise UsageError(f"--system-file {path}: not UTF-8 text") from None
+    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
@@ -102,18 +99,18 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
         say(f"{name}: /help says what can be typed, Ctrl-D leaves")
 
 
-def _reader(no_history: bool) -> Any:
+def _reader(no_history: bool, limit: int) -> Any:
     """prompt_toolkit's line where a terminal is on both sides, plain lines elsewhere."""
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
     from qmix.terminal import say
 
     if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
         path = state_directory() / "chat-history"
-        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say))
+        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say), limit)
     if sys.stdin is None:
         raise UsageError("stdin is closed; there is nobody to talk with")
     asks = _is_terminal(sys.stdin)
-    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
+    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None, limit)
 
 
 def _shown(text: str) -> None:

@@ -23,6 +23,7 @@ from qmix.choice import stream_seed
 from qmix.errors import QmixError, UsageError
 from qmix.evaluate.passes import Query
 from qmix.evaluate.prompt import Prompt
+from qmix.prompt import longest_token
 from qmix.tokenizer import encode, tokenizing
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_NEW_TOKENS = 256  # of an answer where its task does not say: the harness's default
 DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # that Sampling has by the same names
+MARGIN = 64  # tokens of a context beyond those that are seen, which its cut may change
 SEED = 1234  # of draws, with a request's own text and the number of its repetition
 SCORED = ("loglikelihood", "loglikelihood_rolling")  # requests, as the harness calls them
 CONTINUED = "generate_until"
@@ -57,6 +59,7 @@ class QmixLM(TemplateLM):
         super().__init__()
         self.engine, self.tokenizer, self.max_length, self.notify = engine, tokenizer, max_length, notify
         self._prefix: str = tokenizer.decode(self.prefix_token_id)
+        self._most = (max_length + MARGIN) * longest_token(tokenizer)
         self._encode = lru_cache(maxsize=8)(self._tokenize)  # the choices of a question have one context
         self._cut = 0
         self.coming: Callable[[], Iterable[Instance]] | None = None  # all requests of all kinds, while none was asked
@@ -103,7 +106,9 @@ class QmixLM(TemplateLM):
         """One after another: as lists, the ids of a large task would take gigabytes."""
         for request in requests:
             context, continuation = request.args
-            if context:
+            if len(continuation) > self._most:
+                raise self._too_long(f"more than {self._most} characters")
+            if context := self._end(context):
                 yield request.args, *self._encode_pair(context, continuation)
                 continue
             ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -121,13 +126,20 @@ class QmixLM(TemplateLM):
         if not context or not continuation:
             raise QmixError("a task asks for a continuation without a token; correct its choices, or leave it out")
         if len(continuation) > self.max_length:
-            raise UsageError(
-                f"a task's continuation has {len(continuation)} tokens, a context of {self.max_length} is too short "
-                "for it; give a larger --context, or leave the task out"
-            )
+            raise self._too_long(f"{len(continuation)} tokens")
         whole = context + continuation
         self._cut += len(whole) > self.max_length + 1
         return Query.of(whole[-(self.max_length + 1) :][:-1], continuation)
+
+    def _too_long(self, size: str) -> UsageError:
+        return UsageError(
+            f"a task's continuation has {size}, a context of {self.max_length} is too short for it; "
+            "give a larger --context, or leave the task out"
+        )
+
+    def _end(self, text: str) -> str:
+        """The end of a context, as much as may be seen: to tokenise the rest takes memory for nothing."""
+        return text[-self._most :]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability in nats of each whole text, in windows of `max_length` that do not overlap."""
@@ -177,7 +189,7 @@ class QmixLM(TemplateLM):
                 f"a task generates up to {most} tokens, a context of {self.max_length} leaves no room for its prompts; "
                 "give a larger --context, or leave the task out"
             )
-        ids = self.tok_encode(context)
+        ids = self.tok_encode(self._end(context))
         self._cut += len(ids) > room
         draws: tuple[tuple[str, float], ...] = ()
         if samples:
