@@ -23,6 +23,7 @@ from qmix import __version__
 from qmix.disk import existing_parent
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
+from qmix.precision.paths import current
 
 SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -68,11 +69,6 @@ def state_directory() -> Path:
 def cpu_name(root: Path = Path("/")) -> str:
     """As the kernel names it."""
     return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
-
-
-def has_avx512_bf16(root: Path = Path("/")) -> bool:
-    """Return whether the kernel lists AVX512-BF16, which the packed 4-bit products need, among the CPU's flags."""
-    return "avx512_bf16" in _cpuinfo(root).get("flags", "").split()
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
@@ -185,7 +181,7 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
 def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
     """Return where the measurement is kept; the name follows from all that it depends on."""
     cores = len(os.sched_getaffinity(0))  # each has a thread
-    identity = [__version__, sys.version, sys.executable, cores, kernels, installed(sys.path)]
+    identity = [__version__, sys.version, sys.executable, cores, current().name, kernels, installed(sys.path)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return (cache or cache_directory()) / f"interpreter-{key}.json"
 
