@@ -62,7 +62,7 @@ RATE_NAMES = tuple(field.name for field in fields(Rates) if field.name not in ("
 
 
 SLOW_FOUR_BIT = (
-    40.0  # times slower a CPU without AVX512-BF16 multiplies 4-bit weights with one token (benchmarks/slow_path.py)
+    40.0  # times slower a CPU without a kernel multiplies 4-bit weights with one token (benchmarks/slow_path.py)
 )
 
 
