@@ -14,6 +14,7 @@ import torch
 from qmix.machine_profile import FourBitTrial
 from qmix.precision.formats import BLOCK
 from qmix.precision.matmul import FourBitMatrix, Matrix
+from qmix.precision.paths import current
 
 LARGE, SMALL = (1024, 4096), (128, 512)  # of qmix's own kernel and of bitsandbytes'
 SECONDS = 0.2  # of repetitions
@@ -29,7 +30,7 @@ def try_four_bit(kind: str = "nf4") -> FourBitTrial:
         seconds = _seconds(lambda: large.multiply(x))
         dequantising = _seconds(lambda: Matrix.multiply(large, x))
     nbytes = large.codes.nbytes + large.absmax.nbytes
-    return FourBitTrial(large.kernel, small.kernel, correct, nbytes / seconds, dequantising / seconds)
+    return FourBitTrial(current().name, large.kernel, small.kernel, correct, nbytes / seconds, dequantising / seconds)
 
 
 def _matrix(kind: str, rows: int, cols: int) -> FourBitMatrix:

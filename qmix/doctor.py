@@ -24,7 +24,7 @@ from qmix.files import scratch_file
 from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver
 from qmix.machine_profile import FourBitTrial
 from qmix.plan.hardware import RATE_NAMES, Rates
-from qmix.precision.paths import current
+from qmix.precision.paths import supported
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
 PAGE = 4096
@@ -47,15 +47,15 @@ class Gpu:
 class Report:
     """`memory_limit` is what control groups leave of the memory, where that is less; sizes in bytes.
 
-    `four_bit` is what a 4-bit product showed, `cpu_path` the instructions that kernels are built for. `huge_pages` is
-    the kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory came in them when some
-    was taken (None: the kernel does not tell), `direct_io` whether `directory` is on a filesystem that reads past the
-    page cache.
+    `four_bit` is what a 4-bit product showed, `best_path` the best instructions that the CPU's flags promise.
+    `huge_pages` is the kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory
+    came in them when some was taken (None: the kernel does not tell), `direct_io` whether `directory` is on a
+    filesystem that reads past the page cache.
     """
 
     cpu: str
     cores: int
-    cpu_path: str
+    best_path: str
     four_bit: FourBitTrial
     memory_total: int
     memory_available: int
@@ -90,7 +90,7 @@ def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> Report:
     return Report(
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
-        cpu_path=current().name,
+        best_path=supported()[0].name,
         four_bit=four_bit,
         memory_total=memory.total,
         memory_available=memory.available,

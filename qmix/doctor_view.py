@@ -8,6 +8,7 @@ from rich.text import Text
 from qmix.doctor import Report
 from qmix.plan.hardware import RATE_NAMES, SLOW_FOUR_BIT
 from qmix.plan.view import rate_text
+from qmix.precision.paths import PORTABLE
 from qmix.units import format_bytes
 
 REINSTALL = "`pip install --force-reinstall --no-deps {}` may mend it"
@@ -55,15 +56,18 @@ def report_table(report: Report) -> Table:
 def _kernels(report: Report) -> str:
     """Return what the trial of a 4-bit product showed, and what to do about it."""
     trial = report.four_bit
-    slower = f"products take about {SLOW_FOUR_BIT:.0f} times as long"
     if not trial.correct:
         return "tried: a 4-bit product gives wrong values here; use --precision int8, and please report it"
-    if trial.fast:
-        speed = f"{format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
-        return f"yes, tried: {report.cpu_path}, {speed}"
-    if trial.large is not None:
-        return f"tried: none for small matrices; {REINSTALL.format('bitsandbytes')}"
-    return f"none, tried: {slower}; {REINSTALL.format('numba llvmlite')}"
+    rate = f"{format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
+    if trial.large is None:
+        slower = f"4-bit products take about {SLOW_FOUR_BIT:.0f} times as long"
+        return f"none, tried: {slower}; {REINSTALL.format('numba llvmlite')}"
+    if trial.small is None:
+        return f"tried: none for small matrices; {REINSTALL.format('bitsandbytes')}. For large ones: {rate}"
+    if trial.path == PORTABLE and report.best_path == PORTABLE:
+        return f"a slow one, tried: this CPU has no AVX2, {rate}"
+    better = f"; the CPU has {report.best_path}" if trial.path != report.best_path else ""
+    return f"{'a slow one' if trial.path == PORTABLE else 'yes'}, tried: {trial.path}, {rate}{better}"
 
 
 def _huge_pages(report: Report) -> str:

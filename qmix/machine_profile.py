@@ -17,7 +17,7 @@ from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
 from qmix.machine import cpu_name, state_directory
 from qmix.plan.hardware import RATE_NAMES, FourBitProducts, Rates
-from qmix.precision.paths import current
+from qmix.precision.paths import PORTABLE, current, supported
 
 STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # what decides how products are computed
 SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # those that follow the stack's versions
@@ -27,11 +27,13 @@ Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's, and no
 class FourBitTrial(msgspec.Struct, frozen=True):
     """What multiplied 4-bit matrices when it was tried.
 
-    `large` and `small` name whose kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its
-    rows were dequantised a few at a time. `rate` is bytes/s of the large one with one token, its content in cache;
-    `times` compares that with dequantising.
+    `path` names the instructions of the kernels, see `qmix.precision.paths`. `large` and `small` name whose
+    kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its rows were dequantised a few at a
+    time. `rate` is bytes/s of the large one with one token, its content in cache; `times` compares that with
+    dequantising.
     """
 
+    path: str
     large: str | None
     small: str | None
     correct: bool
@@ -40,8 +42,8 @@ class FourBitTrial(msgspec.Struct, frozen=True):
 
     @property
     def fast(self) -> bool:
-        """Return whether kernels multiplied, and gave the right values."""
-        return self.correct and None not in (self.large, self.small)
+        """Return whether kernels of vector instructions multiplied, and gave the right values."""
+        return self.correct and self.path != PORTABLE and None not in (self.large, self.small)
 
 
 class MachineProfile(msgspec.Struct, frozen=True):
@@ -82,7 +84,7 @@ def four_bit_products(path: Path | None = None) -> FourBitProducts:
     """Return how 4-bit products are computed here: as tried, or else as the processor's flags promise."""
     tried = tried_four_bit(path)
     if tried is None:
-        return FourBitProducts(current().name != "portable")
+        return FourBitProducts(supported()[0].name != PORTABLE)
     return FourBitProducts(tried.fast, tried=True)
 
 

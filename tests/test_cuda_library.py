@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from qmix.doctor_view import report_table
 from qmix.plan.hardware import FourBitProducts, Rates
 from qmix.precision import matmul
 from qmix.precision.matmul import FourBitMatrix, has_kernels
-from qmix.precision.paths import current
+from qmix.precision.paths import PATHS, PORTABLE, current, supported
 from qmix.terminal import print_table
 
 SIZES = {"large": (512, 1024), "small": (64, 128)}
@@ -101,20 +102,44 @@ def test_a_trial_finds_the_kernels_beside_the_cuda_library():
 
 
 def shown(trial: machine_profile.FourBitTrial, tmp_path, capsys) -> str:
+    """The row of the 4-bit kernel, unfolded."""
     print_table(report_table(doctor.examine(tmp_path, Rates(), trial)))
-    return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("4-bit kernel"))
+    return " ".join(capsys.readouterr().out.partition("4-bit kernel")[2].partition("\nmemory")[0].split())
 
 
 def test_doctor_and_plans_tell_what_was_tried_and_not_what_the_flags_promise(monkeypatch, tmp_path, capsys):
     """The CPU's flags say yes; nothing multiplies, and so the answer is no."""
     path = tmp_path / "machine.json"
+    monkeypatch.setattr(machine_profile, "supported", lambda: [PATHS["avx512bf16"]])
     assert machine_profile.four_bit_products(path) == FourBitProducts(fast=True, tried=False)
     monkeypatch.setattr(matmul, "four_bit_kernel", lambda kind, ours: None)
     trial = try_four_bit()
     assert (trial.large, trial.small, trial.correct, trial.fast) == (None, None, True, False)
     machine_profile.keep(four_bit=trial, path=path)
     assert machine_profile.four_bit_products(path) == FourBitProducts(fast=False, tried=True)
-    assert "none, tried: products take about" in shown(trial, tmp_path, capsys)
+    assert "none, tried: 4-bit products take about" in shown(trial, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("path", "small", "fast", "told"),
+    [
+        ("avx512bf16", "bitsandbytes", True, r"yes, tried: avx512bf16, 9 GB/s from cache, 90 times as fast as without"),
+        ("avx2", "qmix", True, r"yes, tried: avx2, .* as fast as without; the CPU has avx512bf16"),
+        ("portable", "qmix", False, r"a slow one, tried: portable, .*; the CPU has avx512bf16"),
+        ("avx512bf16", None, False, r"tried: none for small matrices; `pip install .* bitsandbytes` .*"),
+    ],
+)
+def test_doctor_names_the_instructions_that_were_used(monkeypatch, tmp_path, capsys, path, small, fast, told):
+    monkeypatch.setattr(doctor, "supported", lambda: [PATHS["avx512bf16"]])
+    trial = machine_profile.FourBitTrial(path, "qmix", small, True, 9e9, 90.0)
+    assert trial.fast is fast
+    assert re.fullmatch(told, shown(trial, tmp_path, capsys))
+
+
+@pytest.mark.parametrize("best", PATHS)
+def test_what_was_not_tried_is_what_the_flags_promise(monkeypatch, tmp_path, best):
+    monkeypatch.setattr(machine_profile, "supported", lambda: [PATHS[best]])
+    assert machine_profile.four_bit_products(tmp_path / "none.json") == FourBitProducts(best != "portable", tried=False)
 
 
 def test_a_kernel_with_wrong_values_is_no_kernel(monkeypatch, tmp_path, capsys):
@@ -128,14 +153,14 @@ def test_a_kernel_with_wrong_values_is_no_kernel(monkeypatch, tmp_path, capsys):
 def test_a_trial_with_other_versions_counts_for_nothing(monkeypatch, tmp_path):
     """Installing a torch with CUDA changes what multiplies; reading the disk stays what it was."""
     path = tmp_path / "machine.json"
-    trial = machine_profile.FourBitTrial(None, None, True, 1e9, 1.0)
+    trial = machine_profile.FourBitTrial("avx2", None, None, True, 1e9, 1.0)
     machine_profile.keep({"disk_read": 2e9, "four_bit_read": 3e9}, trial, path)
     assert machine_profile.measured_rates(path).measured == {"disk_read", "four_bit_read"}
     monkeypatch.setattr(machine_profile, "version", lambda name: "2.99+cu130")
     assert machine_profile.tried_four_bit(path) is None
-    assert machine_profile.four_bit_products(path) == FourBitProducts(current().name != "portable")
+    assert machine_profile.four_bit_products(path) == FourBitProducts(supported()[0].name != PORTABLE)
     assert machine_profile.measured_rates(path).measured == {"disk_read"}
-    again = machine_profile.FourBitTrial("qmix", "bitsandbytes", True, 1e9, 100.0)
+    again = machine_profile.FourBitTrial("avx2", "qmix", "bitsandbytes", True, 1e9, 100.0)
     machine_profile.keep(four_bit=again, path=path)
     assert machine_profile.tried_four_bit(path) == again
     assert machine_profile.measured_rates(path).measured == {"disk_read"}

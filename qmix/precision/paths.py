@@ -43,6 +43,7 @@ class CpuPath:
         return self.name == "avx512bf16"
 
 
+PORTABLE = "portable"
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 
@@ -54,7 +55,7 @@ _ALL = (
     CpuPath("avx512bf16", 16, 32, (*_AVX512, "avx512_bf16"), "cooperlake", {}),
     CpuPath("avx512", 16, 32, _AVX512, "skylake-avx512", _limits("avx512", "AVX512_CORE", "AVX512")),
     CpuPath("avx2", 8, 16, ("avx2", "fma", "f16c"), "haswell", _limits("avx2", "AVX2", "AVX2")),
-    CpuPath("portable", 4, 16, (), "generic", _limits("default", "SSE41", "SSE4_2")),
+    CpuPath(PORTABLE, 4, 16, (), "generic", _limits("default", "SSE41", "SSE4_2")),
 )
 PATHS = {path.name: path for path in _ALL}
 
