@@ -116,7 +116,7 @@ def outcomes(maker) -> dict[str, str]:
         def setUp(self):
             self.model_tester = Tester()
 
-    names = [name for name in unittest.TestLoader().getTestCaseNames(Suite) if selected(name)]
+    names = unittest.TestLoader().getTestCaseNames(Suite)
     found = {}
     for name in names:
         result = unittest.TestResult()
@@ -125,10 +125,6 @@ def outcomes(maker) -> dict[str, str]:
         wrong = [text for _, text in result.failures + result.errors]
         found[name] = wrong[0] if wrong else "skipped" if result.skipped else "passed"
     return found
-
-
-def selected(name: str) -> bool:
-    return re.search(os.environ.get("QMIX_TRANSFORMERS_TESTS", ""), name) is not None
 
 
 @pytest.fixture
