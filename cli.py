@@ -17,6 +17,7 @@ import click
 from qmix import __version__
 from qmix.commands import Commands
 from qmix.errors import QmixError
+from qmix.precision.paths import environment
 
 EXIT_INTERRUPTED = 130
 
@@ -40,6 +41,8 @@ def main(run: Callable[[], Any] = _run) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a character that the locale lacks is no reason to stop
     try:
+        if "QMIX_CPU" in os.environ:  # which instructions the kernels may use; child processes keep to them too
+            os.environ.update(environment(os.environ["QMIX_CPU"]))
         status = run()
     except click.exceptions.Exit as done:
         status = done.exit_code

@@ -31,8 +31,8 @@ def matrix(memory: torch.Tensor, kind: str, fast: bool) -> FourBitMatrix:
     absmax = memory[ROWS * COLUMNS // 2 :].view(torch.bfloat16).view(COLUMNS // 64, ROWS)
     found = FourBitMatrix(kind, codes, absmax, ROWS, COLUMNS)
     if not fast:
-        found._kernel = None
-    elif found._kernel is None:
+        found.kernel = None
+    elif found.kernel is None:
         raise QmixError("this CPU has no fast 4-bit kernel: there is nothing to compare")
     return found
 

@@ -27,11 +27,13 @@ from synthetic import copy_tokenizer, describe_routing, model_from, model_option
 from synthetic_weights import SyntheticModel
 
 from qmix.checkpoint.naming import expert_key
+from qmix.checkpoint.reader import TOKENIZER_FILES
 from qmix.disk import require_space
 from qmix.layout import FileLayout, StoreLayout, parse_precisions
 from qmix.precision.formats import DTYPES, chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
-from qmix.store import MANIFEST, Store, manifest, open_store
+from qmix.store import CONFIG, Store, file_digest, manifest, open_store
+from qmix.store_writer import small_files, write_manifest
 
 CHUNK_WEIGHTS = 4 * 2**20
 
@@ -53,13 +55,14 @@ def write_store(directory: Path, model: SyntheticModel, precision: str = "nf4", 
         (directory / layout.layer(layer).name).hardlink_to(directory / layout.layer(source).name)
         records[layer] = records[source]
     copy_tokenizer(directory)
-    config = json.dumps(model.config, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json").write_text(config)
+    there = (directory / name for name in TOKENIZER_FILES)
+    files = small_files(model.config, [path for path in there if path.is_file()])
+    (directory / CONFIG).write_bytes(files[CONFIG])
     by_layer = [list(records[layer].values()) for layer in range(model.geometry.num_layers)]
-    checksums = {"config": xxhash.xxh3_64_hexdigest(config.encode()), "dense": dense, "records": by_layer}
-    fingerprint = hashlib.sha256(f"synthetic {config}".encode()).hexdigest()
-    content = manifest(layout, directory.absolute().name, fingerprint, checksums)
-    (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+    known = {name: file_digest(data) for name, data in files.items()}
+    checksums = {"dense": dense, "records": by_layer, "files": known}
+    fingerprint = hashlib.sha256(b"synthetic " + files[CONFIG]).hexdigest()
+    write_manifest(directory, manifest(layout, directory.absolute().name, fingerprint, checksums))
     return open_store(directory)
 
 

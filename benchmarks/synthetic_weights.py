@@ -108,7 +108,7 @@ class SyntheticModel:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's name and shape."""
-        return expected_weights(self.geometry)
+        return dict(expected_weights(self.geometry))
 
     # the tour
 

@@ -19,6 +19,7 @@ from calibration.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, m
 from qmix.bound import dense_read
 from qmix.direct_io import anonymous_memory
 from qmix.disk import UncachedFile, copied
+from qmix.doctor import product_fault
 from qmix.machine import available_memory, free_disk
 from qmix.plan import Plan, make_plan
 from qmix.plan.hardware import Rates
@@ -54,6 +55,8 @@ def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) ->
     found |= overheads(Rates().with_measured(found))
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         tell(f"gpu:{index}")
+        if product_fault(f"cuda:{index}"):  # doctor's report says why
+            continue
         rates = gpu_rates(torch.device("cuda", index))
         found |= {name: min(rate, found.get(name, rate)) for name, rate in rates.items()}  # the slowest decides
     return found
@@ -62,7 +65,7 @@ def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) ->
 def four_bit_read(kind: str = "nf4") -> float:
     """Bytes/s of packed matrices multiplied with one token, without the kernel too."""
     per_matrix = ROWS * COLUMNS // 2 + ROWS * COLUMNS // 64 * 2
-    fast = FourBitMatrix(kind, *_parts(anonymous_memory(per_matrix)), ROWS, COLUMNS)._kernel is not None
+    fast = FourBitMatrix(kind, *_parts(anonymous_memory(per_matrix)), ROWS, COLUMNS).kernel is not None
     count = max(1, min(POOL_BYTES, available_memory() // 4) // per_matrix) if fast else SLOW_MATRICES
     memory = anonymous_memory(count * per_matrix)
     memory.random_(0, 64)  # scales stay finite: the high byte of a bf16 below 64 is a number below 2**0

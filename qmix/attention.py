@@ -26,35 +26,48 @@ def grouped_sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """query [B, H, T, D], key and value [B, G, S, D], mask [B or 1, 1, T, S] or None, to [B, T, H, D].
 
     Query heads g * H / G to (g + 1) * H / G - 1 share key head g. Without a mask, T queries of T positions are causal.
+    `dropout` is the share of attention weights that training leaves out.
     """
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
     shared = query.view(batch, groups, heads // groups, tokens, width)  # [B, G, H / G, T, D]
     if tokens == 1:
-        out = _decode(shared[:, :, :, 0], key, value, attention_mask, scaling)
+        out = _decode(shared[:, :, :, 0], key, value, attention_mask, dropout, scaling)
         return out.view(batch, 1, heads, width), None
     out = query.new_empty(batch, tokens, groups, heads // groups, width)
     causal = attention_mask is None
     for index in range(heads // groups):
         part = F.scaled_dot_product_attention(
-            shared[:, :, index], key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling
+            shared[:, :, index],
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
         )
         out[:, :, :, index] = part.transpose(1, 2)
     return out.view(batch, tokens, heads, width), None
 
 
 def _decode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
 ) -> torch.Tensor:
     """query [B, G, H / G, D] of one token a sequence to [B, G, H / G, D]."""
-    if key[0].numel() < KERNEL_NUMBERS or not _kernel_takes(query, key, value, mask):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    if key[0].numel() < KERNEL_NUMBERS or dropout or not _kernel_takes(query, key, value, mask):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     from qmix.attention_kernel import attend
 
     bias = None
@@ -65,14 +78,18 @@ def _decode(
 
 
 def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Half precision throughout, in main memory, rows of keys and of values one after another, one mask a sequence."""
+    """Half precision throughout, in main memory, rows of keys and of values one after another, one mask a sequence;
+    nothing that requires a gradient."""
     batch, _, positions, width = key.shape
     return (
         query.dtype in (torch.bfloat16, torch.float16)
         and all(rows.dtype == query.dtype and rows.stride()[2:] == (width, 1) for rows in (key, value))
         and all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in (query, key, value))
         and width % KERNEL_COLUMNS == 0
-        and (mask is None or (mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, positions)))
+        and (
+            mask is None
+            or (mask.shape[0] in (1, batch) and mask.shape[1:] == (1, 1, positions) and not mask.requires_grad)
+        )
     )
 
 

@@ -23,11 +23,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.precision import team
-from qmix.precision.products import has_pairs
+from qmix.precision.paths import current
 from qmix.precision.row_tile import BF16, BF16_WIDE, FP16, GROUP, PAIRED, ROWS, TOKENS, dot_tile
 from qmix.precision.vectors import (
     FLOAT,
-    HALF,
     I8,
     I16,
     I32,
@@ -44,17 +43,19 @@ from qmix.precision.vectors import (
     equal,
     fill,
     float_at,
+    fp16_to_float,
     load,
     next_piece,
     prefetch,
     put_half,
+    spread,
     times,
 )
 
 BLOCK = 512  # positions in a piece of work
 STRIP = 64  # positions whose values, 16 kB, stay in the first cache while all columns are summed
 AHEAD = 4096  # bytes of keys and of values fetched ahead
-WIDTH = 4  # vectors of columns in a tile of values: with six heads, 24 sums
+WIDTH = 4  # vectors of columns in a tile of values: with TOKENS heads, 24 or 12 sums
 
 
 def attend(
@@ -89,7 +90,7 @@ def attend_rows(
     """
     tokens, groups, heads, width = query.shape
     blocks = -(-longest // BLOCK)
-    holds = FP16 if query.dtype == torch.float16 else BF16 if has_pairs() else BF16_WIDE
+    holds = FP16 if query.dtype == torch.float16 else BF16 if current().pairs else BF16_WIDE
     as_read = query.to(torch.bfloat16 if holds in PAIRED else torch.float32).contiguous()
     parts = torch.empty(tokens * groups, blocks, heads, width + 2)  # sums of values, their weights' sum, the maximum
     out = torch.empty(tokens, groups, heads, width, dtype=query.dtype)
@@ -102,7 +103,7 @@ def attend_rows(
 
 
 def _lanes_to_one(b: Builder, lanes: Value, combine: Callable[[Value, Value], Value]) -> Value:
-    """The sixteen lanes as one, halves with halves."""
+    """All lanes as one, halves with halves."""
     count = LANES
     while count > 1:
         count //= 2
@@ -111,22 +112,17 @@ def _lanes_to_one(b: Builder, lanes: Value, combine: Callable[[Value, Value], Va
     return b.extract_element(lanes, ir.Constant(I32, 0))
 
 
-def _spread(b: Builder, number: Value) -> Value:
-    one = b.insert_element(ir.Constant(SUMS, ir.Undefined), number, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, one, fill(NUMBERS, 0))
-
-
 def _larger(b: Builder, left: Value, right: Value) -> Value:
     return b.select(b.fcmp_ordered(">", left, right), left, right)
 
 
 def _exp(b: Builder, x: Value) -> Value:
-    """e to the power of sixteen numbers up to 0, to 2e-7 of it and 0 below 2**-126; NaN for NaN.
+    """e to the power of LANES numbers up to 0, to 2e-7 of it and 0 below 2**-126; NaN for NaN.
 
     2**n * 2**f, with f from -0.5 to 0.5 and Taylor's series for 2**f.
     """
     x = b.fmul(x, fill(SUMS, math.log2(math.e)))
-    n = call(b, "llvm.rint.v16f32", SUMS, x)
+    n = call(b, f"llvm.rint.v{LANES}f32", SUMS, x)
     f = b.fsub(x, n)
     power = fill(SUMS, 0.0)
     for k in range(7, -1, -1):
@@ -151,9 +147,9 @@ def _softmax(
         most, total = cgutils.alloca_once(b, SUMS), cgutils.alloca_once(b, SUMS)
         b.store(fill(SUMS, -math.inf), most)
         b.store(fill(SUMS, 0.0), total)
-        factor = _spread(b, scale)
+        factor = spread(b, scale)
         with cgutils.for_range(b, groups) as loop:
-            for half in range(2):
+            for half in range(GROUP // LANES):
                 place = at(b, b.add(scores, b.mul(loop.index, step)), 4 * LANES * half, SUMS)
                 added = load(b, b.add(bias, times(b, loop.index, 4 * GROUP)), 4 * LANES * half, SUMS)
                 score = b.fadd(b.fmul(b.load(place, align=4), factor), added)
@@ -161,9 +157,9 @@ def _softmax(
                 b.store(_larger(b, score, b.load(most)), most)
         maximum = _lanes_to_one(b, b.load(most), lambda x, y: _larger(b, x, y))
         hidden = b.fcmp_ordered("==", maximum, ir.Constant(FLOAT, -math.inf))
-        taken_off = _spread(b, b.select(hidden, ir.Constant(FLOAT, 0.0), maximum))
+        taken_off = spread(b, b.select(hidden, ir.Constant(FLOAT, 0.0), maximum))
         with cgutils.for_range(b, groups) as loop:
-            for half in range(2):
+            for half in range(GROUP // LANES):
                 place = at(b, b.add(scores, b.mul(loop.index, step)), 4 * LANES * half, SUMS)
                 weight = _exp(b, b.fsub(b.load(place, align=4), taken_off))
                 b.store(weight, place, align=4)
@@ -196,12 +192,9 @@ def _heads_by_vectors(b: Builder, holds: int, heads: int, vectors: int, argument
         for offset in range(0, 2 * LANES * vectors, 64):
             prefetch(b, at(b, row, AHEAD + offset, I8))
         raw = [load(b, row, 2 * LANES * v, ir.VectorType(I16, LANES)) for v in range(vectors)]
-        wide = [
-            b.fpext(b.bitcast(bits, ir.VectorType(HALF, LANES)), SUMS) if holds == FP16 else bf16_to_float(b, bits)
-            for bits in raw
-        ]
+        wide = [fp16_to_float(b, bits) if holds == FP16 else bf16_to_float(b, bits) for bits in raw]
         for head, line in enumerate(totals):
-            weight = _spread(b, load(b, b.add(weights, times(b, loop.index, 4)), 4 * GROUP * head, FLOAT))
+            weight = spread(b, load(b, b.add(weights, times(b, loop.index, 4)), 4 * GROUP * head, FLOAT))
             for total, vector in zip(line, wide, strict=True):
                 b.store(add_wide(b, b.load(total), weight, vector), total)
     for head, line in enumerate(totals):
@@ -215,7 +208,7 @@ def value_tile(
     context: object, holds: Any, heads: Any, vectors: Any, weights: Any, values: Any, stride: Any, positions: Any,
     sums: Any, sums_stride: Any,
 ) -> tuple[Any, Callable[..., Any]]:  # fmt: skip
-    """Adds to fp32 sums, 1 to 6 heads of 1 or 4 vectors, the values of up to 32 positions by the heads' weights.
+    """Add to fp32 sums, 1 to TOKENS heads of 1 or WIDTH vectors, the values of up to 32 positions by heads' weights.
 
     Weights are fp32 [heads, 32]. `holds` is a literal; strides are bytes a row.
     """

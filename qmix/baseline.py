@@ -18,7 +18,7 @@ from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
 from qmix.machine import give_back_freed_memory, peak_memory
 from qmix.models import EMBEDDED
-from qmix.runner import load_tokenizer
+from qmix.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -25,11 +25,12 @@ from qmix.errors import UsageError
 from qmix.eviction import Key
 from qmix.generate import compute_threads
 from qmix.layout import StoreLayout
-from qmix.machine import cpu_name, has_fast_kernels
+from qmix.machine import cpu_name
 from qmix.model import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.plan.file import PlanFile
 from qmix.pool_counters import PoolCounters
+from qmix.precision.matmul import has_kernels
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
 from qmix.runner import Runner
@@ -117,7 +118,7 @@ def measure(
         peak_memory=watch.peak_memory,
         cpu=cpu_name(),
         threads=compute_threads(store.geometry),
-        fast_kernels=has_fast_kernels(),
+        fast_kernels=has_kernels(store.layout.records, store.geometry.expert_matrices.values()),
         versions={"qmix": __version__, "python": platform.python_version()} | {name: version(name) for name in STACK},
         ceilings=machine,
         rows=tuple(rows),

@@ -108,7 +108,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Rows, what they are compared with, and the conditions. Memory in bytes; `fast_kernels`: the CPU's 4-bit ones."""
+    """Rows, what they are compared with, and the conditions. Memory in bytes; `fast_kernels`: none of
+    the model's 4-bit matrices was dequantised to be multiplied."""
 
     model: str
     precision: str

@@ -3,14 +3,19 @@
 Its CPU backend tries to fetch a kernel through the `kernels` package when it is imported, and logs a warning where
 that fails; its fallbacks are wrapped in `torch.compile`, which loads the whole compiler (1.5 s, 44 MB) though nothing
 here calls them. The kernels that qmix uses are in bitsandbytes' own library.
+
+Where torch has CUDA, that is another library than the one bitsandbytes loads: its CUDA library has none of the CPU's
+4-bit products. `cpu_library` is the CPU's, whatever torch has.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,4 +49,15 @@ else:
     with _quiet():
         from bitsandbytes import functional
 
-__all__ = ["functional"]
+__all__ = ["cpu_library", "functional"]
+
+
+@cache
+def cpu_library() -> ctypes.CDLL | None:
+    """Return bitsandbytes' library of CPU kernels; None where the package has none, or it cannot be loaded."""
+    from bitsandbytes.consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR  # after `functional`: it loads the package
+
+    try:
+        return ctypes.CDLL(str(PACKAGE_DIR / f"libbitsandbytes_cpu{DYNAMIC_LIBRARY_SUFFIX}"))
+    except OSError:
+        return None

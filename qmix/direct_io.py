@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from qmix.disk import read_fully
-from qmix.errors import REMAKE, StoreError
+from qmix.disk import DISK_ERRORS, disk_advice, read_fully
+from qmix.errors import StoreError, mending
 from qmix.precision.record import PAGE
 
 MADV_POPULATE_WRITE, MADV_COLLAPSE = 23, 25  # of Linux's mman.h; Python's mmap does not name them
@@ -62,7 +62,8 @@ class DirectFile:
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}; {REMAKE}") from None
+            advice = mending(path.parent) if isinstance(error, FileNotFoundError) else disk_advice(error)
+            raise StoreError(f"{path}: {error.strerror}; {advice}") from None
         with suppress(OSError):
             direct = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
             try:
@@ -86,10 +87,27 @@ class DirectFile:
             os.close(fd)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` from `offset`; in the calling thread, without the GIL. Raises StoreError."""
+        """Fill `buffer` from `offset`; in the calling thread, without the GIL.
+
+        What the disk fails to read is tried once more. Raises StoreError naming the bytes.
+        """
         try:
             read_fully(self.fd, buffer, offset)
         except OSError as error:
-            raise StoreError(f"{self.path}: {error.strerror} while reading; try again, or {REMAKE}") from None
+            self._check_length(offset, len(buffer))  # past the end, O_DIRECT finds the rest of the buffer unaligned
+            more = f"; {mending(self.path.parent)}" if error.errno in DISK_ERRORS else ""
+            raise StoreError(f"{self.path}: {error.strerror}; {disk_advice(error)}{more}") from None
         except EOFError:
-            raise StoreError(f"{self.path}: cut short; {REMAKE}") from None
+            self._check_length(offset, len(buffer))
+            raise StoreError(f"{self.path}: grew shorter while it was read; {mending(self.path.parent)}") from None
+
+    def _check_length(self, offset: int, nbytes: int) -> None:
+        size = os.fstat(self.fd).st_size
+        if size < offset + nbytes:
+            wanted = f"bytes {offset} to {offset + nbytes - 1} were wanted"
+            raise StoreError(f"{self.path}: cut short, ends at byte {size}, {wanted}; {mending(self.path.parent)}")
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Let the page cache drop these bytes, so that they are read from the disk next time."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,9 @@ from qmix.units import format_bytes
 
 DIRECT_BYTES = 4096  # what O_DIRECT asks memory, offsets and sizes to be multiples of
 HUGE_PAGE = 2 * 2**20
+# what a failing disk, cable or network says; a second try may succeed
+DISK_ERRORS = frozenset({errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EBADMSG})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def existing_parent(path: Path) -> Path:
@@ -69,13 +73,43 @@ def require_space(needs: Iterable[tuple[Path, int]]) -> None:
 
 
 def read_fully(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from `offset`, without the GIL. Raises OSError, and EOFError where the file ends before."""
+    """Fill `buffer` from `offset`, without the GIL; what the disk fails to read is tried once more.
+
+    Raises OSError naming the bytes, and EOFError where the file ends before.
+    """
     done = 0
     while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
+        count = _once_more(partial(os.preadv, fd, [buffer[done:]], offset + done), offset + done, len(buffer) - done)
         if count == 0:
-            raise EOFError
+            raise EOFError(f"ends at byte {offset + done}")
         done += count
+
+
+def _once_more(read: Callable[[], int], offset: int, nbytes: int) -> int:
+    """Return what `read` returns; one that the disk fails is tried a second time."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+    try:
+        return read()
+    except OSError as error:
+        where = f"{error.strerror} at bytes {offset} to {offset + nbytes - 1}, read twice"
+        raise OSError(error.errno, where) from None
+
+
+def disk_advice(error: OSError) -> str:
+    """Return what to do about a file that could not be read or written, whatever is in it."""
+    if error.errno in DISK_ERRORS:
+        return "the disk failed there: see `dmesg`"
+    if error.errno in FULL:
+        return "free some space"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise `ulimit -n`"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "change its permissions"
+    return "try again"
 
 
 class DirectMemory:
@@ -137,6 +171,7 @@ class UncachedFile:
     """
 
     def __init__(self, path: Path, flags: int) -> None:
+        self.path = path
         self.fd = os.open(path, flags, 0o644)
         self._direct: int | None = None
         with suppress(OSError):  # a filesystem without it
@@ -150,12 +185,14 @@ class UncachedFile:
     def read(self, memory: DirectMemory, offset: int, nbytes: int) -> memoryview:
         """`nbytes` from `offset`, as a part of `memory`; without the GIL.
 
-        Raises OSError, and EOFError where the file ends before.
+        What the disk fails to read is tried once more. Raises OSError naming the bytes, and EOFError where the file
+        ends before.
         """
         before = offset % DIRECT_BYTES
         end = before + nbytes
         whole = -(-end // DIRECT_BYTES) * DIRECT_BYTES
-        done = max(before, self._directly(os.preadv, [memory.view[:whole]], offset - before))
+        directly = partial(self._directly, os.preadv, [memory.view[:whole]], offset - before)
+        done = max(before, _once_more(directly, offset, nbytes))
         if done < end:
             start = offset - before + done
             read_fully(self.fd, memory.view[done:end], start)
@@ -164,10 +201,13 @@ class UncachedFile:
         return memory.at(offset, nbytes)
 
     def write(self, data: Any, offset: int) -> None:
-        """All of `data` at `offset`; without the GIL. Raises OSError."""
+        """All of `data` at `offset`; without the GIL. Raises OSError naming the file."""
         view = memoryview(data)
         while view.nbytes:
-            count = self._write_some(view, offset)
+            try:
+                count = self._write_some(view, offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
             view, offset = view[count:], offset + count
 
     def _write_some(self, view: memoryview, offset: int) -> int:

@@ -1,4 +1,8 @@
-"""What this machine is: processor, kernels, memory and its limits, disk, GPUs, versions. Measures nothing."""
+"""What this machine is: processor, kernels, memory and its limits, disk, GPUs, versions.
+
+Nothing is read off a flag or a setting where it can be tried: a 4-bit product, memory on huge pages, a direct read, a
+product on each GPU. Measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,41 +16,50 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from msgspec import to_builtins
 
 from qmix import __version__
 from qmix.disk import existing_parent
-from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver, has_fast_kernels
+from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver, has_avx512_bf16
+from qmix.machine_profile import FourBitTrial
 from qmix.plan.hardware import RATE_NAMES, Rates
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
 PAGE = 4096
+PRODUCT = 128  # rows and columns of what is multiplied on a GPU
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_TRIAL = 32 * 2**20  # bytes taken to see whether they come in huge pages
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as torch sees it; bytes."""
+    """A GPU as torch sees it; bytes. `fault` is why a product on it failed, empty where it gave the right values."""
 
     name: str
     total: int
     free: int
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """`memory_limit` is what control groups leave of the memory, where that is less; sizes in bytes.
 
-    `huge_pages` is the kernel's setting ("always", "madvise", "never", or "unknown"), `direct_io` whether `directory`
-    is on a filesystem that reads past the page cache.
+    `four_bit` is what a 4-bit product showed, `avx512_bf16` what the CPU's flags promise of it. `huge_pages` is the
+    kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory came in them when some
+    was taken (None: the kernel does not tell), `direct_io` whether `directory` is on a filesystem that reads past the
+    page cache.
     """
 
     cpu: str
     cores: int
-    fast_kernels: bool
+    avx512_bf16: bool
+    four_bit: FourBitTrial
     memory_total: int
     memory_available: int
     memory_limit: int | None
     huge_pages: str
+    on_huge_pages: bool | None
     directory: Path
     disk_free: int
     direct_io: bool
@@ -58,6 +71,8 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__slots__}
         fields["gpus"] = [asdict(gpu) for gpu in self.gpus]
+        fields["four_bit"] = to_builtins(self.four_bit)
+        fields["fast_kernels"] = self.four_bit.fast
         return {"schema": "qmix-doctor-1", **fields, "directory": str(self.directory), "rates": self.rates.to_json()}
 
     @property
@@ -67,17 +82,19 @@ class Report:
         return [name for name in wanted if self.rates.source(name) == "typical"]
 
 
-def examine(directory: Path, rates: Rates) -> Report:
-    """This machine, with the disk that `directory` lies on."""
+def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> Report:
+    """Return what this machine is, with the disk that `directory` lies on and what a 4-bit product showed."""
     memory, available = psutil.virtual_memory(), available_memory()
     return Report(
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
-        fast_kernels=has_fast_kernels(),
+        avx512_bf16=has_avx512_bf16(),
+        four_bit=four_bit,
         memory_total=memory.total,
         memory_available=memory.available,
         memory_limit=available if available < memory.available else None,
         huge_pages=huge_pages(),
+        on_huge_pages=takes_huge_pages(),
         directory=directory,
         disk_free=free_disk(directory),
         direct_io=reads_directly(directory),
@@ -95,6 +112,25 @@ def huge_pages(path: Path = HUGE_PAGES) -> str:
     except OSError:
         return "unknown"
     return chosen[1] if chosen else "unknown"
+
+
+def takes_huge_pages(counts: Path = Path("/proc/self/smaps_rollup")) -> bool | None:
+    """Return whether memory taken as the pool's is comes in huge pages; None where the kernel does not tell."""
+    from qmix.direct_io import anonymous_memory
+
+    before = _huge_bytes(counts)
+    memory = anonymous_memory(HUGE_TRIAL)
+    after = _huge_bytes(counts)
+    del memory
+    return None if before is None or after is None else after - before >= HUGE_TRIAL // 2
+
+
+def _huge_bytes(counts: Path) -> int | None:
+    try:
+        found = re.search(r"^AnonHugePages:\s+(\d+) kB", counts.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def reads_directly(directory: Path) -> bool:
@@ -123,8 +159,23 @@ def _gpus() -> tuple[Gpu, ...]:
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        found.append(Gpu(torch.cuda.get_device_name(index), total, free))
+        fault = product_fault(f"cuda:{index}")
+        found.append(Gpu(torch.cuda.get_device_name(index), total, free, fault))
     return tuple(found)
+
+
+def product_fault(device: str) -> str:
+    """Return why a half-precision product on a device fails, in a line; empty where it gives the right values.
+
+    torch lists GPUs that it has no kernels for.
+    """
+    import torch
+
+    try:
+        ones = torch.ones(PRODUCT, PRODUCT, dtype=torch.bfloat16, device=device)
+        return "" if bool((ones @ ones == PRODUCT).all()) else "a product on it gives wrong values"
+    except RuntimeError as error:  # torch's own errors are of this class, missing kernels and full memory among them
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from qmix.plan.hardware import RATE_NAMES, SLOW_FOUR_BIT
 from qmix.plan.view import rate_text
 from qmix.units import format_bytes
 
+REINSTALL = "`pip install --force-reinstall --no-deps {}` may mend it"
 MEANINGS = {
     "memory_read": "reading memory",
     "disk_read": "reading the disk",
@@ -36,14 +37,12 @@ def report_table(report: Report) -> Table:
     row("4-bit kernel", _kernels(report))
     limit = "" if report.memory_limit is None else f"; a control group leaves {format_bytes(report.memory_limit)}"
     row("memory", f"{format_bytes(report.memory_available)} of {format_bytes(report.memory_total)} free{limit}")
-    advice = (
-        "" if report.huge_pages in ("always", "madvise") else "; with `madvise` records are read and multiplied faster"
-    )
-    row("huge pages", report.huge_pages + advice)
+    row("huge pages", report.huge_pages + _huge_pages(report))
     how = "read past the page cache" if report.direct_io else "no O_DIRECT here: reads go through the page cache"
     row("disk", f"{format_bytes(report.disk_free)} free at {report.directory}, {how}")
     for index, gpu in enumerate(report.gpus):
-        row(f"gpu:{index}", f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free")
+        fault = f"; does not work: {gpu.fault}" if gpu.fault else ", a product on it tried"
+        row(f"gpu:{index}", f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free{fault}")
     if not report.gpus:
         row("GPU", "a driver, but no GPU that this torch can use" if report.gpu_driver else "none")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
@@ -54,6 +53,26 @@ def report_table(report: Report) -> Table:
 
 
 def _kernels(report: Report) -> str:
-    if report.fast_kernels:
-        return "yes: AVX512-BF16"
-    return f"no fast 4-bit kernel on this CPU (it has no AVX512-BF16): {SLOW_FOUR_BIT:.0f} times slower"
+    """Return what the trial of a 4-bit product showed, and what to do about it."""
+    trial = report.four_bit
+    slower = f"products take about {SLOW_FOUR_BIT:.0f} times as long"
+    if not trial.correct:
+        return "tried: a 4-bit product gives wrong values here; use --precision int8, and please report it"
+    if trial.fast:
+        return f"yes, tried: {format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
+    if not report.avx512_bf16:
+        return f"none, tried: this CPU has no AVX512-BF16, and {slower}"
+    if trial.large is not None:
+        return f"tried: none for small matrices; {REINSTALL.format('bitsandbytes')}"
+    unused = f"the CPU has AVX512-BF16, but Numba does not use it, and {slower}"
+    return f"none, tried: {unused}; {REINSTALL.format('numba llvmlite')}"
+
+
+def _huge_pages(report: Report) -> str:
+    if report.on_huge_pages:
+        return ", tried: memory comes in them"
+    if report.on_huge_pages is None:
+        return ", not tried: this kernel does not count them"
+    if report.huge_pages in ("always", "madvise"):
+        return ", tried: memory does not come in them; it may be in pieces, which a restart mends"
+    return "; with `madvise` records are read and multiplied faster"

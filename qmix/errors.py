@@ -5,6 +5,9 @@ Each class carries the exit code that the command line ends with; a message is o
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 EXIT_CODES = {
     0: "done",
     1: "failed",
@@ -13,7 +16,12 @@ EXIT_CODES = {
     4: "done but for some lines of a batch, each of which says why",
     130: "interrupted",
 }
-REMAKE = "delete the store and quantize the model again"  # what to do where a store cannot be trusted
+REMAKE = "delete the store and quantize the model again"  # where not even the manifest can be trusted
+
+
+def mending(store: Path) -> str:
+    """Return what to do where something of a store is damaged but its manifest is not."""
+    return f"mend it with `qmix quantize {shlex.quote(str(store))}` (`qmix verify` shows all damage)"
 
 
 class QmixError(Exception):

@@ -6,40 +6,43 @@ depend on which experts happened to be in memory: each lands in its own place an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
+from qmix.gradients import Activation, Forward, differentiable
 from qmix.lookahead import Lookahead
 from qmix.plan import PREFILL_CHUNK
 from qmix.pool import ExpertPool
-from qmix.precision.matmul import Expert
+from qmix.refusals import PoolExperts
 
 CHUNK = PREFILL_CHUNK  # tokens through an expert at once: a pass of more takes no more work space
 
 
-class PooledExperts(nn.Module):
+class PooledExperts(PoolExperts):
     """Stands in for transformers' MixtralExperts of one layer. Without `lookahead`, reads wait for the router."""
 
     def __init__(
         self,
         layer: int,
         pool: ExpertPool,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        activation: Activation,
         lookahead: Lookahead | None = None,
     ) -> None:
-        super().__init__()
-        self.layer, self.pool, self.activation, self.lookahead = layer, pool, activation, lookahead
+        super().__init__(layer, pool)
+        self.activation, self.lookahead = activation, lookahead
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
+        self.check_caller()
         tokens, top_k = top_k_index.shape
         outputs = hidden_states.new_empty(tokens, top_k, hidden_states.shape[-1])  # [T, k, H]
         chosen = top_k_index[0].tolist() if tokens == 1 else top_k_index.unique().tolist()
         for expert, forward in self._get(hidden_states, chosen):
+            if hidden_states.requires_grad:
+                forward = differentiable(forward, self.pool, (self.layer, expert))  # noqa: PLW2901
             if tokens == 1:
                 outputs[0, chosen.index(expert)] = forward(hidden_states, self.activation)[0]
             else:
@@ -49,7 +52,7 @@ class PooledExperts(nn.Module):
         sums = [weighted_sum(*parts) for parts in zip(outputs.split(CHUNK), top_k_weights.split(CHUNK), strict=True)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
-    def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Expert]]:
+    def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Forward]]:
         if self.lookahead is None:
             return self.pool.get(self.layer, chosen)
         self.lookahead.chosen(self.layer, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,41 +34,51 @@ class Fidelity:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What is gathered of one variant."""
+class Scores:
+    """One variant's tokens beside the reference's: divergence, surprise (nats) and agreement, each [T]."""
 
-    surprise: float = 0.0  # negative log-likelihood, in all
-    divergences: list[torch.Tensor] = field(default_factory=list)
-    agreed: int = 0
+    name: str
+    expert_bytes: int
+    divergences: torch.Tensor
+    surprises: torch.Tensor
+    agreed: torch.Tensor
 
-    def add(self, reference: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor) -> None:
-        """Log-probabilities [t, V] of both, and the tokens [t] that came."""
-        self.surprise -= scores.gather(1, targets[:, None]).double().sum().item()
-        # in double, and never below zero: rounding of numbers that nearly cancel is not a divergence
-        kl = (reference.exp() * (reference - scores)).sum(-1, dtype=torch.float64).clamp_(min=0)
-        self.divergences.append(kl)
-        self.agreed += int((reference.argmax(-1) == scores.argmax(-1)).sum())
-
-    def result(self, name: str, nbytes: int) -> Fidelity:
-        kl = torch.cat(self.divergences)
-        count = len(kl)
+    def fidelity(self) -> Fidelity:
+        kl, count = self.divergences, len(self.divergences)
         error = kl.std().item() / math.sqrt(count) if count > 1 else math.nan
         p99, worst = torch.quantile(kl, 0.99).item(), kl.max().item()
-        perplexity = math.exp(self.surprise / count)
-        return Fidelity(name, nbytes, perplexity, kl.mean().item(), error, p99, worst, self.agreed / count)
+        perplexity = math.exp(self.surprises.sum().item() / count)
+        top1 = int(self.agreed.sum()) / count
+        return Fidelity(self.name, self.expert_bytes, perplexity, kl.mean().item(), error, p99, worst, top1)
 
 
-def compare(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
-    """Each variant beside the first, which is the reference and comes first in the result."""
+def score(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+    """Return what each variant makes of each predicted token, the first variant being the reference."""
     hidden = layers.run(sequences)
     ids = torch.tensor([token for sequence in sequences for token in sequence])
     ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0) - 1
     predicting = torch.ones(len(ids), dtype=torch.bool)
     predicting[ends] = False  # a window's last token is followed by nothing that it saw
-    tallies = [_Tally() for _ in layers.variants]
+    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in layers.variants]
     for rows, *logits in layers.logits(hidden, predicting.nonzero()[:, 0]):
         targets = ids[rows + 1]
         reference = logits[0].log_softmax(-1)
-        for tally, scores in zip(tallies, logits, strict=True):
-            tally.add(reference, scores.log_softmax(-1), targets)
-    return [tally.result(variant.name, variant.nbytes) for tally, variant in zip(tallies, layers.variants, strict=True)]
+        for tokens, each in zip(found, logits, strict=True):
+            tokens.append(_tokens(reference, each.log_softmax(-1), targets))
+    return [
+        Scores(variant.name, variant.nbytes, *map(torch.cat, zip(*tokens, strict=True)))
+        for variant, tokens in zip(layers.variants, found, strict=True)
+    ]
+
+
+def _tokens(reference: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Divergence, surprise and agreement, of log-probabilities [t, V] of both and the tokens [t] that came."""
+    # in double, and never below zero: rounding of numbers that nearly cancel is not a divergence
+    kl = (reference.exp() * (reference - scores)).sum(-1, dtype=torch.float64).clamp_(min=0)
+    surprise = -scores.gather(1, targets[:, None])[:, 0].double()
+    return kl, surprise, reference.argmax(-1) == scores.argmax(-1)
+
+
+def compare(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
+    """Each variant beside the first, which is the reference and comes first in the result."""
+    return [scores.fidelity() for scores in score(layers, sequences)]

@@ -79,7 +79,7 @@ def decode_json(
             json.loads(data, object_pairs_hook=_unique, parse_int=str, parse_float=str)  # only keys are looked at
         return value
     except msgspec.ValidationError as failure:
-        what = _misfit(str(failure))
+        what = _misfit(str(failure).replace("$[...]", _key_at_fault(data), 1))
     except UnicodeDecodeError as failure:
         what = f"invalid JSON: not UTF-8 (byte {failure.start + 1})"
     except RecursionError:
@@ -89,6 +89,14 @@ def decode_json(
     except ValueError as failure:
         what = f"invalid JSON: {_syntax(data, str(failure))}"
     raise error(f"{where}: {what}" + (f"; {remedy}" if remedy else "")) from None
+
+
+def convert_json(value: Any, kind: type[T], where: str, error: type[QmixError], remedy: str = "") -> T:
+    """Return a value that was decoded already as `kind`; failures as those of `decode_json`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as failure:
+        raise error(f"{where}: {_misfit(str(failure))}" + (f"; {remedy}" if remedy else "")) from None
 
 
 class _DuplicateKey(Exception):
@@ -102,6 +110,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise _DuplicateKey(key[:100])
         found[key] = value
     return found
+
+
+def _key_at_fault(data: bytes) -> str:
+    """Return `$.KEY` for the key of an object whose value no type can hold: msgspec itself says `$[...]` there."""
+    with suppress(ValueError, RecursionError):
+        for key, raw in msgspec.json.decode(data, type=dict[str, msgspec.Raw]).items():
+            try:
+                msgspec.json.decode(raw)
+            except msgspec.ValidationError:
+                return f"$.{key[:100]}"
+    return "$[...]"
 
 
 def _misfit(message: str) -> str:
@@ -143,13 +162,21 @@ class _UnreadableState(QmixError):
     pass
 
 
-def read_object(path: Path, schema: str, what: str, again: str) -> dict[str, Any]:
-    """Return the object in a file. Raises UsageError naming it where it is not `what`; `again` says what to do."""
-    content = read_json(path, dict[str, Any], UsageError, f"is it {what}?")
-    found = content.get("schema")
+class _Versioned(msgspec.Struct):
+    schema: Any = None
+
+
+def read_versioned(path: Path, kind: type[T], schema: str, what: str, again: str) -> T:
+    """Return the content of a JSON file that names its schema, as `kind`.
+
+    Raises UsageError naming the file where it is not `what`; `again` says what to do about one of another schema or one
+    that is damaged.
+    """
+    data = read_bounded(path, JSON_LIMIT, UsageError, f"is it {what}?")
+    found = decode_json(data, _Versioned, str(path), UsageError, f"is it {what}?").schema
     if found != schema:
-        raise UsageError(f"{path}: schema {found!r}, this qmix reads {schema!r}; {again}")
-    return content
+        raise UsageError(f"{path}: schema {str(found)[:100]!r}, this qmix reads {schema!r}; {again}")
+    return decode_json(data, kind, str(path), UsageError, again)
 
 
 class LineFile:

@@ -5,13 +5,18 @@ Pure arithmetic; loads neither torch nor transformers, so that a plan can be mad
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from qmix.errors import CheckpointError
+from qmix.files import convert_json
 
 HALF_BYTES = 2  # bf16 and fp16 alike
 MATRICES = ("w1", "w3", "w2")  # gate, up, down: the order inside an expert record
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CONFIG_KEYS = {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -48,7 +53,7 @@ class Geometry:
         if self.sliding_window is not None:
             sizes["sliding_window"] = self.sliding_window
         for key, value in sizes.items():
-            if type(value) is not int or value < 1:
+            if value < 1:
                 raise CheckpointError(f"config: {key} must be a whole number above zero, not {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
@@ -66,19 +71,14 @@ class Geometry:
         """From the contents of a Hugging Face config.json. Raises CheckpointError, naming `where`."""
         if config.get("model_type") != "mixtral":
             raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}; qmix runs Mixtral models only")
-        full = _DEFAULTS | config
-        if full["num_key_value_heads"] is None:
-            full["num_key_value_heads"] = full.get("num_attention_heads")
+        read = convert_json(config, _Config, where, CheckpointError)
+        sizes = {name: getattr(read, key) for name, key in CONFIG_KEYS.items()}
+        if read.num_key_value_heads is None:
+            sizes["num_kv_heads"] = read.num_attention_heads
+        if read.head_dim is None:
+            sizes["head_dim"] = read.hidden_size // max(1, read.num_attention_heads)
         try:
-            if full["head_dim"] is None:
-                full["head_dim"] = _whole_quotient(full["hidden_size"], full["num_attention_heads"])
-            return cls(
-                **{name: full[key] for name, key in CONFIG_KEYS.items()},
-                tie_embeddings=bool(full["tie_word_embeddings"]),
-                sliding_window=full["sliding_window"],
-            )
-        except KeyError as error:
-            raise CheckpointError(f"{where}: the key {error} is missing") from None
+            return cls(**sizes, tie_embeddings=bool(read.tie_word_embeddings), sliding_window=read.sliding_window)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {str(error).removeprefix('config: ')}") from None
 
@@ -89,26 +89,39 @@ class Geometry:
         return {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
 
     @property
-    def dense_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Published Hugging Face name to shape of every weight that is not an expert's."""
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name, without its layer's prefix, to shape of a layer's weights that are not an expert's."""
         hidden, q_rows = self.hidden_size, self.num_heads * self.head_dim
         kv_rows = self.num_kv_heads * self.head_dim
-        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        return {
+            "input_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (q_rows, hidden),
+            "self_attn.k_proj.weight": (kv_rows, hidden),
+            "self_attn.v_proj.weight": (kv_rows, hidden),
+            "self_attn.o_proj.weight": (hidden, q_rows),
+            "post_attention_layernorm.weight": (hidden,),
+            "block_sparse_moe.gate.weight": (self.num_experts, hidden),
+        }
+
+    @property
+    def outer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of the weights that belong to no layer, in the order in which a token meets them."""
+        table = (self.vocab_size, self.hidden_size)
+        tensors: dict[str, tuple[int, ...]] = {EMBEDDINGS: table, "model.norm.weight": (self.hidden_size,)}
+        return tensors if self.tie_embeddings else tensors | {HEAD: table}
+
+    def each_dense_tensor(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield published Hugging Face name and shape of every weight that is not an expert's."""
+        first, *rest = self.outer_tensors.items()
+        yield first
         for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}."
-            tensors |= {
-                prefix + "input_layernorm.weight": (hidden,),
-                prefix + "self_attn.q_proj.weight": (q_rows, hidden),
-                prefix + "self_attn.k_proj.weight": (kv_rows, hidden),
-                prefix + "self_attn.v_proj.weight": (kv_rows, hidden),
-                prefix + "self_attn.o_proj.weight": (hidden, q_rows),
-                prefix + "post_attention_layernorm.weight": (hidden,),
-                prefix + "block_sparse_moe.gate.weight": (self.num_experts, hidden),
-            }
-        tensors["model.norm.weight"] = (hidden,)
-        if not self.tie_embeddings:
-            tensors["lm_head.weight"] = (self.vocab_size, hidden)
-        return tensors
+            yield from ((f"model.layers.{layer}.{name}", shape) for name, shape in self.layer_tensors.items())
+        yield from rest
+
+    @property
+    def dense_tensors(self) -> dict[str, tuple[int, ...]]:
+        """The same as a dictionary."""
+        return dict(self.each_dense_tensor())
 
     @property
     def num_records(self) -> int:
@@ -116,54 +129,81 @@ class Geometry:
         return self.num_layers * self.num_experts
 
     @property
+    def num_weights(self) -> int:
+        """Weights of the whole model: dense ones, and three for each expert."""
+        a_layer = len(self.layer_tensors) + len(MATRICES) * self.num_experts
+        return len(self.outer_tensors) + self.num_layers * a_layer
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Key and value cache of one token over all layers, in half precision."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * HALF_BYTES
 
 
-_DEFAULTS = {  # transformers', for the keys that a published config may leave out
-    "num_key_value_heads": 8,
-    "head_dim": None,
-    "max_position_embeddings": 4096 * 32,
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-}
+class _Config(msgspec.Struct):
+    """What a Hugging Face config.json says of a Mixtral's shape; what may be left out is transformers' default."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    vocab_size: int
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    max_position_embeddings: int = 4096 * 32
+    tie_word_embeddings: bool | None = False
+    sliding_window: int | None = None
+    rms_norm_eps: Annotated[float, msgspec.Meta(ge=0)] = 1e-5
 
 
-def _whole_quotient(a: Any, b: Any) -> Any:
-    """a // b, or 1 where that is not defined: the check of a and b themselves then says what is wrong."""
-    return a // b if type(a) is type(b) is int and b > 0 else 1
+class _Mixture(msgspec.Struct):
+    num_experts: int
+    num_experts_per_tok: int
+
+
+class _Params(msgspec.Struct):
+    """A Mistral release's params.json."""
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    norm_eps: float
+    vocab_size: int
+    moe: _Mixture
+    rope_theta: float = 1e6
+    max_seq_len: int | None = None
+    max_position_embeddings: int | None = None
+    sliding_window: int | None = None
+    tied_embeddings: bool | None = False
 
 
 def config_from_params(params: dict[str, Any], where: str = "params.json") -> dict[str, Any]:
-    """The Hugging Face config that says what a Mistral-release params.json says."""
-    context = ("max_seq_len", "max_position_embeddings")
-    try:
-        moe = params["moe"]
-        config = {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "hidden_size": params["dim"],
-            "intermediate_size": params["hidden_dim"],
-            "num_hidden_layers": params["n_layers"],
-            "num_attention_heads": params["n_heads"],
-            "num_key_value_heads": params["n_kv_heads"],
-            "head_dim": params["head_dim"],
-            "num_local_experts": moe["num_experts"],
-            "num_experts_per_tok": moe["num_experts_per_tok"],
-            "vocab_size": params["vocab_size"],
-            "rms_norm_eps": params["norm_eps"],
-            "max_position_embeddings": next((params[key] for key in context if params.get(key)), 65536),
-            "sliding_window": params.get("sliding_window"),
-            "tie_word_embeddings": bool(params.get("tied_embeddings", False)),
-            "hidden_act": "silu",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "dtype": "bfloat16",
-        }
-    except KeyError as error:
-        raise CheckpointError(f"{where}: the key {error} is missing; is it of a Mixtral?") from None
-    except TypeError:
-        raise CheckpointError(f"{where}: moe is not an object; is it of a Mixtral?") from None
-    theta = params.get("rope_theta", 1e6)
-    return config | {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}}
+    """Return the Hugging Face config that says what a Mistral-release params.json says."""
+    read = convert_json(params, _Params, where, CheckpointError, "is it of a Mixtral?")
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": read.dim,
+        "intermediate_size": read.hidden_dim,
+        "num_hidden_layers": read.n_layers,
+        "num_attention_heads": read.n_heads,
+        "num_key_value_heads": read.n_kv_heads,
+        "head_dim": read.head_dim,
+        "num_local_experts": read.moe.num_experts,
+        "num_experts_per_tok": read.moe.num_experts_per_tok,
+        "vocab_size": read.vocab_size,
+        "rms_norm_eps": read.norm_eps,
+        "max_position_embeddings": read.max_seq_len or read.max_position_embeddings or 65536,
+        "sliding_window": read.sliding_window,
+        "tie_word_embeddings": bool(read.tied_embeddings),
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "bfloat16",
+        "rope_parameters": {"rope_theta": read.rope_theta, "rope_type": "default"},
+    }

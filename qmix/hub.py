@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import Cancelled, HubError, QmixError
+from qmix.files import convert_json
 from qmix.hub_calls import AGAIN, NO_FILE, Progress, explain, muted, retried, silent_bar, why_away
 
 _MODEL = re.compile(r"(?!.*\.\.)(?![^@]*--)(\w[\w.-]*/\w(?:[\w.-]*\w)?)(?:@(\w\S*))?", re.ASCII)
@@ -71,7 +72,8 @@ class HubRepo:
             files = []
             for each in info.siblings or ():
                 size, sha256 = (each.lfs.size, each.lfs.sha256) if each.lfs else (each.size, None)
-                files.append(HubFile(each.rfilename, size, sha256))
+                told = {"name": each.rfilename, "size": size, "sha256": sha256}
+                files.append(convert_json(told, HubFile, f"{asked._label}: the hub's list of files", HubError, AGAIN))
             return replace(asked, commit=str(info.sha), files=tuple(sorted(files)))
 
     def fetch(self, name: str, *, into: Path | None = None, progress: Progress | None = None) -> Path:

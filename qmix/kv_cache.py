@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qmix.direct_io import anonymous_memory
+from qmix.errors import UsageError
 from qmix.geometry import HALF_BYTES, Geometry
 
 
@@ -32,6 +33,8 @@ class PlannedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.keys is not None
         assert self.values is not None
+        if key_states.requires_grad:
+            raise UsageError("a planned cache keeps no gradients; call the model without it, or within torch.no_grad()")
         rows, end = len(key_states), self.length + key_states.shape[-2]
         self.keys[:rows, :, self.length : end] = key_states
         self.values[:rows, :, self.length : end] = value_states

@@ -66,8 +66,8 @@ def cpu_name(root: Path = Path("/")) -> str:
     return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
 
 
-def has_fast_kernels(root: Path = Path("/")) -> bool:
-    """Whether the CPU has AVX512-BF16, which the packed 4-bit products need."""
+def has_avx512_bf16(root: Path = Path("/")) -> bool:
+    """Return whether the kernel lists AVX512-BF16, which the packed 4-bit products need, among the CPU's flags."""
     return "avx512_bf16" in _cpuinfo(root).get("flags", "").split()
 
 

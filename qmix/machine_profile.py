@@ -1,20 +1,57 @@
-"""What `qmix doctor` measured of this machine, kept in the user's state directory. Loads no torch."""
+"""What `qmix doctor` measured and tried on this machine, kept in the user's state directory. Loads no torch."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
+import msgspec
+
+from qmix import __version__
 from qmix.errors import QmixError
-from qmix.machine import cpu_name, state_directory
-from qmix.plan.hardware import RATE_NAMES, Rates
+from qmix.files import read_state, write_whole
+from qmix.machine import cpu_name, has_avx512_bf16, state_directory
+from qmix.plan.hardware import RATE_NAMES, FourBitProducts, Rates
 
-SCHEMA = "qmix-machine-1"
+STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # what decides how products are computed
+SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # those that follow the stack's versions
+Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's, and nothing that plans cannot reckon with
+
+
+class FourBitTrial(msgspec.Struct, frozen=True):
+    """What multiplied 4-bit matrices when it was tried.
+
+    `large` and `small` name whose kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its
+    rows were dequantised a few at a time. `rate` is bytes/s of the large one with one token, its content in cache;
+    `times` compares that with dequantising.
+    """
+
+    large: str | None
+    small: str | None
+    correct: bool
+    rate: Rate
+    times: Rate
+
+    @property
+    def fast(self) -> bool:
+        """Return whether kernels multiplied, and gave the right values."""
+        return self.correct and None not in (self.large, self.small)
+
+
+class MachineProfile(msgspec.Struct, frozen=True):
+    """The file's content. `machine` and `stack` say where and with which versions it was measured."""
+
+    schema: Literal["qmix-machine-1"]
+    machine: dict[str, str | int | None]
+    rates: dict[str, Rate]
+    stack: dict[str, str] = {}
+    four_bit: FourBitTrial | None = None
+    measured_at: str = ""
 
 
 def profile_path() -> Path:
@@ -22,36 +59,74 @@ def profile_path() -> Path:
 
 
 def measured_rates(path: Path | None = None) -> Rates:
-    """Typical rates with those that were measured on this machine; a profile of another one counts for nothing."""
-    try:
-        content = json.loads((path or profile_path()).read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA or content["machine"] != _identity():
-            return Rates()
-        found = {name: float(content["rates"][name]) for name in RATE_NAMES if name in content["rates"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    """Return typical rates with those that were measured on this machine.
+
+    A profile of another machine counts for nothing, and one of other versions only for what is not computed.
+    """
+    known = _known(path)
+    if known is None:
         return Rates()
-    return Rates().with_measured({name: rate for name, rate in found.items() if rate > 0})
+    same = known.stack == _stack()
+    names = [name for name in RATE_NAMES if same or name not in SOFTWARE_RATES]
+    return Rates().with_measured({name: known.rates[name] for name in names if name in known.rates})
 
 
-def keep_rates(rates: Mapping[str, float], path: Path | None = None) -> Path:
-    """Write what was measured; returns where to. Raises QmixError."""
+def tried_four_bit(path: Path | None = None) -> FourBitTrial | None:
+    """Return what the last trial of a 4-bit product found, None where none was made here with these versions."""
+    known = _known(path)
+    return known.four_bit if known is not None and known.stack == _stack() else None
+
+
+def four_bit_products(path: Path | None = None) -> FourBitProducts:
+    """Return how 4-bit products are computed here: as tried, or else as the processor's flags promise."""
+    tried = tried_four_bit(path)
+    if tried is None:
+        return FourBitProducts(has_avx512_bf16())
+    return FourBitProducts(tried.fast, tried=True)
+
+
+def keep(
+    rates: Mapping[str, float] | None = None, four_bit: FourBitTrial | None = None, path: Path | None = None
+) -> Path:
+    """Write what was measured or tried, beside what is known of the rest; return where to. Raises QmixError."""
     target = path or profile_path()
-    content: dict[str, Any] = {
-        "schema": SCHEMA,
-        "machine": _identity(),
-        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "rates": dict(rates),
-    }
-    scratch = target.with_suffix(f".{os.getpid()}")
+    known, stack = _known(target), _stack()
+    if known is not None and known.stack != stack:
+        others = {name: rate for name, rate in known.rates.items() if name not in SOFTWARE_RATES}
+        known = msgspec.structs.replace(known, rates=others, four_bit=None)
+    content = MachineProfile(
+        schema="qmix-machine-1",
+        machine=_identity(),
+        rates=dict(rates) if rates is not None else known.rates if known else {},
+        stack=stack,
+        four_bit=four_bit or (known.four_bit if known else None),
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(content, indent=1) + "\n")
-        scratch.replace(target)
+        write_whole(target, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     except OSError as error:
         raise QmixError(f"{target}: {error.strerror}; the measurements are not kept") from None
     return target
 
 
-def _identity() -> dict[str, Any]:
+def _known(path: Path | None) -> MachineProfile | None:
+    """Return what is kept of this machine."""
+    found = read_state(path or profile_path(), MachineProfile)
+    return found if found is not None and found.machine == _identity() else None
+
+
+def _identity() -> dict[str, str | int | None]:
     """What a home directory that is shared by several machines tells them apart by."""
     return {"node": platform.node(), "cpu": cpu_name(), "cores": os.cpu_count()}
+
+
+def _stack() -> dict[str, str]:
+    """Return the versions that decide how products are computed."""
+    found = {"qmix": __version__, "python": platform.python_version()}
+    for name in STACK:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found

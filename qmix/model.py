@@ -13,15 +13,18 @@ import xxhash
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers import GenerationConfig, MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
+from qmix.as_transformers import MixtralForCausalLM
 from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
-from qmix.errors import REMAKE, StoreError, UsageError
+from qmix.errors import StoreError, UsageError
 from qmix.experts import PooledExperts
-from qmix.gpu.dense import read_dense_to
+from qmix.files import read_json
+from qmix.geometry import CONFIG_KEYS
+from qmix.gpu.dense import fill_from_disk, read_dense_to
 from qmix.gpu.devices import download
 from qmix.gpu.model import Spread
 from qmix.invariant import make_invariant
@@ -33,6 +36,19 @@ from qmix.reading import Read, Reader
 from qmix.store import Store
 from qmix.torch_dtypes import HALF
 
+MODEL_KEYS = frozenset(CONFIG_KEYS.values()) | {  # of config.json, that say what the model is
+    "hidden_act",
+    "rms_norm_eps",
+    "sliding_window",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "rope_scaling",  # with the next two, what transformers 4 wrote in place of rope_parameters
+    "rope_theta",
+    "partial_rotary_factor",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -71,14 +87,27 @@ def empty_mixtral(
     content: dict[str, Any], dtype: str, attention: str = "sdpa", where: Path = Path("config.json")
 ) -> MixtralForCausalLM:
     """The same from a config's content; errors name `where` it stands."""
-    with _refusals(where):
-        config = MixtralConfig(**content)
+    config = mixtral_config(content, where)
     config.dtype = HALF[dtype]
     config._experts_implementation = "eager"  # of transformers' own experts: generate() changes others for a GPU's sake
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
     with _refusals(where), init_empty_weights(include_buffers=True):
         return MixtralForCausalLM(config)
+
+
+def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
+    """Return transformers' config with what describes the model, and with nothing else that a file may hold.
+
+    Other keys are about training, other programs or how transformers is to run (`torchscript`, `use_cache`,
+    `attn_implementation`, `quantization_config`); as attributes of the config they would change what runs.
+    """
+    kept = {key: value for key, value in content.items() if key in MODEL_KEYS}
+    with _refusals(where):
+        config = MixtralConfig(**kept)
+        if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+            raise ValueError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size}")
+        return config
 
 
 def furnish(
@@ -90,10 +119,10 @@ def furnish(
 ) -> None:
     """Put experts and dense weights, given by published name and lying where they are to stay, into an empty model."""
     activation = activation_of(model.config)
+    model.pool = pool
     for index, layer in enumerate(model.model.layers):
         layer.mlp.experts = PooledExperts(index, pool, activation)
-    with _refusals(store.directory / "config.json"):
-        model.model.rotary_emb = MixtralRotaryEmbedding(model.config)
+    model.model.rotary_emb = rotary_embedding(model.config, store.directory / "config.json")
     for name, value in dense.items():
         set_module_tensor_to_device(model, module_name(name), value.device, value=value, dtype=value.dtype)
     if store.geometry.tie_embeddings:
@@ -106,7 +135,7 @@ def furnish(
         spread.put_experts(model, pool, activation)
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
-    model.generation_config = _generation_config(store)
+    model.generation_config = generation_config(store.directory, store.config)
     if not pool.holds_all:
         _look_ahead(model, pool)
     model.eval().requires_grad_(False)
@@ -126,20 +155,28 @@ def _look_ahead(model: MixtralForCausalLM, pool: ExpertPool) -> None:
     model.model.embed_tokens.register_forward_hook(embedded)
 
 
-def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+def rotary_embedding(config: MixtralConfig, where: Path) -> MixtralRotaryEmbedding:
+    """Return the rotary embedding that a config describes. Raises StoreError where it gives no frequencies."""
+    with _refusals(where):
+        rotary = MixtralRotaryEmbedding(config)
+        cos, sin = rotary(torch.zeros(1), torch.arange(2)[None])
+        if not (cos.isfinite().all() and sin.isfinite().all()):
+            raise ValueError("its rope settings give frequencies that are no numbers")
+        return rotary
+
+
+def activation_of(config: MixtralConfig, where: str = "config.json") -> Callable[[torch.Tensor], torch.Tensor]:
     """An expert's activation. Raises StoreError where transformers has none of that name."""
     if config.hidden_act == "silu":  # every published Mixtral's; as a function it is done sooner than as a module
         return nn.functional.silu
     try:
         return ACT2FN[config.hidden_act]
     except KeyError:
-        raise StoreError(
-            f"config.json: hidden_act {config.hidden_act!r} is no activation that transformers has"
-        ) from None
+        raise StoreError(f"{where}: hidden_act {config.hidden_act!r} is no activation that transformers has") from None
 
 
 def read_dense(store: Store) -> dict[str, torch.Tensor]:
-    """All dense weights by published name, read once into one mapping and checked."""
+    """All dense weights by published name, read into one mapping and checked; one that is wrong is read once more."""
     layout = store.layout.dense
     start = len(layout.header)
     memory = anonymous_memory(layout.size - start)
@@ -149,7 +186,7 @@ def read_dense(store: Store) -> dict[str, torch.Tensor]:
     for name, info in layout.tensors.items():
         raw = memory[info.offset - start : info.offset - start + info.nbytes]
         if xxhash.xxh3_64_hexdigest(raw.numpy().data) != store.dense_checksums.get(name):
-            raise StoreError(f"{file.path}: the tensor {name} is damaged; {REMAKE}")
+            fill_from_disk(store, {name: raw}, attempts=1)
         tensors[name] = raw.view(dtype).view(info.shape)
     return tensors
 
@@ -169,22 +206,22 @@ def module_name(published: str) -> str:
     return published.replace(".block_sparse_moe.", ".mlp.")
 
 
-def _generation_config(store: Store) -> GenerationConfig:
-    path = store.directory / "generation_config.json"
+def generation_config(directory: Path, content: dict[str, Any]) -> GenerationConfig:
+    """Return what generation_config.json says, or where there is none what config.json, of this `content`, does.
+
+    Raises StoreError naming the file.
+    """
+    path = directory / "generation_config.json"
     if not path.is_file():
-        return GenerationConfig.from_model_config(_config(store))
+        return GenerationConfig.from_model_config(mixtral_config(content, directory / "config.json"))
+    read_json(path, dict[str, Any], StoreError, "correct it or fetch it again")
     with _refusals(path):
-        config = GenerationConfig.from_pretrained(store.directory, local_files_only=True)
+        config = GenerationConfig.from_pretrained(directory, local_files_only=True)
         config.validate()
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
             if not isinstance(getattr(config, name), int | float | None):
                 raise TypeError(f"{name} is no number")
         return config
-
-
-def _config(store: Store) -> MixtralConfig:
-    with _refusals(store.directory / "config.json"):
-        return MixtralConfig(**store.config)
 
 
 @contextmanager
@@ -193,7 +230,7 @@ def _refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise StoreError(
             f"{path}: transformers does not take it ({reason[:200]}); correct it or fetch it again"
         ) from None

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 import xxhash
 
 from qmix.direct_io import DirectFile
-from qmix.errors import REMAKE, Cancelled, StoreError
+from qmix.errors import Cancelled, StoreError, UsageError, mending
 from qmix.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
 from qmix.pool_counters import PoolCounters
 from qmix.precision.matmul import Expert
@@ -52,7 +53,7 @@ class ExpertPool:
         self._slots = SlotMemory(slots)
         self._nbytes = {key: store.layout.record(*key).nbytes for key in store.layout.experts}
         self.counters = PoolCounters()
-        self.cancelled = False
+        self.cancelled = self.closed = False
         self.layer = 0
         self._resident: dict[Key, int] = {}
         self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet asked for
@@ -79,7 +80,8 @@ class ExpertPool:
         return self._slots.memory
 
     def close(self) -> None:
-        """End the reads under way and close the files; the pool cannot be used afterwards."""
+        """End the reads under way and close the files; whoever asks for a record afterwards gets UsageError."""
+        self.closed = True
         for key in list(self._ahead):
             self._abandon(key)
         self._reader.close()
@@ -137,8 +139,7 @@ class ExpertPool:
         `coming` is what later layers will probably ask for, soonest first. An expert may be used until the next one
         is asked for. Raises StoreError where a record is damaged.
         """
-        if self.cancelled:
-            raise Cancelled
+        self._check_running()
         self.layer = layer
         keys = [(layer, expert) for expert in experts]
         for key in [key for key in self._ahead if key[0] == layer and key not in keys]:
@@ -151,9 +152,22 @@ class ExpertPool:
 
     def look_ahead(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read, while `layer` computes, what later layers will probably ask for, soonest first."""
+        self._check_running()
         self._collect()
         self._coming = frozenset(coming)
         self._read_ahead(layer, coming, set())
+
+    def _check_running(self) -> None:
+        if self.closed:
+            raise UsageError("this runner is closed; load the model again")
+        if self.cancelled:
+            raise Cancelled
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(
+            "a model whose experts lie in a pool cannot be copied or pickled; save it with save_pretrained(DIRECTORY), "
+            "or open its store once more with qmix.load"
+        )
 
     def _sort(self, keys: Sequence[Key]) -> tuple[deque[Key], deque[tuple[Key, int, Read]], deque[Key]]:
         """Keys in memory, reads of keys that were begun ahead, and keys still to be read; counts them."""
@@ -258,14 +272,18 @@ class ExpertPool:
     def _begin(self, key: Key, slot: int, ahead: bool = False) -> tuple[Key, int, Read]:
         layer, expert = key
         buffer = self._slots.bytes(slot)
+        offset = self.store.layout.record_offset(layer, expert)
         want, path = self.store.record_checksums[layer][expert], self._files[layer].path
 
         def check(record: memoryview) -> None:
             if xxhash.xxh3_64_hexdigest(record) != want:
-                raise StoreError(f"{path}: the record of expert {expert} is damaged; {REMAKE}")
+                place = f"bytes {offset} to {offset + len(record) - 1}"
+                raise StoreError(
+                    f"{path}: the record of expert {expert} ({place}) is damaged; {mending(self.store.directory)}"
+                )
 
         self.counters.bytes_read += len(buffer)
-        read = Read(self._files[layer], buffer, self.store.layout.record_offset(layer, expert), check)
+        read = Read(self._files[layer], buffer, offset, check)
         return key, slot, self._reader.submit(read, ahead)
 
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:

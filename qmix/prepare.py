@@ -19,9 +19,10 @@ from pathlib import Path
 
 from qmix import hub
 from qmix.checkpoint import Checkpoint, open_checkpoint
-from qmix.checkpoint.reader import TOKENIZERS
+from qmix.checkpoint.foreign import check_file, hub_snapshot
+from qmix.checkpoint.reader import check_tokenizer
 from qmix.checkpoint.source import HubSource, LocalSource, Source
-from qmix.errors import CheckpointError, HubError, QmixError, UsageError
+from qmix.errors import HubError, QmixError, UsageError
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, has_blocks, parse_precisions
 from qmix.machine import (
@@ -29,10 +30,9 @@ from qmix.machine import (
     default_budget,
     found_gpus,
     free_disk,
-    has_fast_kernels,
     interpreter_memory,
 )
-from qmix.machine_profile import measured_rates
+from qmix.machine_profile import four_bit_products, measured_rates
 from qmix.models import EMBEDDED
 from qmix.plan import Plan, default_context, make_plan
 from qmix.plan.hardware import Machine
@@ -64,7 +64,8 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     if is_store(path):
         raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
     if path.is_dir():
-        return LocalSource(path)
+        return LocalSource(hub_snapshot(path))
+    check_file(path)
     if str(model) in PUBLISHED:
         known = PUBLISHED[str(model)].hub_id
         raise UsageError(f"{model}: is known by its sizes only, for plans; its weights are {known} on the hub")
@@ -120,8 +121,10 @@ def prepare_store(
     directory = cache / f"{_slug(model, precision, dtype, clip)}-{checkpoint.fingerprint[:12]}"
     if not is_store(directory):
         check(layout)
-        if not any(path.name in TOKENIZERS for path in checkpoint.tokenizer_files()):
-            raise CheckpointError(f"{model}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
+        check_tokenizer(checkpoint.source)
+        from qmix.usable import check_usable  # loads transformers, which a plan does without
+
+        check_usable(checkpoint, layout.dtype)
         _quantize_in_child(model, precision, dtype, clip, directory, on_progress)
     store = open_store(directory)
     assert store.layout == layout
@@ -233,7 +236,7 @@ def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None
         gpus=found_gpus() if gpus is None else tuple(gpus),
         disk=free_disk(cache_directory()),
         rates=measured_rates(),
-        fast_kernels=has_fast_kernels(),
+        four_bit=four_bit_products(),
     )
 
 

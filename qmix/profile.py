@@ -14,16 +14,18 @@ has it; where both are known they must be the same. Loads no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from qmix.allocation import Allocator, Precisions, too_small
 from qmix.disk import written_whole
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
-from qmix.files import read_object
+from qmix.files import read_versioned
 from qmix.geometry import Geometry
 from qmix.precision.formats import PRECISIONS
 from qmix.precision.record import record_layout
@@ -116,22 +118,26 @@ def _commonest(names: Sequence[str]) -> str:
     return max(dict.fromkeys(names), key=names.count)
 
 
+class _Model(msgspec.Struct):
+    name: str
+    fingerprint: str | None = None
+
+
+class _Content(msgspec.Struct):
+    """What is read of a profile's file."""
+
+    model: _Model
+    use: Table
+    errors: dict[str, Table] = {}
+    precisions: Precisions | None = None
+    policy: str | None = None
+
+
 def read_profile(path: Path) -> Profile:
-    """Raises UsageError naming the file."""
-    content = read_object(path, SCHEMA, "a profile", AGAIN)
-    try:
-        model, policy = content["model"], content.get("policy")
-        chosen = content.get("precisions")
-        return Profile(
-            str(model["name"]),
-            model.get("fingerprint"),
-            _table(content["use"]),
-            {str(name): _table(rows) for name, rows in content.get("errors", {}).items()},
-            None if chosen is None else tuple(tuple(str(name) for name in row) for row in chosen),
-            None if policy is None else str(policy),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise UsageError(f"{path}: damaged; {AGAIN}") from None
+    """Raises UsageError naming the file, and the field where it is not what a profile has there."""
+    content = read_versioned(path, _Content, SCHEMA, "a profile", AGAIN)
+    model = content.model
+    return Profile(model.name, model.fingerprint, content.use, content.errors, content.precisions, content.policy)
 
 
 def write_profile(path: Path, content: Mapping[str, Any]) -> None:
@@ -144,10 +150,6 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
             file.write(json.dumps(content).encode() + b"\n")
     except OSError as error:
         raise QmixError(f"{path}: {error.strerror}; the profile was not written, give it another place") from None
-
-
-def _table(rows: Iterable[Iterable[Any]]) -> Table:
-    return tuple(tuple(float(value) for value in row) for row in rows)
 
 
 def check_profile(profile: Profile, path: Path, geometry: Geometry, fingerprint: str | None) -> None:

@@ -8,9 +8,10 @@ that takes about a kilobyte a token, which is within a plan's reserve.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmix.errors import UsageError
+from qmix.tokenizer import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class PromptEncoder:
     def ids(self, text: str, what: str = "the prompt") -> list[int]:
         """Return a text's token ids. Raises PromptTooLong where they leave no room for an answer."""
         self.check(text, what)
-        ids = _encoded(self.tokenizer, text)
+        ids = encode(self.tokenizer, text)
         self.check_count(len(ids), what)
         return ids
 
@@ -69,7 +70,7 @@ class PromptEncoder:
             return False
         counted = 0
         for start in range(0, len(text), PIECE):
-            ids = _encoded(self.tokenizer, text[start : start + PIECE], add_special_tokens=False)
+            ids = encode(self.tokenizer, text[start : start + PIECE], add_special_tokens=False)
             counted += max(0, len(ids) - self._longest)
             if counted > self.context:
                 return True
@@ -83,18 +84,13 @@ def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encoded_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
     """Yield the token ids of a long text in pieces, cut before words so that they join to those of the whole text."""
-    whole, first, second = (_encoded(tokenizer, part, add_special_tokens=False) for part in ("a b", "a", "b"))
+    whole, first, second = (encode(tokenizer, part, add_special_tokens=False) for part in ("a b", "a", "b"))
     adds_space = whole == first + second  # the tokenizer puts one before a text, in place of the one at the cut
     start, special = 0, True
     while start < len(text):
         end = _before_word(text, start, start + PIECE)
-        yield _encoded(tokenizer, text[start:end], add_special_tokens=special)
+        yield encode(tokenizer, text[start:end], add_special_tokens=special)
         start, special = end + (adds_space and text[end : end + 1] == " "), False
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
-    return ids
 
 
 def _before_word(text: str, start: int, end: int) -> int:

@@ -23,15 +23,15 @@ from typing import Any
 
 from qmix.checkpoint.reader import Checkpoint, Weight
 from qmix.checkpoint.rows import WeightFile
-from qmix.disk import DirectMemory, copied
+from qmix.disk import FULL, DirectMemory, copied, disk_advice
 from qmix.errors import CheckpointError, StoreError
 from qmix.layout import StoreLayout
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
-from qmix.profile import Profile, write_profile
+from qmix.profile import Profile
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.safetensors_header import ITEM_BYTES
-from qmix.store import PROFILE, Store, is_store, open_store
+from qmix.store import Store, is_store, open_store, put_profile
 from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
 from qmix.units import format_bytes
 
@@ -120,19 +120,22 @@ def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, prof
         made = f"made {'with' if store.layout.clip else 'without'} --clip"
         raise StoreError(f"{directory}: is a store of this model {made}; choose another name")
     if profile is not None and profile != store.profile:
-        write_profile(directory / PROFILE, profile.to_json())
+        put_profile(directory, profile)
         store = replace(store, profile=profile)
     return store
 
 
 def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return StoreError(
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
             "Free some space and run the same command: it goes on where it was"
         )
     no_place = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
-    advice = "choose a directory that can be written" if no_place else "the same command goes on where it was"
+    if no_place:
+        advice = "choose a directory that can be written"
+    else:
+        advice = f"{disk_advice(error)}; the same command goes on where it was"
     return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")
 
 
@@ -226,12 +229,13 @@ class _Run:
         try:
             rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim, read)
             nbytes = rows.nbytes
-            offset, data = job.quantizer.quantize(rows, start)
+            try:
+                offset, data = job.quantizer.quantize(rows, start)
+            except CheckpointError as error:
+                raise CheckpointError(f"{source.path}: {error}") from None
             file, offset = job.place.unit.file, job.place.parts[0].offset + offset
             written = copied(data, offset, memory)
             del data
-        except CheckpointError as error:
-            raise CheckpointError(f"{source.path}: {error}") from None
         finally:
             self.reads.put(read)
         self.writer.write(file, written, offset)

@@ -15,6 +15,7 @@ from threading import Condition, Thread
 import torch
 
 from qmix.direct_io import DirectFile
+from qmix.errors import StoreError
 
 PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
 READ_THREADS = 4
@@ -23,7 +24,8 @@ READ_THREADS = 4
 class Read:
     """One read of `buffer` from `offset` of a file; `done` resolves when all of it is there and checked.
 
-    `check` is called with the whole buffer by the thread that finishes last; what it raises, `done` raises.
+    `check` is called with the whole buffer by the thread that finishes last. Where it raises StoreError all is read
+    once more, past every cache; what it raises then, `done` raises.
     """
 
     def __init__(
@@ -52,11 +54,19 @@ class Read:
         try:
             if self.error is not None:
                 raise self.error
-            self.check(self.view)
+            self._check()
         except BaseException as error:
             self.done.set_exception(error)
         else:
             self.done.set_result(None)
+
+    def _check(self) -> None:
+        try:
+            self.check(self.view)
+        except StoreError:  # perhaps memory, a bus or a cached page was at fault, and the disk has it right
+            self.file.forget(self.offset, len(self.view))
+            self.file.read_into(self.view, self.offset)
+            self.check(self.view)
 
 
 class Reader:

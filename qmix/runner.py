@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import MixtralForCausalLM
 
-from qmix.checkpoint.reader import TOKENIZERS
-from qmix.errors import StoreError, UsageError
+from qmix.errors import UsageError
 from qmix.generate import Engine, Piece, Result
 from qmix.gpu.devices import pin
 from qmix.gpu.model import spread_for
@@ -30,6 +29,7 @@ from qmix.progress import OnProgress, ignore
 from qmix.prompt import PromptEncoder
 from qmix.sampling import Sampling
 from qmix.store import Store
+from qmix.tokenizer import decode, load_tokenizer
 from qmix.torch_dtypes import HALF
 from qmix.use import Use
 
@@ -143,7 +143,7 @@ class Runner:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text, without special tokens and otherwise as it is."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, ids)
 
 
 def _nothing() -> None:
@@ -182,14 +182,3 @@ def load(
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, planned, clip)
     return Runner(store, planned(store.layout, store.fingerprint, store.use), attention, on_load, measured_rates())
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a store or checkpoint; nothing is looked up elsewhere. Raises StoreError."""
-    if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise StoreError(f"{directory}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoreError(f"{directory}: its tokenizer cannot be loaded ({reason[:200]})") from None

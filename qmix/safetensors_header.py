@@ -13,9 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+
+from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
+from qmix.files import convert_json, decode_json
 
 ITEM_BYTES = {
     "BF16": 2,
@@ -32,6 +36,15 @@ ITEM_BYTES = {
 ITEM_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 MAX_HEADER = 100 * 2**20  # the limit of the reference reader
 PAD_PREFIX = "__pad__."
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/"
+AGAIN = "fetch it again"
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: Annotated[list[Natural], msgspec.Meta(max_length=16)]
+    data_offsets: tuple[Natural, Natural]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +60,31 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The checked tensors of a file on disk. Raises CheckpointError naming it."""
+    check_no_pointer(path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: not a safetensors file, or cut short; fetch it again")
+                raise CheckpointError(f"{path}: not a safetensors file, or cut short; {AGAIN}")
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: its header is damaged; fetch it again") from None
+        raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
+    header = decode_json(raw, dict[str, Any], f"{path}: its header is damaged", CheckpointError, AGAIN)
     return check_header(header, 8 + length, size, str(path))
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise CheckpointError where git-lfs has left its pointer in a file's place."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    if pointer:
+        raise CheckpointError(
+            f"{path}: a git-lfs pointer, the file itself was not fetched; run `git lfs pull` in {path.parent}"
+        )
 
 
 def check_header(header: Any, data_start: int, file_size: int | None, where: str) -> dict[str, TensorInfo]:
@@ -69,32 +93,27 @@ def check_header(header: Any, data_start: int, file_size: int | None, where: str
     `data_start` is where the payload begins; `file_size` may be None if it is not known.
     """
     damaged = f"{where}: its header is damaged"
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{damaged}; fetch it again")
     tensors = []
-    for name, entry in header.items():
+    for name, value in convert_json(header, dict[str, Any], damaged, CheckpointError, AGAIN).items():
         if name == "__metadata__":
             continue
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            item = ITEM_BYTES[dtype]
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{damaged} at tensor {name!r}; fetch it again") from None
-        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-            raise CheckpointError(f"{damaged} at tensor {name!r}; fetch it again")
+        entry = convert_json(value, _Entry, f"{damaged} at tensor {name!r}", CheckpointError, AGAIN)
+        item, shape, (begin, end) = ITEM_BYTES.get(entry.dtype), tuple(entry.shape), entry.data_offsets
+        if item is None:
+            raise CheckpointError(f"{damaged} at tensor {name!r}: dtype: {entry.dtype[:20]!r} is unknown; {AGAIN}")
         nbytes = prod(shape) * item
         if end - begin != nbytes:
-            raise CheckpointError(f"{damaged}: tensor {name!r} does not have the size of its shape; fetch it again")
-        tensors.append(TensorInfo(name, dtype, shape, data_start + begin, nbytes))
+            raise CheckpointError(f"{damaged}: tensor {name!r} does not have the size of its shape; {AGAIN}")
+        tensors.append(TensorInfo(name, entry.dtype, shape, data_start + begin, nbytes))
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))  # empty ones lie before what follows
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
-            raise CheckpointError(f"{damaged}: a hole or an overlap before tensor {tensor.name!r}; fetch it again")
+            raise CheckpointError(f"{damaged}: a hole or an overlap before tensor {tensor.name!r}; {AGAIN}")
         position += tensor.nbytes
     if file_size is not None and file_size != position:
         kind = "cut short" if file_size < position else "too long"
-        raise CheckpointError(f"{where}: {kind}: {file_size} bytes, its header says {position}; fetch it again")
+        raise CheckpointError(f"{where}: {kind}: {file_size} bytes, its header says {position}; {AGAIN}")
     return {tensor.name: tensor for tensor in tensors}
 
 

@@ -21,12 +21,22 @@ import xxhash
 
 from qmix.checkpoint.naming import expert_key
 from qmix.disk import DirectMemory, UncachedFile, require_space
-from qmix.errors import StoreError
+from qmix.errors import CheckpointError, StoreError
+from qmix.files import JSON_LIMIT, read_bounded
 from qmix.journal import Journal
 from qmix.layout import FileLayout, StoreLayout, part_name
-from qmix.profile import Profile, write_profile
+from qmix.profile import Profile
 from qmix.safetensors_header import TensorInfo
-from qmix.store import FORMAT_VERSION, MANIFEST, PROFILE, manifest, partial_directory
+from qmix.store import (
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    SMALL_FILES,
+    file_digest,
+    manifest,
+    partial_directory,
+    put_profile,
+)
 
 JOURNAL = "journal.jsonl"
 FLUSH_SECONDS = 2.0  # a killed run repeats at most what it wrote since the last flush
@@ -224,21 +234,22 @@ class StoreWriter:
     def finish(self, config: dict[str, Any], tokenizer_files: Iterable[Path], profile: Profile | None = None) -> None:
         """Write the manifest and the model's own small files, and give the store its name."""
         self.flush()
-        for path in tokenizer_files:
-            shutil.copyfile(path, self.partial / path.name)
+        files = small_files(config, tokenizer_files)
+        for name in SMALL_FILES:  # those of an earlier run may be others
+            (self.partial / name).unlink(missing_ok=True)
+        for name, data in files.items():
+            (self.partial / name).write_bytes(data)
         if profile is not None:
-            write_profile(self.partial / PROFILE, profile.to_json())
-        config_text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (self.partial / "config.json").write_text(config_text)
+            put_profile(self.partial, profile)
         geometry = self.layout.geometry
         records = [
             [self.checksums[f"{layer}.{expert}"] for expert in range(geometry.num_experts)]
             for layer in range(geometry.num_layers)
         ]
         dense = {name: self.checksums[name] for name in geometry.dense_tensors}
-        checksums = {"config": xxhash.xxh3_64_hexdigest(config_text.encode()), "dense": dense, "records": records}
-        content = manifest(self.layout, self.source_name, self.fingerprint, checksums)
-        (self.partial / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+        known = {name: file_digest(data) for name, data in files.items()}
+        checksums = {"dense": dense, "records": records, "files": known}
+        write_manifest(self.partial, manifest(self.layout, self.source_name, self.fingerprint, checksums))
         for path in self.partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)  # what passed through on its way into the store
@@ -258,6 +269,16 @@ class StoreWriter:
     def _space_needed(self) -> int:
         there = self.partial.glob("*.safetensors") if self.partial.is_dir() else []
         return max(0, self.layout.total_bytes - sum(path.stat().st_blocks * 512 for path in there))
+
+
+def small_files(config: dict[str, Any], tokenizer_files: Iterable[Path]) -> dict[str, bytes]:
+    """Return the small files that a store of this model has, by name. Raises CheckpointError."""
+    files = {path.name: read_bounded(path, JSON_LIMIT, CheckpointError, "fetch it again") for path in tokenizer_files}
+    return {CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), **files}
+
+
+def write_manifest(directory: Path, content: dict[str, Any]) -> None:
+    (directory / MANIFEST).write_bytes((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _sync_path(path: Path) -> None:

@@ -220,7 +220,7 @@ def bench_conditions(report: Report) -> Table:
     row("experts", f"{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
     row("machine", f"{report.cpu}, {report.threads} {'thread' if report.threads == 1 else 'threads'}")
     if not report.fast_kernels:
-        row("", f"no fast 4-bit kernel on this CPU: 4-bit products are {SLOW_FOUR_BIT:.0f} times slower")
+        row("", f"no fast 4-bit kernel for this model here: 4-bit products are {SLOW_FOUR_BIT:.0f} times slower")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     row("memory read", _rate(ceilings.memory_read))
     if ceilings.disk_read is not None:

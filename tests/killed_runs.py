@@ -70,9 +70,9 @@ def _torn_journal(append: Callable[..., Any]) -> Callable[..., Any]:
     return half
 
 
-def _torn_text(write_text: Callable[..., Any]) -> Callable[..., Any]:
-    def half(path: Path, text: str, *more: Any) -> None:
-        write_text(path, text[: len(text) // 2], *more)
+def _torn_file(write_bytes: Callable[..., Any]) -> Callable[..., Any]:
+    def half(path: Path, data: bytes) -> None:
+        write_bytes(path, data[: len(data) // 2])
         _die()
 
     return half
@@ -95,7 +95,7 @@ def _arm(at: str, count: int) -> None:
         "write": (StoreWriter, "write", _torn_write),
         "journal": (Journal, "append", _torn_journal),
         "digest": (StoreWriter, "unit_digested", _instead),
-        "text": (Path, "write_text", _torn_text),
+        "small file": (Path, "write_bytes", _torn_file),
         "before the rename": (Path, "rename", _instead),
         "after the rename": (Path, "rename", _behind),
     }[at]

@@ -95,7 +95,7 @@ def stage(tmp_path_factory, commands, first_use) -> Path:
     edited(tiny, stage / "noexperts", EXPERTS, lambda content: None)
     edited(tiny, stage / "cutmanifest", "qmix.json", lambda content: content[:1000])
     edited(tiny, stage / "oddmanifest", "qmix.json", replaced(precisions=[["q4"]]))
-    edited(tiny, stage / "version2", "qmix.json", replaced(format_version=2))
+    edited(tiny, stage / "version3", "qmix.json", replaced(format_version=3))
     edited(tiny, stage / "half.partial", "qmix.json", lambda content: None)
     edited(tiny, stage / "notokens", "tokenizer.json", lambda content: None)
     edited(tiny, stage / "badtokens", "tokenizer.json", lambda content: content[:1000])
@@ -204,7 +204,7 @@ def test_space_is_checked_before_the_first_byte_is_written(qmix, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(config))
-    expected = expected_weights(Geometry.from_config(config))
+    expected = dict(expected_weights(Geometry.from_config(config)))
     for layer in range(8):
         placed, position = [], 0
         for name, shape in expected.items():

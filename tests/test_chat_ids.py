@@ -17,8 +17,9 @@ from qmix.chat.session import Session, shown_ids
 from qmix.errors import Cancelled, StoreError, UsageError
 from qmix.generate import common_prefix
 from qmix.plan import PREFILL_CHUNK, make_plan
-from qmix.runner import Runner, load_tokenizer
+from qmix.runner import Runner
 from qmix.text import Detokenizer
+from qmix.tokenizer import load_tokenizer
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24}
 QUESTIONS = ("How do I install a package?", "And how is it removed again?", "What is a file name?")

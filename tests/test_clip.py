@@ -24,7 +24,7 @@ from qmix.precision.blocks import CLIP, TINY, VALUES, midpoints_of
 from qmix.precision.kernels import BLOCK, quantize_4bit_flat, quantize_4bit_packed
 from qmix.precision.round_trip import round_trip
 from qmix.prepare import layout_for, prepare_store
-from qmix.store import open_store
+from qmix.store import open_store, sealed
 
 KINDS = ("nf4", "fp4")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -250,8 +250,8 @@ def test_the_manifest_tells_a_clipped_store(checkpoint: Path, tmp_path: Path) ->
     assert told["clip"] is True
     assert kv_identity(plain) != kv_identity(clipped)
     told["clip"] = "yes"
-    (clipped.directory / "qmix.json").write_text(json.dumps(told))
-    with pytest.raises(StoreError, match="damaged"):
+    (clipped.directory / "qmix.json").write_text(json.dumps(sealed(told)))
+    with pytest.raises(StoreError, match="clip: expected bool, got str"):
         open_store(clipped.directory)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
 from calibration import machine_rates
-from qmix import machine, machine_profile
-from qmix.doctor import examine, huge_pages, reads_directly
+from qmix import doctor, machine, machine_profile
+from qmix.doctor import examine, huge_pages, product_fault, reads_directly, takes_huge_pages
 from qmix.plan.hardware import RATE_NAMES, Rates
 
 
@@ -19,10 +20,10 @@ def test_the_kernel_and_the_cpus_name_come_from_proc(tmp_path):
         "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: sse avx512_bf16 fma\n\nprocessor\t: 1\nmodel name\t: B\n"
     )
     assert machine.cpu_name(tmp_path) == "A CPU"
-    assert machine.has_fast_kernels(tmp_path)
+    assert machine.has_avx512_bf16(tmp_path)
     (tmp_path / "proc" / "cpuinfo").write_text("model name\t: A CPU\nflags\t\t: sse avx512_bf16_not\n")
-    assert not machine.has_fast_kernels(tmp_path)
-    assert not machine.has_fast_kernels(tmp_path / "nowhere")
+    assert not machine.has_avx512_bf16(tmp_path)
+    assert not machine.has_avx512_bf16(tmp_path / "nowhere")
 
 
 def test_torch_is_asked_for_gpus_only_where_there_is_a_driver(tmp_path):
@@ -41,7 +42,7 @@ def test_huge_pages_is_the_word_in_brackets(tmp_path):
 def test_measured_rates_are_kept_and_those_of_another_machine_are_not_taken(tmp_path):
     path = tmp_path / "deep" / "machine.json"
     assert machine_profile.measured_rates(path) == Rates()
-    machine_profile.keep_rates({"disk_read": 1e9, "matmul": 2e12}, path)
+    machine_profile.keep({"disk_read": 1e9, "matmul": 2e12}, path=path)
     found = machine_profile.measured_rates(path)
     assert (found.disk_read, found.matmul, found.pcie) == (1e9, 2e12, Rates().pcie)
     assert found.measured == {"disk_read", "matmul"}
@@ -54,7 +55,8 @@ def test_measured_rates_are_kept_and_those_of_another_machine_are_not_taken(tmp_
 
 
 def test_a_report_names_what_was_not_measured(tmp_path):
-    report = examine(tmp_path, Rates().with_measured({"disk_read": 1e9}))
+    trial = machine_profile.FourBitTrial("qmix", "bitsandbytes", True, 1e9, 100.0)
+    report = examine(tmp_path, Rates().with_measured({"disk_read": 1e9}), trial)
     assert "disk_read" not in report.typical
     assert {"memory_read", "layer_seconds"} <= set(report.typical)
     assert report.versions["torch"] == torch.__version__
@@ -91,11 +93,56 @@ def test_overheads_come_from_the_embedded_model(first_use, monkeypatch):
 def test_doctor_reports_as_a_table_and_as_json(qmix):
     table = qmix("doctor", "--no-measure")
     assert table.status == 0
-    assert "AVX512-BF16" in table.out
+    assert re.search(r"^4-bit kernel +(yes|none), tried: ", table.out, re.MULTILINE)
     assert table.err.startswith("not measured: memory_read, disk_read")
     found = json.loads(qmix("doctor", "--no-measure", "--json").out)
     assert set(found["rates"]) == set(RATE_NAMES)
     assert {rate["source"] for rate in found["rates"].values()} == {"typical"}
+    machine = json.loads(qmix("plan", "tiny", "--json").out)["machine"]
+    assert (machine["fast_kernels"], machine["fast_kernels_tried"]) == (found["fast_kernels"], True)
+
+
+def test_a_plan_says_whether_the_kernel_was_tried(qmix):
+    before = qmix("plan", "tiny").out
+    assert "not tried; `qmix doctor` tries it" in before
+    qmix("doctor", "--no-measure")
+    assert "tried by `qmix doctor`" in qmix("plan", "tiny").out
+
+
+def test_a_report_is_shown_where_it_cannot_be_kept(qmix, isolated_home):
+    (isolated_home / ".local").write_text("in the way")
+    done = qmix("doctor", "--no-measure")
+    assert done.status == 1
+    assert "4-bit kernel" in done.out
+    assert done.lines[-1].endswith("the measurements are not kept")
+
+
+def test_memory_on_huge_pages_is_tried_and_counted(tmp_path):
+    counts = tmp_path / "smaps_rollup"
+    assert takes_huge_pages(counts) is None
+    counts.write_text("Rss: 5 kB\nAnonHugePages:      2048 kB\n")
+    assert takes_huge_pages(counts) is False
+    assert takes_huge_pages() in (True, False, None)
+
+
+def test_a_product_on_a_device_is_tried(monkeypatch):
+    assert product_fault("cpu") == ""
+    assert "nowhere" in product_fault("nowhere:0")
+    monkeypatch.setattr(torch, "ones", lambda *_, **how: torch.zeros(doctor.PRODUCT, doctor.PRODUCT))
+    assert product_fault("cpu") == "a product on it gives wrong values"
+
+
+def test_a_gpu_that_torch_lists_and_cannot_use_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "gpu_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1, 2))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old")
+    monkeypatch.setattr(doctor, "product_fault", lambda device: f"no kernel image for {device}")
+    trial = machine_profile.FourBitTrial("qmix", "bitsandbytes", True, 1e9, 100.0)
+    report = examine(tmp_path, Rates(), trial)
+    assert report.gpus == (doctor.Gpu("Old", 2, 1, "no kernel image for cuda:0"),)
+    assert report.to_json()["gpus"][0]["fault"] == "no kernel image for cuda:0"
 
 
 @pytest.mark.slow

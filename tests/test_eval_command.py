@@ -26,7 +26,7 @@ from qmix.evaluate.model import QmixLM
 from qmix.evaluate.results import REQUESTS, Results, identity
 from qmix.evaluate.run import report, run_tasks
 from qmix.evaluate.tasks import load_tasks, mute, own_tasks
-from qmix.runner import load_tokenizer
+from qmix.tokenizer import load_tokenizer
 
 TASKS = Path(__file__).parent / "evaluation"
 NAMES = ["help_choice", "help_last", "help_pages", "help_words"]

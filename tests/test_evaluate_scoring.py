@@ -12,7 +12,7 @@ from calibration.corpus import alternating, bundled
 from qmix.evaluate.passes import TOKEN, Query, make_pass, spans
 from qmix.evaluate.scoring import Score, Scorer
 from qmix.evaluate.sizing import ScoringPlan
-from qmix.runner import load_tokenizer
+from qmix.tokenizer import load_tokenizer
 
 RNG = torch.Generator().manual_seed(0)
 

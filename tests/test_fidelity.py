@@ -9,16 +9,19 @@ import re
 import pytest
 import torch
 
-from qmix.fidelity import _Tally
+from qmix.fidelity import Scores, _tokens
+
+
+def scores(*chunks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], nbytes: int = 0) -> Scores:
+    """Log-probabilities of the reference and of another, and the tokens that came, a chunk after another."""
+    return Scores("other", nbytes, *map(torch.cat, zip(*(_tokens(*chunk) for chunk in chunks), strict=True)))
 
 
 def test_two_tokens_by_hand():
     """Reference (1/2, 1/2) against (3/4, 1/4), then (1, 1)/2 against itself; the tokens that came are 0 and 1."""
     reference = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
     other = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
-    tally = _Tally()
-    tally.add(reference, other, torch.tensor([0, 1]))
-    found = tally.result("other", 7)
+    found = scores((reference, other, torch.tensor([0, 1])), nbytes=7).fidelity()
     first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     assert found.kl_worst == pytest.approx(first, rel=1e-6)
     assert found.kl_mean == pytest.approx(first / 2, rel=1e-6)
@@ -30,20 +33,15 @@ def test_two_tokens_by_hand():
 def test_top_1_is_the_share_of_equal_choices():
     reference = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.1, 0.9], [0.3, 0.7]]).log()
     other = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6], [0.2, 0.8]]).log()
-    tally = _Tally()
-    tally.add(reference, other, torch.tensor([0, 0, 0, 0]))
-    assert tally.result("other", 0).top1 == 0.75
+    assert scores((reference, other, torch.tensor([0, 0, 0, 0]))).fidelity().top1 == 0.75
 
 
 def test_chunks_add_up_to_the_whole():
     rng = torch.Generator().manual_seed(1)
     reference, other = (torch.randn(40, 9, generator=rng).log_softmax(-1) for _ in range(2))
     targets = torch.randint(0, 9, (40,), generator=rng)
-    whole, parts = _Tally(), _Tally()
-    whole.add(reference, other, targets)
-    for some in torch.arange(40).split(7):
-        parts.add(reference[some], other[some], targets[some])
-    ours, theirs = parts.result("", 0), whole.result("", 0)
+    theirs = scores((reference, other, targets)).fidelity()
+    ours = scores(*((reference[some], other[some], targets[some]) for some in torch.arange(40).split(7))).fidelity()
     expected = torch.nn.functional.kl_div(other, reference, log_target=True, reduction="batchmean").item()
     assert ours.kl_mean == pytest.approx(expected, rel=1e-5)
     assert ours.kl_mean == pytest.approx(theirs.kl_mean, rel=1e-9)

@@ -155,3 +155,24 @@ def test_the_way_is_chosen_by_tokens_and_rates(tmp_path, ids):
         assert ways == ["_on_device"] * 2
         model(ids[:, :1])
     assert ways[2:] == ["_on_host"] * 2
+
+
+@pytest.fixture
+def cudnn_attention():
+    """torch's setting for the whole process, on as torch has it, and put back."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.usefixtures("cudnn_attention")
+def test_cudnns_attention_is_off_for_a_model_on_a_gpu(tmp_path):
+    """It plans anew for each length of the KV cache, and in decode every token has a new one."""
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "half")
+    make_model(store)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    spread_model(store, ["cpu", "gpu:0"], {0})
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.math_sdp_enabled()

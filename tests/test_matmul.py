@@ -74,7 +74,7 @@ def test_products_are_those_of_the_dequantised_matrix(monkeypatch, precision, si
     if precision == "half" and dtype == torch.float16:
         pytest.skip("half experts have the type of the activations")
     if not kernels:  # a CPU without AVX512-BF16
-        monkeypatch.setattr(matmul, "packed_kernel", lambda kind: None)
+        monkeypatch.setattr(matmul, "four_bit_kernel", lambda kind, ours: None)
     shape = geometry(*sizes)
     expert = filled_expert(precision, shape, weights(shape))
     for tokens in (1, 2, 7, 40):

@@ -20,6 +20,7 @@ from qmix.prepare import Subject
 GIB = 2**30
 SMALL = Geometry(1024, 4096, 2, 4, 2, 64, 4, 2, 96, 256)  # large enough that a GPU pays
 SLOTS = {"nbytes": 4096, "slots": 8, "records": 8, "served": 8}
+GPU = {"name": "gpu:0", "budget": 10, "dense": 1, "kv_cache": 1, "experts": 1, "work": 1}
 USE = ((0.9, 0.5, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5))
 
 
@@ -78,29 +79,44 @@ def test_a_plan_for_a_larger_machine_is_refused(tmp_path, monkeypatch):
     [
         ({"fits": False}, "does not fit"),
         ({"schema": "qmix-plan-2"}, "schema 'qmix-plan-2', this qmix reads"),
-        ({"slot_classes": [SLOTS | {"slots": 9}]}, "damaged"),
-        ({"slot_classes": [SLOTS | {"slots": 1}]}, "damaged"),
-        ({"slot_classes": [SLOTS | {"slots": "8"}]}, "damaged"),
-        ({"slot_classes": [SLOTS | {"records": 7}]}, "damaged"),
-        ({"slot_classes": [SLOTS | {"served": 7}]}, "damaged"),
-        ({"slot_classes": [{"nbytes": 4096}]}, "damaged"),
-        ({"work": -1}, "damaged"),
-        ({"ram": 10}, "damaged"),
-        ({"layer_devices": ["cpu", "gpu:0"]}, "damaged"),
-        ({"layer_devices": ["cpu"]}, "damaged"),
-        ({"placement": [["ram"] * 4]}, "damaged"),
-        ({"placement": [["ram"] * 4, ["moon"] * 4]}, "damaged"),
-        ({"devices": [{"name": "gpu:0"}]}, "damaged"),
-        ({"model": None}, "damaged"),
+        ({"slot_classes": [SLOTS | {"slots": 9}]}, "damaged: slot_classes"),
+        ({"slot_classes": [SLOTS | {"slots": 1}]}, "damaged: slot_classes"),
+        ({"slot_classes": [SLOTS | {"slots": "8"}]}, "slot_classes[0].slots: expected int, got str"),
+        ({"slot_classes": [SLOTS | {"slots": 8.0}]}, "slot_classes[0].slots: expected int, got float"),
+        ({"slot_classes": [SLOTS, SLOTS]}, "damaged: slot_classes"),
+        ({"slot_classes": [SLOTS | {"records": 7}]}, "damaged: num_records"),
+        ({"slot_classes": [SLOTS | {"served": 7}]}, "damaged: slot_classes"),
+        ({"slot_classes": [{"nbytes": 4096}]}, "slot_classes[0]: object missing required field slots"),
+        ({"work": -1}, "damaged: a number"),
+        ({"store_bytes": 10**400}, "damaged: a number"),
+        ({"expert_bytes": {"nf4": -1}}, "damaged: a number"),
+        ({"batch": 0}, "damaged: batch"),
+        ({"context": 0}, "damaged: context"),
+        ({"context": 257}, "damaged: context"),
+        ({"ram": 10}, "damaged: ram"),
+        ({"layer_devices": ["cpu", "gpu:0"]}, "damaged: layer_devices"),
+        ({"layer_devices": ["cpu"]}, "damaged: layer_devices"),
+        ({"placement": [["ram"] * 4]}, "damaged: placement"),
+        ({"placement": [["ram"] * 4, ["moon"] * 4]}, "damaged: placement"),
+        ({"devices": [{"name": "gpu:0"}]}, "devices[0]: object missing required field budget"),
+        ({"devices": [GPU | {"name": "moon"}], "layer_devices": ["cpu", "moon"]}, "damaged: devices"),
+        ({"devices": [GPU, GPU], "layer_devices": ["cpu", "gpu:0"]}, "damaged: devices"),
+        ({"model": None}, "model: expected object, got null"),
     ],
     ids=str,
 )
 def test_a_damaged_plan_is_refused(tmp_path, change, reason):
     path = write(tmp_path / "plan.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    found = refusal(read_plan, path)
-    assert found.startswith(f"{path}: ")
-    assert reason in found
+    assert reason in refusal(read_plan, path).removeprefix(f"{path}: ")
+
+
+def test_a_plan_of_no_geometry_is_refused(tmp_path):
+    path = write(tmp_path / "plan.json")
+    content = json.loads(path.read_text())
+    content["model"]["geometry"]["num_layers"] = "2"
+    path.write_text(json.dumps(content))
+    assert "damaged: geometry: Expected `int`, got `str`" in refusal(read_plan, path)
 
 
 def test_what_is_no_plan_at_all_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, parse_precisions
 from qmix.plan import make_plan, predict
-from qmix.plan.hardware import Machine, Rates, without_kernels
+from qmix.plan.hardware import FourBitProducts, Machine, Rates, without_kernels
 from qmix.plan.predict import Load, beside, missed_share, seconds_of, speed_of
 from qmix.plan.published import PUBLISHED
 
@@ -63,7 +63,7 @@ def test_a_cpu_without_kernels_is_slower_unless_it_was_measured():
     assert slow.four_bit_read < Rates().four_bit_read / 10
     measured = Rates().with_measured({"four_bit_read": 1e9})
     assert without_kernels(measured) == measured
-    assert Machine(1, fast_kernels=False).speeds == slow
+    assert Machine(1, four_bit=FourBitProducts(fast=False)).speeds == slow
     assert Machine(1).speeds == Rates()
 
 

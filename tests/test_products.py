@@ -16,10 +16,11 @@ from torch import nn
 from qmix.precision import matmul, products, row_tile, team
 from qmix.precision.dense import HalfLinear, use_half_linear
 from qmix.precision.matmul import FourBitMatrix, HalfMatrix, Int8Matrix, packed_kernel
+from qmix.precision.paths import current
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # largest relative error of one rounding
-needs_pairs = pytest.mark.skipif(not products.has_pairs(), reason="a CPU without AVX512-BF16")
+needs_pairs = pytest.mark.skipif(not current().pairs, reason="a CPU path without AVX512-BF16")
 
 
 @pytest.fixture
@@ -82,7 +83,6 @@ def packed(kind: str, rows: int, columns: int) -> FourBitMatrix:
     return FourBitMatrix(kind, random_bytes(rows, columns // 2), absmax, rows, columns)
 
 
-@needs_pairs
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @given(tokens=st.integers(1, 40), groups=st.integers(1, 5), blocks=st.integers(1, 35))
 @settings(max_examples=40, deadline=None)
@@ -132,7 +132,6 @@ def test_what_is_not_finite_stays_so():
     assert products.multiply_rows(torch.full((1, 1), 300.0).half(), torch.full((1, 1), 300.0).half()).isinf()
 
 
-@needs_pairs
 @pytest.mark.usefixtures("two_threads")
 def test_neither_threads_nor_other_tokens_change_a_result():
     x, weight, matrix = randn(29, 1200).bfloat16(), randn(333, 1200).bfloat16(), packed("nf4", 320, 1152)

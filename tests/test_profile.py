@@ -152,7 +152,23 @@ def test_a_damaged_profile_is_refused(tmp_path, content):
     assert refusal(read_profile, tmp_path / "p.json").startswith(f"{tmp_path / 'p.json'}: ")
 
 
-@pytest.mark.parametrize("key", ["model", "use", "errors", "precisions"])
-def test_a_profile_with_something_else_in_its_place_is_refused(tmp_path, key):
-    (tmp_path / "p.json").write_text(json.dumps(PROFILE.to_json() | {key: 3}))
-    assert "damaged" in refusal(read_profile, tmp_path / "p.json")
+@pytest.mark.parametrize(
+    ("key", "value", "place"),
+    [
+        ("model", 3, "model: expected object"),
+        ("model", {"name": 3}, "model.name: expected str"),
+        ("model", {"name": "a", "fingerprint": 3}, "model.fingerprint: expected str | null"),
+        ("use", 3, "use: expected array"),
+        ("use", [["a"]], "use[0][0]: expected float"),
+        ("use", [[True]], "use[0][0]: expected float"),
+        ("errors", 3, "errors: expected object"),
+        ("errors", {"nf4": [[None]]}, "errors[...][0][0]: expected float"),
+        ("precisions", 3, "precisions: expected array"),
+        ("precisions", [[3]], "precisions[0][0]: expected str"),
+        ("policy", 3, "policy: expected str"),
+    ],
+)
+def test_a_profile_with_something_else_in_its_place_is_refused(tmp_path, key, value, place):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(PROFILE.to_json() | {key: value}))
+    assert refusal(read_profile, path).startswith(f"{path}: {place}")

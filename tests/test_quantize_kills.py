@@ -72,7 +72,7 @@ POINTS = [
     *(("write", count) for count in (1, 3, 4, 20, 90)),
     *(("journal", count) for count in (1, 2, 5)),
     *(("digest", count) for count in (1, 24)),
-    *(("text", count) for count in (1, 2)),
+    *(("small file", count) for count in (1, 2)),
     ("before the rename", 1),
 ]
 

@@ -14,10 +14,10 @@ from checkpoints import TINY_CONFIG, make_checkpoint, random_weights
 from safetensors.torch import load_file
 from stores import make_model, make_pool, make_store
 
-from qmix.errors import REMAKE, StoreError
+from qmix.errors import REMAKE, StoreError, mending
 from qmix.geometry import Geometry
 from qmix.model import read_dense
-from qmix.store import Store, open_store
+from qmix.store import Store, open_store, sealed
 
 SPEC = "nf4,1.*=int8,*.3=half"
 LAYER = "experts-00001.safetensors"
@@ -49,9 +49,10 @@ def flip(path: Path, offset: int) -> None:
 
 
 def edit(path: Path, change: Callable[[dict], Any]) -> None:
+    """Change a manifest, and its digest with it: what is tested is the check behind that of the digest."""
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(sealed(content)))
 
 
 def read_records(store: Store) -> list[tuple[int, int]]:
@@ -153,7 +154,8 @@ def test_a_flipped_bit_of_a_record_is_found_when_it_is_read(store: Path, expert:
     }[where]
     flip(store / LAYER, start + offset)
     damaged = open_store(store)
-    want = f"{store / LAYER}: the record of expert {expert} is damaged; {REMAKE}"
+    place = f"bytes {start} to {start + record.nbytes - 1}"
+    want = f"{store / LAYER}: the record of expert {expert} ({place}) is damaged; {mending(store)}"
     assert refusal(lambda: read_records(damaged)) == want
     pool = make_pool(damaged, 3)
     others = [other for other in range(4) if other != expert]
@@ -166,7 +168,8 @@ def test_a_flipped_bit_of_a_record_is_found_when_it_is_read(store: Path, expert:
 def test_a_flipped_bit_of_a_dense_weight_is_found_when_it_is_read(store: Path, name: str, last: bool) -> None:
     info = open_store(store).layout.dense.tensors[name]
     flip(store / "dense.safetensors", info.offset + (info.nbytes - 1 if last else 0))
-    want = f"{store}/dense.safetensors: the tensor {name} is damaged; {REMAKE}"
+    place = f"bytes {info.offset} to {info.offset + info.nbytes - 1}"
+    want = f"{store}/dense.safetensors: the tensor {name} ({place}) is damaged; {mending(store)}"
     assert refusal(lambda: read_dense(open_store(store))) == want
     assert refusal(lambda: make_model(open_store(store))) == want
 
@@ -179,30 +182,42 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_found_when_it_is_read(s
         assert str(store / name) in refusal(lambda read=read: read(opened))
 
 
-DAMAGED = f"damaged; {REMAKE}"
+UNKNOWN = f"names a precision or a dtype that there is none of; {REMAKE}"
 MANIFESTS = {
     "no JSON": (
         lambda path: path.write_text("{"),
-        f"damaged, not valid JSON; {REMAKE}",
+        f"invalid JSON: Input data was truncated; {REMAKE}",
     ),
     "no text": (
         lambda path: path.write_bytes(b"\xff\xfe"),
-        f"damaged, not valid JSON; {REMAKE}",
+        f"invalid JSON: not UTF-8 (byte 1); {REMAKE}",
     ),
-    "no object": (lambda path: path.write_text("[]"), DAMAGED),
-    "other format": (lambda path: edit(path, lambda m: m.update(format="x")), "format version 1, this qmix"),
+    "no object": (lambda path: path.write_text("[]"), f"expected object, got array; {REMAKE}"),
+    "other format": (lambda path: edit(path, lambda m: m.update(format="x")), "format version 2, this qmix"),
     "other version": (
-        lambda path: edit(path, lambda m: m.update(format_version=2)),
-        f"format version 2, this qmix reads 1; {REMAKE}",
+        lambda path: edit(path, lambda m: m.update(format_version=3)),
+        f"format version 3, this qmix reads 2; {REMAKE}",
     ),
-    "no precisions": (lambda path: edit(path, lambda m: m.pop("precisions")), DAMAGED),
-    "precisions of another kind": (lambda path: edit(path, lambda m: m.update(precisions=4)), DAMAGED),
-    "precisions of lists": (lambda path: edit(path, lambda m: m.update(precisions=[[["nf4"]]])), DAMAGED),
-    "unknown precision": (lambda path: edit(path, lambda m: m["precisions"][0].__setitem__(0, "nf3")), DAMAGED),
-    "unknown dtype": (lambda path: edit(path, lambda m: m.update(dtype="fp8")), DAMAGED),
-    "dtype of another kind": (lambda path: edit(path, lambda m: m.update(dtype=[])), DAMAGED),
-    "no checksums": (lambda path: edit(path, lambda m: m.update(checksums={})), DAMAGED),
-    "no source": (lambda path: edit(path, lambda m: m.update(source=None)), DAMAGED),
+    "no precisions": (
+        lambda path: edit(path, lambda m: m.pop("precisions")),
+        "object missing required field precisions",
+    ),
+    "precisions of another kind": (
+        lambda path: edit(path, lambda m: m.update(precisions=4)),
+        f"precisions: expected array, got int; {REMAKE}",
+    ),
+    "precisions of lists": (
+        lambda path: edit(path, lambda m: m.update(precisions=[[["nf4"]]])),
+        "precisions[0][0]: expected str, got array",
+    ),
+    "unknown precision": (lambda path: edit(path, lambda m: m["precisions"][0].__setitem__(0, "nf3")), UNKNOWN),
+    "unknown dtype": (lambda path: edit(path, lambda m: m.update(dtype="fp8")), UNKNOWN),
+    "dtype of another kind": (lambda path: edit(path, lambda m: m.update(dtype=[])), "dtype: expected str, got array"),
+    "no checksums": (
+        lambda path: edit(path, lambda m: m.update(checksums={})),
+        "checksums: object missing required field dense",
+    ),
+    "no source": (lambda path: edit(path, lambda m: m.update(source=None)), "source: expected object, got null"),
     "a layer too few": (lambda path: edit(path, lambda m: m["precisions"].pop()), "belongs to another model"),
     "an expert too few": (
         lambda path: edit(path, lambda m: m["precisions"][1].pop()),
@@ -229,9 +244,9 @@ def test_other_precisions_in_the_manifest_do_not_fit_the_files(store: Path) -> N
 
 def test_wrong_checksums_are_found_when_their_weights_are_read(store: Path) -> None:
     edit(store / "qmix.json", lambda manifest: manifest["checksums"]["records"][1].__setitem__(2, "0" * 16))
-    assert "the record of expert 2 is damaged" in refusal(lambda: read_records(open_store(store)))
+    assert "the record of expert 2 (bytes" in refusal(lambda: read_records(open_store(store)))
     edit(store / "qmix.json", lambda manifest: manifest["checksums"]["dense"].pop("model.norm.weight"))
-    assert "the tensor model.norm.weight is damaged" in refusal(lambda: read_dense(open_store(store)))
+    assert "the tensor model.norm.weight (bytes" in refusal(lambda: read_dense(open_store(store)))
 
 
 @pytest.mark.parametrize(
@@ -255,8 +270,8 @@ def test_the_config_of_another_model_does_not_open_a_store(
 def test_a_layer_of_another_store_of_the_same_shape_is_found_when_it_is_read(store: Path, tmp_path: Path) -> None:
     other = make_store(make_checkpoint(tmp_path / "other", seed=1), tmp_path / "other.q", SPEC)
     shutil.copy(other.directory / LAYER, store / LAYER)
-    want = f"{store / LAYER}: the record of expert 0 is damaged; {REMAKE}"
-    assert refusal(lambda: read_records(open_store(store))) == want
+    want = f"{store / LAYER}: the record of expert 0 (bytes "
+    assert refusal(lambda: read_records(open_store(store))).startswith(want)
 
 
 def test_a_store_half_written_says_how_to_go_on(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from qmix.batch.lines import Line
 from qmix.batch.runner import Request
 from qmix.choice import stream_seed
+from qmix.errors import QmixError
 from qmix.geometry import Geometry
 from qmix.prompt import PromptEncoder, PromptTooLong
 from qmix.sampling import Sampling
+from qmix.tokenizer import tokenizing
 
 PROBE = "qmix-probe"  # a text that no template has of its own
 
@@ -80,7 +82,7 @@ class Asking:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             self.encoder.check(text)
             return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except PromptTooLong:
+        except QmixError:
             raise
         except Exception as error:  # whatever a template raises, of jinja's or its own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -98,6 +100,7 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """One token's text as it stands inside a text: a leading space is kept."""
-    before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
-    first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    with tokenizing(tokenizer):
+        before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
+        first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     return before[len(first) :] if before.startswith(first) else first

@@ -17,11 +17,11 @@ from qmix.model import build_model
 from qmix.plan import Plan
 from qmix.pool import ExpertPool
 from qmix.progress import OnProgress, ignore
-from qmix.runner import load_tokenizer
 from qmix.sampling import Sampling
 from qmix.scheduler import Continuation
 from qmix.store import Store
 from qmix.text import Detokenizer, StopScanner
+from qmix.tokenizer import decode, load_tokenizer
 from qmix.torch_dtypes import HALF
 
 
@@ -185,4 +185,4 @@ class BatchRunner:
         return finished
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, ids)

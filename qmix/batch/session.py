@@ -22,8 +22,8 @@ from qmix.errors import UsageError
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
 from qmix.prompt import PromptEncoder
-from qmix.runner import load_tokenizer
 from qmix.store import MANIFEST, Store
+from qmix.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

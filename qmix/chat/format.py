@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qmix.errors import StoreError
+from qmix.tokenizer import encode
 
 PROBE = "qmix-probe"  # a text that no template has of its own
 
@@ -127,7 +128,7 @@ class PlainFormat:
         text = f"{system}\n\n" if system else ""
         for turn in said:
             text = _joined(text, turn.user) + turn.answer
-        return list(self._tokenizer(_joined(text, user), verbose=False)["input_ids"])
+        return encode(self._tokenizer, _joined(text, user))
 
     def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
         end = self._tokenizer.eos_token_id
@@ -138,13 +139,10 @@ class PlainFormat:
 
     def _encoded_behind(self, anchor: str, text: str) -> list[int]:
         """Ids of a text that follows a character; tokenizers put a space of their own before a text that begins."""
-        before, both = (
-            self._tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
-            for part in (anchor, anchor + text)
-        )
+        before, both = (encode(self._tokenizer, part, add_special_tokens=False) for part in (anchor, anchor + text))
         if both[: len(before)] == before:
-            return list(both[len(before) :])
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            return both[len(before) :]
+        return encode(self._tokenizer, text, add_special_tokens=False)
 
 
 def _joined(before: str, after: str) -> str:

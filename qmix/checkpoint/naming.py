@@ -5,12 +5,15 @@ Keys are Hugging Face names: a dense weight's own ("model.norm.weight"), and for
 
 - Hugging Face, as published; transformers 5 may also write a layer's experts fused into
   `mlp.experts.gate_up_proj` [E, 2I, H] and `mlp.experts.down_proj` [E, H, I];
-- the Mistral release (`consolidated*.safetensors`), whose q and k rows are interleaved for rotary.
+- the Mistral release (`consolidated*.safetensors`), whose q and k rows are interleaved for rotary;
+- the first release of 8x7B, the same but for a layer's experts: they are one tensor a matrix, one below the other,
+  `block_sparse_moe.w1` and `.w3` [E * I, H], and `.w2` [E * I, H], each expert's transposed.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qmix.errors import CheckpointError
@@ -27,7 +30,17 @@ _MISTRAL = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "feed_forward": "block_sparse_moe",
+    "block_sparse_moe": "block_sparse_moe",
 }
+_NUMBER = r"0|[1-9]\d{0,8}"
+_IN_LAYER = re.compile(
+    rf"model\.layers\.(?P<layer>{_NUMBER})\."
+    rf"(?:block_sparse_moe\.experts\.(?P<expert>{_NUMBER})\.(?P<matrix>w[123])\.weight|(?P<rest>.+))"
+)
+_FUSED = re.compile(
+    r"model\.layers\.(?P<new>\d+)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)"
+    r"|layers\.(?P<old>\d+)\.block_sparse_moe\.(?P<matrix>w[123])"
+)
 _SKIPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed from the config; old checkpoints carry it
 
 
@@ -35,7 +48,8 @@ _SKIPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed from the config; ol
 class Piece:
     """Rows [first_row, first_row + shape[0]) of a published tensor, seen as a matrix, hold the weight `key`.
 
-    `shape` is the weight's own; `interleaved` rows come in the Mistral release's rotary order.
+    `shape` is the weight's own; `interleaved` rows come in the Mistral release's rotary order. Of a `transposed` one
+    the weight's columns are rows there: [first_row, first_row + shape[1]).
     """
 
     key: str
@@ -43,49 +57,63 @@ class Piece:
     shape: tuple[int, ...]
     first_row: int = 0
     interleaved: bool = False
+    transposed: bool = False
 
 
 def expert_key(layer: int, expert: int, matrix: str) -> str:
     return f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
 
 
-def expected_weights(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Every key a checkpoint of this geometry must give, with its shape."""
-    weights = dict(geometry.dense_tensors)
+def expected_weights(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every key that a checkpoint of this geometry must give, with its shape; there are `num_weights`."""
+    yield from geometry.each_dense_tensor()
     for layer in range(geometry.num_layers):
         for expert in range(geometry.num_experts):
             for matrix, shape in geometry.expert_matrices.items():
-                weights[expert_key(layer, expert, matrix)] = shape
-    return weights
+                yield expert_key(layer, expert, matrix), shape
 
 
 def resolve(found: dict[str, tuple[int, ...]], geometry: Geometry, where: str) -> dict[str, Piece]:
-    """Key to piece for every expected weight, from the published names and shapes in `found`.
+    """Return key to piece for every expected weight, from the published names and shapes in `found`.
 
-    Raises CheckpointError naming a tensor that is missing, unknown or of the wrong shape.
+    What it does and holds is bounded by what was found, whatever sizes the config states. Raises CheckpointError
+    naming a tensor that is missing, unknown or of the wrong shape.
     """
-    expected = expected_weights(geometry)
     pieces: dict[str, Piece] = {}
     for tensor, shape in found.items():
+        if _SKIPPED.fullmatch(tensor):
+            continue
         for piece in _pieces(tensor, shape, geometry, where):
-            want = expected.get(piece.key)
-            if want is None:
-                if _SKIPPED.fullmatch(tensor) or (piece.key == "lm_head.weight" and geometry.tie_embeddings):
-                    continue
-                raise CheckpointError(
-                    f"{where}: tensor {tensor!r} does not belong to the model that its config describes"
-                )
-            if piece.shape != want:
-                raise _wrong_shape(where, tensor, shape, want)
             if piece.key in pieces:
                 twice = pieces[piece.key].tensor
                 raise CheckpointError(f"{where}: tensors {tensor!r} and {twice!r} are the same weight")
             pieces[piece.key] = piece
-    missing = [key for key in expected if key not in pieces]
-    if missing:
-        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing{more}; is a shard missing?")
+    for key, piece in pieces.items():
+        want = _expected_shape(key, geometry)
+        if want is None:
+            raise CheckpointError(
+                f"{where}: tensor {piece.tensor!r} does not belong to the model that its config describes"
+            )
+        if piece.shape != want:
+            raise _wrong_shape(where, piece.tensor, piece.shape, want)
+    lacking = geometry.num_weights - len(pieces)
+    if lacking:
+        first = next(key for key, _ in expected_weights(geometry) if key not in pieces)
+        more = f", and {lacking - 1} more" if lacking > 1 else ""
+        raise CheckpointError(f"{where}: tensor {first!r} is missing{more}; is a shard missing?")
     return pieces
+
+
+def _expected_shape(key: str, geometry: Geometry) -> tuple[int, ...] | None:
+    """Return the shape that `expected_weights` has for a key, None where it has none."""
+    inside = _IN_LAYER.fullmatch(key)
+    if inside is None:
+        return geometry.outer_tensors.get(key)
+    if int(inside["layer"]) >= geometry.num_layers:
+        return None
+    if inside["expert"] is None:
+        return geometry.layer_tensors.get(inside["rest"])
+    return geometry.expert_matrices[inside["matrix"]] if int(inside["expert"]) < geometry.num_experts else None
 
 
 def _wrong_shape(where: str, tensor: str, shape: tuple[int, ...], want: tuple[int, ...]) -> CheckpointError:
@@ -93,13 +121,14 @@ def _wrong_shape(where: str, tensor: str, shape: tuple[int, ...], want: tuple[in
 
 
 def _pieces(tensor: str, shape: tuple[int, ...], geometry: Geometry, where: str) -> list[Piece]:
-    fused = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)", tensor)
+    fused = _FUSED.fullmatch(tensor)
     if fused:
-        inner, hidden = geometry.intermediate_size, geometry.hidden_size
-        each = (2 * inner, hidden) if fused[2] == "gate_up_proj" else (hidden, inner)
-        if shape != (geometry.num_experts, *each):
-            raise _wrong_shape(where, tensor, shape, (geometry.num_experts, *each))
-        return _fused_pieces(tensor, geometry, int(fused[1]), fused[2])
+        experts, inner, hidden = geometry.num_experts, geometry.intermediate_size, geometry.hidden_size
+        wants = {"gate_up_proj": (experts, 2 * inner, hidden), "down_proj": (experts, hidden, inner)}
+        want = wants.get(fused["kind"], (experts * inner, hidden))
+        if shape != want:
+            raise _wrong_shape(where, tensor, shape, want)
+        return _fused_pieces(tensor, geometry, fused)
     key = tensor.replace(".mlp.gate.", ".block_sparse_moe.gate.")
     if re.match(r"layers\.\d+\.", tensor) or tensor in _MISTRAL:
         key = _mistral_key(tensor)
@@ -117,11 +146,19 @@ def _mistral_key(tensor: str) -> str:
     return tensor
 
 
-def _fused_pieces(tensor: str, geometry: Geometry, layer: int, kind: str) -> list[Piece]:
-    matrices = ("w1", "w3") if kind == "gate_up_proj" else ("w2",)
-    rows, cols = geometry.expert_matrices[matrices[0]]
+def _fused_pieces(tensor: str, geometry: Geometry, fused: re.Match[str]) -> list[Piece]:
+    layer, matrix = int(fused["new"] or fused["old"]), fused["matrix"]
+    matrices = ("w1", "w3") if fused["kind"] == "gate_up_proj" else (matrix or "w2",)
+    shape, transposed = geometry.expert_matrices[matrices[0]], matrix == "w2"
+    there = shape[1] if transposed else shape[0]  # rows of an expert's matrix in the tensor
     return [
-        Piece(expert_key(layer, expert, matrix), tensor, (rows, cols), (expert * len(matrices) + index) * rows)
+        Piece(
+            expert_key(layer, expert, name),
+            tensor,
+            shape,
+            (expert * len(matrices) + index) * there,
+            transposed=transposed,
+        )
         for expert in range(geometry.num_experts)
-        for index, matrix in enumerate(matrices)
+        for index, name in enumerate(matrices)
     ]

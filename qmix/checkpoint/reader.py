@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+
+from qmix.checkpoint.foreign import check_files, check_not_quantised
 from qmix.checkpoint.naming import Piece, resolve
-from qmix.checkpoint.source import LocalSource, Source, load_json
+from qmix.checkpoint.source import LocalSource, Source
+from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
-from qmix.geometry import Geometry, config_from_params
-from qmix.safetensors_header import TensorInfo
+from qmix.files import read_json
+from qmix.geometry import HEAD, Geometry, config_from_params
+from qmix.safetensors_header import AGAIN, TensorInfo, check_no_pointer
 
 if TYPE_CHECKING:
     import torch
 
+HEADS = frozenset((HEAD, "output.weight"))  # by their published names
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # either will do
 TOKENIZER_FILES = (
@@ -51,10 +57,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint. `config` is in Hugging Face form, `weights` maps keys to their places."""
+    """An opened checkpoint: `config` (from `config_file`) in Hugging Face form; `weights` maps keys to their places."""
 
     source: Source
     config: dict[str, Any]
+    config_file: str
     geometry: Geometry
     weights: dict[str, Weight]
 
@@ -86,27 +93,59 @@ class Checkpoint:
         return "fp16" if all(weight.dtype == "F16" for weight in self.weights.values()) else "bf16"
 
 
-def read_config(source: Source) -> tuple[dict[str, Any], Geometry]:
-    """The model's config in Hugging Face form, from config.json or params.json, and its geometry."""
+def check_tokenizer(source: Source, required: bool = True) -> None:
+    """Raise CheckpointError where a checkpoint has no tokenizer; if not `required`, only where it has one of no use."""
+    there = source.files()
+    if any(name in there for name in TOKENIZERS):
+        return
+    if required or any(_is_other_tokenizer(name) for name in there):
+        raise CheckpointError(no_tokenizer(source.name, there))
+
+
+def no_tokenizer(where: str, there: Iterable[str]) -> str:
+    """Return what to say of a directory, with files of these names, that has no tokenizer which qmix reads."""
+    lacks = f"{where}: has no {' or '.join(TOKENIZERS)}"
+    other = max(filter(_is_other_tokenizer, there), default="")
+    if other.startswith("tokenizer.model"):
+        return f"{lacks}; copy its {other} to tokenizer.model"
+    if other:
+        return f"{lacks}, and qmix does not read its {other}; put the model's own tokenizer.json there"
+    return f"{lacks}; put the model's own there"
+
+
+def _is_other_tokenizer(name: str) -> bool:
+    """Say whether a file is a tokenizer in a form that qmix does not take as it is."""
+    return name == "tekken.json" or re.fullmatch(r"tokenizer\.model\.v\d+\w*", name) is not None
+
+
+class _Index(msgspec.Struct):
+    """What says which shard holds which tensor."""
+
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+
+
+def read_config(source: Source) -> tuple[dict[str, Any], str]:
+    """Return the model's config in Hugging Face form, from config.json or params.json, and that file's path."""
     path = source.small_file("config.json")
     if path is not None:
-        config = load_json(path)
-        return config, Geometry.from_config(config, str(path))
+        return read_json(path, dict[str, Any], CheckpointError, AGAIN), str(path)
     path = source.small_file("params.json")
     if path is not None:
-        config = config_from_params(load_json(path), str(path))
-        return config, Geometry.from_config(config, str(path))
+        return config_from_params(read_json(path, dict[str, Any], CheckpointError, AGAIN), str(path)), str(path)
     raise CheckpointError(f"{source.name}: neither config.json nor params.json is there; is it a Mixtral checkpoint?")
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
     """Index a checkpoint and check every tensor's name, type and shape, reading headers only."""
-    config, geometry = read_config(source)
+    check_files(source)
+    config, where = read_config(source)
+    geometry = Geometry.from_config(config, where)
     names = _weight_files(source)
     if names[0].endswith(".safetensors"):
         tensors = [(name, info) for name, header in source.headers(names).items() for info in header.values()]
     else:
         tensors = _pickle_tensors(source, names)
+    check_not_quantised(source.name, config, ((info.name, info.dtype) for _, info in tensors))
     shapes: dict[str, tuple[int, ...]] = {}
     places: dict[str, tuple[str, TensorInfo]] = {}
     for file, info in tensors:
@@ -114,36 +153,38 @@ def open_checkpoint(source: Source) -> Checkpoint:
             first = places[info.name][0]
             raise CheckpointError(f"{source.name}: tensor {info.name!r} is both in {first} and in {file}")
         shapes[info.name], places[info.name] = info.shape, (file, info)
+    if geometry.tie_embeddings and HEADS.intersection(shapes):  # a head that is there is used, whatever a flag says
+        config, geometry = config | {"tie_word_embeddings": False}, replace(geometry, tie_embeddings=False)
     pieces = resolve(shapes, geometry, source.name)
     weights = {key: _weight(piece, *places[piece.tensor], source.name) for key, piece in pieces.items()}
-    return Checkpoint(source, config, geometry, weights)
+    return Checkpoint(source, config, where, geometry, weights)
 
 
 def _weight_files(source: Source) -> list[str]:
-    there = source.files()
+    there = [name for name in source.files() if "/" not in name]
+    lost = ""  # what an index names and nothing stands in for
     for single, pattern in (
         ("model.safetensors", r"model-\d+-of-\d+\.safetensors"),
         ("consolidated.safetensors", r"consolidated[-.]\d+.*\.safetensors"),
         ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin"),
         ("consolidated.pth", r"consolidated\.\d+\.(pth|pt)"),
     ):
+        if single in there:  # before an index, as in transformers
+            return [single]
         index = source.small_file(single + ".index.json")
         if index is not None:
-            named = load_json(index).get("weight_map")
-            if not isinstance(named, dict) or not named or not all(type(n) is str for n in named.values()):
-                raise CheckpointError(f"{index}: has no usable weight_map; fetch it again")
-            files = sorted(set(named.values()))
-            missing = [name for name in files if name not in there]
-            if missing:
-                raise CheckpointError(
-                    f"{source.name}: the shard {missing[0]} named by {index.name} is missing; fetch it"
-                )
-            return files
-        files = [single] if single in there else sorted(name for name in there if re.fullmatch(pattern, name))
-        if files:
+            named = sorted(set(read_json(index, _Index, CheckpointError, AGAIN).weight_map.values()))
+            missing = [name for name in named if name not in there]
+            if not missing:
+                return named
+            lost = f"{source.name}: the shard {missing[0]} named by {index.name} is missing; fetch it"
+            if len(missing) < len(named) or not all(re.fullmatch(pattern, name) for name in named):
+                raise CheckpointError(lost)
+        files = sorted(name for name in there if re.fullmatch(pattern, name))
+        if files:  # with an index of other shards, it was left over from them
             return files
     raise CheckpointError(
-        f"{source.name}: no weights found (model*.safetensors, consolidated*.safetensors, pytorch_model*.bin)"
+        lost or f"{source.name}: no weights found (model*.safetensors, consolidated*.safetensors, pytorch_model*.bin)"
     )
 
 
@@ -155,7 +196,8 @@ def _weight(piece: Piece, file: str, info: TensorInfo, where: str) -> Weight:
     *rows, cols = piece.shape
     count = rows[0] if rows else 1
     item = info.nbytes // max(1, _count(info.shape))
-    offset = None if info.offset < 0 else info.offset + piece.first_row * cols * item
+    width = count if piece.transposed else cols
+    offset = None if info.offset < 0 else info.offset + piece.first_row * width * item
     return Weight(piece.key, file, info.dtype, count, cols, offset, piece)
 
 
@@ -174,6 +216,8 @@ def _pickle_tensors(source: Source, names: list[str]) -> list[tuple[str, TensorI
     found = []
     for name in names:
         for key, tensor in load_pickle(source.fetch(name)).items():
+            if tensor.untyped_storage().nbytes() < tensor.nbytes:
+                raise CheckpointError(f"{source.name}: tensor {key!r} in {name} lacks bytes of its shape; {AGAIN}")
             dtype = dtypes.get(str(tensor.dtype), str(tensor.dtype))
             found.append((name, TensorInfo(key, dtype, tuple(tensor.shape), -1, tensor.nbytes)))
     return found
@@ -183,6 +227,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .pt, .pth or .bin file, mapped from disk; code in it is never run."""
     import torch
 
+    check_no_pointer(path)
     try:
         try:
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -190,8 +235,8 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             if "mmap" not in str(error):
                 raise
             loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
-    except (FileNotFoundError, PermissionError) as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}; {disk_advice(error)}") from None
     except Exception:
         raise CheckpointError(
             f"{path}: damaged, or a pickle with code in it, which is never run; fetch it again, or take the safetensors"

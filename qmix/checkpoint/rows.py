@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 
 from qmix.checkpoint.reader import Weight, load_pickle
-from qmix.disk import DirectMemory, UncachedFile
+from qmix.disk import DirectMemory, UncachedFile, disk_advice
 from qmix.errors import CheckpointError
 from qmix.torch_dtypes import TORCH
 
@@ -26,7 +27,7 @@ class WeightFile:
         try:
             self._file = UncachedFile(path, os.O_RDONLY) if self._pickle is None else None
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}") from None
+            raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
 
     def __enter__(self) -> WeightFile:
         return self
@@ -46,11 +47,21 @@ class WeightFile:
         They lie in `memory` if it is given: good until it is used again. Rows of an interleaved weight are put in
         Hugging Face order; `start` and `stop` must then be multiples of `head_dim`.
         """
-        raw = self._read(weight, start, stop, memory)
+        raw = self._columns(weight, start, stop) if weight.piece.transposed else self._read(weight, start, stop, memory)
         if not weight.piece.interleaved:
             return raw
         # [heads, head_dim / 2 pairs, 2, H] -> [heads, 2, head_dim / 2, H]
         return raw.view(-1, head_dim // 2, 2, weight.cols).transpose(1, 2).reshape(-1, weight.cols)
+
+    def _columns(self, weight: Weight, start: int, stop: int) -> torch.Tensor:
+        """Rows of a weight that lies transposed, [cols, rows], in the file; mapped, since each touches all of it."""
+        piece = weight.piece
+        last = piece.first_row + weight.cols
+        if self._pickle is not None:
+            return self._pickle[piece.tensor][piece.first_row : last, start:stop].T.contiguous()
+        with safe_open(self.path, "pt") as file:
+            columns: torch.Tensor = file.get_slice(piece.tensor)[piece.first_row : last, start:stop]
+        return columns.T.contiguous()
 
     def _read(self, weight: Weight, start: int, stop: int, memory: DirectMemory | None) -> torch.Tensor:
         if self._pickle is not None:
@@ -66,9 +77,11 @@ class WeightFile:
         try:
             data = self._file.read(memory, begin, nbytes)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: {error.strerror} while reading {weight.piece.tensor!r}") from None
-        except EOFError:
-            raise CheckpointError(f"{self.path}: cut short inside {weight.piece.tensor!r}; fetch it again") from None
+            what = f"{error.strerror} while reading {weight.piece.tensor!r}"
+            raise CheckpointError(f"{self.path}: {what}; {disk_advice(error)}, and fetch the file again") from None
+        except EOFError as error:
+            what = f"cut short inside {weight.piece.tensor!r}, {error}"
+            raise CheckpointError(f"{self.path}: {what}; fetch it again") from None
         if begin % dtype.itemsize:  # a header of odd length; the kernels take whole numbers of 2 or 4 bytes
             memory.view[:nbytes] = data
             data = memory.view[:nbytes]

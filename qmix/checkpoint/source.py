@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qmix.errors import CheckpointError
-from qmix.safetensors_header import TensorInfo, check_header, read_header
+from qmix.safetensors_header import TensorInfo, check_header, check_no_pointer, read_header
 
 if TYPE_CHECKING:
     from qmix.hub import HubRepo
@@ -64,7 +64,10 @@ class LocalSource:
 
     def small_file(self, name: str) -> Path | None:
         path = self.directory / name
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        check_no_pointer(path)
+        return path
 
     def headers(self, names: Iterable[str]) -> dict[str, dict[str, TensorInfo]]:
         return {name: read_header(self.directory / name) for name in names}
@@ -82,12 +85,11 @@ class LocalSource:
         """Sizes and pages spread over each file: another training run of the same shape differs."""
         digest = hashlib.sha256()
         for name in sorted(names):
-            with (self.directory / name).open("rb") as file:
-                size = file.seek(0, 2)
-                digest.update(f"{name}:{size}:".encode())
-                for page in range(SAMPLED_PAGES + 1):
-                    file.seek(max(0, size - 4096) * page // SAMPLED_PAGES)
-                    digest.update(file.read(4096))
+            try:
+                self._sample(name, digest.update)
+            except (OSError, EOFError) as error:
+                what = error.strerror if isinstance(error, OSError) else f"cut short, {error}"
+                raise CheckpointError(f"{self.directory / name}: {what}; see `dmesg`, or fetch it again") from None
         return "sampled:" + digest.hexdigest()
 
 
@@ -139,16 +141,3 @@ class HubSource:
         wanted = set(names)
         known = sorted((file.name, file.sha256 or self.repo.commit) for file in self.repo.files if file.name in wanted)
         return "hub:" + hashlib.sha256(json.dumps(known).encode()).hexdigest()
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return value

@@ -129,8 +129,8 @@ def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[di
     from qmix.evaluate.data import offline
     from qmix.evaluate.model import QmixLM
     from qmix.evaluate.run import report, run_tasks, write_report
-    from qmix.runner import load_tokenizer
     from qmix.terminal import say
+    from qmix.tokenizer import load_tokenizer
 
     tasks.mute()
     data, shots, limit = options["data"], options["shots"], options["limit"]

@@ -13,6 +13,7 @@ from qmix.commands.shared import (
     dtype_option,
     precision_option,
     profile_option,
+    quiet_libraries,
     read_profile_option,
 )
 from qmix.errors import UsageError
@@ -36,12 +37,14 @@ def quantize(
     With a --profile, experts are held as it has chosen, or as loses least within --budget, where no --precision is
     given; and the store carries it, so that runs know from the start which experts are used most.
     """
+    quiet_libraries()
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
     from qmix.prepare import INTERRUPTED, layout_for, open_source
     from qmix.quantize import quantize as run
     from qmix.store import is_store, partial_directory
     from qmix.terminal import ProgressDisplay, say
+    from qmix.usable import check_usable
 
     profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)
@@ -56,6 +59,8 @@ def quantize(
         check_profile(profile, options["profile"], checkpoint.geometry, checkpoint.fingerprint)
         precision = profile.spec(precision, options["budget"], checkpoint.geometry, dtype or checkpoint.half_dtype)
     layout = layout_for(checkpoint, precision, dtype, clip)
+    if not (store.exists() or store.is_symlink()):
+        check_usable(checkpoint, layout.dtype)
     with ProgressDisplay(f"quantizing {model}") as display:
         try:
             made = run(checkpoint, store, layout, display, profile)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qmix.commands.shared import together
-from qmix.errors import CheckpointError, UsageError
+from qmix.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,10 +66,8 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    from qmix.checkpoint.reader import TOKENIZERS
-    from qmix.runner import load_tokenizer
+    from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
+    from qmix.tokenizer import load_tokenizer
 
-    for path in checkpoint.tokenizer_files():
-        if path.name in TOKENIZERS:
-            return load_tokenizer(path.parent)
-    raise CheckpointError(f"{checkpoint.source.name}: has no {' or '.join(TOKENIZERS)}; put the model's own there")
+    check_tokenizer(checkpoint.source)
+    return load_tokenizer(next(path.parent for path in checkpoint.tokenizer_files() if path.name in TOKENIZERS))

@@ -23,6 +23,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.evaluate.engine import Engine, Prompt
 from qmix.evaluate.passes import Query
 from qmix.prompt import longest_token
+from qmix.tokenizer import encode, tokenizing
 
 MOST_NEW_TOKENS = 256  # of an answer where its task does not say: the harness's default
 DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # that Sampling has by the same names
@@ -66,8 +67,7 @@ class QmixLM(TemplateLM):
 
     def _tokenize(self, string: str, add_special_tokens: bool | None) -> list[int]:
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer.encode(string, verbose=False, **options)
-        return ids
+        return encode(self.tokenizer, string, **options)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For (context, continuation): the continuation's log-probability in nats, and whether it is the greedy one."""
@@ -134,10 +134,9 @@ class QmixLM(TemplateLM):
         asked = [self._prompt(request.args[0], request.args[1], drawn) for request in requests]
         self._tell_of_cuts(len(asked))
         answers = self.engine.generate([prompt for prompt, _ in asked])
-        return [
-            postprocess_generated_text(self.tokenizer.decode(ids, skip_special_tokens=True), until, None)
-            for ids, (_, until) in zip(answers, asked, strict=True)
-        ]
+        with tokenizing(self.tokenizer):
+            texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        return [postprocess_generated_text(text, until, None) for text, (_, until) in zip(texts, asked, strict=True)]
 
     def _prompt(self, context: str, options: dict[str, Any], drawn: Counter[str]) -> tuple[Prompt, list[str]]:
         """The prompt of a request, and the texts before which its answer ends; `drawn` counts repetitions."""

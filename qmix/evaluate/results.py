@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ from qmix.store import MANIFEST, Store
 FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
 REQUESTS = "requests.jsonl"
 KEY_BYTES = 16
-REMEDY = "choose another --out, or delete the file"
+AGAIN = "choose another --out, or delete the file"
 
 
 class _Line(msgspec.Struct):
-    """A result as it lies in the file."""
-
     key: str
-    result: Any
+    result: list[bool | int | float]  # [log-probability, whether it is greedy's] of a text, or the ids of an answer
 
 
 class Results:
@@ -76,11 +75,10 @@ class Results:
         found: dict[bytes, Any] = {}
         for number, raw in enumerate(self._file.lines(), 1):
             where = f"{self._file.path}: line {number} is no result of an evaluation"
-            line = decode_json(raw, _Line, where, UsageError, REMEDY)
-            try:
-                found[bytes.fromhex(line.key)] = line.result
-            except ValueError as error:
-                raise UsageError(f"{where}: key: {error}; {REMEDY}") from None
+            line = decode_json(raw, _Line, where, UsageError, AGAIN)
+            if not re.fullmatch(f"[0-9a-f]{{{2 * KEY_BYTES}}}", line.key):
+                raise UsageError(f"{where}: key: expected {2 * KEY_BYTES} hex digits; {AGAIN}")
+            found[bytes.fromhex(line.key)] = line.result
         return found
 
 

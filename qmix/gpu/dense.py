@@ -9,7 +9,7 @@ import torch
 import xxhash
 
 from qmix.direct_io import DirectFile, anonymous_memory
-from qmix.errors import REMAKE, StoreError
+from qmix.errors import StoreError, mending
 from qmix.gpu.devices import HOST, Device
 from qmix.plan.device_work import ALIGNMENT
 from qmix.precision.record import PAGE
@@ -52,23 +52,36 @@ def typed(store: Store, memory: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name: raw.view(dtype).view(tensors[name].shape) for name, raw in memory.items()}
 
 
-def fill_from_disk(store: Store, memory: dict[str, torch.Tensor]) -> None:
-    """Read each weight's bytes to its memory, wherever that is."""
+def fill_from_disk(store: Store, memory: dict[str, torch.Tensor], attempts: int = 2) -> None:
+    """Read each weight's bytes to its memory, wherever that is; one that is wrong is read so many times.
+
+    Raises StoreError where one is still wrong then.
+    """
     layout = store.layout.dense
     staging = anonymous_memory(STAGING_BYTES)
     with DirectFile(store.path(layout)) as file, closing(Reader()) as reader:
         for name, target in memory.items():
-            digest = xxhash.xxh3_64()
-            begin = layout.tensors[name].offset
-            position, end = begin, begin + len(target)
-            while position < end:
-                window = position // PAGE * PAGE  # reads begin and end at pages, tensors where they may
-                length = min(STAGING_BYTES, aligned(end - window, PAGE))
-                reader.submit(Read(file, staging[:length], window, lambda whole: None)).done.result()
-                stop = min(end, window + length)
-                piece = staging[position - window : stop - window]
-                digest.update(piece.numpy().data)
-                target[position - begin : stop - begin].copy_(piece)
-                position = stop
-            if digest.hexdigest() != store.dense_checksums.get(name):
-                raise StoreError(f"{file.path}: the tensor {name} is damaged; {REMAKE}")
+            offset = layout.tensors[name].offset
+            for _ in range(attempts):
+                if _fill(file, reader, staging, target, offset) == store.dense_checksums.get(name):
+                    break
+                file.forget(offset, len(target))
+            else:
+                place = f"bytes {offset} to {offset + len(target) - 1}"
+                raise StoreError(f"{file.path}: the tensor {name} ({place}) is damaged; {mending(store.directory)}")
+
+
+def _fill(file: DirectFile, reader: Reader, staging: torch.Tensor, target: torch.Tensor, begin: int) -> str:
+    """Read a weight to its memory by way of `staging`, and return the checksum of its bytes."""
+    digest = xxhash.xxh3_64()
+    position, end = begin, begin + len(target)
+    while position < end:
+        window = position // PAGE * PAGE  # reads begin and end at pages, tensors where they may
+        length = min(len(staging), aligned(end - window, PAGE))
+        reader.submit(Read(file, staging[:length], window, lambda whole: None)).done.result()
+        stop = min(end, window + length)
+        piece = staging[position - window : stop - window]
+        digest.update(piece.numpy().data)
+        target[position - begin : stop - begin].copy_(piece)
+        position = stop
+    return digest.hexdigest()

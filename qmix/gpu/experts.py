@@ -13,20 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import nn
 
 from qmix.eviction import Key
 from qmix.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.gpu.devices import HOST, Device, Staged, Staging, download
 from qmix.gpu.matrices import DeviceExpert, device_expert, is_made_over
+from qmix.gradients import Activation, Forward, differentiable
 from qmix.layout import StoreLayout
 from qmix.lookahead import Lookahead
 from qmix.plan.device_work import device_record_bytes
 from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.precision.matmul import Expert
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
+from qmix.refusals import PoolExperts
 
 
 def read_numbers(top_k_index: torch.Tensor) -> list[list[int]]:
@@ -103,7 +102,7 @@ def expert_size(layout: StoreLayout, precision: str) -> ExpertSize:
     return ExpertSize(layout.records[precision].nbytes, on_device, weights, is_made_over(precision))
 
 
-class DeviceExperts(nn.Module):
+class DeviceExperts(PoolExperts):
     """Stands in for transformers' MixtralExperts of one layer on a GPU.
 
     `residents` lie on the device. `loader` copies others there; without one they are computed on the CPU always.
@@ -121,8 +120,8 @@ class DeviceExperts(nn.Module):
         rates: Rates,
         read_routing: Callable[[torch.Tensor], list[list[int]]] = read_numbers,
     ) -> None:
-        super().__init__()
-        self.layer, self.device, self.residents, self.pool = layer, device, residents, pool
+        super().__init__(layer, pool, device.device)
+        self.device, self.residents = device, residents
         self.host, self.precisions = Device(HOST, torch.device(HOST)), pool.store.layout.precisions[layer]
         self.activation, self.loader, self.rates, self.read_routing = activation, loader, rates, read_routing
         self.lookahead: Lookahead | None = None
@@ -131,6 +130,7 @@ class DeviceExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
+        self.check_caller()
         tokens, top_k = top_k_index.shape
         routing = Routing(self.read_routing(top_k_index))
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
@@ -142,7 +142,7 @@ class DeviceExperts(nn.Module):
         rows = Rows(hidden_states, routing, top_k, self.device)
         for expert in routing.spans:
             if expert in self.residents:
-                rows.put(outputs, expert, self.residents[expert](rows.of_expert(expert), self.activation))
+                rows.put(outputs, expert, self._run(expert, self.residents[expert], rows))
         if loader is not None:
             self._on_device(loader, records, rows, outputs)
         elif away:
@@ -173,7 +173,7 @@ class DeviceExperts(nn.Module):
         """Computed where they lie; the results come up together."""
         results, pairs = [], []
         for expert, forward in records:
-            results.append(forward(rows.of_expert(expert), self.activation))
+            results.append(self._run(expert, forward, rows))
             pairs += rows.routing.pairs(expert)
         outputs.index_copy_(0, self.device.upload(torch.tensor(pairs)), self.device.upload(torch.cat(results)))
 
@@ -193,5 +193,18 @@ class DeviceExperts(nn.Module):
 
     def _compute(self, loader: Loader, expert: int, staged: Staged, rows: Rows, outputs: torch.Tensor) -> None:
         with staged.in_use() as record:
-            forward = loader.expert(self.precisions[expert], record)
-            rows.put(outputs, expert, forward(rows.of_expert(expert), self.activation))
+            rows.put(outputs, expert, self._run(expert, loader.expert(self.precisions[expert], record), rows))
+
+    def _run(self, expert: int, forward: Forward, rows: Rows) -> torch.Tensor:
+        """An expert's results for its rows."""
+        x = rows.of_expert(expert)
+        if x.requires_grad:
+            forward = differentiable(forward, self.pool, (self.layer, expert))
+        return forward(x, self.activation)
+
+    def device_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield the residents, and the loader's memory, which layers on a device share."""
+        for resident in self.residents.values():
+            yield from (part for matrix in (resident.gate, resident.up, resident.down) for part in matrix.parts)
+        if self.loader is not None:
+            yield from (self.loader.memory, *self.loader.staging.buffers)

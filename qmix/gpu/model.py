@@ -96,7 +96,12 @@ class Spread:
         return found
 
     def connect(self, model: MixtralForCausalLM) -> None:
-        """Let steps cross from device to device; the model's inputs may come from anywhere."""
+        """Let steps cross from device to device; the model's inputs may come from anywhere.
+
+        Turns cuDNN's attention off in this process: it makes a plan for each length of the KV cache that it has not
+        seen, 2 ms a call on an H100, and in decode every token has a new length. torch's others take any length.
+        """
+        torch.backends.cuda.enable_cudnn_sdp(False)
         first, last = self.layers[0], self.layers[-1]
         if model.config.tie_word_embeddings and first is not last:
             model.lm_head.weight = nn.Parameter(last.upload(model.model.embed_tokens.weight), requires_grad=False)

@@ -5,31 +5,69 @@ Loads no torch unless the plan has GPUs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from qmix.errors import UsageError
-from qmix.files import read_object
+from qmix.files import read_versioned
 from qmix.layout import StoreLayout
 from qmix.machine import available_memory, found_gpus, own_memory
 from qmix.plan import SCHEMA, Plan
-from qmix.plan.demand import DevicePlan
-from qmix.plan.slots import SlotClass
 from qmix.units import format_bytes
 
 AGAIN = "make it again with `qmix plan --json`"
+DEVICE = re.compile(r"gpu:\d{1,4}", re.ASCII)
+MOST = 2**63  # of any number: what memory and files can be addressed by
+
+
+class _Sizes(msgspec.Struct, frozen=True):
+    """What of a model's geometry the plan's own tables must agree with."""
+
+    num_layers: int
+    num_experts: int
+    max_position: int
+
+
+class _Model(msgspec.Struct, frozen=True):
+    """The model that a plan was made for. `precision` is as `--precision` takes it."""
+
+    name: str
+    fingerprint: str | None
+    precision: str | None
+    precisions: tuple[tuple[str, ...], ...]
+    dtype: str
+    geometry: dict[str, Any]
+
+
+class _Fits(msgspec.Struct):
+    fits: bool
+
+
+class _Planned(msgspec.Struct):
+    """A plan's file, besides the fields of Plan itself."""
+
+    attention: str
+    model: _Model
 
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """A plan as a file has it, with what it was made for. `precision` is as `--precision` takes it."""
+    """A plan as a file has it, with what it was made for."""
 
     path: Path
     plan: Plan
     attention: str
-    precision: str | None
-    model: dict[str, Any]
+    model: _Model
+
+    @property
+    def precision(self) -> str | None:
+        """As `--precision` takes it."""
+        return self.model.precision
 
     def plan_of(self, layout: StoreLayout, fingerprint: str | None = None, attention: str = "sdpa") -> Plan:
         """The plan, for a store of this layout on this machine. Raises UsageError where it is for another."""
@@ -41,11 +79,10 @@ class PlanFile:
         return self.plan
 
     def _check_model(self, layout: StoreLayout, fingerprint: str | None) -> None:
-        name, known = self.model["name"], self.model["fingerprint"]
-        if any(self.model["geometry"].get(key) != getattr(layout.geometry, key) for key in layout.geometry.__slots__):
+        name, known = self.model.name, self.model.fingerprint
+        if self.model.geometry != asdict(layout.geometry):
             raise UsageError(f"{self.path}: is a plan of {name}, a model of other sizes than this one; {AGAIN}")
-        precisions = tuple(map(tuple, self.model["precisions"]))
-        if (precisions, self.model["dtype"]) != (layout.precisions, layout.dtype):
+        if (self.model.precisions, self.model.dtype) != (layout.precisions, layout.dtype):
             raise UsageError(f"{self.path}: is a plan of {name} in another precision than this store's; {AGAIN}")
         if known and fingerprint and known != fingerprint:
             raise UsageError(f"{self.path}: is a plan of {name}, whose weights are not this model's; {AGAIN}")
@@ -68,48 +105,44 @@ class PlanFile:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Raises UsageError naming the file."""
-    content = read_object(path, SCHEMA, "what `qmix plan --json` wrote", AGAIN)
-    if content.get("fits") is not True:
+    """Raises UsageError naming the file, and the field where it is not what a plan has there."""
+    asked = SCHEMA, "what `qmix plan --json` wrote", AGAIN
+    if not read_versioned(path, _Fits, *asked).fits:
         raise UsageError(f"{path}: says that the model does not fit; {AGAIN}, with a larger budget")
+    planned = read_versioned(path, _Planned, *asked)
+    found = PlanFile(path, read_versioned(path, Plan, *asked), planned.attention, planned.model)
     try:
-        found = PlanFile(
-            path, _plan(content), str(content["attention"]), content["model"]["precision"], content["model"]
-        )
-        if not _consistent(found):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise UsageError(f"{path}: damaged; {AGAIN}") from None
+        sizes = msgspec.convert(found.model.geometry, _Sizes)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{path}: damaged: geometry: {error}; {AGAIN}") from None
+    for what, holds in _checks(found, sizes):
+        if not holds:
+            raise UsageError(f"{path}: damaged: {what}; {AGAIN}")
     return found
 
 
-def _plan(content: dict[str, Any]) -> Plan:
-    values = {field.name: content[field.name] for field in fields(Plan)}
-    names = [field.name for field in fields(DevicePlan)]
-    values["devices"] = tuple(DevicePlan(**{name: device[name] for name in names}) for device in content["devices"])
-    values["slot_classes"] = tuple(SlotClass(**each) for each in content["slot_classes"])
-    values["layer_devices"] = tuple(content["layer_devices"])
-    values["placement"] = tuple(map(tuple, content["placement"]))
-    return Plan(**values)
-
-
-def _consistent(file: PlanFile) -> bool:
-    """Whether every number is one, and layers, experts and devices are those of one model and machine."""
-    plan, geometry = file.plan, file.model["geometry"]
+def _checks(file: PlanFile, sizes: _Sizes) -> Iterator[tuple[str, bool]]:
+    """Name what a plan's parts must agree in, one model's layers and one machine's bytes, and say whether they do."""
+    plan, model = file.plan, file.model
+    yield "a number", all(0 <= count < MOST for count in _counts(plan))
+    yield "batch", plan.batch >= 1
+    yield "context", 1 <= plan.context <= sizes.max_position
+    for name, table in (("placement", plan.placement), ("precisions", model.precisions)):
+        yield name, (len(table), {len(row) for row in table}) == (sizes.num_layers, {sizes.num_experts})
     names = {device.name for device in plan.devices}
-    counts = [plan.ram, plan.context, plan.batch, plan.interpreter, plan.dense, plan.kv_cache, plan.work]
-    counts += [count for each in plan.slot_classes for count in (each.nbytes, each.slots, each.records, each.served)]
-    counts += [count for device in plan.devices for count in (device.budget, device.total)]
-    shape = len(plan.placement), {len(row) for row in plan.placement}
-    return (
-        all(type(count) is int and count >= 0 for count in counts)
-        and shape == (geometry["num_layers"], {geometry["num_experts"]})
-        and len(plan.layer_devices) == geometry["num_layers"]
-        and names.union({"cpu"}).issuperset(plan.layer_devices)
-        and names.union({"ram", "disk"}).issuperset(where for row in plan.placement for where in row)
-        and all(each.least <= each.slots <= max(each.served, each.least) for each in plan.slot_classes)
-        and sum(each.records for each in plan.slot_classes) == plan.num_records
-        and sum(each.served for each in plan.slot_classes) == plan.host_records
-        and plan.total <= plan.ram
-        and all(device.total <= device.budget for device in plan.devices)
-    )
+    yield "devices", len(names) == len(plan.devices) and all(DEVICE.fullmatch(name) for name in names)
+    yield "devices", all(device.total <= device.budget for device in plan.devices)
+    yield "layer_devices", len(plan.layer_devices) == sizes.num_layers
+    yield "layer_devices", names <= set(plan.layer_devices) <= names | {"cpu"}
+    yield "placement", {where for row in plan.placement for where in row} <= names | {"ram", "disk"}
+    yield "slot_classes", all(each.least <= each.slots <= max(each.served, each.least) for each in plan.slot_classes)
+    yield "slot_classes", len(plan.slots_by_size) == len(plan.slot_classes)
+    yield "num_records", sum(each.records for each in plan.slot_classes) == plan.num_records
+    yield "placement", sum(each.served for each in plan.slot_classes) == plan.host_records
+    yield "ram", plan.total <= plan.ram
+
+
+def _counts(plan: Plan) -> Iterator[int]:
+    """Every number of a plan."""
+    for part in (asdict(plan), *map(asdict, plan.slot_classes), *map(asdict, plan.devices), plan.expert_bytes):
+        yield from (value for value in part.values() if type(value) is int)

@@ -74,26 +74,38 @@ def without_kernels(rates: Rates) -> Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class FourBitProducts:
+    """How the CPU multiplies packed 4-bit weights. `fast` is true where kernels do, and rows need no dequantising.
+
+    `tried` says that `qmix doctor` ran one with the installed versions; else `fast` is what the CPU's flags promise.
+    """
+
+    fast: bool
+    tried: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """What a plan may use. `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` what is free
-    for a store (None: not asked), all in bytes; `fast_kernels`: the CPU multiplies packed 4-bit weights."""
+    for a store (None: not asked), all in bytes; `four_bit` is how 4-bit products are computed."""
 
     ram: int
     gpus: tuple[int, ...] = ()
     disk: int | None = None
     rates: Rates = Rates()
-    fast_kernels: bool = True
+    four_bit: FourBitProducts = FourBitProducts(fast=True)
 
     @property
     def speeds(self) -> Rates:
         """The rates, as they are on this CPU."""
-        return self.rates if self.fast_kernels else without_kernels(self.rates)
+        return self.rates if self.four_bit.fast else without_kernels(self.rates)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "ram": self.ram,
             "gpus": list(self.gpus),
             "disk": self.disk,
-            "fast_kernels": self.fast_kernels,
+            "fast_kernels": self.four_bit.fast,
+            "fast_kernels_tried": self.four_bit.tried,
             "rates": self.rates.to_json(),
         }

@@ -105,8 +105,7 @@ def details(planned: Planned) -> Table:
 
     row("decode", speed_text(predicted.decode))
     row("prefill", speed_text(predicted.prefill))
-    if not machine.fast_kernels and machine.rates.source("four_bit_read") != "measured":
-        row("", slow_text(machine))
+    row("4-bit kernel", kernel_text(machine))
     row("rates", rates_text(machine.speeds, bool(plan.devices)))
     free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
     row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
@@ -120,9 +119,16 @@ def speed_text(speed: Speed) -> str:
     )
 
 
-def slow_text(machine: Machine) -> str:
-    times = machine.rates.four_bit_read / machine.speeds.four_bit_read
-    return f"no fast 4-bit kernel on this CPU: 4-bit products are {times:.0f} times slower"
+def kernel_text(machine: Machine) -> str:
+    """Return how the CPU multiplies 4-bit weights, and whether that was tried or read off the CPU's flags."""
+    how = (
+        "tried by `qmix doctor`" if machine.four_bit.tried else "by the CPU's flags, not tried; `qmix doctor` tries it"
+    )
+    if machine.four_bit.fast:
+        return f"yes, {how}"
+    slower = machine.rates.four_bit_read / machine.speeds.four_bit_read
+    times = f"4-bit products are {slower:.0f} times slower, " if slower > 1 else ""
+    return f"no fast one: {times}{how}"
 
 
 def rates_text(rates: Rates, gpus: bool) -> str:

@@ -10,5 +10,6 @@ matmul      parts in, products out
 dense       projections that stay in half precision
 products    qmix's own products, in numba: what is read, by whom, in which order
 row_tile, packed_tile, vectors   their innermost loops, in LLVM's vectors
+paths       the instruction sets that they are built for, and the one in use
 team        torch's threads for them
 """

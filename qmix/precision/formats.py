@@ -15,6 +15,7 @@ from math import gcd, prod
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
+from qmix.precision.paths import current
 from qmix.safetensors_header import ITEM_BYTES
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
@@ -55,8 +56,12 @@ def fits_kernels(rows: int, cols: int) -> bool:
 
 
 def uses_kernels(geometry: Geometry) -> bool:
-    """Whether a run with this model loads qmix's products, and with them Numba: 100 MB of memory, a quarter second."""
-    return max(rows * cols for rows, cols in geometry.expert_matrices.values()) >= KERNEL_WEIGHTS
+    """Return whether a run with this model loads qmix's products, and with them Numba: 100 MB and a quarter second.
+
+    Matrices too small to pay for that are left to bitsandbytes' kernels, where it has any for this processor.
+    """
+    largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
+    return largest >= KERNEL_WEIGHTS or not current().pairs
 
 
 def parts(precision: str, dtype: str, rows: int, cols: int) -> tuple[Part, ...]:

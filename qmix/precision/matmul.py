@@ -11,20 +11,23 @@ takes one for all, so that a row's product does not depend on the rows beside it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from ctypes import c_int64, c_void_p
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from qmix.bitsandbytes_quiet import cpu_library
 from qmix.bitsandbytes_quiet import functional as bnb
 from qmix.geometry import MATRICES
-from qmix.precision.formats import BLOCK, KERNEL_WEIGHTS, PACK_ROWS, fits_kernels
+from qmix.precision.formats import BLOCK, FOUR_BITS, KERNEL_WEIGHTS, PACK_ROWS, fits_kernels
+from qmix.precision.paths import current
 from qmix.precision.record import RecordLayout
 from qmix.torch_dtypes import TORCH
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
+OURS, THEIRS = "qmix", "bitsandbytes"  # whose kernel multiplies a packed matrix
 FEW_TOKENS = 32  # rows of x from which torch's product in bf16 is as fast as qmix's
 
 
@@ -42,6 +45,20 @@ class Matrix:
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) in fp32."""
         raise NotImplementedError
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield the matrix a few rows at a time, dequantised and rounded to `dtype`; none is large."""
+        step = max(1, SLOW_PATH_WEIGHTS // self.cols // PACK_ROWS) * PACK_ROWS
+        for start in range(0, self.rows, step):
+            yield self.dequantize(start, min(start + step, self.rows)).to(dtype)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the whole matrix, dequantised and rounded to `dtype`, in memory of its own."""
+        whole, row = torch.empty((self.rows, self.cols), dtype=dtype), 0
+        for piece in self.pieces(dtype):
+            whole[row : row + len(piece)] = piece
+            row += len(piece)
+        return whole
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ self.T without a kernel: [T, cols] to [T, rows], a few rows of the matrix at a time."""
@@ -61,7 +78,7 @@ class Matrix:
 def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
     """x [..., cols] @ weight.T, both in the same half precision, by whichever kernel is the faster.
 
-    With `invariant` by qmix's own whatever the sizes.
+    With `invariant` by qmix's own whatever the sizes; by torch's wherever x or the weight requires a gradient.
 
     torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
     speed; in bf16 it is good at many rows.
@@ -69,7 +86,7 @@ def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False)
     tokens = x.numel() // weight.shape[1]
     ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
     ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
-    if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad:
+    if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
     from qmix.precision.products import multiply_rows
 
@@ -125,7 +142,8 @@ class FourBitMatrix(Matrix):
         self.kind, self.codes, self.absmax = kind, codes, absmax
         self.table = code_table(kind)
         self.packed = fits_kernels(rows, cols)
-        self._kernel = packed_kernel(kind) if self.packed else None
+        self.kernel = four_bit_kernel(kind, self.uses_ours) if self.packed else None
+        self._theirs = packed_kernel(kind) if self.kernel == THEIRS else None
         self.places = codes.data_ptr(), absmax.data_ptr()
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
@@ -151,16 +169,17 @@ class FourBitMatrix(Matrix):
         return (values * self.absmax[blocks].float()).view(stop - start, self.cols)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self._kernel is None:
+        if self.kernel is None:
             return super().multiply(x)
-        if self.uses_ours:
+        if self.kernel == OURS:
             from qmix.precision.products import multiply_packed
 
             return multiply_packed(x, self.kind, *self.places, self.rows, self.cols)
+        assert self._theirs is not None
         half = x.to(torch.bfloat16).contiguous()
         out = torch.empty((len(x), self.rows), dtype=torch.bfloat16)
         sizes = len(x), self.rows, self.cols
-        self._kernel(*sizes, half.data_ptr(), *self.places, out.data_ptr(), BLOCK, self.cols, self.rows)
+        self._theirs(*sizes, half.data_ptr(), *self.places, out.data_ptr(), BLOCK, self.cols, self.rows)
         return out.to(x.dtype)
 
 
@@ -202,16 +221,41 @@ def code_table(kind: str) -> torch.Tensor:
     return bnb.get_4bit_type(kind, device="cpu")
 
 
+def has_kernels(kinds: Collection[str], shapes: Iterable[tuple[int, int]]) -> bool:
+    """Return whether matrices of these shapes in these precisions are multiplied by kernels in this process."""
+    return all(
+        fits_kernels(rows, cols) and four_bit_kernel(kind, rows * cols >= KERNEL_WEIGHTS) is not None
+        for kind in FOUR_BITS
+        if kind in kinds
+        for rows, cols in shapes
+    )
+
+
+def four_bit_kernel(kind: str, ours: bool) -> str | None:
+    """Return whose kernel multiplies packed matrices: OURS, THEIRS, or None where rows are dequantised.
+
+    With `ours`, and on paths for which bitsandbytes has no kernel, only qmix's own will do, which needs nothing of
+    bitsandbytes.
+    """
+    if ours or not current().pairs:
+        return OURS
+    return None if packed_kernel(kind) is None else THEIRS
+
+
 @cache
 def packed_kernel(kind: str) -> Callable[..., None] | None:
-    """bitsandbytes' product of bf16 rows with the packed layout; None on a CPU without AVX512-BF16.
+    """Return bitsandbytes' product of bf16 rows with the packed layout; None on a CPU without AVX512-BF16.
 
     Called in the library itself: through `torch.ops.bitsandbytes.gemv_4bit`, which does no more, a small product
     takes 32 microseconds instead of 5. Arguments: T, rows, cols, x, codes, absmax, out, block, x's row stride, out's.
     """
-    if not bnb.has_avx512bf16():
+    try:
+        library = cpu_library()
+        if library is None or not library.has_avx512bf16_cpu():
+            return None
+        kernel = library[f"gemv_4bit_inference_cpu_{kind}_bf16"]
+    except AttributeError:  # a build of the library without these kernels
         return None
-    kernel = getattr(bnb.lib, f"gemv_4bit_inference_cpu_{kind}_bf16")
     kernel.argtypes = [c_int64] * 3 + [c_void_p] * 4 + [c_int64] * 3
     kernel.restype = None
     return kernel

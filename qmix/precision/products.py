@@ -5,7 +5,7 @@ cache. Every sum runs over the columns in one order, whatever the number of rows
 products do not depend on what else is computed.
 
 half, int8   row-major [rows, columns], any numbers of both
-nf4, fp4     the packed layout of bitsandbytes' CPU kernel, see `kernels`; needs AVX512-BF16
+nf4, fp4     the packed layout of bitsandbytes' CPU kernel, see `kernels`
 
 The first product of a kind compiles its kernel, once for an installation.
 """
@@ -18,12 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding  # type: ignore[import-untyped]
 from numba import carray, njit
 
 from qmix.precision import team
 from qmix.precision.formats import BLOCK
-from qmix.precision.packed_tile import PACKED_GROUPS, PACKED_TOKENS, four_bit_tile
+from qmix.precision.packed_tile import (
+    BLOCK_TOKENS,
+    PACKED_GROUPS,
+    PACKED_TOKENS,
+    X_ITEM,
+    block_tile,
+    four_bit_tile,
+    widen_block,
+)
+from qmix.precision.paths import current
 from qmix.precision.row_tile import BF16, BF16_WIDE, FP16, GROUP, INT8, INT8_WIDE, PAIRED, ROWS, TOKENS, dot_tile
 from qmix.precision.vectors import float_at, next_piece, put_half
 
@@ -47,10 +55,14 @@ def multiply_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | 
 
 def multiply_packed(x: torch.Tensor, kind: str, codes: int, absmax: int, rows: int, columns: int) -> torch.Tensor:
     """x [T, columns] times a packed matrix, its codes and absmax given by their addresses: [T, rows], in x's type."""
-    half = x.to(torch.bfloat16).contiguous()
     out = torch.empty((len(x), rows), dtype=x.dtype)
-    fp16 = x.dtype == torch.float16
-    team.run(_packed(kind), len(x), rows, columns, codes, absmax, half.data_ptr(), out.data_ptr(), fp16)
+    half = x.to(torch.bfloat16)  # on every path: they differ in the order of their sums only
+    kernel, as_read = _packed, half if current().pairs else half.float()
+    if not current().pairs and len(x) > PACKED_TOKENS:
+        kernel, as_read = _packed_blocks, as_read.view(len(x), columns // BLOCK, BLOCK).transpose(0, 1)
+    as_read = as_read.contiguous()
+    places = codes, absmax, as_read.data_ptr(), out.data_ptr()
+    team.run(kernel(kind), len(x), rows, columns, *places, x.dtype == torch.float16)
     return out
 
 
@@ -64,22 +76,18 @@ def prepare(precisions: Iterable[str], dtype: torch.dtype) -> None:
     for precision in precisions:
         if precision == "int8":
             _row_major(_holds(torch.int8))
-        elif precision != "half" and has_pairs():
+        elif precision != "half":
             _packed(precision)
+            if not current().pairs:
+                _packed_blocks(precision)
 
 
 def _holds(dtype: torch.dtype) -> int:
     if dtype == torch.float16:
         return FP16
     if dtype == torch.int8:
-        return INT8 if has_pairs() else INT8_WIDE
-    return BF16 if has_pairs() else BF16_WIDE
-
-
-@cache
-def has_pairs() -> bool:
-    """Whether this CPU has AVX512-BF16 (and AVX512BW, which no CPU has it without)."""
-    return bool(binding.get_host_cpu_features().get("avx512bf16"))
+        return INT8 if current().pairs else INT8_WIDE
+    return BF16 if current().pairs else BF16_WIDE
 
 
 @njit(inline="always")
@@ -155,13 +163,42 @@ def _packed(kind: str) -> int:
                             columns * GROUP // 2,
                             absmax + (column // BLOCK * rows + first) * 2,
                             rows * 2,
-                            x + (token * columns + column) * 2,
-                            columns * 2,
+                            x + (token * columns + column) * X_ITEM,
+                            columns * X_ITEM,
                             min(PACKED_STRIP, columns - column) // BLOCK,
                             sums[token:].ctypes.data,
                         )
                 _put_sums(sums, rows, first, first + groups * GROUP, out, fp16)
                 first += groups * GROUP
             piece = next_piece(block) * wide * GROUP
+
+    return team.compiled(kernel)
+
+
+@cache
+def _packed_blocks(kind: str) -> int:
+    """The same in fp32 for many rows of x, which lie [columns / 64, T, 64]: a block of weights is looked up once."""
+
+    def kernel(block: Any) -> None:
+        tokens, rows, columns, codes, absmax, x, out, fp16 = carray(block, 9)[1:]
+        weights = np.empty((BLOCK, GROUP), np.float32)
+        sums = np.empty((tokens, GROUP), np.float32)
+        first = next_piece(block) * GROUP
+        while first < rows:
+            sums[:] = 0
+            for column in range(0, columns, BLOCK):
+                widen_block(kind, codes + (first * columns + column * GROUP) // 2, weights.ctypes.data)
+                for token in range(0, tokens, BLOCK_TOKENS):
+                    block_tile(
+                        kind,
+                        min(BLOCK_TOKENS, tokens - token),
+                        weights.ctypes.data,
+                        absmax + (column // BLOCK * rows + first) * 2,
+                        rows * 2,
+                        x + (column * tokens + token * BLOCK) * 4,
+                        sums[token:].ctypes.data,
+                    )
+            _put_sums(sums, rows, first, first + GROUP, out, fp16)
+            first = next_piece(block) * GROUP
 
     return team.compiled(kernel)

@@ -2,8 +2,8 @@
 
 Two ways to multiply ("steps"), of which a product takes one throughout:
 
-pairs   32 columns at a time: x in bf16, the weights as bf16, vdpbf16ps adds two products to each of 16 sums
-wide    16 columns at a time: x in fp32, the weights widened to fp32
+pairs   32 columns at a time: x in bf16, the weights as bf16, vdpbf16ps adds two products to each sum
+wide    a register of fp32 at a time: x in fp32, the weights widened to fp32
 
 Numba caches what calls this under the calling file's date: after a change here, touch products.py.
 """
@@ -20,10 +20,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.precision.formats import PACK_ROWS
+from qmix.precision.paths import current
 from qmix.precision.vectors import (
     BYTES,
     FLOAT,
-    HALF,
     I8,
     I16,
     I32,
@@ -40,6 +40,7 @@ from qmix.precision.vectors import (
     bf16_to_float,
     clear,
     equal,
+    fp16_to_float,
     load,
     times,
 )
@@ -47,7 +48,8 @@ from qmix.precision.vectors import (
 BF16, BF16_WIDE, FP16, INT8, INT8_WIDE = range(5)  # what a matrix holds, and the step it takes
 PAIRED = (BF16, INT8)
 GROUP = PACK_ROWS  # rows whose sums lie side by side
-ROWS, TOKENS = 4, 6  # of a tile: 24 vectors of sums leave 8 registers of AVX-512 to load into
+ROWS = 4  # of a tile
+TOKENS = 6 if current().registers == 32 else 3  # 24 or 12 vectors of sums leave 8 or 4 registers to load into
 
 _ITEM = {BF16: I16, BF16_WIDE: I16, FP16: I16, INT8: I8, INT8_WIDE: I8}
 
@@ -59,7 +61,7 @@ def _weights(b: Builder, holds: int, raw: Value) -> Value:
     if holds == BF16_WIDE:
         return bf16_to_float(b, raw)
     if holds == FP16:
-        return b.fpext(b.bitcast(raw, ir.VectorType(HALF, LANES)), SUMS)
+        return fp16_to_float(b, raw)
     numbers = b.sitofp(raw, ir.VectorType(FLOAT, raw.type.count))  # to 127: exact in bf16
     return b.fptrunc(numbers, PAIRS) if holds == INT8 else numbers
 
@@ -78,7 +80,7 @@ def _tail(b: Builder, row: Value, offset: Value, item: ir.Type, lanes: int, coun
 
 
 def _sums(b: Builder, vectors: Sequence[Value]) -> Value:
-    """The sums of 1 or 4 vectors' sixteen numbers each, side by side; halves are added to halves in either case.
+    """The sums of the numbers of 1 or 4 vectors, side by side; halves are added to halves in either case.
 
     Four are folded together: what is left of each after a step shares a vector with what is left of the others.
     """
@@ -136,7 +138,7 @@ def dot_tile(
     context: object, holds: Any, rows: Any, tokens: Any, weights: Any, stride: Any, x: Any, x_stride: Any,
     columns: Any, sums: Any,
 ) -> tuple[Any, Callable[..., Any]]:  # fmt: skip
-    """Scalar products of 1 to 4 rows of a row-major matrix with 1 to 6 rows of x, added to fp32 sums [tokens, 32].
+    """Add to fp32 sums [tokens, 32] the products of 1 or ROWS rows of a row-major matrix with 1 to TOKENS rows of x.
 
     `holds` is a literal; x is bf16 where it is one of PAIRED, else fp32. `stride` and `x_stride` are bytes a row.
     """

@@ -1,8 +1,8 @@
 """Vectors in LLVM code that Numba calls, for the tiles of the products.
 
-They are LLVM's own, sixteen fp32 wide, which any processor's back end cuts to its size; only `add_pairs` needs
-AVX512-BF16. Addresses are int64, in bytes, and nothing is checked: callers pass what lies in memory. Functions with a
-builder `b` emit code; the intrinsics are called from Numba's.
+A vector of sums fills one register of the path in use (`paths`); only `add_pairs` needs AVX512-BF16. Addresses are
+int64, in bytes, and nothing is checked: callers pass what lies in memory. Functions with a builder `b` emit code; the
+intrinsics are called from Numba's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16  # sums in a vector
+from qmix.precision.paths import current
+
+LANES = current().lanes  # sums in a vector
 
 Builder = Any  # llvmlite's IRBuilder and values, which Numba hands over untyped
 Value = Any
@@ -80,8 +82,54 @@ def add_wide(b: Builder, sums: Value, x: Value, weights: Value) -> Value:
 
 
 def bf16_to_float(b: Builder, bits: Value) -> Value:
-    """Sixteen bf16 bit patterns as fp32."""
+    """LANES bf16 bit patterns as fp32."""
     return b.bitcast(b.shl(b.zext(bits, NUMBERS), fill(NUMBERS, 16)), SUMS)
+
+
+def fp16_to_float(b: Builder, bits: Value) -> Value:
+    """LANES fp16 bit patterns as fp32.
+
+    Without an instruction for it LLVM would call a function a number, which Numba's linker does not find: exponent and
+    fraction are shifted into place and multiplied by 2**112, exact for subnormals too; infinities and NaNs get theirs.
+    """
+    if current().name != "portable":
+        return b.fpext(b.bitcast(bits, ir.VectorType(HALF, LANES)), SUMS)
+    wide = b.zext(bits, NUMBERS)
+    magnitude = b.shl(b.and_(wide, fill(NUMBERS, 0x7FFF)), fill(NUMBERS, 13))
+    finite = b.bitcast(b.fmul(b.bitcast(magnitude, SUMS), fill(SUMS, 2.0**112)), NUMBERS)
+    special = b.icmp_unsigned(">=", magnitude, fill(NUMBERS, 0x1F << 23))
+    exact = b.select(special, b.or_(magnitude, fill(NUMBERS, 0x7F800000)), finite)
+    sign = b.shl(b.and_(wide, fill(NUMBERS, 0x8000)), fill(NUMBERS, 16))
+    return b.bitcast(b.or_(exact, sign), SUMS)
+
+
+def float_to_fp16(b: Builder, value: Value) -> Value:
+    """One fp32 as an fp16 bit pattern, to nearest, halves to even; by integers where there is no instruction."""
+    if current().name != "portable":
+        return b.bitcast(b.fptrunc(value, HALF), I16)
+
+    def number(value: int) -> ir.Constant:
+        return ir.Constant(I32, value)
+
+    bits = b.bitcast(value, I32)
+    magnitude = b.and_(bits, number(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, number(13)), number(1))
+    normal = b.lshr(b.add(b.add(magnitude, number(((15 - 127) << 23) + 0xFFF)), odd), number(13))
+    # added to 0.5, whose last place is 2**-24 as that of a subnormal fp16, the sum is rounded to it
+    half = ir.Constant(FLOAT, 0.5)
+    subnormal = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, FLOAT), half), I32), number(0x3F000000))
+    small = b.icmp_unsigned("<", magnitude, number(113 << 23))
+    large = b.icmp_unsigned(">=", magnitude, number(0x477FF000))  # 65520, halfway to what would follow 65504
+    is_nan = b.fcmp_unordered("uno", value, value)
+    finite = b.select(small, subnormal, b.select(large, number(0x7C00), normal))
+    sign = b.lshr(b.and_(bits, number(0x80000000)), number(16))
+    return b.trunc(b.or_(b.select(is_nan, number(0x7E00), finite), sign), I16)
+
+
+def spread(b: Builder, number: Value) -> Value:
+    """A 32-bit integer or an fp32 in all lanes."""
+    one = b.insert_element(ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined), number, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, fill(NUMBERS, 0))
 
 
 def clear(b: Builder, lines: Iterable[Iterable[Value]]) -> None:
@@ -125,7 +173,7 @@ def put_half(context: object, value: Any, address: Any, fp16: Any) -> tuple[Any,
         rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(I32, 0x7FFF))), sixteen)
         is_nan = b.fcmp_unordered("uno", value, value)
         bf16 = b.select(is_nan, ir.Constant(I16, 0x7FC0), b.trunc(rounded, I16))
-        half = b.bitcast(b.fptrunc(value, HALF), I16)
+        half = float_to_fp16(b, value)
         b.store(b.select(equal(b, fp16, 0), bf16, half), at(b, address, 0, I16), align=2)
         return context.get_dummy_value()
 

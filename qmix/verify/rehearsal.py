@@ -234,4 +234,4 @@ def _store(layout: StoreLayout) -> Store:
     geometry = layout.geometry
     config = {key: getattr(geometry, name) for name, key in CONFIG_KEYS.items()}
     config |= {"tie_word_embeddings": geometry.tie_embeddings, "sliding_window": geometry.sliding_window}
-    return Store(Path("pretend"), layout, config, "pretend", "", {}, ())
+    return Store(Path("pretend"), layout, config, "pretend", "", {}, (), {}, {})
