@@ -20,6 +20,7 @@ from qmix.bound import dense_read
 from qmix.direct_io import anonymous_memory
 from qmix.disk import UncachedFile, copied
 from qmix.doctor import product_fault
+from qmix.files import scratch_file
 from qmix.machine import available_memory, free_disk
 from qmix.plan import Plan, make_plan
 from qmix.plan.hardware import Rates
@@ -94,21 +95,18 @@ def disk_read(directory: Path) -> float:
     """Bytes/s of O_DIRECT reads at random places of a scratch file in a directory, which is deleted."""
     directory.mkdir(parents=True, exist_ok=True)
     size = min(SCRATCH_BYTES, free_disk(directory) // 4) // CHUNK * CHUNK
-    path = directory / f".qmix-doctor-{os.getpid()}"
-    try:
+    with scratch_file(directory / ".qmix-doctor") as (path, _):
         _write_scratch(path, size)
         places = [Place(0, offset, CHUNK) for offset in range(0, size, CHUNK)]
         with DiskProbe([path], places) as probe:
             for _ in range(ROUNDS):
                 probe.slice()
             return probe.rate().median
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _write_scratch(path: Path, size: int) -> None:
     """Bytes that no disk can make smaller, past the page cache and on the disk when it returns."""
-    file = UncachedFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    file = UncachedFile(path, os.O_RDWR)
     try:
         noise = torch.randint(0, 256, (CHUNK,), dtype=torch.uint8).numpy()
         for offset in range(0, size, CHUNK):

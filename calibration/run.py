@@ -113,8 +113,9 @@ def calibrate(
         recorder = RoutingRecorder(geometry, *layers.routers(), sequences, languages)
         meter = SensitivityMeter(geometry, layers.activation)
         layers.run(sequences, [recorder, meter])
+        fingerprint = layers.fingerprint()
     name = Path(checkpoint.source.name).absolute().name
-    model = name, checkpoint.fingerprint, geometry, dtype
+    model = name, fingerprint, geometry, dtype
     return Calibration(*model, recorder.result(), meter.errors, meter.sampled, budget)
 
 

@@ -6,11 +6,11 @@ import errno
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -30,27 +30,6 @@ def existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` once all of it is on the disk; nothing changes there before.
-
-    Raises OSError, also where there is something that is no file: a device must not be replaced by one.
-    """
-    target = path.resolve()  # what a link points to is replaced, not the link
-    if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    scratch = target.with_name(f".{target.name[:200]}.{os.getpid()}")
-    try:
-        with scratch.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(target)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def require_space(needs: Iterable[tuple[Path, int]]) -> None:

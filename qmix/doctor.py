@@ -20,6 +20,7 @@ from msgspec import to_builtins
 
 from qmix import __version__
 from qmix.disk import existing_parent
+from qmix.files import scratch_file
 from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver, has_avx512_bf16
 from qmix.machine_profile import FourBitTrial
 from qmix.plan.hardware import RATE_NAMES, Rates
@@ -135,18 +136,17 @@ def _huge_bytes(counts: Path) -> int | None:
 
 def reads_directly(directory: Path) -> bool:
     """Whether files there are read with O_DIRECT, tried on one that is deleted at once."""
-    path = existing_parent(directory) / f".qmix-doctor-{os.getpid()}"
     try:
-        path.write_bytes(bytes(PAGE))
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-        try:
-            return os.preadv(fd, [mmap.mmap(-1, PAGE)], 0) == PAGE
-        finally:
-            os.close(fd)
+        with scratch_file(existing_parent(directory) / ".qmix-doctor") as (path, file):
+            file.write(bytes(PAGE))
+            file.flush()
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+            try:
+                return os.preadv(fd, [mmap.mmap(-1, PAGE)], 0) == PAGE
+            finally:
+                os.close(fd)
     except OSError:
         return False
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _gpus() -> tuple[Gpu, ...]:

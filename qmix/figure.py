@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmix.errors import QmixError, UsageError
+from qmix.files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def save(figure: Figure, path: Path) -> None:
     from matplotlib import rc_context
 
     try:
-        with rc_context({"svg.fonttype": "none"}):
-            figure.savefig(path, dpi=DPI)
+        with rc_context({"svg.fonttype": "none"}), written_whole(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI)
     except OSError as error:
         raise QmixError(f"{path}: {error.strerror}; give --plot another place") from None

@@ -7,17 +7,19 @@ file, the place in it and one thing to do.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from qmix.disk import disk_advice
 from qmix.errors import QmixError, UsageError
 
 JSON_LIMIT = 64 * 2**20  # bytes of one JSON file: ten times the manifest of the largest Mixtral
@@ -239,7 +241,8 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise QmixError(
-                f"{self.path}: {error.strerror}; what is in it is whole, and the same command goes on from there"
+                f"{self.path}: {error.strerror}; {disk_advice(error)}: what is in it is whole, and the same command "
+                "goes on from there"
             ) from None
         self._end += len(data)
 
@@ -251,18 +254,70 @@ class LineFile:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Put a file in place at once, on the disk with its name. Raises OSError, and leaves nothing then."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    with written_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of `path` once all of it is on the disk; nothing changes there before.
+
+    It is written under one scratch name beside `path`, by one process at a time: what a killed run leaves there is
+    taken over by the next that writes this file. Raises OSError, also where there is something that is no file: a
+    device must not be replaced by one.
+    """
+    target = path.resolve()  # what a link points to is replaced, not the link
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with scratch_file(target.with_name(f".{target.name[:200]}.new")) as (scratch, file):
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        scratch.replace(target)
+    sync(target.parent)
+
+
+@contextmanager
+def scratch_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """An empty file under a name that is the same in every run, for one process at a time; it is deleted afterwards.
+
+    Waits for a process that has it. What a killed run left is taken over. Raises OSError.
+    """
+    file = _held(path)
     try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
+        yield path, file
+    finally:
+        if leads_to(path, file):
+            path.unlink()
+        file.close()
+
+
+def _held(scratch: Path) -> BinaryIO:
+    while True:
+        file = os.fdopen(os.open(scratch, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if leads_to(scratch, file):
+                file.truncate(0)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # the other has put it in its place, or deleted it
+
+
+def leads_to(path: Path, file: BinaryIO) -> bool:
+    """Return whether the open file is what lies at `path`: another process may have moved or replaced it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def sync(path: Path) -> None:
+    """Return when a file or directory is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -7,7 +7,6 @@ HF_HUB_OFFLINE mean what they mean everywhere else.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix.errors import Cancelled, HubError, QmixError
-from qmix.files import convert_json
+from qmix.files import convert_json, write_whole
 from qmix.hub_calls import AGAIN, NO_FILE, Progress, explain, muted, retried, silent_bar, why_away
 
 _MODEL = re.compile(r"(?!.*\.\.)(?![^@]*--)(\w[\w.-]*/\w(?:[\w.-]*\w)?)(?:@(\w\S*))?", re.ASCII)
@@ -219,9 +218,7 @@ class HubRepo:
         with suppress(OSError):  # a cache that cannot be written to only costs the look-up when offline
             if ref.name != self.commit and not (ref.is_file() and ref.read_text() == self.commit):
                 ref.parent.mkdir(parents=True, exist_ok=True)
-                new = ref.with_name(f"{ref.name}.{os.getpid()}.tmp")
-                new.write_text(self.commit)
-                new.replace(ref)
+                write_whole(ref, self.commit.encode())
 
 
 def _sha256(path: Path) -> str:

@@ -18,8 +18,9 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from qmix.disk import read_fully, written_whole
+from qmix.disk import read_fully
 from qmix.errors import CheckpointError, SessionError
+from qmix.files import written_whole
 from qmix.kv_cache import PlannedCache
 from qmix.safetensors_header import ITEM_BYTES, build_header, read_header
 from qmix.store import Store

@@ -21,6 +21,7 @@ from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint import Checkpoint
+from qmix.checkpoint.fingerprint import WeightDigest, read_fingerprint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.rows import WeightFile
 from qmix.errors import DoesNotFitError
@@ -103,6 +104,8 @@ class LayerwisePass:
         self.activation = activation_of(self._model.config)
         self._rotary = MixtralRotaryEmbedding(self._model.config)
         self._files: dict[str, WeightFile] = {}
+        self._digests: dict[str, str] = {}
+        checkpoint.check_unchanged()
         self._open = ExitStack()
         self._read = 0
         self._total = sum(weight.rows * weight.cols for weight in checkpoint.weights.values()) * 2
@@ -138,6 +141,7 @@ class LayerwisePass:
         for stream in streams:
             for start in range(0, len(stream), CHUNK):
                 stream[start : start + CHUNK] = norm(stream[start : start + CHUNK])
+        self.checkpoint.check_unchanged()
         return streams
 
     @torch.inference_mode()
@@ -146,6 +150,10 @@ class LayerwisePass:
         head = self.weight(EMBEDDINGS if self.geometry.tie_embeddings else HEAD)
         for some in rows.split(CHUNK):
             yield (some, *((stream[some] @ head.T).float() for stream in hidden))
+
+    def fingerprint(self) -> str:
+        """The checkpoint's, once it has been run; reads what was not read on the way, where that is not known yet."""
+        return self.checkpoint.known_fingerprint or read_fingerprint(self.checkpoint, read=self._digests)
 
     def routers(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights of all layers' norms before the experts, [L, H], and of their gates, [L, E, H]."""
@@ -161,6 +169,10 @@ class LayerwisePass:
             path = self.checkpoint.source.fetch(weight.file, partial(self._fetching, weight.file))
             self._files[weight.file] = self._open.enter_context(WeightFile(path))
         rows = self._files[weight.file].rows(weight, 0, weight.rows, self.geometry.head_dim)
+        if key not in self._digests:
+            digest = WeightDigest(weight)
+            digest.update(rows)
+            self._digests[key] = digest.hexdigest()
         self._read += weight.rows * weight.cols * 2
         return rows.to(self.dtype).view(weight.piece.shape)
 

@@ -7,22 +7,25 @@ run that follows, and count against its budget.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from qmix import hub
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.checkpoint.foreign import check_file, hub_snapshot
 from qmix.checkpoint.reader import check_tokenizer
 from qmix.checkpoint.source import HubSource, LocalSource, Source
-from qmix.errors import HubError, QmixError, UsageError
+from qmix.errors import REMAKE, HubError, QmixError, StoreError, UsageError
+from qmix.files import decode_json
 from qmix.geometry import Geometry
 from qmix.layout import StoreLayout, has_blocks, parse_precisions
 from qmix.machine import (
@@ -39,15 +42,20 @@ from qmix.plan.hardware import Machine
 from qmix.plan.published import PUBLISHED
 from qmix.precision.formats import DTYPES, FOUR_BITS, uses_kernels
 from qmix.profile import Profile
-from qmix.progress import OnProgress, Progress, ignore
-from qmix.store import Store, is_store, open_store, partial_directory
+from qmix.progress import OnProgress, Progress, counted, ignore
+from qmix.quantize_request import Message, Request
+from qmix.store import MANIFEST, Store, is_store, open_store, partial_directory, read_manifest
+from qmix.store_writer import bring_small_files
 from qmix.units import parse_bytes
 from qmix.use import Use
 
 DEFAULT_PRECISION = "nf4"
+CHECKPOINTS = "checkpoints"  # in the cache: fingerprints of checkpoints that were read
+IDENTITY_LENGTH = 12  # of the identity's digits, in a store's name
 SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst
 AS_IT_IS = "leave it out, or quantize its checkpoint"
 NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
+COMPARING = "comparing its weights with those that were read before"
 INTERRUPTED = "interrupted; the same command goes on where it was stopped"
 
 
@@ -64,7 +72,7 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     if is_store(path):
         raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
     if path.is_dir():
-        return LocalSource(hub_snapshot(path))
+        return LocalSource(hub_snapshot(path), cache_directory() / CHECKPOINTS)
     check_file(path)
     if str(model) in PUBLISHED:
         known = PUBLISHED[str(model)].hub_id
@@ -118,17 +126,55 @@ def prepare_store(
             raise
         return open_store(finished[-1])
     layout = layout_for(checkpoint, precision, dtype, clip)
-    directory = cache / f"{_slug(model, precision, dtype, clip)}-{checkpoint.fingerprint[:12]}"
+    slug = _slug(model, precision, dtype, clip)
+    directory = _place(checkpoint, slug, on_progress)
     if not is_store(directory):
         check(layout)
         check_tokenizer(checkpoint.source)
         from qmix.usable import check_usable  # loads transformers, which a plan does without
 
         check_usable(checkpoint, layout.dtype)
-        _quantize_in_child(model, precision, dtype, clip, directory, on_progress)
-    store = open_store(directory)
+        _quantize_in_child(checkpoint, model, precision, dtype, clip, directory, on_progress)
+    known = checkpoint.known_fingerprint
+    store = open_store(directory) if known is None else bring_small_files(checkpoint, known, directory)
+    if known is not None and store.fingerprint != known:
+        raise StoreError(f"{directory}: was not made from {model} as it is now; {REMAKE}")
     assert store.layout == layout
     return store
+
+
+def _place(checkpoint: Checkpoint, slug: str, on_progress: OnProgress) -> Path:
+    """Return where the cache has the store of a checkpoint, or is to have it.
+
+    It is found by the checkpoint's identity. Where that is new, as of a copy, but there are stores of the same name and
+    precision, the checkpoint is read, to compare its weights with those that they were made from.
+    """
+    directory = cache_directory() / f"{slug}-{checkpoint.identity[:IDENTITY_LENGTH]}"
+    others = _fingerprints(slug)
+    if is_store(directory) or not others:
+        return directory
+    return others.get(fingerprint_of(checkpoint, on_progress), directory)
+
+
+def fingerprint_of(checkpoint: Checkpoint, on_progress: OnProgress = ignore) -> str:
+    """Return a checkpoint's fingerprint, for which all of it is read where it is not known."""
+    known = checkpoint.known_fingerprint
+    if known is not None:
+        return known
+    from qmix.checkpoint.fingerprint import read_fingerprint  # loads torch, which a plan does without
+
+    total = sum(weight.nbytes for weight in checkpoint.weights.values())
+    return read_fingerprint(checkpoint, counted(total, on_progress, COMPARING))
+
+
+def _fingerprints(slug: str) -> dict[str, Path]:
+    """Return the stores of this name and precision in the cache, by the fingerprint of what they were made from."""
+    found = {}
+    for path in cache_directory().glob(f"{slug}-{'[0-9a-f]' * IDENTITY_LENGTH}"):
+        with suppress(StoreError):  # a damaged one is nobody's
+            if is_store(path):
+                found[read_manifest(path / MANIFEST)[1].source.fingerprint] = path
+    return found
 
 
 def _named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
@@ -156,31 +202,36 @@ def _slug(model: str | Path, precision: str | None, dtype: str | None, clip: boo
 
 
 def _quantize_in_child(
-    model: str | Path, precision: str | None, dtype: str | None, clip: bool, directory: Path, on_progress: OnProgress
+    checkpoint: Checkpoint,
+    model: str | Path,
+    precision: str | None,
+    dtype: str | None,
+    clip: bool,
+    directory: Path,
+    on_progress: OnProgress,
 ) -> None:
-    how = {"precision": precision, "dtype": dtype, "clip": clip}
-    request = {"model": str(model), **how, "directory": str(directory)}
-    command = [sys.executable, "-m", "qmix.quantize_child", json.dumps(request)]
+    request = Request(str(model), checkpoint.identity, str(directory), precision, dtype, clip)
+    command = [sys.executable, "-m", "qmix.quantize_child", msgspec.json.encode(request).decode()]
     pipe = subprocess.PIPE
     # in a session of its own: a Ctrl-C reaches it once, from here, and not a second time while it is ending
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as child:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         try:
             for line in child.stdout:
-                message = json.loads(line)
-                if "error" in message:
-                    error = QmixError(message["error"])
-                    error.exit_code = message["exit_code"]
+                message = decode_json(line, Message, f"quantizing {model}", QmixError, "report this as a bug of qmix")
+                if message.error:
+                    error = QmixError(message.error)
+                    error.exit_code = message.exit_code
                     raise error
-                on_progress(Progress(**message))
+                on_progress(Progress(message.done, message.total, message.note))
         except BaseException as error:
             child.send_signal(signal.SIGINT)  # it notes what it has finished, and ends
             child.wait()  # or the same command, given again at once, would find it writing
             if isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(INTERRUPTED) from None
             raise
-        complaint = child.stderr.read().strip().splitlines()[-1:]
+        complaint = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
         raise QmixError(f"quantizing {model}: ended by {name}; the same command goes on where it was stopped")
@@ -225,7 +276,7 @@ def subject_of(model: str | Path, precision: str | None, dtype: str | None) -> S
     if store is not None:
         return Subject(str(model), store.layout, store.fingerprint, store.use, is_store=True)
     checkpoint = open_checkpoint(open_source(model))
-    return Subject(str(model), layout_for(checkpoint, precision, dtype), checkpoint.fingerprint)
+    return Subject(str(model), layout_for(checkpoint, precision, dtype), checkpoint.known_fingerprint)
 
 
 def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None) -> Machine:

@@ -20,3 +20,15 @@ OnProgress = Callable[[Progress], None]
 
 def ignore(progress: Progress) -> None:
     """Shows nothing."""
+
+
+def counted(total: int, on_progress: OnProgress, note: str) -> Callable[[int], None]:
+    """Return what adds up the bytes that it is told of, and reports them."""
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        on_progress(Progress(done, total, note))
+
+    return count

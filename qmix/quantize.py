@@ -13,14 +13,15 @@ import math
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qmix.checkpoint.fingerprint import WeightDigest, fingerprint_of, read_fingerprint, weight_digests
 from qmix.checkpoint.reader import Checkpoint, Weight
 from qmix.checkpoint.rows import WeightFile
 from qmix.disk import FULL, DirectMemory, copied, disk_advice
@@ -29,22 +30,34 @@ from qmix.layout import StoreLayout
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.profile import Profile
-from qmix.progress import OnProgress, Progress, ignore
+from qmix.progress import OnProgress, Progress, counted, ignore
 from qmix.safetensors_header import ITEM_BYTES
-from qmix.store import Store, is_store, open_store, put_profile
-from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, places
+from qmix.store import Store, is_store, open_store, put_origin, put_profile
+from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, UnitWriter, bring_small_files, places
 from qmix.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # At once: with the pages at its ends, 8 MiB of bf16 in, 2 MiB of codes out. Rows begin anywhere in a file, and disks
 # made of larger blocks read those at both ends of a request for each of the two that meet there: with 4 MiB a third of
 # the rate was lost, with 8 MiB a tenth, and 16 MiB take twice the memory.
 CHUNK_WEIGHTS = 4 * 2**20 - 4096
-IN_FLIGHT = 8  # chunks, each with a worker: two cores compute while others wait for the disk
-READING = 5  # of them, that hold rows as they are read
+IN_FLIGHT = 7  # chunks, each with a worker: two cores compute while others wait for the disk
 WRITTEN_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1, "half": 2}  # of a weight, besides its scales
 
 Note = Callable[[], Any]  # what a worker leaves to the one thread that keeps the books; may give one more task
-Task = Callable[[DirectMemory], Note]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Memory of one chunk, from its reading until it is noted."""
+
+    read: DirectMemory
+    written: DirectMemory
+
+
+Task = Callable[[Slot], Note]
 
 
 class _Job:
@@ -57,6 +70,7 @@ class _Job:
         step = _rows_at_once(weight, place, layout)
         self.chunks = [(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step)]
         self.scales: memoryview | None = None
+        self.digest = WeightDigest(weight)  # of what is read
         self._remaining, self._lock = len(self.chunks), threading.Lock()
 
     def was_last(self) -> bool:
@@ -84,35 +98,69 @@ def quantize(
 ) -> Store:
     """Write the store of a checkpoint to `directory`, or go on with one that was begun; returns it opened.
 
-    A finished store of the same weights and precisions is left as it is, but for the `profile` that it is to carry.
-    Raises CheckpointError, StoreError or HubError; what was finished stays in `directory` + ".partial" for the next
-    run.
+    Where another process writes it, this waits, and goes on from what that one leaves. A finished store of the same
+    weights and precisions is left as it is, but for the `profile` that it is to carry, and for small files that are not
+    the checkpoint's. Raises CheckpointError, StoreError or HubError; what was finished stays in `directory` +
+    ".partial" for the next run.
     """
-    if directory.exists() or directory.is_symlink():
-        return _existing(checkpoint, directory, layout, profile)
-    try:
-        downloads = checkpoint.source.space_needed(checkpoint.files)
-        name = Path(checkpoint.source.name).absolute().name
-        writer = StoreWriter(directory, layout, name, checkpoint.fingerprint, downloads)
+    while not (directory.exists() or directory.is_symlink()):
         try:
-            if directory.exists():  # finished by another process between the look above and the lock
-                shutil.rmtree(writer.partial)
-                return _existing(checkpoint, directory, layout, profile)
-            _Run(checkpoint, writer, layout, on_progress).run(profile)
-        finally:
-            writer.close()
-    except OSError as error:
-        raise _os_error(error, directory, layout) from error
-    return open_store(directory)
+            with closing(_writer(checkpoint, directory, layout, on_progress)) as writer:
+                if writer.superseded:
+                    continue
+                if directory.exists():  # finished by another process between the look above and the lock
+                    shutil.rmtree(writer.partial)
+                    break
+                WeightRun(checkpoint, writer, layout, on_progress).run()
+                put_origin(writer.partial, checkpoint.source.location)
+                fingerprint = _fingerprint(checkpoint, writer.read)
+                writer.finish(checkpoint.config, checkpoint.tokenizer_files(), fingerprint, profile)
+        except OSError as error:
+            raise write_error(error, directory, layout) from error
+        return open_store(directory)
+    return _existing(checkpoint, directory, layout, profile, on_progress)
 
 
-def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, profile: Profile | None) -> Store:
+def _writer(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, on_progress: OnProgress) -> StoreWriter:
+    total = _size(checkpoint, checkpoint.weights)
+
+    def still_same(read: Mapping[str, str]) -> bool:
+        """Read again what was read by a run that found other files, or the same ones elsewhere."""
+        known = [key for key in read if key in checkpoint.weights]
+        note = "comparing with what an earlier run read"
+        return weight_digests(checkpoint, known, counted(_size(checkpoint, known), on_progress, note)) == read
+
+    return StoreWriter(
+        directory,
+        layout,
+        Path(checkpoint.source.name).absolute().name,
+        checkpoint.identity,
+        checkpoint.source.space_needed(checkpoint.files),
+        still_same,
+        lambda: on_progress(Progress(0, total, f"waiting for another qmix, which is writing {directory}")),
+    )
+
+
+def _size(checkpoint: Checkpoint, keys: Iterable[str]) -> int:
+    return sum(checkpoint.weights[key].nbytes for key in keys)
+
+
+def _existing(
+    checkpoint: Checkpoint, directory: Path, layout: StoreLayout, profile: Profile | None, on_progress: OnProgress
+) -> Store:
     if not is_store(directory):
         raise StoreError(f"{directory}: exists and is not a qmix store; choose another name")
     if (directory / JOURNAL).exists():  # a run killed in its very last step leaves it
         (directory / JOURNAL).unlink(missing_ok=True)
-    store = open_store(directory)
-    if store.fingerprint != checkpoint.fingerprint:
+    note = f"comparing with the weights that {directory} was made from"
+    compared = counted(_size(checkpoint, checkpoint.weights), on_progress, note)
+    fingerprint = checkpoint.known_fingerprint or read_fingerprint(checkpoint, compared)
+    store = bring_small_files(checkpoint, fingerprint, directory)
+    if store.fingerprint != fingerprint and not store.small_files:
+        raise StoreError(
+            f"{directory}: made by an earlier qmix, or of another model; choose another name, or delete it"
+        )
+    if store.fingerprint != fingerprint:
         raise StoreError(f"{directory}: is the store of another model ({store.source_name}); choose another name")
     if (store.layout.precisions, store.layout.dtype) != (layout.precisions, layout.dtype):
         raise StoreError(f"{directory}: is a store of this model in another precision; choose another name")
@@ -125,7 +173,8 @@ def _existing(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, prof
     return store
 
 
-def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreError:
+def write_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreError:
+    """Return what to tell of a store that could not be written."""
     if error.errno in FULL:
         return StoreError(
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
@@ -139,43 +188,54 @@ def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreErro
     return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")
 
 
-class _Run:
+def _fingerprint(checkpoint: Checkpoint, read: Mapping[str, str]) -> str:
+    """The checkpoint's, from all that was read, by earlier runs too."""
+    known = checkpoint.known_fingerprint
+    if checkpoint.source.fingerprint(checkpoint.files):
+        assert known is not None
+        return known
+    found = fingerprint_of(checkpoint.config, read)
+    checkpoint.source.remember(checkpoint.identity, found)
+    return found
+
+
+class WeightRun:
+    """Brings the weights that a writer lacks from a checkpoint into a store's files."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
-        writer: StoreWriter,
+        writer: UnitWriter,
         layout: StoreLayout,
         on_progress: OnProgress,
     ) -> None:
         self.checkpoint, self.writer, self.layout, self.on_progress = checkpoint, writer, layout, on_progress
         self.places = places(layout)
-        sizes = {key: w.rows * w.cols * ITEM_BYTES[w.dtype] for key, w in checkpoint.weights.items()}
-        self.total = sum(sizes.values())
-        self.done = sum(sizes[key] for key in writer.written)
+        self.total = _size(checkpoint, checkpoint.weights)
+        self.done = _size(checkpoint, writer.read)
         weights = [(weight, self.places[weight.key]) for weight in checkpoint.weights.values()]
         chunks = [(w.cols * _rows_at_once(w, place, layout), ITEM_BYTES[w.dtype], place) for w, place in weights]
         read = max(count * item for count, item, _ in chunks)  # bytes
         written = max(math.ceil(count * WRITTEN_BYTES[place.precision]) for count, _, place in chunks)
-        memories = DirectMemory.several([read] * READING + [written] * IN_FLIGHT)
-        self.slots = memories[READING:]
-        self.reads: SimpleQueue[DirectMemory] = SimpleQueue()
-        for memory in memories[:READING]:
-            self.reads.put(memory)
+        memories = DirectMemory.several([read, written] * IN_FLIGHT)
+        self.slots = [Slot(*pair) for pair in zip(memories[::2], memories[1::2], strict=True)]
 
-    def run(self, profile: Profile | None) -> None:
+    def run(self) -> None:
+        """Read, quantise and write them. Raises CheckpointError, HubError and OSError."""
         with ThreadPoolExecutor(IN_FLIGHT, "qmix-quantize") as pool:
             for file in self.checkpoint.files:
-                todo = [weight for weight in self.checkpoint.of_file(file) if weight.key not in self.writer.written]
+                todo = [weight for weight in self.checkpoint.of_file(file) if weight.key not in self.writer.read]
                 if not todo:
                     self.checkpoint.source.release(file)  # a run killed just before may have left it
                     continue
                 path = self.checkpoint.source.fetch(file, self._fetching(file))
                 with WeightFile(path) as source:
                     self._drain(pool, self._chunks(source, todo))
+                self.checkpoint.check_unchanged([file])
                 self.writer.flush()  # before the shard may go
                 self.checkpoint.source.release(file)
             self._drain(pool, (partial(self._digest, unit) for unit in self._undigested()))
-        self.writer.finish(self.checkpoint.config, self.checkpoint.tokenizer_files(), profile)
+        self.checkpoint.check_unchanged()
 
     def _fetching(self, file: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:
@@ -201,7 +261,7 @@ class _Run:
 
     def _drain(self, pool: ThreadPoolExecutor, tasks: Iterator[Task]) -> None:
         """Run tasks in the workers, and in this thread, in order, what each leaves to be noted."""
-        running: deque[tuple[Future[Note], DirectMemory]] = deque()
+        running: deque[tuple[Future[Note], Slot]] = deque()
         free, follow_up = list(self.slots), deque[Task]()
         try:
             while True:
@@ -223,31 +283,27 @@ class _Run:
                 future.cancel()
             wait([future for future, _ in running])
 
-    def _chunk(self, source: WeightFile, job: _Job, start: int, stop: int, memory: DirectMemory) -> Note:
-        """In a worker: one chunk through read, quantise and write, from `memory`."""
-        read = self.reads.get()
+    def _chunk(self, source: WeightFile, job: _Job, start: int, stop: int, slot: Slot) -> Note:
+        """In a worker: one chunk through read, quantise and write, in the memory of `slot`."""
+        rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim, slot.read)
         try:
-            rows = source.rows(job.weight, start, stop, self.layout.geometry.head_dim, read)
-            nbytes = rows.nbytes
-            try:
-                offset, data = job.quantizer.quantize(rows, start)
-            except CheckpointError as error:
-                raise CheckpointError(f"{source.path}: {error}") from None
-            file, offset = job.place.unit.file, job.place.parts[0].offset + offset
-            written = copied(data, offset, memory)
-            del data
-        finally:
-            self.reads.put(read)
+            offset, data = job.quantizer.quantize(rows, start)
+        except CheckpointError as error:
+            raise CheckpointError(f"{source.path}: {error}") from None
+        file, offset = job.place.unit.file, job.place.parts[0].offset + offset
+        written = copied(data, offset, slot.written)
+        del data
         self.writer.write(file, written, offset)
         if job.was_last():
             scales = job.quantizer.scales()
             if scales is not None:
                 job.scales = copied(scales, job.place.parts[1].offset)
                 self.writer.write(file, job.scales, job.place.parts[1].offset)
-        return partial(self._chunk_done, job, nbytes, written, offset, stop == job.weight.rows)
+        return partial(self._chunk_done, job, rows, written, offset, stop == job.weight.rows)
 
-    def _chunk_done(self, job: _Job, nbytes: int, written: memoryview, offset: int, last: bool) -> Task | None:
-        self.done += nbytes
+    def _chunk_done(self, job: _Job, rows: Tensor, written: memoryview, offset: int, last: bool) -> Task | None:
+        self.done += rows.nbytes
+        job.digest.update(rows)
         self.on_progress(Progress(self.done, self.total))
         unit = job.place.unit
         self.writer.digest_in_passing(unit, written, offset)
@@ -255,9 +311,9 @@ class _Run:
             return None
         if job.scales is not None:
             self.writer.digest_in_passing(unit, job.scales, job.place.parts[1].offset)
-        read_back = self.writer.weight_written(job.weight.key, job.place)
+        read_back = self.writer.weight_written(job.weight.key, job.place, job.digest.hexdigest())
         return partial(self._digest, unit) if read_back else None
 
-    def _digest(self, unit: Unit, slot: DirectMemory) -> Note:
+    def _digest(self, unit: Unit, slot: Slot) -> Note:
         """In a worker: the checksum of a finished unit."""
-        return partial(self.writer.unit_digested, unit, self.writer.digest(unit, slot))
+        return partial(self.writer.unit_digested, unit, self.writer.digest(unit, slot.written))

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +20,28 @@ from typing import Any
 import xxhash
 
 from qmix.checkpoint.naming import expert_key
+from qmix.checkpoint.reader import TOKENIZERS, Checkpoint
 from qmix.disk import DirectMemory, UncachedFile, require_space
 from qmix.errors import CheckpointError, StoreError
-from qmix.files import JSON_LIMIT, read_bounded
-from qmix.journal import Journal
+from qmix.files import JSON_LIMIT, read_bounded, sync, write_whole
+from qmix.journal import Entry, Journal, Subject
 from qmix.layout import FileLayout, StoreLayout, part_name
 from qmix.profile import Profile
 from qmix.safetensors_header import TensorInfo
 from qmix.store import (
     CONFIG,
+    EDITABLE,
     FORMAT_VERSION,
     MANIFEST,
     SMALL_FILES,
+    Store,
     file_digest,
     manifest,
+    open_store,
     partial_directory,
     put_profile,
+    read_manifest,
+    sealed,
 )
 
 JOURNAL = "journal.jsonl"
@@ -55,6 +61,10 @@ class Unit:
     nbytes: int
     keys: tuple[str, ...]
     parts: tuple[TensorInfo, ...]
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,64 +125,24 @@ class RunningDigest:
         return whole.hexdigest()
 
 
-class StoreWriter:
-    """Opens `STORE.partial`, new or as an earlier run left it; close it in any case.
+class UnitWriter:
+    """Writes weights where they belong in a store's files, and knows the checksums of the units they make up.
 
-    `also_needed` is what else will be written, as (path, bytes), when room on the disk is checked. Raises
-    StoreError if there is too little, another process writes there, or it was begun for something else.
+    `read` has the digests of the weights that are written, as the checkpoint has them, by key; `checksums` are those of
+    finished units.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        layout: StoreLayout,
-        source_name: str,
-        fingerprint: str,
-        also_needed: Iterable[tuple[Path, int]] = (),
-    ) -> None:
-        self.directory, self.layout = directory, layout
-        self.source_name, self.fingerprint = source_name, fingerprint
-        self.partial = partial_directory(directory)
-        require_space([(directory, self._space_needed()), *also_needed])
-        self.partial.mkdir(parents=True, exist_ok=True)
-        subject = {
-            "format_version": FORMAT_VERSION,
-            "checkpoint": fingerprint,
-            "precision": [list(row) for row in layout.precisions],
-            "dtype": layout.dtype,
-            **({"clip": True} if layout.clip else {}),
-        }
-        self.journal = Journal(self.partial / JOURNAL, subject, str(directory))
+    def __init__(self, read: dict[str, str], checksums: dict[str, str]) -> None:
+        self.read, self.checksums = read, checksums
         self._files: dict[str, UncachedFile] = {}
         self._digests: dict[str, RunningDigest] = {}
-        try:
-            self._open_files()
-        except BaseException:
-            self._release()
-            raise
-        self.written = {entry["weight"] for entry in self.journal.entries if "weight" in entry}
-        self.checksums = {entry["unit"]: entry["xxh3"] for entry in self.journal.entries if "unit" in entry}
-        self._pending: list[dict[str, str]] = []
+        self._pending: list[Entry] = []
         self._flusher = ThreadPoolExecutor(1, "qmix-flush")
         self._flushing: Future[None] | None = None
         self._flushed_at = time.monotonic()
 
-    def _open_files(self) -> None:
-        for file in self.layout.files:
-            path = self.partial / file.name
-            if self.journal.entries and not (path.is_file() and path.stat().st_size == file.size):
-                raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
-            self._files[file.name] = UncachedFile(path, os.O_RDWR | os.O_CREAT)
-            os.ftruncate(self._files[file.name].fd, file.size)
-            self.write(file, file.header, 0)
-
-    def _release(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self.journal.close()
-
     def close(self) -> None:
-        """Sync and journal what is finished, and let go of the files."""
+        """Sync what is finished, and let go of the files."""
         try:
             self.flush()
         finally:
@@ -187,11 +157,14 @@ class StoreWriter:
         """Note bytes of a unit that are written, in the order of their offsets or else in vain."""
         self._digests.setdefault(unit.name, RunningDigest(unit)).update(data, offset)
 
-    def weight_written(self, key: str, place: Place) -> bool:
-        """Note a weight whose parts are all written; says whether it completes a unit that is to be read back."""
-        self.written.add(key)
-        self._pending.append({"weight": key})
-        if not self.written.issuperset(place.unit.keys):
+    def weight_written(self, key: str, place: Place, read: str) -> bool:
+        """Note a weight whose parts are all written; says whether it completes a unit that is to be read back.
+
+        `read` is the digest of the weight as the checkpoint has it.
+        """
+        self.read[key] = read
+        self._pending.append(Entry(weight=key, read=read))
+        if not self.read.keys() >= set(place.unit.keys):
             return False
         running = self._digests.pop(place.unit.name, None)
         checksum = running.hexdigest() if running else None
@@ -210,7 +183,7 @@ class StoreWriter:
 
     def unit_digested(self, unit: Unit, digest: str) -> None:
         self.checksums[unit.name] = digest
-        self._pending.append({"unit": unit.name, "xxh3": digest})
+        self._pending.append(Entry(unit=unit.name, xxh3=digest))
 
     def flush_if_due(self) -> None:
         """Start a flush in the background if the last one is over and long enough ago."""
@@ -223,7 +196,7 @@ class StoreWriter:
             self._flushing = self._flusher.submit(self._sync, entries)
 
     def flush(self) -> None:
-        """Wait until all that was noted is on the disk and in the journal."""
+        """Wait until all that was noted is on the disk."""
         if self._flushing is not None:
             flushing, self._flushing = self._flushing, None
             flushing.result()
@@ -231,7 +204,95 @@ class StoreWriter:
         if entries:
             self._sync(entries)
 
-    def finish(self, config: dict[str, Any], tokenizer_files: Iterable[Path], profile: Profile | None = None) -> None:
+    def _sync(self, entries: list[Entry]) -> None:
+        for file in self._files.values():
+            os.fdatasync(file.fd)
+
+    def _release(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class StoreWriter(UnitWriter):
+    """Opens `STORE.partial`, new or as an earlier run left it; close it in any case.
+
+    `identity` is the checkpoint's. `still_same` is asked about weights that were noted under another one, with the
+    digests of what was read then: it says whether the checkpoint still has them. `also_needed` is what else will be
+    written, as (path, bytes), when room on the disk is checked. Where another process writes there, `on_wait` is called
+    and this waits; `superseded` says that it finished. Raises StoreError if there is too little room, or it was begun
+    for something else.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        layout: StoreLayout,
+        source_name: str,
+        identity: str,
+        also_needed: Iterable[tuple[Path, int]] = (),
+        still_same: Callable[[Mapping[str, str]], bool] = lambda read: False,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self.layout, self.source_name = directory, layout, source_name
+        self.partial = partial_directory(directory)
+        require_space([(directory, self._space_needed()), *also_needed])
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.partial / JOURNAL, on_wait)
+        self.superseded = not self.journal.is_current
+        noted = self.journal.entries
+        read = {entry.weight: entry.read or "" for entry in noted if entry.weight is not None}
+        super().__init__(read, {entry.unit: entry.xxh3 or "" for entry in noted if entry.unit is not None})
+        try:
+            if not self.superseded:
+                self._begin(identity, still_same)
+                self._open_files()
+        except BaseException:
+            self._release()
+            raise
+
+    def _begin(self, identity: str, still_same: Callable[[Mapping[str, str]], bool]) -> None:
+        """Check that what an earlier run noted is of this store and checkpoint, and note what this one writes."""
+        layout = self.layout
+        subject = Subject(FORMAT_VERSION, layout.precisions, layout.dtype, layout.clip)
+        noted = self.journal.entries
+        if not noted or noted[0].subject is None:
+            self.read, self.checksums = {}, {}
+            self.journal.append([Entry(subject=subject), Entry(checkpoint=identity)])
+            return
+        before = [entry.checkpoint for entry in noted if entry.checkpoint is not None]
+        same = before[-1:] == [identity] or not self.read or still_same(self.read)
+        differs = [] if same else ["checkpoint"]
+        differs += [
+            name for name in subject.__struct_fields__ if getattr(subject, name) != getattr(noted[0].subject, name)
+        ]
+        if differs:
+            other = ", ".join(differs)
+            raise StoreError(
+                f"{self.partial}: begun with another {other}; delete that directory, or choose another name"
+            )
+        if before[-1:] != [identity]:
+            self.journal.append([Entry(checkpoint=identity)])
+
+    def _open_files(self) -> None:
+        for file in self.layout.files:
+            path = self.partial / file.name
+            if (self.read or self.checksums) and not (path.is_file() and path.stat().st_size == file.size):
+                raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
+            self._files[file.name] = UncachedFile(path, os.O_RDWR | os.O_CREAT)
+            os.ftruncate(self._files[file.name].fd, file.size)
+            self.write(file, file.header, 0)
+
+    def _release(self) -> None:
+        super()._release()
+        self.journal.close()
+
+    def finish(
+        self,
+        config: dict[str, Any],
+        tokenizer_files: Iterable[Path],
+        fingerprint: str,
+        profile: Profile | None = None,
+    ) -> None:
         """Write the manifest and the model's own small files, and give the store its name."""
         self.flush()
         files = small_files(config, tokenizer_files)
@@ -249,21 +310,20 @@ class StoreWriter:
         dense = {name: self.checksums[name] for name in geometry.dense_tensors}
         known = {name: file_digest(data) for name, data in files.items()}
         checksums = {"dense": dense, "records": records, "files": known}
-        write_manifest(self.partial, manifest(self.layout, self.source_name, self.fingerprint, checksums))
+        write_manifest(self.partial, manifest(self.layout, self.source_name, fingerprint, checksums))
         for path in self.partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)  # what passed through on its way into the store
             else:
-                _sync_path(path)
-        _sync_path(self.partial)
+                sync(path)
+        sync(self.partial)
         self.partial.rename(self.directory)
-        _sync_path(self.directory.absolute().parent)
+        sync(self.directory.absolute().parent)
         # last, so that a run killed before the rename goes on from it
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
-    def _sync(self, entries: list[dict[str, str]]) -> None:
-        for file in self._files.values():
-            os.fdatasync(file.fd)
+    def _sync(self, entries: list[Entry]) -> None:
+        super()._sync(entries)
         self.journal.append(entries)
 
     def _space_needed(self) -> int:
@@ -277,13 +337,41 @@ def small_files(config: dict[str, Any], tokenizer_files: Iterable[Path]) -> dict
     return {CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(), **files}
 
 
+def bring_small_files(checkpoint: Checkpoint, fingerprint: str, directory: Path) -> Store:
+    """Give a finished store the small files that its checkpoint has now, and return it opened.
+
+    What may be edited in a store stays as it is there, unless the checkpoint's own has changed. `fingerprint` is the
+    checkpoint's: the store of another is left alone. Raises StoreError.
+    """
+    content, found = read_manifest(directory / MANIFEST)
+    known = dict(found.checksums.files)
+    if found.source.fingerprint == fingerprint and known:
+        files = small_files(checkpoint.config, checkpoint.tokenizer_files())
+        given = known.keys().isdisjoint(TOKENIZERS)  # the store's user may have given it a tokenizer
+        for name in SMALL_FILES:
+            path, data = directory / name, files.get(name)
+            theirs = None if data is None else file_digest(data)
+            if theirs == known.get(name) and (name in EDITABLE or (given and data is None)):
+                continue
+            _replace(path, data)
+            known = {**known, name: theirs} if theirs else {each: known[each] for each in known if each != name}
+        if known != found.checksums.files:
+            content["checksums"]["files"] = known
+            write_whole(directory / MANIFEST, _manifest_bytes(sealed(content)))
+    return open_store(directory)
+
+
+def _replace(path: Path, data: bytes | None) -> None:
+    """Let a file hold `data`, or not be there."""
+    if data is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != data:
+        write_whole(path, data)
+
+
 def write_manifest(directory: Path, content: dict[str, Any]) -> None:
-    (directory / MANIFEST).write_bytes((json.dumps(content, indent=1) + "\n").encode())
+    (directory / MANIFEST).write_bytes(_manifest_bytes(content))
 
 
-def _sync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _manifest_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()

@@ -1,8 +1,8 @@
 """`qmix ARGUMENTS` as a user meets it: a process, its exit code, and what it left on its two streams.
 
 Starting Python with torch takes seconds, so one process imports everything once and forks for every command.
-A fork has streams, environment and working directory of its own; `real` starts a fresh Python, for what a fork
-cannot show: what the imports say, and how it all ends.
+A fork has streams, environment and working directory of its own, and shows no progress that only slow work has;
+`real` starts a fresh Python, for what a fork cannot show: what the imports say, and how it all ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "cli"]
-LIMIT_SECONDS = 120  # a command that hangs is killed, and fails its test by its status
+LIMIT_SECONDS = 600  # a command that hangs is killed, and fails its test by its status; a slow machine is waited for
 
 NO_NETWORK = """
 import os, socket
@@ -157,9 +157,12 @@ def _serve() -> None:
     from transformers import MixtralForCausalLM  # noqa: F401
 
     import qmix.quantize
-    import qmix.runner
-    import qmix.terminal  # noqa: F401 -- imported for the forks
+    import qmix.runner  # noqa: F401 -- imported for the forks
+    from qmix import terminal, work_display
+    from qmix.commands import shared
 
+    never = float("inf")  # lines that a slow machine would show besides
+    shared.LOADING_PATIENCE = terminal.LINE_SECONDS = work_display.LINE_SECONDS = never
     for name in sys.argv[1:]:
         import_module(name)
     for line in sys.stdin:

@@ -41,7 +41,7 @@ def interrupt_store(checkpoint: Path, directory: Path, precision: str, after: in
 def journaled(directory: Path) -> set[str]:
     """The weights that runs have noted as finished in a store that is not."""
     journal = partial_directory(directory) / JOURNAL
-    entries = map(json.loads, journal.read_text().splitlines()[1:])
+    entries = map(json.loads, journal.read_text().splitlines())
     return {entry["weight"] for entry in entries if "weight" in entry}
 
 

@@ -411,7 +411,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(run,
     smallest = re.search(r"the smallest budget that works is --ram (\d+)MiB", done.err)
     assert done.status == 3
     assert smallest is not None
-    assert run(options=("--ram", f"{smallest[1]}MiB", "--json")).status in (0, 3)
+    assert run(options=("--ram", f"{smallest[1]}MiB", "--json")).status == 0
     assert (tmp_path / "out.jsonl").exists()
 
 
@@ -425,11 +425,14 @@ def test_a_bar_with_rate_and_time_left_and_a_ctrl_c_that_says_how_to_go_on(qmix,
                              timeout=LIMIT_SECONDS)  # fmt: skip
     terminal.expect(r"1/9 lines +[\d.]+ tok/s +\d+ (s|min|h) left")
     terminal.send("\x03")
-    terminal.expect(r"qmix: interrupted; 1 of 9 lines are done, the same command goes on\r\n")
+    terminal.expect(r"qmix: interrupted; ([1-8]) of 9 lines are done, the same command goes on\r\n")
+    done = int(terminal.match[1])  # one, or more where the machine was slow to hand the key over
     terminal.expect(pexpect.EOF)
     terminal.close()
     assert (terminal.exitstatus, terminal.signalstatus) == (130, None)
-    assert read(tmp_path / "out.jsonl").keys() == {"short"}
+    found = read(tmp_path / "out.jsonl").keys()
+    assert "short" in found
+    assert len(found) == done
 
 
 def test_it_stays_within_its_budget_with_a_pool_of_few_experts(qmix, tmp_path):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, QmixError, UsageError
-from qmix.files import LineFile, decode_json, read_bounded, read_json, read_state, read_text
+from qmix.files import (
+    LineFile,
+    decode_json,
+    read_bounded,
+    read_json,
+    read_state,
+    read_text,
+    write_whole,
+    written_whole,
+)
 
 
 class Moe(msgspec.Struct):
@@ -109,6 +122,63 @@ def test_state_that_is_not_there_or_cannot_be_moved_stops_nothing(tmp_path: Path
     assert read_state(tmp_path / "machine.json", Moe) is None
     assert read_state(tmp_path, Moe) is None
     assert issubclass(CheckpointError, QmixError)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from qmix import files
+
+at, path = sys.argv[1], Path(sys.argv[2])
+os.fsync = lambda *_: os.kill(os.getpid(), 9)
+with files.written_whole(path) as file:
+    file.write(b"half of what ")
+    if at == "write":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("at", ["write", "fsync"])
+def test_what_a_killed_run_leaves_is_gone_after_the_next_write(tmp_path: Path, at: str) -> None:
+    """Killed (SIGKILL) before the file has its name; the file is as it was, and the next write leaves nothing else."""
+    path = tmp_path / "profile.json"
+    write_whole(path, b"first")
+    for _ in range(3):
+        killed = subprocess.run([sys.executable, "-c", KILLED, at, str(path)], check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert path.read_bytes() == b"first"
+        assert len(list(tmp_path.iterdir())) == 2  # however many were killed
+    write_whole(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert [each.name for each in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    write_whole(path, b"first")
+    with suppress(KeyboardInterrupt), written_whole(path) as file:
+        file.write(b"second")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"first"
+    assert [each.name for each in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_writers_of_one_file_at_once_each_write_it_whole(tmp_path: Path) -> None:
+    path, seen = tmp_path / "s", set()
+    contents = [bytes([letter]) * 50_000 for letter in b"abcdefgh"]
+    write_whole(path, contents[0])
+
+    def write(content: bytes) -> None:
+        for _ in range(5):
+            write_whole(path, content)
+
+    writers = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        seen.add(path.read_bytes())
+    assert seen <= set(contents)
+    assert [each.name for each in tmp_path.iterdir()] == ["s"]
 
 
 @pytest.mark.parametrize("name", ["/dev/full", "/dev/null", "/dev/zero", "directory", "fifo"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
+from command import LIMIT_SECONDS
 from stores import make_store
 
 PROMPT = "To install a package on this system, open a terminal and type the name. " * 40
@@ -22,7 +23,7 @@ def store(tiny, tmp_path_factory):
 
 def qmix_json(*arguments: str, prefix: tuple[str, ...] = ()) -> dict:
     command = [*prefix, sys.executable, "-m", "cli", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from functools import partial
@@ -130,14 +131,35 @@ def begun(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "s"
 
 
-@pytest.mark.parametrize("damage", ["{broken}\n", "[1]\n", "5\n", "\0\0\0\n"])
-def test_a_damaged_journal_is_named(checkpoint: Path, begun: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", [b"{broken}\n", b"[1]\n", b"5\n", b"\0\0\0\n"])
+def test_a_damaged_line_of_the_journal_and_what_follows_are_done_again(
+    checkpoint: Path, begun: Path, whole: dict[str, bytes], damage: bytes
+) -> None:
     journal = begun.with_name("s.partial") / "journal.jsonl"
-    first, *rest = journal.read_text().splitlines(keepends=True)
-    journal.write_text(first + damage + "".join(rest))
-    assert refusal(checkpoint, begun, SPEC) == (
-        f"{journal}: damaged; delete the directory {journal.parent} and start again"
-    )
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:9]) + damage + b"".join(lines[9:]))
+    make_store(checkpoint, begun, SPEC)
+    assert files_of(begun) == whole
+
+
+@pytest.mark.parametrize("line", [0, 1, 2, 3, 7, -1])
+def test_a_flipped_bit_of_the_journal_never_makes_a_wrong_store(
+    checkpoint: Path, begun: Path, whole: dict[str, bytes], reads: list[str], line: int
+) -> None:
+    """One bit of a line: it and those behind it count for nothing."""
+    journal = begun.with_name("s.partial") / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    kept = {entry["weight"] for entry in map(json.loads, lines[: line % len(lines)]) if "weight" in entry}
+    lost = {entry["weight"] for entry in map(json.loads, lines) if "weight" in entry} - kept
+    damaged = bytearray(lines[line])
+    damaged[len(damaged) // 2] ^= 4
+    lines[line] = bytes(damaged)
+    journal.write_bytes(b"".join(lines))
+    reads.clear()
+    make_store(checkpoint, begun, SPEC)
+    assert files_of(begun) == whole
+    assert lost <= set(reads)
+    assert kept.isdisjoint(reads)
 
 
 @pytest.mark.parametrize("change", ["shorter", "gone"])

@@ -19,7 +19,6 @@ from qmix.errors import StoreError
 from qmix.prepare import layout_for
 from qmix.progress import Progress
 from qmix.store import open_store, partial_directory
-from qmix.store_writer import StoreWriter
 from qmix.units import format_bytes
 
 SPEC = "nf4,0.*=int8,*.2=half"
@@ -34,15 +33,6 @@ def checkpoint(tmp_path_factory) -> Path:
 def whole(checkpoint: Path, tmp_path_factory) -> dict[str, bytes]:
     """The files of a store of the checkpoint."""
     return files_of(make_store(checkpoint, tmp_path_factory.mktemp("whole") / "s", SPEC).directory)
-
-
-def test_two_at_once_do_not_write_the_same_store(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    opened, store = open_checkpoint(LocalSource(checkpoint)), tmp_path / "s"
-    first = StoreWriter(store, layout_for(opened, SPEC, None), "m", opened.fingerprint)
-    assert refusal(checkpoint, store, SPEC) == f"{store}: another qmix is writing it; wait until that one ends"
-    first.close()
-    make_store(checkpoint, store, SPEC)
-    assert files_of(store) == whole
 
 
 def test_a_finished_store_is_left_as_it_is(checkpoint: Path, whole: dict[str, bytes], tmp_path: Path) -> None:

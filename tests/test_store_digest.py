@@ -12,8 +12,9 @@ import xxhash
 from stores import make_store
 
 from qmix.errors import StoreError
+from qmix.evaluate.results import Results, identity
 from qmix.profile import Profile
-from qmix.store import EDITABLE, RESTORE, WITHOUT, open_store, put_profile
+from qmix.store import EDITABLE, RESTORE, WITHOUT, file_digest, open_store, put_profile, sealed
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
@@ -145,3 +146,72 @@ def test_a_store_of_the_first_format_opens_and_its_config_is_checked(store: Path
     assert open_store(store).digest != before.digest
     config.write_text(config.read_text() + " ")
     assert refusal(store) == f"{config}: changed since the store was made; {RESTORE}"
+
+
+def edited_tokenizer(store: Path) -> None:
+    """Another vocabulary, taken into the manifest: as in a store that was made with it."""
+    swapped(store / "tokenizer.json")
+    manifest = json.loads((store / "qmix.json").read_text())
+    manifest["checksums"]["files"]["tokenizer.json"] = file_digest((store / "tokenizer.json").read_bytes())
+    (store / "qmix.json").write_text(json.dumps(sealed(manifest)))
+
+
+def edited_template(store: Path) -> None:
+    path = store / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+def edited_defaults(store: Path) -> None:
+    (store / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+
+
+EDITS = {
+    "tokenizer.json": edited_tokenizer,
+    "chat_template.jinja": edited_template,
+    "generation_config.json": edited_defaults,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_batch_does_not_go_on_with_another_store(commands, store: Path, tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"id": f"{index}", "prompt": f"Open the {index}", "max_tokens": 3}) for index in range(3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    argv = ("batch", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "-m", store, "--ram", "1GiB")
+    assert commands(*argv).status == 0
+    answers = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").write_bytes(b"".join(answers.splitlines(keepends=True)[:2]))
+    original = {path.name: path.read_bytes() for path in store.glob("*.j*")}
+    EDITS[name](store)
+    refused = commands(*argv)
+    assert refused.status == 2
+    assert f"has answers of another run (another {name}); give what it was begun with" in refused.lines[-1]
+    (store / name).unlink()
+    if name in EDITABLE:
+        assert f"another run (now without {name}); give" in commands(*argv).lines[-1]
+    for each, content in original.items():
+        (store / each).write_bytes(content)
+    assert commands(*argv).status == 0
+    assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 3
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_chat_takes_the_texts_and_says_what_differs(commands, store: Path, tmp_path: Path, name: str) -> None:
+    chat = ("chat", store, "--ram", "1GiB", "--max-new-tokens", "4", "--temperature", "0")
+    saved = tmp_path / "s.json"
+    assert commands(*chat, stdin=f"Hello there\n/save {saved} --cache\n".encode()).status == 0
+    EDITS[name](store)
+    done = commands(*chat, "--resume", saved, stdin=b"More\n")
+    assert done.status == 0
+    assert f"saved with m with other {name}; its texts are taken, all is read anew" in done.err
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_kept_results_of_an_evaluation_are_those_of_one_store(store: Path, tmp_path: Path, name: str) -> None:
+    before = identity(open_store(store))
+    with Results(tmp_path / "out", before) as results:
+        key = results.key(b"request")
+        results.add({key: [0.5]})
+    EDITS[name](store)
+    with Results(tmp_path / "out", identity(open_store(store))) as results:
+        assert results.get(results.key(b"request")) is None
+        assert results.get(key) == [0.5]

@@ -14,28 +14,28 @@ from typing import Annotated, Any, BinaryIO, Protocol
 import msgspec
 
 from qmix.errors import QmixError, UsageError
-from qmix.files import LineFile, decode_json, read_json, write_whole
+from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
 LONGEST_LINE = 256 * 2**20  # bytes: an answer of 65,536 tokens with the 20 likeliest at each place has half of that
+ELSEWHERE = "choose another name for the answers"
 
 
-class _Answer(msgspec.Struct):
+class _Answer(msgspec.Struct, frozen=True):
     """What is read back of an answer's line."""
 
     custom_id: str
     error: dict[str, msgspec.Raw] | None
 
 
-class _Chosen(msgspec.Struct):
+class _Chosen(msgspec.Struct, frozen=True):
     """What a run takes over from the one before it."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int
 
 
-class _Manifest(msgspec.Struct):
-    schema: str
+class _Manifest(msgspec.Struct, frozen=True):
     subject: dict[str, Any]
     chosen: _Chosen
 
@@ -112,7 +112,7 @@ class FileAnswers:
                     f"{self.path}: has answers of another run ({differs}); give what it was begun with, "
                     "choose another name, or delete it"
                 )
-            return msgspec.to_builtins(known.chosen)
+            return msgspec.structs.asdict(known.chosen)
         self._write_manifest({"schema": SCHEMA, "subject": dict(subject), "chosen": dict(chosen)})
         return dict(chosen)
 
@@ -134,10 +134,10 @@ class FileAnswers:
     def _known(self) -> _Manifest | None:
         if not self.manifest.exists():
             return None
-        known = read_json(self.manifest, _Manifest, UsageError, "choose another name for the answers")
-        if known.schema != SCHEMA:
-            raise UsageError(f"{self.manifest}: of another version of qmix; choose another name for the answers")
-        return known
+        content = read_json(self.manifest, dict[str, Any], UsageError, ELSEWHERE)
+        if content.get("schema") != SCHEMA:
+            raise UsageError(f"{self.manifest}: of another version of qmix; {ELSEWHERE}")
+        return convert_json(content, _Manifest, str(self.manifest), UsageError, ELSEWHERE)
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
         try:
@@ -152,6 +152,14 @@ def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     for name in [*known, *(name for name in asked if name not in known)]:
         was, now = known.get(name), asked.get(name)
         if was != now:
-            by_name = isinstance(was, str) and isinstance(now, str) and len(was) == len(now) == 64
-            found.append(f"another {name}" if by_name else f"{name} {json.dumps(was)}, now {json.dumps(now)}")
+            if _is_checksum(was) and _is_checksum(now):
+                found.append(f"another {name}")
+            elif _is_checksum(was or now) and not (was and now):
+                found.append(f"now {'without' if was else 'with'} {name}")
+            else:
+                found.append(f"{name} {json.dumps(was)}, now {json.dumps(now)}")
     return "; ".join(found)
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64

@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from qmix.batch.lines import Line
 from qmix.batch.runner import Request
+from qmix.chat_template import ChatTemplate, TemplateRefusal
 from qmix.choice import stream_seed
-from qmix.errors import QmixError
 from qmix.geometry import Geometry
 from qmix.prompt import PromptEncoder, PromptTooLong
 from qmix.sampling import Sampling
-from qmix.tokenizer import tokenizing
-
-PROBE = "qmix-probe"  # a text that no template has of its own
+from qmix.tokenizer import encode
 
 
 class LineRefused(Exception):
@@ -26,11 +22,11 @@ class LineRefused(Exception):
 @dataclass(frozen=True, slots=True)
 class Asking:
     """Makes requests of lines: `encoder` has the tokenizer and what prompt and answer may take together, `options` are
-    Sampling's fields for lines that have none of their own, `seed` is the run's. Without `takes_system` a system text
-    goes into the first turn of the user."""
+    Sampling's fields for lines that have none of their own, `seed` is the run's. Where the template has no place for a
+    system text it goes into the first turn of the user."""
 
     encoder: PromptEncoder
-    takes_system: bool
+    template: ChatTemplate | None
     geometry: Geometry
     options: dict[str, Any]
     seed: int
@@ -69,38 +65,17 @@ class Asking:
         return list(ids)
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
-        tokenizer = self.encoder.tokenizer
-        if not tokenizer.chat_template:
+        if self.template is None:
             raise LineRefused("the model has no chat template: it continues text, so give a prompt")
         roles = [message["role"] for message in messages[:2]]
-        if not self.takes_system and roles in (["system"], ["system", "user"]):
+        if not self.template.takes_system and roles in (["system"], ["system", "user"]):
             content = "\n\n".join(message["content"] for message in messages[:2])
             messages = [{"role": "user", "content": content}, *messages[2:]]
         if len(messages) >= self.encoder.context:  # a template puts tokens around each
             raise self.encoder.too_long(f"the prompt has {len(messages)} messages")
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            self.encoder.check(text)
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except QmixError:
-            raise
-        except Exception as error:  # whatever a template raises, of jinja's or its own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LineRefused(f"the model's chat template does not take these messages ({reason[:200]})") from None
-
-
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model's template takes a system message and shows it: some raise, some leave it out."""
-    messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
-    try:
-        return PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # whatever a template raises; there may be none at all
-        return False
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token's text as it stands inside a text: a leading space is kept."""
-    with tokenizing(tokenizer):
-        before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
-        first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    return before[len(first) :] if before.startswith(first) else first
+            text = self.template.text(messages, True)
+        except TemplateRefusal as error:
+            raise LineRefused(f"the model's chat template does not take these messages ({error})") from None
+        self.encoder.check(text)
+        return encode(self.encoder.tokenizer, text, add_special_tokens=False)

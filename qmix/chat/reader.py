@@ -17,6 +17,7 @@ from prompt_toolkit.keys import Keys
 from qmix.chat.settings import NAMES
 from qmix.chat.slash import COMMANDS
 from qmix.errors import UsageError
+from qmix.text import check_text
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
@@ -67,6 +68,7 @@ class TerminalReader:
 
     def read(self) -> str:
         text = self._session.prompt()
+        check_text(text, "this turn")  # a terminal's bytes that are not UTF-8 come as halves of surrogate pairs
         if len(text) > self._limit:
             raise UsageError(f"this turn is longer than {self._limit} bytes, which no context here holds; shorten it")
         return unquoted(text)

@@ -100,6 +100,10 @@ class Session:
         answer.pieces = self._texts(pieces, answer)
         return answer
 
+    def drop(self, answer: Answer) -> None:
+        """Return to what was before an answer that failed."""
+        self.conversation.state = answer.before
+
     def keep(self, answer: Answer) -> bool:
         """Add an answer to the conversation, as far as it has come. False where it has no token: nothing was said."""
         self._drawn += 1

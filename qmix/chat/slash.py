@@ -168,7 +168,10 @@ def _words(command: str, rest: str) -> list[str]:
 def _path(command: str, words: list[str]) -> Path:
     if len(words) != 1 or not words[0]:
         raise UsageError(f"{command}: give one file; quote a name with spaces")
-    return Path(words[0]).expanduser()
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UsageError(f"{command} {words[0]}: {error}") from None
 
 
 COMMANDS = {

@@ -20,7 +20,7 @@ from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import read_json
 from qmix.geometry import HEAD, Geometry, config_from_params
-from qmix.safetensors_header import AGAIN, TensorInfo, check_no_pointer
+from qmix.safetensors_header import AGAIN, ITEM_BYTES, TensorInfo, check_no_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,10 @@ class Weight:
     offset: int | None
     piece: Piece
 
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.cols * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -66,10 +70,39 @@ class Checkpoint:
     weights: dict[str, Weight]
 
     @cached_property
+    def seen(self) -> dict[str, str]:
+        """What tells each weight file from a changed one, as it was when this was first asked."""
+        return self.source.identities(self.files)
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of config and weight files as they lie there; no weight is read. A copy has another."""
+        seen = self.source.fingerprint(self.files) or sorted(self.seen.items())
+        return hashlib.sha256(json.dumps([self.config, seen], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
     def fingerprint(self) -> str:
-        """A digest of config and weights: the same for copies, another for another training run."""
-        identity = json.dumps([self.config, self.source.fingerprint(self.files)], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()
+        """A digest of config and weights: the same for copies, another for another training run.
+
+        Reads all weights where that is not known yet for these files.
+        """
+        from qmix.checkpoint.fingerprint import read_fingerprint
+
+        return self.known_fingerprint or read_fingerprint(self)
+
+    @property
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint where it is known without reading."""
+        return self.identity if self.source.fingerprint(self.files) else self.source.recall(self.identity)
+
+    def check_unchanged(self, files: Iterable[str] | None = None) -> None:
+        """Raises CheckpointError where one of these weight files, by default all, is not as it was."""
+        names = self.files if files is None else list(files)
+        for name, identity in self.source.identities(names).items():
+            if identity != self.seen[name]:
+                raise CheckpointError(
+                    f"{self.source.name}: {name} was changed while it was read; run the same command again"
+                )
 
     @property
     def files(self) -> list[str]:

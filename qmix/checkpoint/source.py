@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
+from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
-from qmix.safetensors_header import TensorInfo, check_header, check_no_pointer, read_header
+from qmix.files import read_state, write_whole
+from qmix.safetensors_header import MAX_HEADER, TensorInfo, check_header, check_no_pointer, read_header
 
 if TYPE_CHECKING:
     from qmix.hub import HubRepo
 
-SAMPLED_PAGES = 64
 Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """Files of one checkpoint; `name` is how messages call it."""
+    """Files of one checkpoint; `name` is how messages call it, `location` finds it again from anywhere."""
 
     name: str
+
+    @property
+    def location(self) -> str: ...
 
     def files(self) -> dict[str, int | None]:
         """File name to size in bytes, or None where it is not known."""
@@ -45,16 +53,30 @@ class Source(Protocol):
     def space_needed(self, names: Iterable[str]) -> list[tuple[Path, int]]:
         """Directories that fetching these files will fill, and by how many bytes at most."""
 
-    def fingerprint(self, names: Iterable[str]) -> str:
-        """A digest that changes with the content of the named weight files."""
+    def identities(self, names: Iterable[str]) -> dict[str, str]:
+        """Return what tells each weight file from another or a changed one, without reading its weights."""
+
+    def fingerprint(self, names: Iterable[str]) -> str | None:
+        """Return a digest of the content of these weight files, where the source knows it without reading them."""
+
+    def recall(self, identity: str) -> str | None:
+        """Return the fingerprint that a checkpoint of this identity was found to have when it was read."""
+
+    def remember(self, identity: str, fingerprint: str) -> None:
+        """Keep a fingerprint for `recall`."""
 
 
 class LocalSource:
     """A directory on this machine."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, known: Path | None = None) -> None:
+        """`known` is the directory where fingerprints are kept for checkpoints that were read."""
+        self.directory, self.known = directory, known
         self.name = str(directory)
+
+    @property
+    def location(self) -> str:
+        return str(self.directory.absolute())
 
     def files(self) -> dict[str, int | None]:
         try:
@@ -81,16 +103,42 @@ class LocalSource:
     def space_needed(self, names: Iterable[str]) -> list[tuple[Path, int]]:
         return []
 
-    def fingerprint(self, names: Iterable[str]) -> str:
-        """Sizes and pages spread over each file: another training run of the same shape differs."""
-        digest = hashlib.sha256()
-        for name in sorted(names):
-            try:
-                self._sample(name, digest.update)
-            except (OSError, EOFError) as error:
-                what = error.strerror if isinstance(error, OSError) else f"cut short, {error}"
-                raise CheckpointError(f"{self.directory / name}: {what}; see `dmesg`, or fetch it again") from None
-        return "sampled:" + digest.hexdigest()
+    def identities(self, names: Iterable[str]) -> dict[str, str]:
+        """Size, times, inode, and the header where there is one: what is left alone keeps them, a copy does not."""
+        return {name: _identity(self.directory / name) for name in names}
+
+    def fingerprint(self, names: Iterable[str]) -> str | None:
+        return None
+
+    def recall(self, identity: str) -> str | None:
+        if self.known is None:
+            return None
+        known = read_state(self.known / f"{identity[:32]}.json", _Known)
+        return known.fingerprint if known is not None and known.identity == identity else None
+
+    def remember(self, identity: str, fingerprint: str) -> None:
+        if self.known is not None:
+            with suppress(OSError):  # a cache that cannot be written only costs another reading
+                self.known.mkdir(parents=True, exist_ok=True)
+                path = self.known / f"{identity[:32]}.json"
+                write_whole(path, msgspec.json.encode(_Known(identity, fingerprint)))
+
+
+class _Known(msgspec.Struct, frozen=True):
+    identity: str
+    fingerprint: str
+
+
+def _identity(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            start = file.read(8) if path.suffix == ".safetensors" else b""
+            header = file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
+    times = stat.st_mtime_ns, stat.st_ctime_ns  # the second cannot be set back
+    return f"{stat.st_size} {times} {stat.st_ino} {hashlib.sha256(start + header).hexdigest()}"
 
 
 class HubSource:
@@ -100,6 +148,10 @@ class HubSource:
         self.repo = repo
         self.scratch = scratch
         self.name = f"{repo.repo}@{repo.revision}" if repo.revision else repo.repo
+
+    @property
+    def location(self) -> str:
+        return f"{self.repo.repo}@{self.repo.commit}"
 
     def files(self) -> dict[str, int | None]:
         return {file.name: file.size for file in self.repo.files}
@@ -136,8 +188,17 @@ class HubSource:
             return [(self.scratch, max(missing, default=0))]
         return [(Path(constants.HF_HUB_CACHE), sum(missing))]
 
-    def fingerprint(self, names: Iterable[str]) -> str:
+    def identities(self, names: Iterable[str]) -> dict[str, str]:
         """The hub's own SHA-256 of each file; the commit where it gives none."""
         wanted = set(names)
-        known = sorted((file.name, file.sha256 or self.repo.commit) for file in self.repo.files if file.name in wanted)
+        return {file.name: file.sha256 or self.repo.commit for file in self.repo.files if file.name in wanted}
+
+    def fingerprint(self, names: Iterable[str]) -> str | None:
+        known = sorted(self.identities(names).items())
         return "hub:" + hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def recall(self, identity: str) -> str | None:
+        return None
+
+    def remember(self, identity: str, fingerprint: str) -> None:
+        pass

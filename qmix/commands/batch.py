@@ -18,6 +18,7 @@ from qmix.commands.shared import (
     clip_option,
     context_option,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     plan_option,
@@ -96,8 +97,10 @@ def _answer(
     name = model_or_default(model)
     quiet_libraries()
     from qmix.batch.display import BatchDisplay, summary_line
-    from qmix.batch.session import begin
-    from qmix.prepare import plan_for, prepare_store, this_machine
+    from qmix.batch.session import begin, check_budget
+    from qmix.checkpoint import open_checkpoint
+    from qmix.commands.texts import tokenizer_of
+    from qmix.prepare import open_source, prepare_store
     from qmix.terminal import ProgressDisplay, say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
@@ -107,12 +110,18 @@ def _answer(
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
         if plan is not None and plan.plan_of(layout, fingerprint).devices:
             raise UsageError(f"{plan.path}: uses GPUs, and batches are computed by the CPU; make a plan without any")
-        plan_for(layout, ram, 1, machine=this_machine(ram, gpus=()))
+
+    def check_all(layout: StoreLayout) -> None:
+        check(layout)
+        tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
+        check_budget(layout, tokenizer, requests, answers, options, context, ram, loading["batch"])
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(name, precision, loading["dtype"], making, check, loading["clip"])
+        store = prepare_store(name, precision, loading["dtype"], making, check_all, loading["clip"])
     check(store.layout, store.fingerprint)
     session = begin(store, requests, answers, options, seed, context, ram, loading["batch"])
+    if session.plan is not None:
+        hold_to(session.plan.ram)
     for note in session.notes(name):
         say(note)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:

@@ -13,6 +13,7 @@ from qmix.commands.shared import (
     PRECISION_HELP,
     Size,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     profile_option,
@@ -61,9 +62,12 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.layerwise import LayerwisePass, check_memory, memory_needed
     from qmix.machine import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
-    from qmix.prepare import DEFAULT_PRECISION, layout_for
+    from qmix.prepare import DEFAULT_PRECISION, fingerprint_of, layout_for
     from qmix.terminal import ProgressDisplay, fidelity_table, print_table, say
 
+    if stores or options["profile"]:  # which must be of the same weights
+        with ProgressDisplay(f"reading {name}") as display:
+            fingerprint_of(checkpoint, display)
     dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
     specs = _specs(checkpoint, dtype, options["precisions"], options["profile"], options["budgets"])
     if not specs and not stores:
@@ -74,11 +78,13 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
     own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
     check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
+    hold_to(budget)
     with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
         found = run(layers, sequences)
+        fingerprint = layers.fingerprint() if as_json else ""
     predicted = tokens - len(sequences)
     if as_json:
-        out(json.dumps(_content(name, checkpoint.fingerprint, predicted, window, found)) + "\n")
+        out(json.dumps(_content(name, fingerprint, predicted, window, found)) + "\n")
         return
     print_table(fidelity_table(found))
     say(f"{predicted} tokens predicted in windows of {window}, against {against}; KL in nats, +/- its standard error")
@@ -99,6 +105,8 @@ def _specs(
     profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
     if profile is None or path is None:
         return {spec: spec for spec in precisions}
+    if AUTO not in precisions and not budgets:
+        raise UsageError(f"--profile: nothing is asked of it; give --precision {AUTO} or --budget, or leave it out")
     check_profile(profile, path, checkpoint.geometry, checkpoint.fingerprint)
     asked = checkpoint.geometry, dtype
     typed = {spec: profile.auto(None, *asked) if spec == AUTO else spec for spec in precisions}

@@ -50,7 +50,7 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
     from calibration.corpus import Passage, alternating, bundled, from_file, windows
     from qmix.prompt import encoded_pieces
 
-    tokenizer, left = _tokenizer(checkpoint), math.inf if tokens is None else tokens
+    tokenizer, left = tokenizer_of(checkpoint), math.inf if tokens is None else tokens
     found: list[Passage] = []
     for document in (document for path in paths for document in from_file(path)) if paths else alternating(bundled()):
         ids: list[int] = []
@@ -65,7 +65,8 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
     return windows(found, window, tokens)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint. Raises CheckpointError where it has none."""
     from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
     from qmix.tokenizer import load_tokenizer
 

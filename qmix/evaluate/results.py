@@ -13,10 +13,9 @@ from typing import Any
 
 import msgspec
 
-from qmix.checkpoint.reader import TOKENIZERS
 from qmix.errors import QmixError, UsageError
 from qmix.files import LineFile, decode_json
-from qmix.store import MANIFEST, Store
+from qmix.store import Store
 
 FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
 REQUESTS = "requests.jsonl"
@@ -83,10 +82,5 @@ class Results:
 
 
 def identity(store: Store) -> str:
-    """A digest of a store's weights, precisions, half type and tokenizer."""
-    digest = hashlib.sha256(FORMAT.encode())
-    for name in (MANIFEST, *TOKENIZERS, "generation_config.json"):
-        path = store.directory / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-        digest.update(name.encode())
-    return digest.hexdigest()
+    """Return a digest of all that results follow from besides the request: the store, and how they are computed."""
+    return hashlib.sha256(f"{FORMAT} {store.digest}".encode()).hexdigest()
