@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qmix.batch.lines import LINE_LIMIT, LineError, Requests, copy_lines, parse_line
@@ -207,6 +207,7 @@ FIELDS = [
 ]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # which is of the machine
 @given(st.binary(max_size=100) | st.dictionaries(st.sampled_from(FIELDS), JSON).map(lambda o: json.dumps(o).encode()))
 def test_any_line_is_a_request_or_an_error_of_its_own(raw):
     with suppress(LineError):

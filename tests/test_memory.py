@@ -148,7 +148,7 @@ def test_a_chat_takes_turns_and_files_of_any_length_within_the_budget(qmix, stor
         smallest,
         "stdin: a line is longer than 65536 bytes, which no context here holds; shorten it",
         "stdin: a turn is longer than 65536 bytes, which no context here holds; shorten it",
-        "this turn is 1549999 bytes, too long for a context of 2048, the model's longest; shorten it",
+        "this turn is 1550000 bytes, too long for a context of 2048, the model's longest; shorten it",
         "/read /dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB",
     )
 

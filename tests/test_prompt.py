@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from calibration.corpus import bundled
 from qmix.prompt import PIECE, PromptEncoder, PromptTooLong, encoded_pieces, longest_token
-from qmix.runner import load_tokenizer
+from qmix.tokenizer import load_tokenizer
 
 PARTS = ["a", " ", "word ", "To print a page, ", "ä", "中", "\n", "</s>", "123", "▁", "🙂", "automáticamente "]
 
