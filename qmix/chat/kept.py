@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,13 +30,13 @@ class KeptChat:
     def __init__(self, directory: Path, notice: Callable[[str], None]) -> None:
         self._notice = notice
         self._path = directory / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{RUNNING}"
-        self._written: tuple[list[Turn], int, str] | None = None
+        self._written: tuple[list[Turn], int, str, dict[str, Any]] | None = None
         self._works = True
 
     def keep(self, session: Session) -> None:
-        """Write the session, unless it has no turns or none that are new."""
+        """Write the session, unless it has no turns or is written already."""
         conversation = session.conversation
-        content = (list(conversation.turns), conversation.forgotten, conversation.system)
+        content = (list(conversation.turns), conversation.forgotten, conversation.system, dict(session.settings))
         if not conversation.turns or content == self._written or not self._works:
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -42,10 +43,18 @@ def open_history(path: Path, notice: Callable[[str], None]) -> History:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
         with path.open("ab"):
-            return FileHistory(path)
+            return _LastingHistory(path)
     except OSError as error:
         notice(f"no history: {error.filename}: {error.strerror}")
         return InMemoryHistory()
+
+
+class _LastingHistory(FileHistory):
+    """A history in a file; what cannot be written there is in this session's only, and no reason to end it."""
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
 
 
 class TerminalReader:
