@@ -60,7 +60,8 @@ def load(session: Session, path: Path) -> str | None:
         turns = [_turn(entry, content["system"]) for entry in content["turns"]]
         settings, forgotten = restored_settings(content["settings"]), content["forgotten"]
         Sampling(**settings)
-        saved = dict(content["model"].get("parts") or {})  # none of an earlier qmix
+        model = dict(content["model"])
+        saved = dict(model.get("parts") or {})  # none of an earlier qmix
         same = saved == session.runner.store.parts
         if not isinstance(content["system"], str) or type(forgotten) is not int:
             raise TypeError("of another type than it must be")
@@ -78,7 +79,7 @@ def load(session: Session, path: Path) -> str | None:
         return None
     now = session.runner.store.parts
     others = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
-    what = f"{content['model'].get('name')} with other {' and '.join(others)}"
+    what = f"{model.get('name')} with other {' and '.join(others)}"
     return f"{path}: saved with {what}; its texts are taken, all is read anew"
 
 
