@@ -1,7 +1,7 @@
 # One entry for each development action. `make setup` first.
 PYTHON = .venv/bin/python
 
-.PHONY: setup test slow lint format types ci bench-quantize bench-decode bench-plan bench-replay bench-calibration reference build clean
+.PHONY: setup test fuzz slow lint format types ci bench-quantize bench-decode bench-plan bench-replay bench-calibration reference build clean
 
 setup:           ## a virtual environment with all that development needs
 	python3 -m venv .venv
@@ -9,6 +9,9 @@ setup:           ## a virtual environment with all that development needs
 
 test:            ## the suite, a few minutes
 	$(PYTHON) -m pytest
+
+fuzz:            ## every parser with 100,000 inputs that nobody meant, some minutes
+	$(PYTHON) tests/fuzz.py --runs 100000
 
 slow:            ## tests at full-size shapes: minutes, and 8 GB of disk
 	$(PYTHON) -m pytest -m slow

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import click
@@ -19,10 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qmix.checkpoint import open_checkpoint
 from qmix.commands.texts import WINDOW, passages_of
 from qmix.fidelity import Scores, score
 from qmix.layerwise import LayerwisePass
 from qmix.prepare import layout_for, open_source
+from qmix.terminal import ProgressDisplay
 from qmix.variants import Quantised
 
 BLOCK = 256  # tokens that are taken as one draw
@@ -50,17 +52,32 @@ def perplexity_change(plain: torch.Tensor, clipped: torch.Tensor) -> tuple[float
     return ratio - 1, ratio * each.std().item() / math.sqrt(len(each))
 
 
-def measure(model: str, texts: Sequence[Path], tokens: int | None) -> list[Scores]:
-    from qmix.checkpoint import open_checkpoint
-
+def measure(model: str, texts: Sequence[Path], tokens: int | None) -> dict[str, list[Scores]]:
+    """Return the scores of each variant by the kind of text, from one pass of all texts."""
     checkpoint = open_checkpoint(open_source(model))
     variants = []
     for kind, clip in [("half", False), *((kind, clip) for kind in KINDS for clip in (False, True))]:
         layout = layout_for(checkpoint, kind, None, clip)
         variants.append(Quantised(f"{kind}{' --clip' * clip}", layout.geometry, layout.precisions, layout.dtype, clip))
-    passages = passages_of(checkpoint, texts, WINDOW, tokens)
-    with LayerwisePass(checkpoint, layout.dtype, variants) as layers:
-        return score(layers, [passage.ids for passage in passages])
+    passages = {path: passages_of(checkpoint, [path], WINDOW, tokens) for path in sorted(texts, key=kind_of)}
+    sequences = [passage.ids for each in passages.values() for passage in each]
+    with LayerwisePass(checkpoint, layout.dtype, variants, ProgressDisplay(f"comparing {model}")) as layers:
+        scores = score(layers, sequences)
+    found, start = {"all": scores}, 0
+    for name, paths in groupby(passages, key=kind_of):
+        end = start + sum(len(passage.ids) - 1 for path in paths for passage in passages[path])
+        found[name] = [part(each, slice(start, end)) for each in scores]
+        start = end
+    return found
+
+
+def kind_of(path: Path) -> str:
+    return path.stem.partition("-")[0]
+
+
+def part(scores: Scores, tokens: slice) -> Scores:
+    columns = (scores.divergences, scores.surprises, scores.agreed)
+    return Scores(scores.name, scores.expert_bytes, *(column[tokens] for column in columns))
 
 
 def row(kind: str, plain: Scores, clipped: Scores, name: str) -> dict[str, object]:
@@ -71,12 +88,6 @@ def row(kind: str, plain: Scores, clipped: Scores, name: str) -> dict[str, objec
     found |= {"kl_clip": after.kl_mean, "kl_change": kl, "kl_error": kl_error}
     found |= {"perplexity_plain": before.perplexity, "perplexity_clip": after.perplexity}
     return found | {"perplexity_change": perplexity, "perplexity_error": perplexity_error}
-
-
-def together(parts: Sequence[Scores]) -> Scores:
-    columns = ("divergences", "surprises", "agreed")
-    values = (torch.cat([getattr(part, column) for part in parts]) for column in columns)
-    return Scores(parts[0].name, parts[0].expert_bytes, *values)
 
 
 def show(rows: Sequence[dict[str, object]]) -> None:
@@ -111,15 +122,9 @@ def show(rows: Sequence[dict[str, object]]) -> None:
 @click.option("--tokens", type=int, help="of each file at most [all]")
 def main(texts: tuple[Path, ...], model: str, tokens: int | None) -> None:
     """Print a table, then one JSON line."""
-    kinds: dict[str, list[list[Scores]]] = defaultdict(list)
-    for path in texts:
-        kinds[path.stem.partition("-")[0]].append(measure(model, [path], tokens))
-        print(f"{path.name}: {len(kinds[path.stem.partition('-')[0]][-1][0].divergences)} tokens", flush=True)
-    kinds["all of them"] = [each for files in list(kinds.values()) for each in files]
     rows = []
-    for name, files in kinds.items():
-        merged = [together(variant) for variant in zip(*files, strict=True)]
-        for kind, plain, clipped in zip(KINDS, merged[1::2], merged[2::2], strict=True):
+    for name, (_, *variants) in measure(model, texts, tokens).items():
+        for kind, plain, clipped in zip(KINDS, variants[::2], variants[1::2], strict=True):
             rows.append(row(kind, plain, clipped, name))
     show(rows)
     print(json.dumps(rows))

@@ -5,8 +5,8 @@
     python benchmarks/unseen_texts.py root texts
 
 writes texts/KIND-LANGUAGE.txt, documents apart by lines of `---`, for `qmix compare --text` and clip_unseen.py. Kinds
-are the GIMP manual (help pages, as `tiny` was trained on, but of none of its sources), manual pages, and the help topics of
-the Python that runs this, in English alone. Documents are drawn at random, the same each time.
+are the GIMP manual (help pages, as `tiny` was trained on, but of none of its sources), manual pages, and the help
+topics of the Python that runs this, in English alone. Documents are drawn at random, the same each time.
 """
 
 from __future__ import annotations

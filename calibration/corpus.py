@@ -14,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from qmix.errors import UsageError
+from qmix.files import read_text
 
 LANGUAGES = ("en", "fr", "de", "es", "it")
 TEXTS = Path(__file__).parent / "texts"
@@ -81,12 +82,7 @@ def windows(passages: Sequence[Passage], length: int, tokens: int | None = None)
 
 
 def _texts(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give a text file that can be read") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    content = read_text(path)
     texts = [stripped for text in SEPARATOR.split(content) if (stripped := text.strip())]
     if not texts:
         raise UsageError(f"{path}: holds no text; give a file that has some")

@@ -21,9 +21,10 @@ from msgspec import to_builtins
 from qmix import __version__
 from qmix.disk import existing_parent
 from qmix.files import scratch_file
-from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver, has_avx512_bf16
+from qmix.machine import available_memory, cpu_name, free_disk, gpu_driver
 from qmix.machine_profile import FourBitTrial
 from qmix.plan.hardware import RATE_NAMES, Rates
+from qmix.precision.paths import current
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
 PAGE = 4096
@@ -46,15 +47,15 @@ class Gpu:
 class Report:
     """`memory_limit` is what control groups leave of the memory, where that is less; sizes in bytes.
 
-    `four_bit` is what a 4-bit product showed, `avx512_bf16` what the CPU's flags promise of it. `huge_pages` is the
-    kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory came in them when some
+    `four_bit` is what a 4-bit product showed, `cpu_path` the instructions that kernels are built for. `huge_pages` is
+    the kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory came in them when some
     was taken (None: the kernel does not tell), `direct_io` whether `directory` is on a filesystem that reads past the
     page cache.
     """
 
     cpu: str
     cores: int
-    avx512_bf16: bool
+    cpu_path: str
     four_bit: FourBitTrial
     memory_total: int
     memory_available: int
@@ -89,7 +90,7 @@ def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> Report:
     return Report(
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
-        avx512_bf16=has_avx512_bf16(),
+        cpu_path=current().name,
         four_bit=four_bit,
         memory_total=memory.total,
         memory_available=memory.available,

@@ -59,13 +59,11 @@ def _kernels(report: Report) -> str:
     if not trial.correct:
         return "tried: a 4-bit product gives wrong values here; use --precision int8, and please report it"
     if trial.fast:
-        return f"yes, tried: {format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
-    if not report.avx512_bf16:
-        return f"none, tried: this CPU has no AVX512-BF16, and {slower}"
+        speed = f"{format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
+        return f"yes, tried: {report.cpu_path}, {speed}"
     if trial.large is not None:
         return f"tried: none for small matrices; {REINSTALL.format('bitsandbytes')}"
-    unused = f"the CPU has AVX512-BF16, but Numba does not use it, and {slower}"
-    return f"none, tried: {unused}; {REINSTALL.format('numba llvmlite')}"
+    return f"none, tried: {slower}; {REINSTALL.format('numba llvmlite')}"
 
 
 def _huge_pages(report: Report) -> str:

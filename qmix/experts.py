@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qmix.gradients import Activation, Forward, differentiable
+from qmix.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.lookahead import Lookahead
 from qmix.plan import PREFILL_CHUNK
 from qmix.pool import ExpertPool
@@ -36,7 +36,8 @@ class PooledExperts(PoolExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
-        self.check_caller()
+        if self.layer == 0:  # once a pass: it takes a microsecond
+            self.check_caller()
         tokens, top_k = top_k_index.shape
         outputs = hidden_states.new_empty(tokens, top_k, hidden_states.shape[-1])  # [T, k, H]
         chosen = top_k_index[0].tolist() if tokens == 1 else top_k_index.unique().tolist()
@@ -53,6 +54,8 @@ class PooledExperts(PoolExperts):
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Forward]]:
+        if hidden_states.requires_grad:
+            return one_by_one(self.pool, self.layer, chosen)
         if self.lookahead is None:
             return self.pool.get(self.layer, chosen)
         self.lookahead.chosen(self.layer, chosen)

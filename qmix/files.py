@@ -19,25 +19,42 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from qmix.disk import disk_advice
 from qmix.errors import QmixError, UsageError
 
 JSON_LIMIT = 64 * 2**20  # bytes of one JSON file: ten times the manifest of the largest Mixtral
+TEXT_LIMIT = 4 * 2**20  # bytes of one text of a user's: some ten times what fits the longest context of a Mixtral
 T = TypeVar("T")
 
 
-def read_bounded(path: Path, limit: int, error: type[QmixError], remedy: str) -> bytes:
+def read_bounded(path: Path, limit: int, error: type[QmixError], remedy: str, where: str = "") -> bytes:
     """Return a file's bytes. Raises `error` where it cannot be read or is larger than `limit` bytes.
 
-    Endless files such as /dev/zero are refused after `limit` bytes.
+    Endless files such as /dev/zero are refused after `limit` bytes. `where` starts the message of a failure in place of
+    the path.
     """
+    where = where or str(path)
     try:
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the name
-        raise error(f"{path}: {getattr(failure, 'strerror', None) or failure}; {remedy}") from None
+        raise error(f"{where}: {getattr(failure, 'strerror', None) or failure}; {remedy}") from None
     if len(data) > limit:
-        raise error(f"{path}: larger than {limit} bytes; {remedy}")
+        raise error(f"{where}: larger than {limit} bytes; {remedy}")
     return data
+
+
+def read_text(path: Path, where: str = "") -> str:
+    """Return a user's text, its lines ended by newlines. Raises UsageError where it is too large, or not UTF-8.
+
+    `where` starts the message of a failure in place of the path.
+    """
+    remedy = f"give a text file of at most {TEXT_LIMIT >> 20} MiB"
+    data = read_bounded(path, TEXT_LIMIT, UsageError, remedy, where).removeprefix(b"\xef\xbb\xbf")
+    try:
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as failure:
+        raise UsageError(f"{where or path}: not UTF-8 text (byte {failure.start}); save it as UTF-8") from None
 
 
 def read_json(path: Path, kind: type[T], error: type[QmixError], remedy: str, limit: int = JSON_LIMIT) -> T:
@@ -61,7 +78,7 @@ def decode_json(
         data.decode()  # msgspec leaves the text of fields that `kind` does not name unchecked
         value = msgspec.json.decode(data, type=kind)
         if unique:
-            json.loads(data, object_pairs_hook=_unique)
+            json.loads(data, object_pairs_hook=_unique, parse_int=str, parse_float=str)  # only keys are looked at
         return value
     except msgspec.ValidationError as failure:
         what = _misfit(str(failure).replace("$[...]", _key_at_fault(data), 1))
@@ -72,7 +89,7 @@ def decode_json(
     except _DuplicateKey as failure:
         what = f"invalid JSON: the key {failure.args[0]!r} is given twice"
     except ValueError as failure:
-        what = f"invalid JSON: {_plain(str(failure))}"
+        what = f"invalid JSON: {_syntax(data, str(failure))}"
     raise error(f"{where}: {what}" + (f"; {remedy}" if remedy else "")) from None
 
 
@@ -117,8 +134,16 @@ def _misfit(message: str) -> str:
     return f"{path}: {what}" if path else what
 
 
-def _plain(message: str) -> str:
-    """Return msgspec's 'JSON is malformed: invalid character (byte 5)' without its first words."""
+def _syntax(data: bytes, message: str) -> str:
+    """Return what msgspec's 'JSON is malformed: invalid character (byte 5)' means.
+
+    Half of a surrogate pair, which is no text, has a message there that says something else.
+    """
+    with suppress(ValueError, RecursionError):
+        try:
+            json.dumps(json.loads(data), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return "half of a surrogate pair, which is no text"
     return re.sub(r"^JSON is malformed: ", "", message)
 
 
@@ -159,12 +184,15 @@ def read_versioned(path: Path, kind: type[T], schema: str, what: str, again: str
 class LineFile:
     """Lines that are added for good; close it, or use it as a context manager.
 
-    Raises QmixError, which says what to do (`elsewhere`), where the file cannot be opened or another has it open.
+    Raises QmixError, which says what to do (`elsewhere`), where the file cannot be opened or another has it open, and
+    UsageError where it is a device, a pipe, or anything else that does not keep what is written.
     """
 
     def __init__(self, path: Path, elsewhere: str) -> None:
         self.path = path
         try:
+            if path.exists() and not path.is_file():  # before it is opened: that may have an effect, or wait
+                raise UsageError(f"{path}: not a regular file; {elsewhere}")
             self._file = path.open("a+b")
         except OSError as error:
             raise QmixError(f"{path}: {error.strerror}; {elsewhere}") from None
@@ -184,17 +212,22 @@ class LineFile:
     def close(self) -> None:
         self._file.close()
 
-    def lines(self) -> Iterator[bytes]:
-        """The lines that are there; read to the end, a last one that was cut off is dropped from the file."""
+    def lines(self, limit: int = JSON_LIMIT) -> Iterator[bytes]:
+        """The lines that are there; read to the end, a last one that was cut off is dropped from the file.
+
+        A line of more than `limit` bytes is cut there, has no end then, and nothing is dropped where one was yielded.
+        """
         self._end = 0
         self._file.seek(0)
-        for raw in self._file:
+        while raw := self._file.readline(limit + 1):
+            if len(raw) > limit:
+                yield raw
+                return
             if not raw.endswith(b"\n"):
                 break
             yield raw
             self._end += len(raw)
-        with suppress(OSError):  # what is no real file has no end to cut
-            os.ftruncate(self._file.fileno(), self._end)
+        os.ftruncate(self._file.fileno(), self._end)
 
     def append(self, lines: list[bytes]) -> None:
         """Add lines, and return when they are on the disk. What cannot be written whole is taken back."""
@@ -208,7 +241,8 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise QmixError(
-                f"{self.path}: {error.strerror}; what is in it is whole, and the same command goes on from there"
+                f"{self.path}: {error.strerror}; {disk_advice(error)}: what is in it is whole, and the same command "
+                "goes on from there"
             ) from None
         self._end += len(data)
 

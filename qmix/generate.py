@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from qmix.choice import generation_config
 from qmix.errors import UsageError
+from qmix.generation_config import decoding
 from qmix.geometry import Geometry
 from qmix.kv_cache import PlannedCache
 from qmix.machine import peak_memory
@@ -153,9 +153,11 @@ class Engine:
 
     def _run(self, prompt: list[int], sampling: Sampling, reuse: bool, send: Callable[[Piece], None]) -> None:
         before = self.pool.counters.copy()
-        defaults, config = self.model.generation_config, self._config(sampling)
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        answer = _Answer(Detokenizer(self.decode, prompt), StopScanner(sampling.stop), ends, send)
+        defaults = self.model.generation_config
+        how = decoding(defaults, sampling)
+        config = how.config
+        config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
+        answer = _Answer(Detokenizer(self.decode, prompt), StopScanner(how.stops), how.ends, send)
         reused = self._keep(prompt if reuse else [])
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
@@ -209,12 +211,6 @@ class Engine:
         finally:
             hook.remove()
 
-    def _config(self, sampling: Sampling) -> GenerationConfig:
-        config = generation_config(self.model, sampling)
-        config.prefill_chunk_size = PREFILL_CHUNK
-        config.use_cache = True
-        return config
-
     def _result(
         self, answer: _Answer, prompt: list[int], sampling: Sampling, before: PoolCounters, reused: int
     ) -> Callable[[str], Result]:
@@ -264,7 +260,7 @@ class _Answer(BaseStreamer):
     """An answer while it grows: takes ids from transformers, a step at a time, and sends pieces of text."""
 
     def __init__(
-        self, detokenizer: Detokenizer, scanner: StopScanner, ends: Sequence[int | None], send: Callable[[Piece], None]
+        self, detokenizer: Detokenizer, scanner: StopScanner, ends: frozenset[int], send: Callable[[Piece], None]
     ) -> None:
         self.detokenizer, self.scanner, self.ends, self.send = detokenizer, scanner, ends, send
         self.started = time.perf_counter()

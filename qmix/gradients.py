@@ -7,7 +7,7 @@ a time: a backward pass keeps no weights, and takes the memory of one expert in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ def differentiable(forward: Forward, pool: ExpertPool, key: Key) -> Forward:
         return output
 
     return run
+
+
+def one_by_one(pool: ExpertPool, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+    """Yield each expert in the order given, whichever are in memory: checkpointing compares a pass with its repeat."""
+    for expert in experts:
+        yield from pool.get(layer, [expert])
 
 
 class _Recomputed(torch.autograd.Function):

@@ -10,20 +10,25 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import platformdirs
 import psutil
 
 from qmix import __version__
 from qmix.disk import existing_parent
 from qmix.errors import QmixError
+from qmix.files import read_state, write_whole
+from qmix.precision.paths import current
 
 SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numpy", "tokenizers", "prompt_toolkit")
+INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
+AT_START = ("sitecustomize", "usercustomize")
 
 
 def cache_directory() -> Path:
@@ -64,11 +69,6 @@ def state_directory() -> Path:
 def cpu_name(root: Path = Path("/")) -> str:
     """As the kernel names it."""
     return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
-
-
-def has_avx512_bf16(root: Path = Path("/")) -> bool:
-    """Return whether the kernel lists AVX512-BF16, which the packed 4-bit products need, among the CPU's flags."""
-    return "avx512_bf16" in _cpuinfo(root).get("flags", "").split()
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
@@ -149,33 +149,60 @@ def _room(group: Path) -> int | None:
     return None
 
 
-def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
-    """Resident bytes of Python with all that a run imports and warms up, before any weights.
+class InterpreterMemory(msgspec.Struct, frozen=True):
+    """The kept measurement."""
 
-    With `kernels`, the products and the attention of large models are among it, compiled before. Measured once in a
-    process of its own for each set of installed versions, and kept in the cache directory.
+    bytes: Annotated[int, msgspec.Meta(ge=2**20, le=2**40)]
+
+
+def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
+    """Return resident bytes of Python with all that a run imports and warms up, before any weights.
+
+    With `kernels`, the products and the attention of large models are among it, compiled before. Measured in a process
+    of its own, and kept in the cache directory until anything that is installed changes.
     """
-    directory = cache or cache_directory()
-    versions = [f"{name} {version(name)}" for name in _STACK]
-    identity = [__version__, sys.version, sys.executable, os.cpu_count(), kernels, *versions]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    path = directory / f"interpreter-{key}.json"
-    try:
-        return int(json.loads(path.read_text())["bytes"])
-    except (OSError, ValueError, KeyError):
-        pass
+    path = interpreter_path(cache, kernels)
+    known = read_state(path, InterpreterMemory)
+    if known is not None:
+        return known.bytes
     command = [sys.executable, "-m", "qmix.baseline", *(["kernels"] if kernels else [])]
     for _ in range(1 + kernels):  # the first run compiles them, and takes more for it
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             last = run.stderr.strip().splitlines()[-1:] or ["no message"]
             raise QmixError(f"measuring Python's own memory failed: {last[0]}")
-    measured = int(run.stdout.split()[-1])
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps({"bytes": measured, "of": identity}))
-        scratch.replace(path)
-    except OSError:
-        pass  # a cache that cannot be written only costs the next run a few seconds
-    return measured
+    measured = InterpreterMemory(int(run.stdout.split()[-1]))
+    with suppress(OSError):  # a cache that cannot be written only costs the next run a few seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, msgspec.json.encode(measured))
+    return measured.bytes
+
+
+def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
+    """Return where the measurement is kept; the name follows from all that it depends on."""
+    cores = len(os.sched_getaffinity(0))  # each has a thread
+    identity = [__version__, sys.version, sys.executable, cores, current().name, kernels, installed(sys.path)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return (cache or cache_directory()) / f"interpreter-{key}.json"
+
+
+def forget_interpreter_memory(cache: Path | None = None) -> None:
+    """Have the next call of `interpreter_memory` measure again."""
+    for kernels in (False, True):
+        with suppress(OSError):
+            interpreter_path(cache, kernels).unlink()
+
+
+def installed(paths: Sequence[str]) -> list[tuple[str, int]]:
+    """Return names and dates of the distributions on these import paths, and of what Python runs when it starts.
+
+    Libraries import others where they find them, so any of these may change what a run takes. A name has the version,
+    and a date changes when the same is installed again. A millisecond for 130, where importlib.metadata takes 300.
+    """
+    found = set()
+    for path in paths:
+        with suppress(OSError), os.scandir(path or ".") as entries:
+            for entry in entries:
+                if entry.name.endswith(INSTALLED) or entry.name.startswith(AT_START):
+                    found.add((entry.name, entry.stat().st_mtime_ns))
+    return sorted(found)

@@ -15,8 +15,9 @@ import msgspec
 from qmix import __version__
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
-from qmix.machine import cpu_name, has_avx512_bf16, state_directory
+from qmix.machine import cpu_name, state_directory
 from qmix.plan.hardware import RATE_NAMES, FourBitProducts, Rates
+from qmix.precision.paths import current
 
 STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # what decides how products are computed
 SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # those that follow the stack's versions
@@ -81,7 +82,7 @@ def four_bit_products(path: Path | None = None) -> FourBitProducts:
     """Return how 4-bit products are computed here: as tried, or else as the processor's flags promise."""
     tried = tried_four_bit(path)
     if tried is None:
-        return FourBitProducts(has_avx512_bf16())
+        return FourBitProducts(current().name != "portable")
     return FourBitProducts(tried.fast, tried=True)
 
 
@@ -122,8 +123,8 @@ def _identity() -> dict[str, str | int | None]:
 
 
 def _stack() -> dict[str, str]:
-    """Return the versions that decide how products are computed."""
-    found = {"qmix": __version__, "python": platform.python_version()}
+    """Return the versions and the CPU path that decide how products are computed."""
+    found = {"qmix": __version__, "python": platform.python_version(), "cpu_path": current().name}
     for name in STACK:
         try:
             found[name] = version(name)

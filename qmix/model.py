@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qmix.attention import GROUPED_SDPA, register
 from qmix.direct_io import DirectFile, anonymous_memory
 from qmix.errors import StoreError, UsageError
 from qmix.experts import PooledExperts
-from qmix.files import read_json
+from qmix.generation_config import read_generation_config
 from qmix.geometry import CONFIG_KEYS
 from qmix.gpu.dense import fill_from_disk, read_dense_to
 from qmix.gpu.devices import download
@@ -79,8 +80,13 @@ def build_model(
 
 
 def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
-    """transformers' model as the store's config says, all of it on torch's `meta` device."""
-    return empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+    """transformers' model as the store's config says, all of it on torch's `meta` device.
+
+    Raises StoreError where config.json or generation_config.json cannot be used.
+    """
+    model = empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
+    model.generation_config = generation_config(store.directory, store.config)
+    return model
 
 
 def empty_mixtral(
@@ -102,9 +108,11 @@ def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
     Other keys are about training, other programs or how transformers is to run (`torchscript`, `use_cache`,
     `attn_implementation`, `quantization_config`); as attributes of the config they would change what runs.
     """
-    kept = {key: value for key, value in content.items() if key in MODEL_KEYS}
+    kept = deepcopy({key: value for key, value in content.items() if key in MODEL_KEYS})  # transformers changes it
     with _refusals(where):
         config = MixtralConfig(**kept)
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is no activation that transformers has")
         if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
             raise ValueError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size}")
         return config
@@ -135,7 +143,6 @@ def furnish(
         spread.put_experts(model, pool, activation)
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
-    model.generation_config = generation_config(store.directory, store.config)
     if not pool.holds_all:
         _look_ahead(model, pool)
     model.eval().requires_grad_(False)
@@ -165,14 +172,12 @@ def rotary_embedding(config: MixtralConfig, where: Path) -> MixtralRotaryEmbeddi
         return rotary
 
 
-def activation_of(config: MixtralConfig, where: str = "config.json") -> Callable[[torch.Tensor], torch.Tensor]:
-    """An expert's activation. Raises StoreError where transformers has none of that name."""
+def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return an expert's activation."""
     if config.hidden_act == "silu":  # every published Mixtral's; as a function it is done sooner than as a module
         return nn.functional.silu
-    try:
-        return ACT2FN[config.hidden_act]
-    except KeyError:
-        raise StoreError(f"{where}: hidden_act {config.hidden_act!r} is no activation that transformers has") from None
+    activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[config.hidden_act]
+    return activation
 
 
 def read_dense(store: Store) -> dict[str, torch.Tensor]:
@@ -211,17 +216,7 @@ def generation_config(directory: Path, content: dict[str, Any]) -> GenerationCon
 
     Raises StoreError naming the file.
     """
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return GenerationConfig.from_model_config(mixtral_config(content, directory / "config.json"))
-    read_json(path, dict[str, Any], StoreError, "correct it or fetch it again")
-    with _refusals(path):
-        config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        config.validate()
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            if not isinstance(getattr(config, name), int | float | None):
-                raise TypeError(f"{name} is no number")
-        return config
+    return read_generation_config(directory, mixtral_config(content, directory / "config.json"))
 
 
 @contextmanager
@@ -231,6 +226,7 @@ def _refusals(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
         raise StoreError(
             f"{path}: transformers does not take it ({reason[:200]}); correct it or fetch it again"
         ) from None

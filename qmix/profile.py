@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from qmix.allocation import Allocator, Precisions, too_small
+from qmix.disk import disk_advice
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
 from qmix.files import read_versioned, written_whole
@@ -148,7 +149,9 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
         with written_whole(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
     except OSError as error:
-        raise QmixError(f"{path}: {error.strerror}; the profile was not written, give it another place") from None
+        raise QmixError(
+            f"{path}: {error.strerror}; the profile was not written: {disk_advice(error)}, or give it another place"
+        ) from None
 
 
 def check_profile(profile: Profile, path: Path, geometry: Geometry, fingerprint: str | None) -> None:

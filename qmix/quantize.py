@@ -32,8 +32,8 @@ from qmix.precision.quantizer import MatrixQuantizer
 from qmix.profile import Profile
 from qmix.progress import OnProgress, Progress, counted, ignore
 from qmix.safetensors_header import ITEM_BYTES
-from qmix.store import Store, is_store, open_store, put_profile
-from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, bring_small_files, places
+from qmix.store import Store, is_store, open_store, put_origin, put_profile
+from qmix.store_writer import JOURNAL, Place, StoreWriter, Unit, UnitWriter, bring_small_files, places
 from qmix.units import format_bytes
 
 if TYPE_CHECKING:
@@ -111,9 +111,12 @@ def quantize(
                 if directory.exists():  # finished by another process between the look above and the lock
                     shutil.rmtree(writer.partial)
                     break
-                _Run(checkpoint, writer, layout, on_progress).run(profile)
+                WeightRun(checkpoint, writer, layout, on_progress).run()
+                put_origin(writer.partial, checkpoint.source.location)
+                fingerprint = _fingerprint(checkpoint, writer.read)
+                writer.finish(checkpoint.config, checkpoint.tokenizer_files(), fingerprint, profile)
         except OSError as error:
-            raise _os_error(error, directory, layout) from error
+            raise write_error(error, directory, layout) from error
         return open_store(directory)
     return _existing(checkpoint, directory, layout, profile, on_progress)
 
@@ -170,7 +173,8 @@ def _existing(
     return store
 
 
-def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreError:
+def write_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreError:
+    """Return what to tell of a store that could not be written."""
     if error.errno in FULL:
         return StoreError(
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
@@ -184,11 +188,24 @@ def _os_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreErro
     return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")
 
 
-class _Run:
+def _fingerprint(checkpoint: Checkpoint, read: Mapping[str, str]) -> str:
+    """The checkpoint's, from all that was read, by earlier runs too."""
+    known = checkpoint.known_fingerprint
+    if checkpoint.source.fingerprint(checkpoint.files):
+        assert known is not None
+        return known
+    found = fingerprint_of(checkpoint.config, read)
+    checkpoint.source.remember(checkpoint.identity, found)
+    return found
+
+
+class WeightRun:
+    """Brings the weights that a writer lacks from a checkpoint into a store's files."""
+
     def __init__(
         self,
         checkpoint: Checkpoint,
-        writer: StoreWriter,
+        writer: UnitWriter,
         layout: StoreLayout,
         on_progress: OnProgress,
     ) -> None:
@@ -203,7 +220,8 @@ class _Run:
         memories = DirectMemory.several([read, written] * IN_FLIGHT)
         self.slots = [Slot(*pair) for pair in zip(memories[::2], memories[1::2], strict=True)]
 
-    def run(self, profile: Profile | None) -> None:
+    def run(self) -> None:
+        """Read, quantise and write them. Raises CheckpointError, HubError and OSError."""
         with ThreadPoolExecutor(IN_FLIGHT, "qmix-quantize") as pool:
             for file in self.checkpoint.files:
                 todo = [weight for weight in self.checkpoint.of_file(file) if weight.key not in self.writer.read]
@@ -218,17 +236,6 @@ class _Run:
                 self.checkpoint.source.release(file)
             self._drain(pool, (partial(self._digest, unit) for unit in self._undigested()))
         self.checkpoint.check_unchanged()
-        self.writer.finish(self.checkpoint.config, self.checkpoint.tokenizer_files(), self._fingerprint(), profile)
-
-    def _fingerprint(self) -> str:
-        """The checkpoint's, from all that was read, by earlier runs too."""
-        known = self.checkpoint.known_fingerprint
-        if self.checkpoint.source.fingerprint(self.checkpoint.files):
-            assert known is not None
-            return known
-        found = fingerprint_of(self.checkpoint.config, self.writer.read)
-        self.checkpoint.source.remember(self.checkpoint.identity, found)
-        return found
 
     def _fetching(self, file: str) -> Callable[[int, int], None]:
         def report(done: int, total: int) -> None:

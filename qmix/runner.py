@@ -26,9 +26,10 @@ from qmix.plan.hardware import Rates
 from qmix.pool import ExpertPool
 from qmix.prepare import plan_for, prepare_store
 from qmix.progress import OnProgress, ignore
+from qmix.prompt import PromptEncoder
 from qmix.sampling import Sampling
 from qmix.store import Store
-from qmix.tokenizer import decode, encode, load_tokenizer
+from qmix.tokenizer import decode, load_tokenizer
 from qmix.torch_dtypes import HALF
 from qmix.use import Use
 
@@ -63,6 +64,7 @@ class Runner:
             pool.close()
             self._unpin()
             raise
+        self.encoder = PromptEncoder(self.tokenizer, plan.context, store.geometry.max_position)
         self._engine = Engine(self.model, pool, cache, self.decode, plan.ram)
 
     @property
@@ -97,11 +99,6 @@ class Runner:
             raise UsageError("give either a Sampling or its fields, not both")
         sampling, ids = sampling or Sampling(**options), self._ids(prompt)
         room = self.plan.context - len(ids)
-        if room < 1:
-            raise UsageError(
-                f"the prompt is {len(ids)} tokens, too long for a context of {self.plan.context}; "
-                "shorten it, or give a larger --context"
-            )
         return self._engine.generate(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
 
     @property
@@ -133,7 +130,7 @@ class Runner:
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str) and not prompt.strip():
             raise UsageError("the prompt is empty; give some text to continue")
-        ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.encoder.ids(prompt) if isinstance(prompt, str) else list(prompt)
         if not all(type(token) is int for token in ids):
             raise UsageError("the prompt must be text, or a list of whole numbers")
         if not ids:
@@ -141,6 +138,7 @@ class Runner:
         worst = max(ids, key=abs)
         if not 0 <= worst < self.store.geometry.vocab_size or min(ids) < 0:
             raise UsageError(f"the prompt holds the token id {worst}, outside the model's vocabulary")
+        self.encoder.check_count(len(ids))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from qmix.errors import UsageError
+from qmix.text import check_text
 
 LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
+MOST_STOP = 8192  # characters of all stop sequences: each of hundreds of answers at once keeps its own
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values that an option can have, and how a message names them."""
+
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+RANGES = {
+    "max_new_tokens": Range(lambda value: value >= 1, "at least 1"),
+    "temperature": Range(
+        lambda value: value == 0 or LEAST_HEAT <= value <= 100, f"0 (greedy), or {LEAST_HEAT:f} to 100"
+    ),
+    "top_p": Range(lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "top_k": Range(lambda value: value >= 0, "0 (off) or more"),
+    "min_p": Range(lambda value: 0 <= value <= 1, "0 to 1"),
+    "repetition_penalty": Range(lambda value: 0.01 <= value <= 100, "0.01 to 100"),
+    "seed": Range(lambda value: 0 <= value < 2**63, "0 to 2^63 - 1"),
+    "draft_ngram": Range(lambda value: 0 <= value <= 64, "0 (off) to 64"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +58,16 @@ class Sampling:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             raise UsageError(f"stop {self.stop!r}: give a tuple of texts")
-        heat, penalty = self.temperature, self.repetition_penalty
-        for option, value, holds, wanted in (
-            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            (
-                "--temperature",
-                heat,
-                not heat or LEAST_HEAT <= heat <= 100,
-                f"0 (greedy), or {LEAST_HEAT:f} to 100",
-            ),
-            ("--top-p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--top-k", self.top_k, self.top_k is None or self.top_k >= 0, "0 (off) or more"),
-            ("--min-p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
-            ("--repetition-penalty", penalty, penalty is None or 0.01 <= penalty <= 100, "0.01 to 100"),
-            ("--seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
-            ("--draft-ngram", self.draft_ngram, 0 <= self.draft_ngram <= 64, "0 (off) to 64"),
-            ("--stop", "''", all(self.stop), "a text that is not empty"),
-        ):
-            if not holds:
-                raise UsageError(f"{option} {value}: must be {wanted}")
+        for name, allowed in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not allowed.holds(value):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {allowed.wanted}")
+        if not all(self.stop):
+            raise UsageError("--stop '': must be a text that is not empty")
+        for text in self.stop:
+            check_text(text, "--stop")
+        if (characters := sum(map(len, self.stop))) > MOST_STOP:
+            raise UsageError(f"--stop of {characters} characters: must be at most {MOST_STOP} in all")
 
     def overrides(self) -> dict[str, Any]:
         """What these options change in a transformers GenerationConfig."""

@@ -3,6 +3,7 @@
     qmix.json                   manifest: format version, source, precision of every expert, checksums, its own digest
     dense.safetensors           everything that is not an expert, in half precision
     experts-00000.safetensors   one layer's expert records, aligned for O_DIRECT
+    source.json                 where the checkpoint was that it is made from
     profile.json                how often each expert is used, if it was quantised with a profile
     config.json, tokenizer*     the model's own
 
@@ -25,7 +26,7 @@ import msgspec
 import xxhash
 
 from qmix.checkpoint.reader import TOKENIZER_FILES, TOKENIZERS
-from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
+from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError, mending
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, read_json
 from qmix.geometry import Geometry
 from qmix.layout import FileLayout, StoreLayout
@@ -34,6 +35,7 @@ from qmix.profile import Profile, Table, check_profile, read_profile, write_prof
 
 MANIFEST = "qmix.json"
 PROFILE = "profile.json"
+ORIGIN = "source.json"
 CONFIG = "config.json"
 SMALL_FILES = (CONFIG, *TOKENIZER_FILES)  # what answers depend on besides the weights
 EDITABLE = ("generation_config.json", "chat_template.jinja")  # of them, those that people adapt in a store
@@ -156,8 +158,8 @@ def open_store(directory: Path) -> Store:
             raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
     content, found = read_manifest(path)
-    config = read_json(directory / CONFIG, dict[str, Any], StoreError, REMAKE)
-    layout = _layout(directory, found, config)
+    config = read_json(directory / CONFIG, dict[str, Any], StoreError, mending(directory))
+    layout = layout_of(directory, found, config)
     store = Store(
         directory=directory,
         layout=layout,
@@ -168,7 +170,7 @@ def open_store(directory: Path) -> Store:
         record_checksums=found.checksums.records,
         small_files=found.checksums.files,
         parts=_parts(directory, content),
-        profile=_profile(directory / PROFILE, layout.geometry, found.source.fingerprint, content["format_version"]),
+        profile=profile_of(directory / PROFILE, layout.geometry, found.source.fingerprint, content["format_version"]),
     )
     for file in layout.files:
         _check_file(store.path(file), file)
@@ -188,7 +190,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
     return content, decode_json(data, Manifest, str(path), StoreError, REMAKE)
 
 
-def _layout(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLayout:
+def layout_of(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLayout:
     path = directory / MANIFEST
     if found.dtype not in DTYPES or not set(PRECISIONS).issuperset(name for row in found.precisions for name in row):
         raise StoreError(f"{path}: names a precision or a dtype that there is none of; {REMAKE}")
@@ -200,7 +202,7 @@ def _layout(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLa
     if any(
         (len(table), {len(row) for row in table}) != (geometry.num_layers, {geometry.num_experts}) for table in tables
     ):
-        raise StoreError(f"{path}: belongs to another model than {directory / CONFIG}; {REMAKE}")
+        raise StoreError(f"{path}: belongs to another model than {directory / CONFIG}; {mending(directory)}")
     return StoreLayout(geometry, found.precisions, found.dtype, found.clip)
 
 
@@ -233,12 +235,23 @@ def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:
         raise StoreError(f"{path}: {'changed since the store was made' if found else 'missing'}; {RESTORE}")
 
 
+class Origin(msgspec.Struct, frozen=True):
+    """Where a store's checkpoint was when it was made; nothing else depends on it."""
+
+    location: str
+
+
+def put_origin(directory: Path, location: str) -> None:
+    """Let a store say where its checkpoint is. Raises OSError."""
+    (directory / ORIGIN).write_bytes(msgspec.json.encode(Origin(location)) + b"\n")
+
+
 def put_profile(directory: Path, profile: Profile) -> None:
     """Let a store carry a profile. Raises QmixError naming the file."""
     write_profile(directory / PROFILE, sealed(profile.to_json()))
 
 
-def _profile(path: Path, geometry: Geometry, fingerprint: str, version: int) -> Profile | None:
+def profile_of(path: Path, geometry: Geometry, fingerprint: str, version: int) -> Profile | None:
     """Return the profile that a store was quantised with, None where it has none."""
     if not path.exists():
         return None
@@ -259,8 +272,8 @@ def _check_file(path: Path, layout: FileLayout) -> None:
         with path.open("rb") as file:
             header = file.read(len(layout.header))
     except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; {REMAKE}") from None
+        raise StoreError(f"{path}: {error.strerror}; {mending(path.parent)}") from None
     if header != layout.header[: len(header)]:
-        raise StoreError(f"{path}: damaged, or of another model than this store; {REMAKE}")
+        raise StoreError(f"{path}: damaged, or of another model than this store; {mending(path.parent)}")
     if size != layout.size:
-        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {REMAKE}")
+        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {mending(path.parent)}")

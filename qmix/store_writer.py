@@ -62,6 +62,10 @@ class Unit:
     keys: tuple[str, ...]
     parts: tuple[TensorInfo, ...]
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -121,88 +125,24 @@ class RunningDigest:
         return whole.hexdigest()
 
 
-class StoreWriter:
-    """Opens `STORE.partial`, new or as an earlier run left it; close it in any case.
+class UnitWriter:
+    """Writes weights where they belong in a store's files, and knows the checksums of the units they make up.
 
-    `identity` is the checkpoint's. `still_same` is asked about weights that were noted under another one, with the
-    digests of what was read then: it says whether the checkpoint still has them. `also_needed` is what else will be
-    written, as (path, bytes), when room on the disk is checked. Where another process writes there, `on_wait` is called
-    and this waits; `superseded` says that it finished. Raises StoreError if there is too little room, or it was begun
-    for something else.
+    `read` has the digests of the weights that are written, as the checkpoint has them, by key; `checksums` are those of
+    finished units.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        layout: StoreLayout,
-        source_name: str,
-        identity: str,
-        also_needed: Iterable[tuple[Path, int]] = (),
-        still_same: Callable[[Mapping[str, str]], bool] = lambda read: False,
-        on_wait: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.directory, self.layout, self.source_name = directory, layout, source_name
-        self.partial = partial_directory(directory)
-        require_space([(directory, self._space_needed()), *also_needed])
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.partial / JOURNAL, on_wait)
-        self.superseded = not self.journal.is_current
+    def __init__(self, read: dict[str, str], checksums: dict[str, str]) -> None:
+        self.read, self.checksums = read, checksums
         self._files: dict[str, UncachedFile] = {}
         self._digests: dict[str, RunningDigest] = {}
-        noted = self.journal.entries
-        self.read = {entry.weight: entry.read or "" for entry in noted if entry.weight is not None}
-        self.checksums = {entry.unit: entry.xxh3 or "" for entry in noted if entry.unit is not None}
-        try:
-            if not self.superseded:
-                self._begin(identity, still_same)
-                self._open_files()
-        except BaseException:
-            self._release()
-            raise
         self._pending: list[Entry] = []
         self._flusher = ThreadPoolExecutor(1, "qmix-flush")
         self._flushing: Future[None] | None = None
         self._flushed_at = time.monotonic()
 
-    def _begin(self, identity: str, still_same: Callable[[Mapping[str, str]], bool]) -> None:
-        """Check that what an earlier run noted is of this store and checkpoint, and note what this one writes."""
-        layout = self.layout
-        subject = Subject(FORMAT_VERSION, layout.precisions, layout.dtype, layout.clip)
-        noted = self.journal.entries
-        if not noted or noted[0].subject is None:
-            self.read, self.checksums = {}, {}
-            self.journal.append([Entry(subject=subject), Entry(checkpoint=identity)])
-            return
-        before = [entry.checkpoint for entry in noted if entry.checkpoint is not None]
-        same = before[-1:] == [identity] or not self.read or still_same(self.read)
-        differs = [] if same else ["checkpoint"]
-        differs += [
-            name for name in subject.__struct_fields__ if getattr(subject, name) != getattr(noted[0].subject, name)
-        ]
-        if differs:
-            other = ", ".join(differs)
-            raise StoreError(
-                f"{self.partial}: begun with another {other}; delete that directory, or choose another name"
-            )
-        if before[-1:] != [identity]:
-            self.journal.append([Entry(checkpoint=identity)])
-
-    def _open_files(self) -> None:
-        for file in self.layout.files:
-            path = self.partial / file.name
-            if (self.read or self.checksums) and not (path.is_file() and path.stat().st_size == file.size):
-                raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
-            self._files[file.name] = UncachedFile(path, os.O_RDWR | os.O_CREAT)
-            os.ftruncate(self._files[file.name].fd, file.size)
-            self.write(file, file.header, 0)
-
-    def _release(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self.journal.close()
-
     def close(self) -> None:
-        """Sync and journal what is finished, and let go of the files."""
+        """Sync what is finished, and let go of the files."""
         try:
             self.flush()
         finally:
@@ -256,13 +196,95 @@ class StoreWriter:
             self._flushing = self._flusher.submit(self._sync, entries)
 
     def flush(self) -> None:
-        """Wait until all that was noted is on the disk and in the journal."""
+        """Wait until all that was noted is on the disk."""
         if self._flushing is not None:
             flushing, self._flushing = self._flushing, None
             flushing.result()
         entries, self._pending = self._pending, []
         if entries:
             self._sync(entries)
+
+    def _sync(self, entries: list[Entry]) -> None:
+        for file in self._files.values():
+            os.fdatasync(file.fd)
+
+    def _release(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class StoreWriter(UnitWriter):
+    """Opens `STORE.partial`, new or as an earlier run left it; close it in any case.
+
+    `identity` is the checkpoint's. `still_same` is asked about weights that were noted under another one, with the
+    digests of what was read then: it says whether the checkpoint still has them. `also_needed` is what else will be
+    written, as (path, bytes), when room on the disk is checked. Where another process writes there, `on_wait` is called
+    and this waits; `superseded` says that it finished. Raises StoreError if there is too little room, or it was begun
+    for something else.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        layout: StoreLayout,
+        source_name: str,
+        identity: str,
+        also_needed: Iterable[tuple[Path, int]] = (),
+        still_same: Callable[[Mapping[str, str]], bool] = lambda read: False,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self.layout, self.source_name = directory, layout, source_name
+        self.partial = partial_directory(directory)
+        require_space([(directory, self._space_needed()), *also_needed])
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.partial / JOURNAL, on_wait)
+        self.superseded = not self.journal.is_current
+        noted = self.journal.entries
+        read = {entry.weight: entry.read or "" for entry in noted if entry.weight is not None}
+        super().__init__(read, {entry.unit: entry.xxh3 or "" for entry in noted if entry.unit is not None})
+        try:
+            if not self.superseded:
+                self._begin(identity, still_same)
+                self._open_files()
+        except BaseException:
+            self._release()
+            raise
+
+    def _begin(self, identity: str, still_same: Callable[[Mapping[str, str]], bool]) -> None:
+        """Check that what an earlier run noted is of this store and checkpoint, and note what this one writes."""
+        layout = self.layout
+        subject = Subject(FORMAT_VERSION, layout.precisions, layout.dtype, layout.clip)
+        noted = self.journal.entries
+        if not noted or noted[0].subject is None:
+            self.read, self.checksums = {}, {}
+            self.journal.append([Entry(subject=subject), Entry(checkpoint=identity)])
+            return
+        before = [entry.checkpoint for entry in noted if entry.checkpoint is not None]
+        same = before[-1:] == [identity] or not self.read or still_same(self.read)
+        differs = [] if same else ["checkpoint"]
+        differs += [
+            name for name in subject.__struct_fields__ if getattr(subject, name) != getattr(noted[0].subject, name)
+        ]
+        if differs:
+            other = ", ".join(differs)
+            raise StoreError(
+                f"{self.partial}: begun with another {other}; delete that directory, or choose another name"
+            )
+        if before[-1:] != [identity]:
+            self.journal.append([Entry(checkpoint=identity)])
+
+    def _open_files(self) -> None:
+        for file in self.layout.files:
+            path = self.partial / file.name
+            if (self.read or self.checksums) and not (path.is_file() and path.stat().st_size == file.size):
+                raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
+            self._files[file.name] = UncachedFile(path, os.O_RDWR | os.O_CREAT)
+            os.ftruncate(self._files[file.name].fd, file.size)
+            self.write(file, file.header, 0)
+
+    def _release(self) -> None:
+        super()._release()
+        self.journal.close()
 
     def finish(
         self,
@@ -301,8 +323,7 @@ class StoreWriter:
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
     def _sync(self, entries: list[Entry]) -> None:
-        for file in self._files.values():
-            os.fdatasync(file.fd)
+        super()._sync(entries)
         self.journal.append(entries)
 
     def _space_needed(self) -> int:

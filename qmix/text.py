@@ -1,11 +1,30 @@
-"""Token ids to text as they come: whole characters only, and nothing that may be the start of a stop sequence."""
+"""Token ids to text as they come: whole characters only, and nothing that may be the start of a stop sequence.
+
+A token may be a part of a character: its bytes are in the vocabulary, and no decoder tells them.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+from qmix.errors import UsageError
 
 REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no whole character yet
 CONTEXT_TOKENS = 8  # of the prompt, so that a leading space is decoded as one
+
+
+def check_text(text: str, what: str = "the text") -> None:
+    """Raise UsageError where a text holds half of a surrogate pair, which bytes that are not UTF-8 become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what}: not UTF-8 text (character {error.start + 1})") from None
 
 
 class Detokenizer:
@@ -35,6 +54,71 @@ class Detokenizer:
             return ""
         self._from, self._shown = self._shown, len(self._ids)
         return now[len(before) :]
+
+
+class TokenBytes:
+    """Return the bytes that a token adds to a text: None for a special token, which is not in the text.
+
+    Reads two kinds of vocabulary. In that of sentencepiece, Mixtral's, "\u2581" is a space and `<0xE2>` one byte; in
+    that of byte-level BPE every character of a token stands for a byte.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        steps = _decoder_steps(json.loads(backend.to_str())["decoder"]) if backend is not None else None
+        kinds = None if steps is None else {step["type"] for step in steps}
+        self._byte_level = kinds is not None and "ByteLevel" in kinds
+        self._byte_tokens = kinds is None or "ByteFallback" in kinds
+        self._replaced = SENTENCEPIECE if steps is None else _replacements(steps)
+
+    def __call__(self, token: int) -> bytes | None:
+        if token in self._special:
+            return None
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # the model's head may have more rows than the vocabulary has tokens
+            return b""
+        if self._byte_level:
+            found = [BYTE_LEVEL.get(character) for character in piece]
+            return piece.encode() if None in found else bytes(byte for byte in found if byte is not None)
+        if self._byte_tokens and (match := BYTE_TOKEN.fullmatch(piece)):
+            return bytes([int(match[1], 16)])
+        for pattern, content in self._replaced.items():
+            piece = piece.replace(pattern, content)
+        return piece.encode()
+
+
+def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a decoder of the tokenizers library, sequences in sequences flattened."""
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for each in decoder["decoders"] for step in _decoder_steps(each)]
+    return [decoder]
+
+
+def _replacements(steps: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return what decoding puts in place of which characters of a token."""
+    found = {}
+    for step in steps:
+        if step["type"] == "Metaspace":
+            found[step["replacement"]] = " "
+        elif step["type"] == "Replace" and "String" in step["pattern"]:
+            found[step["pattern"]["String"]] = step["content"]
+    return found
+
+
+def _byte_level() -> dict[str, int]:
+    """Return GPT-2's alphabet: printable characters of Latin-1 stand for themselves, 256 and up for the other bytes."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SENTENCEPIECE = {"\u2581": " "}
 
 
 class StopScanner:

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from qmix.checkpoint.reader import TOKENIZERS, no_tokenizer
-from qmix.errors import QmixError, StoreError, UsageError
+from qmix.errors import QmixError, StoreError
 from qmix.files import read_bounded, read_json
+from qmix.text import check_text
 
 CONFIG = "tokenizer_config.json"
 JSON_FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
@@ -53,7 +54,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
                 tokenizer = _from_sentencepiece(vocabulary)
             tokenizer.decode(tokenizer(TRIAL)["input_ids"])
     except _Failure as failure:
-        raise StoreError(f"{_culprit(vocabulary)}: cannot be used as a tokenizer ({failure}); {REMEDY}") from None
+        raise StoreError(f"{_culprit(vocabulary)}: the tokenizer cannot be used ({failure}); {REMEDY}") from None
     return tokenizer
 
 
@@ -102,14 +103,6 @@ def tokenizing(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
             yield
     except _Failure as failure:
         raise StoreError(f"{tokenizer.name_or_path}: its tokenizer fails ({failure}); {REMEDY}") from None
-
-
-def check_text(text: str) -> None:
-    """Raise UsageError where a text holds half of a surrogate pair, which bytes that are not UTF-8 become."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"not UTF-8 text (character {error.start + 1}); give text in UTF-8") from None
 
 
 class _Config(msgspec.Struct):

@@ -6,8 +6,13 @@ import re
 
 from qmix.errors import UsageError
 
+LEAST_MEANT = 10**5  # bytes, bytes/s or FLOP/s: where a smaller number has no unit, it was left out
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+LONGEST = 40  # characters that are quoted of what was typed
+MOST = 2**62  # bytes: more than any machine addresses, and what an int64 holds
 
 
 def parse_bytes(text: str | int) -> int:
@@ -15,15 +20,25 @@ def parse_bytes(text: str | int) -> int:
     if type(text) is int:
         value = text
     elif not isinstance(text, str):
-        raise UsageError(f"{text!r} is not a size; give whole bytes, or a text like '12GiB'")
+        raise UsageError(f"{_quoted(text)} is not a size; give whole bytes, or a text like '12GiB'")
     else:
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
         if match is None:
-            raise UsageError(f"{text!r} is not a size; write it like 12GiB, 500MB or 20000000000")
+            raise UsageError(f"{_quoted(text)} is not a size; write it like 12GiB, 500MB or 20000000000")
         value = round(float(match[1]) * (_FACTORS | _BINARY)[(match[2] or "").lower()])
-    if value <= 0:
-        raise UsageError(f"{text!r} is not a size above zero")
+    if not 0 < value <= MOST:
+        raise UsageError(f"{_quoted(text)} is not a size above zero and below 4 EiB")
+    bare = str(text).strip()
+    if value < LEAST_MEANT and bare[-1].isdecimal():
+        meant = f"{bare}{'GiB' if value < 4096 else 'MiB'}"
+        raise UsageError(f"{_quoted(text)} is not a size: so few bytes cannot be meant; did you mean {meant}?")
     return value
+
+
+def _quoted(text: object) -> str:
+    """Return what was typed as a message shows it, cut short where it is long."""
+    shown = repr(text)
+    return shown if len(shown) <= LONGEST + 2 else f"{shown[:LONGEST]}…"
 
 
 def format_bytes(count: float) -> str:
@@ -37,18 +52,23 @@ def format_bytes(count: float) -> str:
 
 def parse_rate(text: str) -> float:
     """'25GB/s', '3.2 GB' or '900G' to bytes/s. Raises UsageError."""
+    bare = re.sub(r"\s*/\s*s\s*$", "", text).strip()
     try:
-        return float(parse_bytes(re.sub(r"\s*/\s*s\s*$", "", text)))
-    except UsageError:
-        raise UsageError(f"{text!r} is not a rate; write it like 25GB/s") from None
+        return float(parse_bytes(bare))
+    except UsageError as error:
+        meant = f"did you mean {bare}GB/s?" if "did you mean" in str(error) else "write it like 25GB/s"
+        raise UsageError(f"{_quoted(text)} is not a rate; {meant}") from None
 
 
 def parse_flops(text: str) -> float:
     """'80TFLOP/s', '800 GFLOPS' or '80T' to FLOP/s. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"{text!r} is not a rate of arithmetic; write it like 80TFLOP/s")
-    return float(match[1]) * _FACTORS[match[2].lower()]
+        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
+    rate = float(match[1]) * _FACTORS[match[2].lower()]
+    if rate < LEAST_MEANT and not match[2]:
+        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; did you mean {match[1]}TFLOP/s?")
+    return rate
 
 
 def format_flops(rate: float) -> str:

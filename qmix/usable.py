@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
 from qmix.errors import CheckpointError, StoreError
-from qmix.model import activation_of, empty_mixtral, generation_config, rotary_embedding
+from qmix.model import empty_mixtral, generation_config, rotary_embedding
 from qmix.tokenizer import load_tokenizer
 
 
@@ -28,7 +28,6 @@ def check_usable(checkpoint: Checkpoint, dtype: str) -> None:
         try:
             model = empty_mixtral(checkpoint.config, dtype, where=config)
             rotary_embedding(model.config, config)
-            activation_of(model.config, str(config))
             generation_config(directory, checkpoint.config)
             if any((directory / name).exists() for name in TOKENIZERS):
                 load_tokenizer(directory)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TINY_CONFIG = {
     "architectures": ["MixtralForCausalLM"],
@@ -158,6 +158,24 @@ def write_mistral(directory: Path, weights: dict[str, torch.Tensor], config: dic
                 {key: released[key] for key in mine},
                 directory / f"consolidated-{index + 1:05d}-of-{shards:05d}.safetensors",
             )
+    return directory
+
+
+def write_first_release(directory: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
+    """The same weights as 8x7B was first published: a layer's experts one below the other, w2 transposed."""
+    write_mistral(directory, weights, config)
+    released = load_file(directory / "consolidated.safetensors")
+    whole = {name.replace("feed_forward", "block_sparse_moe"): weight for name, weight in released.items()}
+    for layer in range(config["num_hidden_layers"]):
+        for matrix in ("w1", "w2", "w3"):
+            names = [
+                f"layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
+                for expert in range(config["num_local_experts"])
+            ]
+            each = [whole.pop(name) for name in names]
+            rows = [weight.T for weight in each] if matrix == "w2" else each
+            whole[f"layers.{layer}.block_sparse_moe.{matrix}"] = torch.cat(rows).contiguous()
+    save_file(whole, directory / "consolidated.safetensors")
     return directory
 
 

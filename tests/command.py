@@ -1,8 +1,8 @@
 """`qmix ARGUMENTS` as a user meets it: a process, its exit code, and what it left on its two streams.
 
 Starting Python with torch takes seconds, so one process imports everything once and forks for every command.
-A fork has streams, environment and working directory of its own; `real` starts a fresh Python, for what a fork
-cannot show: what the imports say, and how it all ends.
+A fork has streams, environment and working directory of its own, and shows no progress that only slow work has;
+`real` starts a fresh Python, for what a fork cannot show: what the imports say, and how it all ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "cli"]
-LIMIT_SECONDS = 120  # a command that hangs is killed, and fails its test by its status
+LIMIT_SECONDS = 600  # a command that hangs is killed, and fails its test by its status; a slow machine is waited for
 
 NO_NETWORK = """
 import os, socket
@@ -42,11 +42,15 @@ def get_kernel(name, *args, **options):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left behind; `status` is below zero where a signal ended it."""
+    """What a command left behind; `status` is below zero where a signal ended it.
+
+    `peak` is the most memory it had, in bytes, for a command that was run in a fork.
+    """
 
     status: int
     out: str
     err: str
+    peak: int = 0
 
     @property
     def lines(self) -> list[str]:
@@ -91,8 +95,8 @@ class Commands:
             "streams": [str(stream) for stream in streams],
         }
         self._server.stdin.write(json.dumps(request) + "\n")
-        status = int(self._server.stdout.readline())
-        return Finished(status, streams[1].read_text("utf-8"), streams[2].read_text("utf-8"))
+        status, peak = map(int, self._server.stdout.readline().split())
+        return Finished(status, streams[1].read_text("utf-8"), streams[2].read_text("utf-8"), peak)
 
 
 def real(*argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Finished:
@@ -153,9 +157,12 @@ def _serve() -> None:
     from transformers import MixtralForCausalLM  # noqa: F401
 
     import qmix.quantize
-    import qmix.runner
-    import qmix.terminal  # noqa: F401 -- imported for the forks
+    import qmix.runner  # noqa: F401 -- imported for the forks
+    from qmix import terminal, work_display
+    from qmix.commands import shared
 
+    never = float("inf")  # lines that a slow machine would show besides
+    shared.LOADING_PATIENCE = terminal.LINE_SECONDS = work_display.LINE_SECONDS = never
     for name in sys.argv[1:]:
         import_module(name)
     for line in sys.stdin:
@@ -167,7 +174,8 @@ def _serve() -> None:
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(end.code)  # Python's own end takes longer than most commands
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        _, status, used = os.wait4(child, 0)
+        print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024, flush=True)
 
 
 def _become(argv: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:

@@ -17,8 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from command import LIMIT_SECONDS
+
 POLL_SECONDS = 0.001
-LIMIT_SECONDS = 120
 
 
 class Batches:

@@ -1,4 +1,4 @@
-"""Runs of the quantiser in processes of their own that are killed (SIGKILL), by the clock or at a point.
+"""Runs of the quantiser in processes of their own that are killed (SIGKILL), by what they have noted or at a point.
 
 Importing torch takes seconds, so one process imports everything once and forks for every run. In a fork
 chunks are small and slow and the journal is flushed all the time, so that a tiny checkpoint has many moments
@@ -18,9 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from command import LIMIT_SECONDS
+from killed_batches import lines_of
+
 CHUNK_WEIGHTS = 2048
 CHUNK_SECONDS = 0.001
 FLUSH_SECONDS = 0.004
+POLL_SECONDS = 0.001
 
 
 class Runs:
@@ -38,10 +42,11 @@ class Runs:
     def close(self) -> None:
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(60)
+        self._server.wait(LIMIT_SECONDS)
 
     def __call__(self, checkpoint: Path, store: Path, precision: str, **kill: Any) -> int:
-        """The exit status, -9 if it was killed: `after` seconds, or `at` the `count`th call of something."""
+        """The exit status, -9 if it was killed: `after` seconds, counted from where its journal has so many `lines`, or
+        `at` the `count`th call of something."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         request = {"checkpoint": str(checkpoint), "store": str(store), "precision": precision, "kill": kill}
@@ -147,10 +152,21 @@ def _serve() -> None:
                 status = 0
             finally:
                 os._exit(status)
-        if "after" in request["kill"]:
-            time.sleep(request["kill"]["after"])
-            os.kill(child, signal.SIGKILL)
+        if "lines" in request["kill"]:
+            _kill_when_noted(child, Path(f"{request['store']}.partial") / "journal.jsonl", **request["kill"])
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _kill_when_noted(child: int, journal: Path, lines: int, after: float) -> None:
+    """Wait until a journal has so many lines, and `after` seconds; a run that ends by then is left alone."""
+    while lines_of(journal) < lines and _runs(child):
+        time.sleep(POLL_SECONDS)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)  # of one that has ended nothing is left to kill
+
+
+def _runs(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 if __name__ == "__main__":

@@ -129,8 +129,20 @@ UNPRINTABLE = [
     Wrong(
         "generate -m tiny",
         2,
-        "qmix: the prompt is 3002 tokens, too long for a context of 2048; shorten it, or give a larger --context",
+        "qmix: the prompt is 2202 tokens, too long for a context of 2048, the model's longest; shorten it",
+        b"word " * 1100 + b"x " * 1100,
+    ),
+    Wrong(
+        "generate -m tiny --context 1000",
+        2,
+        "qmix: the prompt is 15000 bytes, too long for a context of 1000; shorten it, or give a larger --context",
         b"word " * 3000,
+    ),
+    Wrong(
+        "generate -m tiny",
+        2,
+        "qmix: stdin: longer than 4194304 bytes, which no context holds; shorten it",
+        b"\0" * (2**22 + 1),
     ),
 ]
 

@@ -49,7 +49,10 @@ def test_every_bad_line_is_one_error_line_and_the_session_goes_on(qmix, tmp_path
         f"/read {tmp_path}/bytes": f"/read {tmp_path}/bytes: not UTF-8 text",
         f"/read {tmp_path}/empty": f"/read {tmp_path}/empty: is empty",
         '/read "': "no closing quotation",
-        "word " * 2100: "this turn is 2104 tokens, too long for a context of 2048; shorten it, or start with a larger",
+        "a b " * 1100: "this turn is 2204 tokens, too long for a context of 2048, the model's longest; shorten it",
+        "word " * 2100: "this turn is 10500 bytes, too long for a context of 2048, the model's longest; shorten it",
+        "word " * 20000: "stdin: a line is longer than 65536 bytes, which no context here holds; shorten it",
+        "/read /dev/zero": "/read /dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB",
     }
     done = qmix(*CHAT, "--quiet", stdin=typed(*cases, "", "  ", ASK))
     assert done.status == 1

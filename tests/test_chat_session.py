@@ -90,12 +90,15 @@ def changed(path, **fields) -> str:
 
 
 DAMAGED = (
-    (lambda path: path.write_text("{"), "not a saved chat (no valid JSON)"),
-    (lambda path: path.write_text("[]"), "not a chat that this qmix reads (schema None, not 'qmix-chat-1')"),
+    (lambda path: path.write_text("{"), "invalid JSON: "),
+    (lambda path: path.write_text("[]"), "expected object, got array; give a file that /save wrote"),
     (lambda path: changed(path, schema="qmix-chat-9"), "not a chat that this qmix reads (schema 'qmix-chat-9'"),
-    (lambda path: changed(path, turns=[{"user": "a"}]), "damaged or changed (no 'answer')"),
-    (lambda path: changed(path, turns=None), "damaged or changed ("),
-    (lambda path: changed(path, system=3), "damaged or changed (of another type than it must be)"),
+    (
+        lambda path: changed(path, turns=[{"user": "a"}]),
+        "turns[0]: object missing required field answer;",
+    ),
+    (lambda path: changed(path, turns=None), "turns: expected array, got null; give a file"),
+    (lambda path: changed(path, system=3), "system: expected str, got int; give a file"),
     (lambda path: changed(path, forgotten=2), "damaged or changed (more turns forgotten than there are)"),
     (lambda path: changed(path, settings={"temperature": "hot"}), "damaged or changed (the setting 'temperature')"),
     (lambda path: changed(path, settings={"temperature": 900.0}), "damaged or changed (--temperature 900.0: must"),

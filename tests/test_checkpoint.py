@@ -15,6 +15,7 @@ from checkpoints import (
     random_weights,
     reference_model,
     write_checkpoint,
+    write_first_release,
     write_fused,
     write_mistral,
 )
@@ -25,6 +26,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding,
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.source import LocalSource
+from qmix.errors import CheckpointError
+from qmix.prepare import open_source
 
 
 def write_pickles(directory: Path, weights: dict, config: dict, **files: Callable[[str], bool]) -> Path:
@@ -65,6 +68,14 @@ def mistral_pth(directory: Path, weights: dict, config: dict) -> Path:
     return directory
 
 
+def first_release_pth(directory: Path, weights: dict, config: dict) -> Path:
+    write_first_release(directory, weights, config)
+    released = directory / "consolidated.safetensors"
+    torch.save(load_file(released), directory / "consolidated.00.pth")
+    released.unlink()
+    return directory
+
+
 def shards_without_an_index(directory: Path, weights: dict, config: dict) -> Path:
     write_checkpoint(directory, weights, config, shards=3)
     (directory / "model.safetensors.index.json").unlink()
@@ -78,6 +89,8 @@ FORMATS = {
     "mistral": write_mistral,
     "mistral sharded": lambda *args: write_mistral(*args, shards=3),
     "mistral pth": mistral_pth,
+    "first release": write_first_release,
+    "first release pth": first_release_pth,
     "bin": single_bin,
     "bin sharded": sharded_bin,
     "old bin": parameters_in_the_old_format,
@@ -145,15 +158,85 @@ def test_weights_that_follow_from_the_config_are_skipped(tmp_path: Path) -> None
     config = TINY_CONFIG | {"tie_word_embeddings": True}
     weights = random_weights(config)
     plain = make_store(write_checkpoint(tmp_path / "plain", weights, config), tmp_path / "plain.q")
-    more = {
-        "lm_head.weight": torch.randn(96, 64),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-    }
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     extra = make_store(write_checkpoint(tmp_path / "extra", weights | more, config), tmp_path / "extra.q")
     assert payload(extra.directory) == payload(plain.directory)
     assert "lm_head.weight" not in extra.layout.dense.tensors
     model = make_model(extra)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("write", [write_checkpoint, write_mistral])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_head_that_is_there_is_used_whatever_the_flag_says(tmp_path: Path, write: Callable, own: bool) -> None:
+    """As in transformers 5, which ties no two tensors that differ; a copy of the embeddings gives the same numbers."""
+    tied, ids = TINY_CONFIG | {"tie_word_embeddings": True}, torch.arange(5, 29).view(2, 12)
+    weights = random_weights(TINY_CONFIG)
+    if not own:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    directory = write(tmp_path / "m", weights, tied)
+    if write is write_mistral:
+        params = json.loads((directory / "params.json").read_text()) | {"tied_embeddings": True}
+        (directory / "params.json").write_text(json.dumps(params))
+    store = make_store(directory, tmp_path / "q", "half")
+    assert store.config["tie_word_embeddings"] is False
+    assert not store.geometry.tie_embeddings
+    theirs = reference_model(write_checkpoint(tmp_path / "theirs", weights, tied))(ids).logits.detach()
+    assert (make_model(store)(ids).logits - theirs).abs().max() < 0.05 * theirs.std()
+
+
+def left_over_index(directory: Path, weights: dict, config: dict) -> Path:
+    """Of the 19 shards that there were before they were joined."""
+    write_checkpoint(directory, weights, config)
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00019.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def index_of_other_shards(directory: Path, weights: dict, config: dict) -> Path:
+    write_checkpoint(directory, weights, config, shards=2)
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00019.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def index_of_pickles_that_are_gone(directory: Path, weights: dict, config: dict) -> Path:
+    write_checkpoint(directory, weights, config)
+    index = {"weight_map": dict.fromkeys(weights, "pytorch_model-00001-of-00019.bin")}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize("write", [left_over_index, index_of_other_shards, index_of_pickles_that_are_gone])
+def test_an_index_of_shards_that_are_gone_is_left_aside(tmp_path: Path, write: Callable) -> None:
+    weights = random_weights(TINY_CONFIG)
+    opened = open_checkpoint(LocalSource(write(tmp_path / "m", weights, TINY_CONFIG)))
+    assert set(opened.weights) == set(weights)
+    assert opened.files == sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("refs", [True, False])
+def test_a_folder_of_the_hubs_cache_stands_for_its_snapshot(tmp_path: Path, refs: bool) -> None:
+    folder = tmp_path / "models--org--mix"
+    make_checkpoint(folder / "blobs-elsewhere")
+    snapshot = folder / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for path in (folder / "blobs-elsewhere").iterdir():
+        (snapshot / path.name).symlink_to(path)
+    if refs:
+        (folder / "snapshots" / "older").mkdir()
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0123abc")
+    assert open_checkpoint(open_source(folder)).source.name == str(snapshot)
+
+
+def test_of_several_snapshots_one_is_to_be_named(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "models--org--mix" / "snapshots" / name).mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=r"models--org--mix: a folder of the hub's cache .*name one of .*/snapshots"
+    ):
+        open_source(tmp_path / "models--org--mix")
 
 
 @pytest.mark.parametrize("shards", [1, 4])

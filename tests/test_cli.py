@@ -76,6 +76,7 @@ def test_help_names_every_command(qmix):
         "chat",
         "batch",
         "quantize",
+        "verify",
         "plan",
         "compare",
         "calibrate",
@@ -88,7 +89,7 @@ def test_help_names_every_command(qmix):
 def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use):
     done = first_use.finished
     title, size = "tiny, once", "29.8 MB"
-    progress = f"({PROGRESS.format(title, size)})+{DONE.format(title, size, size)}"
+    progress = f"({PROGRESS.format(title, size)})*{DONE.format(title, size, size)}"
     assert done.status == 0
     assert re.fullmatch(re.escape(NOTICE) + progress + STATISTICS, done.err), done.err
     assert done.out == result(qmix(*SEEDED, "--max-new-tokens", "24", "--json"))["text"] + "\n"
@@ -267,7 +268,7 @@ def test_quantizing_shows_plain_lines_and_again_it_is_already_there(qmix, tmp_pa
     model, store = make_checkpoint(tmp_path / "model", shards=2), tmp_path / "store"
     title, size = re.escape(str(model)), "469 kB"
     first = qmix("quantize", model, store, FORCE_COLOR="1")  # as many a log has it
-    progress = f"({PROGRESS.format(title, size)})?{DONE.format(title, size, size)}"
+    progress = f"({PROGRESS.format(title, size)})*{DONE.format(title, size, size)}"
     assert (first.status, first.out) == (0, "")
     assert re.fullmatch(f"{progress}{re.escape(str(store))}: 221 kB\n", first.err), first.err
     written = {path: path.stat().st_mtime_ns for path in store.iterdir()}

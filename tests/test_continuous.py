@@ -140,8 +140,9 @@ def test_draws_come_from_what_generate_draws_from(store):
         runner.model._get_logits_processor = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
         for options in OPTIONS:
             sampling = Sampling(max_new_tokens=1, **{"seed": 1} | options)
-            runner.complete("Click", sampling)
-            mine = TokenChooser(runner.model, sampling, 1)._processors
+            prompt = runner.tokenizer("Click")["input_ids"]
+            runner.complete(prompt, sampling)
+            mine = TokenChooser(runner.model, sampling, prompt)._processors
             theirs = seen[-2]
             described = [[(type(one).__name__, vars(one)) for one in each] for each in (mine, theirs)]
             assert str(described[0]) == str(described[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_what_parts_documents(tmp_path, content, expected):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file or directory; give a text file that can be read"),
+        (None, "No such file or directory; give a text file of at most 4 MiB"),
         (b"caf\xe9", "not UTF-8 text (byte 3); save it as UTF-8"),
         (b"", "holds no text; give a file that has some"),
         (b" \n---\n\n---\n", "holds no text; give a file that has some"),
@@ -128,6 +129,11 @@ def test_files_that_cannot_be_used(tmp_path, content, message):
 def test_a_directory_is_no_file(tmp_path):
     with pytest.raises(UsageError, match="Is a directory; give a text file"):
         from_file(tmp_path)
+
+
+def test_an_endless_file_is_refused_by_its_size():
+    with pytest.raises(UsageError, match="/dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB"):
+        from_file(Path("/dev/zero"))
 
 
 def test_alternating_takes_a_document_of_each_language_in_turn():

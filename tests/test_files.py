@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import CheckpointError, QmixError, UsageError
-from qmix.files import decode_json, read_bounded, read_json, read_state, write_whole, written_whole
+from qmix.files import (
+    LineFile,
+    decode_json,
+    read_bounded,
+    read_json,
+    read_state,
+    read_text,
+    write_whole,
+    written_whole,
+)
 
 
 class Moe(msgspec.Struct):
@@ -168,3 +179,40 @@ def test_writers_of_one_file_at_once_each_write_it_whole(tmp_path: Path) -> None
         seen.add(path.read_bytes())
     assert seen <= set(contents)
     assert [each.name for each in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("name", ["/dev/full", "/dev/null", "/dev/zero", "directory", "fifo"])
+def test_only_a_regular_file_takes_lines(tmp_path: Path, name: str) -> None:
+    """The others would be read without end, wait for somebody, or keep nothing."""
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    path = tmp_path / name
+    with pytest.raises(UsageError) as raised:
+        LineFile(path, "choose another")
+    assert str(raised.value) == f"{path}: not a regular file; choose another"
+
+
+def test_lines_are_bounded_where_they_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"one\n" + b"x" * 50 + b"\nthree\ncut")
+    with LineFile(path, "") as file:
+        assert list(file.lines(10)) == [b"one\n", b"x" * 11]
+        assert path.stat().st_size == 64  # nothing was dropped
+        assert list(file.lines(51)) == [b"one\n", b"x" * 50 + b"\n", b"three\n"]
+    assert path.read_bytes() == b"one\n" + b"x" * 50 + b"\nthree\n"
+
+
+def test_text_is_bounded_and_utf8_whatever_ends_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert read_text(path) == "one\ntwo\nthree\n"
+    path.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match=re.escape("--text: not UTF-8 text (byte 0); save it as UTF-8")):
+        read_text(path, "--text")
+    with pytest.raises(UsageError, match=r"^/dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB$"):
+        read_text(Path("/dev/zero"))
+
+
+def test_half_of_a_surrogate_pair_is_called_so() -> None:
+    with pytest.raises(UsageError, match="f: invalid JSON: half of a surrogate pair, which is no text"):
+        decode_json(b'{"x": "\\ud800"}', dict[str, Any], "f", UsageError)

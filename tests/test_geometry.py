@@ -127,35 +127,41 @@ def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
     assert Geometry.from_config(required | {"num_key_value_heads": None}).num_kv_heads == 32
 
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "vocab_size",
+    "max_position_embeddings",
+    "sliding_window",
+    "head_dim",
+)
+MAY_BE_NULL = ("num_key_value_heads", "sliding_window", "head_dim")
 BAD_CONFIGS = [
     ({"model_type": "llama"}, "model_type is 'llama'"),
     ({"model_type": None}, "model_type is None"),
+    ({"per_layer_config": {"0": {"num_experts_per_tok": 1}}}, "per_layer_config: qmix runs models only whose"),
+    *(({key: value}, f"{key} must be a whole number above zero, not {value!r}") for key in SIZES for value in (0, -1)),
     *(
-        ({key: value}, f"{key} must be a whole number above zero, not {value!r}")
-        for key in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_local_experts",
-            "num_experts_per_tok",
-            "vocab_size",
-            "max_position_embeddings",
-            "sliding_window",
-            "head_dim",
-        )
-        for value in (0, -1, 2.5, "64", True)
+        ({key: value}, f"{key}: expected int{' | null' * (key in MAY_BE_NULL)}, got {kind}")
+        for key in SIZES
+        for value, kind in ((2.5, "float"), ("64", "str"), (True, "bool"), ([1], "array"))
     ),
-    ({"num_hidden_layers": None}, "num_hidden_layers must be"),
-    ({"num_hidden_layers": [1]}, "num_hidden_layers must be"),
+    *(({key: None}, f"{key}: expected int, got null") for key in SIZES if key not in MAY_BE_NULL),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected float, got str"),
+    ({"rms_norm_eps": -1e-5}, "rms_norm_eps: expected float >= 0"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings: expected bool | null, got str"),
     ({"num_attention_heads": 4, "num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads"),
     ({"num_experts_per_tok": 9}, "9 experts a token, but only 4 a layer"),
     ({"head_dim": 15}, "head_dim 15 is odd"),
     ({"head_dim": None, "hidden_size": 60}, "head_dim 15 is odd"),
     ({"head_dim": None, "num_attention_heads": 0}, "num_attention_heads must be"),
-    ({"head_dim": None, "hidden_size": "64"}, "hidden_size must be a whole number above zero, not '64'"),
-    ({"head_dim": None, "num_attention_heads": "4"}, "num_attention_heads must be"),
+    ({"head_dim": None, "hidden_size": "64"}, "hidden_size: expected int, got str"),
+    ({"head_dim": None, "num_attention_heads": "4"}, "num_attention_heads: expected int, got str"),
 ]
 
 
@@ -171,17 +177,17 @@ def test_a_bad_config_is_named_by_file_and_key(changes: dict[str, Any], message:
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_local_experts", "vocab_size"])
 def test_a_missing_key_is_named(key: str) -> None:
     config = {name: value for name, value in TINY_CONFIG.items() if name != key}
-    with pytest.raises(CheckpointError, match=f"^here: the key '{key}' is missing"):
+    with pytest.raises(CheckpointError, match=f"^here: object missing required field {key}"):
         Geometry.from_config(config, "here")
 
 
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({key: value for key, value in PARAMS_8X22B.items() if key != "moe"}, "the key 'moe' is missing"),
-        ({key: value for key, value in PARAMS_8X22B.items() if key != "dim"}, "the key 'dim' is missing"),
-        (PARAMS_8X22B | {"moe": {"num_experts": 8}}, "the key 'num_experts_per_tok' is missing"),
-        (PARAMS_8X22B | {"moe": None}, "moe is not an object"),
+        ({key: value for key, value in PARAMS_8X22B.items() if key != "moe"}, "object missing required field moe"),
+        ({key: value for key, value in PARAMS_8X22B.items() if key != "dim"}, "object missing required field dim"),
+        (PARAMS_8X22B | {"moe": {"num_experts": 8}}, "moe: object missing required field num_experts_per_tok"),
+        (PARAMS_8X22B | {"moe": None}, "moe: expected object, got null"),
     ],
 )
 def test_bad_params_of_the_mistral_release_are_named(params: dict[str, Any], message: str) -> None:

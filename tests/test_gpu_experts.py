@@ -176,3 +176,24 @@ def test_cudnns_attention_is_off_for_a_model_on_a_gpu(tmp_path):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize("rates", [COPIES, COMPUTES], ids=["copies", "computes"])
+def test_gradients_go_through_experts_wherever_they_lie(tmp_path, rates):
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "nf4,*.1=int8,*.2=half,*.3=fp4")
+    found = []
+    for model in (make_model(store), spread_model(store, TWO, {0, 1}, rates)):
+        x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(4)).bfloat16().requires_grad_()
+        model(inputs_embeds=x).logits.float().square().mean().backward()
+        found.append(x.grad.float())
+    host, spread = found
+    assert (spread - host).norm() < 0.03 * host.norm()
+
+
+def test_what_is_held_counts_residents_and_the_loaders_memory_once(tmp_path):
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "half")
+    model = spread_model(store, ["gpu:0", "gpu:0"], {1, 3}, COPIES)
+    host = make_model(store, slots=2)
+    record = 2 * 3 * 64 * 128  # in half precision: no more on a GPU than in main memory
+    staged = 2 * store.layout.record(0, 0).nbytes
+    assert model.get_memory_footprint() - host.get_memory_footprint() == 2 * 2 * record + staged

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
+from command import LIMIT_SECONDS
 from hub_server import HubServer
 
 from qmix.store import open_store
@@ -23,7 +24,7 @@ def run_qmix(*arguments: str, home: Path, endpoint: str) -> subprocess.Completed
     }
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
 
 
 def stored_bytes(store: Path) -> dict[str, bytes]:

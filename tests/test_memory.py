@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
+from command import LIMIT_SECONDS
 from stores import make_store
 
 PROMPT = "To install a package on this system, open a terminal and type the name. " * 40
@@ -22,7 +23,7 @@ def store(tiny, tmp_path_factory):
 
 def qmix_json(*arguments: str, prefix: tuple[str, ...] = ()) -> dict:
     command = [*prefix, sys.executable, "-m", "cli", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -102,3 +103,82 @@ def test_a_run_completes_under_a_hard_limit_of_its_budget(store, cgroup_of):
     )
     assert ran["usage"]["completion_tokens"] == 30
     assert ran["cache"]["misses"] > 0
+
+
+LONG = b"To install a package, open it. " * 50_000  # 1.5 MB, which take 300 MB and more to tokenise at once
+
+
+@pytest.fixture
+def smallest(qmix, store) -> int:
+    """By what is kept of Python's own memory in the cache that the commands have: measuring it counts as theirs."""
+    return json.loads(qmix("plan", store.directory, "--ram", "4GiB", "--json").out)["smallest"]
+
+
+def refused(done, smallest: int, *told: str) -> None:
+    """Each in a line of its own, within the smallest budget that the model can have."""
+    assert [line for line in done.lines if "too long" in line or "longer than" in line or "larger than" in line] == [
+        f"qmix: {line}" for line in told
+    ]
+    assert 2e8 < done.peak < smallest
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LONG, "the prompt is 1550000 bytes, too long for a context of 2048, the model's longest; shorten it"),
+        (b"a" * 34_000, "the prompt is 34000 bytes, too long for a context of 2048, the model's longest; shorten it"),
+        (b"x" * 100_000_000, "stdin: longer than 4194304 bytes, which no context holds; shorten it"),
+    ],
+    ids=["1.5 MB", "34 kB of a letter", "100 MB"],
+)
+def test_a_prompt_of_any_length_is_refused_within_the_budget(qmix, store, smallest, text, told):
+    done = qmix("generate", "-m", store.directory, "--ram", str(smallest), stdin=text)
+    assert done.status == 2
+    refused(done, smallest, told)
+
+
+def test_a_chat_takes_turns_and_files_of_any_length_within_the_budget(qmix, store, smallest, tmp_path):
+    (tmp_path / "long").write_bytes(LONG)
+    turns = (f"/read {tmp_path}/long", "/read /dev/zero", "Hello")
+    stdin = LONG + b"\n" + b'"""' + LONG.replace(b". ", b"\n") + b'"""\n' + "\n".join(turns).encode()
+    done = qmix("chat", store.directory, "--ram", str(smallest), "--max-new-tokens", "5", stdin=stdin)
+    assert (done.status, len(done.out) > 5) == (1, True)
+    refused(
+        done,
+        smallest,
+        "stdin: a line is longer than 65536 bytes, which no context here holds; shorten it",
+        "stdin: a turn is longer than 65536 bytes, which no context here holds; shorten it",
+        "this turn is 1549999 bytes, too long for a context of 2048, the model's longest; shorten it",
+        "/read /dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB",
+    )
+
+
+def test_a_long_line_of_a_batch_takes_no_more_memory_than_a_short_one(qmix, store, tmp_path):
+    short, long = {"id": "short", "prompt": "Hello", "max_tokens": 2}, {"id": "long", "prompt": LONG.decode()}
+    peaks = []
+    for number, lines in enumerate(([short], [long, short, long | {"id": "again"}])):
+        source, output = tmp_path / f"in-{number}", tmp_path / f"out-{number}"
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = qmix("batch", source, "-o", output, "-m", store.directory, "--ram", "4GiB", "--json")
+        answers = {answer["custom_id"]: answer for answer in map(json.loads, output.read_text().splitlines())}
+        assert answers["short"]["error"] is None
+        peaks.append(json.loads(done.out)["peak_memory"])
+    assert "the prompt is 1550000 bytes, too long" in answers["long"]["error"]["message"]
+    assert peaks[1] < peaks[0] + 30e6
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"id": "a", "prompt": "' + b"x" * 100_000_000 + b'"}', "line 1: longer than 4194304 bytes"),
+        (b"".join(b'{"id": "%s%d", "prompt": "x"}\n' % (b"x" * 100_000, number) for number in range(500)),
+         "line 1: the id is 100001 bytes; give one of at most 512"),
+        (b'{"id": "a", "prompt": "x", "zzz": ' + b"[[]," * 1_000_000 + b"0" + b"]" * 1_000_000 + b"}", "line 1: "),
+    ],
+    ids=["a line of 100 MB", "ids of 100 kB", "4 MB of nested lists"],
+)  # fmt: skip
+def test_a_file_of_requests_is_looked_at_in_little_memory(qmix, store, smallest, tmp_path, content, told):
+    (tmp_path / "in").write_bytes(content)
+    done = qmix("batch", tmp_path / "in", "-o", tmp_path / "out", "-m", store.directory)
+    assert (done.status, told in done.err) == (2, True), done.err[:1000]
+    assert 2e8 < done.peak < smallest

@@ -149,7 +149,7 @@ def test_the_store_brings_the_models_own_small_files(tmp_path: Path, tiny: Path)
     assert store.config == TINY_CONFIG
     weights = {"dense.safetensors", "experts-00000.safetensors", "experts-00001.safetensors"}
     copied = {path.name for path in checkpoint.iterdir()} - {"model.safetensors"}
-    assert files_of(store.directory).keys() == weights | copied | {"qmix.json"}
+    assert files_of(store.directory).keys() == weights | copied | {"qmix.json", "source.json"}
     assert store.source_name == "m"
 
 

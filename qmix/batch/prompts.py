@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from qmix.batch.lines import Line
 from qmix.batch.runner import Request
+from qmix.chat_template import ChatTemplate, TemplateRefusal
 from qmix.choice import stream_seed
 from qmix.geometry import Geometry
+from qmix.prompt import PromptEncoder, PromptTooLong
 from qmix.sampling import Sampling
-from qmix.tokenizer import encode, tokenizing
-
-PROBE = "qmix-probe"  # a text that no template has of its own
+from qmix.tokenizer import encode
 
 
 class LineRefused(Exception):
@@ -23,14 +21,13 @@ class LineRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Makes requests of lines: `context` is what prompt and answer may take together, `options` are Sampling's fields
-    for lines that have none of their own, `seed` is the run's. Without `takes_system` a system text goes into the first
-    turn of the user."""
+    """Makes requests of lines: `encoder` has the tokenizer and what prompt and answer may take together, `options` are
+    Sampling's fields for lines that have none of their own, `seed` is the run's. Where the template has no place for a
+    system text it goes into the first turn of the user."""
 
-    tokenizer: PreTrainedTokenizerBase
-    takes_system: bool
+    encoder: PromptEncoder
+    template: ChatTemplate | None
     geometry: Geometry
-    context: int
     options: dict[str, Any]
     seed: int
 
@@ -39,10 +36,14 @@ class Asking:
 
         A line with a seed of its own draws by that alone, all others by the run's seed and their id.
         """
-        prompt = self._ids(line)
-        room = self.context - len(prompt)
-        if room < 1:
-            raise LineRefused(f"the prompt is {len(prompt)} tokens, too long for a context of {self.context}")
+        if line.refused is not None:
+            raise LineRefused(line.refused)
+        try:
+            prompt = self._ids(line)
+            self.encoder.check_count(len(prompt))
+        except PromptTooLong as error:
+            raise LineRefused(str(error)) from None
+        room = self.encoder.context - len(prompt)
         own = {"seed": stream_seed(self.seed, line.id)} | line.options
         sampling = Sampling(**(self.options | own))
         if sampling.max_new_tokens > room:
@@ -53,7 +54,7 @@ class Asking:
         if line.messages:
             ids = self._chat(line.messages)
         elif isinstance(line.prompt, str):
-            ids = encode(self.tokenizer, line.prompt) if line.prompt.strip() else []
+            ids = self.encoder.ids(line.prompt) if line.prompt.strip() else []
         else:
             ids = list(line.prompt)
         if not ids:
@@ -64,31 +65,17 @@ class Asking:
         return list(ids)
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if not self.tokenizer.chat_template:
+        if self.template is None:
             raise LineRefused("the model has no chat template: it continues text, so give a prompt")
         roles = [message["role"] for message in messages[:2]]
-        if not self.takes_system and roles == ["system", "user"]:
-            content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        if not self.template.takes_system and roles in (["system"], ["system", "user"]):
+            content = "\n\n".join(message["content"] for message in messages[:2])
             messages = [{"role": "user", "content": content}, *messages[2:]]
+        if len(messages) >= self.encoder.context:  # a template puts tokens around each
+            raise self.encoder.too_long(f"the prompt has {len(messages)} messages")
         try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # whatever a template raises, of jinja's or its own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LineRefused(f"the model's chat template does not take these messages ({reason[:200]})") from None
-
-
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model's template takes a system message and shows it: some raise, some leave it out."""
-    messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
-    try:
-        return PROBE in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # whatever a template raises; there may be none at all
-        return False
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """One token's text as it stands inside a text: a leading space is kept."""
-    with tokenizing(tokenizer):
-        before = tokenizer.decode([token, token], clean_up_tokenization_spaces=False)
-        first = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-    return before[len(first) :] if before.startswith(first) else first
+            text = self.template.text(messages, True)
+        except TemplateRefusal as error:
+            raise LineRefused(f"the model's chat template does not take these messages ({error})") from None
+        self.encoder.check(text)
+        return encode(self.encoder.tokenizer, text, add_special_tokens=False)

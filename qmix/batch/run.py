@@ -14,7 +14,7 @@ from qmix.batch.prompts import Asking, LineRefused
 from qmix.batch.runner import BatchRunner, Request
 from qmix.machine import peak_memory
 
-ENTRY_BYTES = 600  # what a line takes in memory: its place, its id, what it needs
+REFUSED_AT_ONCE = 1000  # lines that are written together
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,10 @@ class BatchRun:
 
     def refuse(self) -> None:
         """Write the lines that cannot be answered."""
-        if self.job.refused:
-            self.answers.append([self.forms.refused(name, reason) for name, reason in self.job.refused])
-            self._refused += len(self.job.refused)
+        for start in range(0, len(self.job.refused), REFUSED_AT_ONCE):
+            some = self.job.refused[start : start + REFUSED_AT_ONCE]
+            self.answers.append([self.forms.refused(name, reason) for name, reason in some])
+            self._refused += len(some)
 
     def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None]) -> Summary:
         """Answer everything; `on_pass` is told after each pass how far it is."""

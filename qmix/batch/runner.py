@@ -84,7 +84,7 @@ class _Growing:
         self.tokens.append(chosen)
         self.sequence.tokens.append(chosen.token)
         self.text.append(self.scanner.add(self.detokenizer.add(chosen.token)))
-        self.ended = self.scanner.stopped or chosen.token in self.chooser.ends
+        self.ended = self.scanner.stopped or chosen.token in self.chooser.decoding.ends
         return not self.ended and len(self.sequence.tokens) < self.sequence.limit
 
     def answer(self) -> Answer:
@@ -159,13 +159,9 @@ class BatchRunner:
         if not prompt or limit <= len(prompt):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
         sequence = Continuation(prompt, limit)
-        self._growing[sequence] = _Growing(
-            request,
-            sequence,
-            TokenChooser(self.model, request.sampling, len(prompt), request.logprobs),
-            Detokenizer(self._decode, prompt),
-            StopScanner(request.sampling.stop),
-        )
+        chooser = TokenChooser(self.model, request.sampling, prompt, request.logprobs)
+        scanner = StopScanner(chooser.decoding.stops)
+        self._growing[sequence] = _Growing(request, sequence, chooser, Detokenizer(self._decode, prompt), scanner)
         self.engine.scheduler.add(sequence)
 
     def _pass(self) -> list[Answer]:

@@ -8,21 +8,28 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qmix.batch.forms import Forms
+from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
-from qmix.batch.prompts import Asking, takes_system, token_text
-from qmix.batch.run import ENTRY_BYTES, BatchRun, Job, Summary
+from qmix.batch.prompts import Asking
+from qmix.batch.run import BatchRun, Job, Summary
 from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
+from qmix.chat_template import ChatTemplate
 from qmix.errors import UsageError
+from qmix.geometry import Geometry
+from qmix.layout import StoreLayout
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
+from qmix.prompt import PromptEncoder
 from qmix.store import WEIGHTS, Store
 from qmix.tokenizer import load_tokenizer
+from qmix.use import Use
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +82,60 @@ def begin(
 
     `options` are Sampling's fields but the seed. Raises UsageError, and DoesNotFitError.
     """
-    longest = store.geometry.max_position
-    if context is not None and not 1 <= context <= longest:
-        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
-    limit = context or default_context(store.geometry)
+    limit = _limit(store.geometry, context)
     subject = _subject(store, requests, options, limit, seed)
     chosen = {"seed": secrets.randbelow(2**31) if seed is None else seed, "created": int(time.time())}
     if isinstance(answers, FileAnswers):
         chosen = answers.begin(subject, chosen)
     tokenizer = load_tokenizer(store.directory)
-    takes = takes_system(tokenizer)
-    asking = Asking(tokenizer, takes, store.geometry, limit, dict(options), chosen["seed"])
+    asking = _asking(tokenizer, store.geometry, limit, options, chosen["seed"])
     job = Job.of(requests, asking, answers)
 
-    @cache
-    def text_of(token: int) -> str:
-        return token_text(tokenizer, token)
-
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
-    forms = Forms(identity, store.source_name, chosen["created"], text_of)
+    forms = Forms(identity, store.source_name, chosen["created"], told_by(tokenizer))
     run = BatchRun(requests, job, asking, forms, answers)
-    held = ENTRY_BYTES * len(requests.entries)
-    plan = plan_lines(store.layout, job.needs, ram, batch, held, store.use) if job.needs else None
-    return Session(store, requests, run, plan, chosen["seed"], bool(tokenizer.chat_template) and not takes)
+    plan = _plan(store.layout, requests, job, ram, batch, store.use)
+    folds_system = asking.template is not None and not asking.template.takes_system
+    return Session(store, requests, run, plan, chosen["seed"], folds_system)
+
+
+def check_budget(
+    layout: StoreLayout,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Requests,
+    answers: FileAnswers | StreamAnswers,
+    options: Mapping[str, Any],
+    context: int | None,
+    ram: int | None,
+    batch: int | None,
+) -> None:
+    """Look at every line before there is a store. Raises as `begin` does where the plan could not be made."""
+    limit = _limit(layout.geometry, context)
+    asking = _asking(tokenizer, layout.geometry, limit, options, seed=0)
+    _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None)
+
+
+def _asking(
+    tokenizer: PreTrainedTokenizerBase, geometry: Geometry, limit: int, options: Mapping[str, Any], seed: int
+) -> Asking:
+    template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    encoder = PromptEncoder(tokenizer, limit, geometry.max_position)
+    return Asking(encoder, template, geometry, dict(options), seed)
+
+
+def _limit(geometry: Geometry, context: int | None) -> int:
+    """Return the tokens that prompt and answer of a line may take together."""
+    longest = geometry.max_position
+    if context is not None and not 1 <= context <= longest:
+        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
+    return context or default_context(geometry)
+
+
+def _plan(
+    layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: Use | None
+) -> Plan | None:
+    """Return the plan for what is left, None where nothing is."""
+    return plan_lines(layout, job.needs, ram, batch, requests.held, use) if job.needs else None
 
 
 def _subject(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qmix.chat.format import Format, Said
 from qmix.errors import UsageError
 from qmix.generate import common_prefix
+from qmix.prompt import too_long
 
 LEAST_SHARE_FOR_AN_ANSWER = 4  # a quarter of the context, or what an answer may have if that is less
 
@@ -37,8 +38,8 @@ class Prompt:
 class Conversation:
     """Turns, oldest first; the first `forgotten` of them the model does not see any more."""
 
-    def __init__(self, form: Format, context: int, system: str = "") -> None:
-        self.form, self.context, self.system = form, context, system
+    def __init__(self, form: Format, context: int, system: str = "", longest_context: int = 0) -> None:
+        self.form, self.context, self.system, self._longest_context = form, context, system, longest_context
         self.turns: list[Turn] = []
         self.forgotten = 0
 
@@ -99,10 +100,7 @@ class Conversation:
             for prompt in candidates:
                 if len(prompt.ids) <= limit:
                     return prompt
-        raise UsageError(
-            f"this turn is {len(candidates[-1].ids)} tokens, too long for a context of {self.context}; "
-            "shorten it, or start with a larger --context"
-        )
+        raise too_long(f"this turn is {len(candidates[-1].ids)} tokens", self.context, self._longest_context)
 
 
 def ids_of(turns: Sequence[Turn]) -> list[int]:

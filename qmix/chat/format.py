@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qmix.chat_template import PROBE, ChatTemplate, TemplateRefusal
 from qmix.errors import StoreError
 from qmix.tokenizer import encode
-
-PROBE = "qmix-probe"  # a text that no template has of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +58,22 @@ class TemplateFormat:
     takes_roles = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer)
         try:
-            self._render([{"role": "user", "content": PROBE}], True)
-        except TemplateError as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise StoreError(f"{tokenizer.name_or_path}: its chat template cannot be used ({reason[:200]})") from None
-        self.takes_system = self._has_system_role()
-        self._closing = self._behind_an_answer()
+            self._template.text([{"role": "user", "content": PROBE}], True)
+            self._closing = self._behind_an_answer()
+        except TemplateRefusal as error:
+            raise StoreError(f"{error}; this chat template cannot be used, put the model's own there") from None
+        self.takes_system = self._template.takes_system
 
     def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:
-        return self._render(self._messages(system, said, user), True)
+        return self._template.ids(self._messages(system, said, user), True)
 
     def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
         messages = self._messages(system, said, user)
-        before, now = self._render(messages[:-1], False), self._render(messages, True)
-        asked = self._text(messages[:-2], True)  # what `ids` were rendered from, without the last answer
-        if now[: len(before)] != before or not self._text(messages[:-1], False).startswith(asked):
+        before, now = self._template.ids(messages[:-1], False), self._template.ids(messages, True)
+        asked = self._template.text(messages[:-2], True)  # what `ids` were rendered from, without the last answer
+        if now[: len(before)] != before or not self._template.text(messages[:-1], False).startswith(asked):
             return now
         return ids + _missing(ids, self._closing) + now[len(before) :]
 
@@ -91,25 +88,10 @@ class TemplateFormat:
             messages[0]["content"] = f"{system}\n\n{messages[0]['content']}"
         return messages
 
-    def _render(self, messages: list[dict[str, str]], asks: bool) -> list[int]:
-        options: dict[str, Any] = {"tokenize": True, "return_dict": False, "add_generation_prompt": asks}
-        return list(self._tokenizer.apply_chat_template(messages, **options))
-
-    def _text(self, messages: list[dict[str, str]], asks: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
-
-    def _has_system_role(self) -> bool:
-        """Whether a system message is taken, and appears: some templates raise, some leave it out."""
-        messages = [{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}]
-        try:
-            return PROBE in self._text(messages, True)
-        except TemplateError:
-            return False
-
     def _behind_an_answer(self) -> list[int]:
         """What the template puts behind an answer: the end that two conversations with different answers share."""
         one, other = (
-            self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], False)
+            self._template.ids([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], False)
             for answer in ("0", "1")
         )
         same = next((at for at, pair in enumerate(zip(one[::-1], other[::-1], strict=False)) if pair[0] != pair[1]), 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.chat import slash
+from qmix.chat.kept import KeptChat
 from qmix.chat.reader import Reader
 from qmix.chat.session import Answer, Session
 from qmix.errors import QmixError
@@ -31,30 +32,57 @@ class Screen:
 
 @dataclass
 class Chat:
-    """With `keeps_on`, an interrupt stops an answer and not the chat: somebody sits there."""
+    """With `keeps_on`, an interrupt stops an answer and not the chat: somebody sits there. `kept`, if there is one,
+    holds the chat's file."""
 
     session: Session
     reader: Reader
     screen: Screen
     keeps_on: bool
+    kept: KeptChat | None = None
     failed: bool = False
 
     def run(self) -> None:
         """Until the end of what is typed, or /exit; `failed` says then whether anything could not be done."""
-        while True:
+        goes_on = True
+        while goes_on:
             try:
-                if not self._turn(self.reader.read()):
-                    return
+                text = self.reader.read()
+                goes_on = self._attempt(text)
             except EOFError:
-                return
+                break
             except KeyboardInterrupt:
                 if not self.keeps_on:
                     raise
                 if not self.reader.left_something():
                     self.screen.say(HINT)
             except QmixError as error:
-                self.failed = True
-                self.screen.say(f"qmix: {' '.join(str(error).splitlines())}")
+                self._tell(str(error))
+        if self.kept is not None:
+            self.kept.end()
+
+    def _attempt(self, text: str) -> bool:
+        """Do what was typed, and keep what came of it; False where that is to leave. A failure ends nothing but the
+        turn, unless nobody can read the answers any more."""
+        try:
+            return self._turn(text)
+        except (QmixError, BrokenPipeError):
+            raise
+        except MemoryError:
+            self._tell("out of memory; this turn is not kept")
+        except Exception as error:
+            self._tell(f"{type(error).__name__}: {error}; this turn is not kept")
+        finally:
+            self._keep()
+        return True
+
+    def _keep(self) -> None:
+        if self.kept is not None:
+            self.kept.keep(self.session)
+
+    def _tell(self, message: str) -> None:
+        self.failed = True
+        self.screen.say(f"qmix: {' '.join(message.splitlines())}")
 
     def _turn(self, text: str) -> bool:
         """Do what was typed; False where that is to leave."""
@@ -75,9 +103,14 @@ class Chat:
             answer = self.session.ask(text, again)
             if answer.forgotten:
                 self.screen.say(_forgotten(answer.forgotten, self.session.conversation.context))
-            stopped = self._stream(answer)
-            kept = self.session.keep(answer)
-            self._sum_up(answer, stopped, kept)
+            try:
+                stopped = self._stream(answer)
+            except Exception:
+                self.session.drop(answer)
+                raise
+            said = self.session.keep(answer)
+            self._keep()
+            self._sum_up(answer, stopped, said)
 
     def _stream(self, answer: Answer) -> bool:
         """Show an answer as it comes; whether it was stopped."""
@@ -100,8 +133,8 @@ class Chat:
     def _interruptible(self) -> AbstractContextManager[None]:
         return _on_interrupt(_once) if self.keeps_on else nullcontext()
 
-    def _sum_up(self, answer: Answer, stopped: bool, kept: bool) -> None:
-        if not kept:
+    def _sum_up(self, answer: Answer, stopped: bool, said: bool) -> None:
+        if not said:
             self.screen.say("stopped before the first token; this turn is not kept")
         elif self.screen.sum_up is None:
             return

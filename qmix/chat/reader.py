@@ -12,13 +12,17 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 
 from qmix.chat.settings import NAMES
 from qmix.chat.slash import COMMANDS
 from qmix.errors import UsageError
+from qmix.text import check_text
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
+LEAST_LIMIT = 2**16  # bytes of a turn that are taken in any case: a command can be longer than a short context
+SKIPPED, PART = 2**30, 2**20  # bytes
 TAKE_FILES = ("/read", "/save", "/load")
 
 
@@ -45,9 +49,13 @@ def open_history(path: Path, notice: Callable[[str], None]) -> History:
 
 
 class TerminalReader:
-    """Enter ends a turn, Alt-Enter begins a new line in it; so does Enter after an opening `\"\"\"`."""
+    """Enter ends a turn, Alt-Enter begins a new line in it; so does Enter after an opening `\"\"\"`.
 
-    def __init__(self, history: History) -> None:
+    What is pasted beyond `limit` bytes is not kept.
+    """
+
+    def __init__(self, history: History, limit: int) -> None:
+        self._limit = max(limit, LEAST_LIMIT)
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             history=history,
@@ -55,43 +63,79 @@ class TerminalReader:
             complete_while_typing=False,
             multiline=True,
             prompt_continuation=CONTINUED,
-            key_bindings=_key_bindings(),
+            key_bindings=_key_bindings(self._limit),
         )
 
     def read(self) -> str:
-        return unquoted(self._session.prompt())
+        text = self._session.prompt()
+        check_text(text, "this turn")  # a terminal's bytes that are not UTF-8 come as halves of surrogate pairs
+        if len(text) > self._limit:
+            raise UsageError(f"this turn is longer than {self._limit} bytes, which no context here holds; shorten it")
+        return unquoted(text)
 
     def left_something(self) -> bool:
         return bool(self._session.default_buffer.text)
 
 
 class PlainReader:
-    """A line is a turn, and so are the lines between two `\"\"\"`. `before` is called ahead of each line."""
+    """A line is a turn, and so are the lines between two `\"\"\"`. `before` is called ahead of each line.
 
-    def __init__(self, stream: BinaryIO, before: Callable[[str], None]) -> None:
-        self._stream, self._before = stream, before
+    Turns of more than `limit` bytes are read over. So is the rest of such a line, to the end of the input if need be.
+    """
+
+    def __init__(self, stream: BinaryIO, before: Callable[[str], None], limit: int) -> None:
+        self._stream, self._before, self._limit = stream, before, max(limit, LEAST_LIMIT)
+        self._ended = False
 
     def read(self) -> str:
         text = self._line(PROMPT)
-        while is_open(text):
+        return unquoted(text + self._rest() if is_open(text) else text)
+
+    def _rest(self) -> str:
+        """The lines up to the closing quotes. Raises UsageError, behind them, for the first that cannot be used."""
+        text, room, failure = [""], self._limit, None
+        while QUOTES not in text[-1]:
             try:
-                text += "\n" + self._line(CONTINUED)
+                line = self._line(CONTINUED)
             except EOFError:
                 break
-        return unquoted(text)
+            except UsageError as error:
+                failure = failure or error
+                continue
+            room -= len(line) + 1
+            if room < 0:
+                failure, text = failure or self._too_long("a turn"), [""]
+            text.append(line)
+        if failure is not None:
+            raise failure
+        return "\n".join(text)
 
     def left_something(self) -> bool:
         return False
 
     def _line(self, prompt: str) -> str:
         self._before(prompt)
-        raw = self._stream.readline()
+        raw = b"" if self._ended else self._stream.readline(self._limit + 1)
         if not raw:
             raise EOFError
+        if len(raw) > self._limit:
+            self._skip(raw)
+            raise self._too_long("a line")
         try:
             return raw.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UsageError(f"stdin: a line is not UTF-8 text (byte {error.start})") from None
+
+    def _skip(self, raw: bytes) -> None:
+        """Read to the end of a line; what has none within SKIPPED bytes is taken as the end of the input."""
+        for _ in range(SKIPPED // PART):
+            if not raw or raw.endswith(b"\n"):
+                return
+            raw = self._stream.readline(PART)
+        self._ended = True
+
+    def _too_long(self, what: str) -> UsageError:
+        return UsageError(f"stdin: {what} is longer than {self._limit} bytes, which no context here holds; shorten it")
 
 
 class SlashCompleter(Completer):
@@ -127,8 +171,14 @@ def unquoted(text: str) -> str:
     return inner[len(QUOTES) :].partition(QUOTES)[0].strip("\n")
 
 
-def _key_bindings() -> KeyBindings:
+def _key_bindings(limit: int) -> KeyBindings:
     bindings = KeyBindings()
+
+    @bindings.add(Keys.BracketedPaste)
+    def _(event: KeyPressEvent) -> None:
+        buffer: Buffer = event.current_buffer
+        room = limit + 1 - len(buffer.text)  # one more than is taken, so that the turn is refused
+        buffer.insert_text(event.data[: max(0, room)].replace("\r\n", "\n").replace("\r", "\n"))
 
     @bindings.add("enter")
     def _(event: KeyPressEvent) -> None:

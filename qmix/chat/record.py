@@ -11,43 +11,76 @@ another takes the texts. `kept` and `opening` are as in `Turn`.
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
+from qmix.disk import disk_advice
 from qmix.errors import QmixError, SessionError
-from qmix.files import written_whole
+from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
 from qmix.sampling import Sampling
 
 SCHEMA = "qmix-chat-1"
 KV_SUFFIX = ".kv.safetensors"
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class SavedTurn(msgspec.Struct):
+    """A turn, as in `Turn` but for the system text."""
+
+    user: str
+    answer: str
+    kept: Count
+    opening: list[Count]
+    answer_ids: list[Count]
+
+
+class SavedModel(msgspec.Struct):
+    """The model that a session was saved with."""
+
+    name: str | None
+    parts: dict[str, str] = {}  # none of an earlier qmix
+
+
+class SavedSession(msgspec.Struct):
+    """The content of a file."""
+
+    schema: str
+    model: SavedModel
+    system: str
+    settings: dict[str, Any]
+    forgotten: Count
+    turns: list[SavedTurn]
+
+
 def save(session: Session, path: Path) -> None:
-    """Write the session; the file is replaced at once or not at all. Raises SessionError."""
+    """Write the session; the file is replaced at once or not at all, and private. Raises SessionError."""
     conversation = session.conversation
     rendered = all(turn.system == conversation.system for turn in conversation.turns)
     turns = conversation.turns if rendered else [_text_alone(turn) for turn in conversation.turns]
-    content = {
-        "schema": SCHEMA,
-        "model": {"name": session.runner.store.source_name, "parts": session.runner.store.parts},
-        "system": conversation.system,
-        "settings": saved_settings(session.settings),
-        "forgotten": conversation.forgotten,
-        "turns": [
-            {name: getattr(turn, name) for name in ("user", "answer", "kept", "opening", "answer_ids")}
-            for turn in turns
-        ],
-    }
+    content = SavedSession(
+        SCHEMA,
+        SavedModel(session.runner.store.source_name, session.runner.store.parts),
+        conversation.system,
+        saved_settings(session.settings),
+        conversation.forgotten,
+        [SavedTurn(turn.user, turn.answer, turn.kept, turn.opening, turn.answer_ids) for turn in turns],
+    )
     try:
         with written_whole(path) as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=1).encode() + b"\n")
-    except (OSError, UnicodeEncodeError) as error:
-        raise SessionError(f"{path}: cannot be written ({_reason(error)})") from None
+            os.fchmod(file.fileno(), 0o600)
+            file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
+        advice = disk_advice(error) if isinstance(error, OSError) else "change the text"
+        raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}, or give another name") from None
 
 
 def load(session: Session, path: Path) -> str | None:
@@ -55,31 +88,29 @@ def load(session: Session, path: Path) -> str | None:
 
     Raises SessionError, and leaves the session as it is, where the file is none of ours.
     """
-    content = _read(path)
+    saved = _read(path)
+    turns = [
+        Turn(turn.user, turn.answer, saved.system, turn.kept, turn.opening, turn.answer_ids) for turn in saved.turns
+    ]
+    same = saved.model.parts == session.runner.store.parts
     try:
-        turns = [_turn(entry, content["system"]) for entry in content["turns"]]
-        settings, forgotten = restored_settings(content["settings"]), content["forgotten"]
+        settings = restored_settings(saved.settings)
         Sampling(**settings)
-        model = dict(content["model"])
-        saved = dict(model.get("parts") or {})  # none of an earlier qmix
-        same = saved == session.runner.store.parts
-        if not isinstance(content["system"], str) or type(forgotten) is not int:
-            raise TypeError("of another type than it must be")
-        if not 0 <= forgotten <= len(turns):
+        if saved.forgotten > len(turns):
             raise ValueError("more turns forgotten than there are")
         if same:
             _check_ids(turns, session.runner.store.geometry.vocab_size)
-    except (KeyError, TypeError, ValueError, QmixError) as error:
+    except (ValueError, QmixError) as error:
         raise SessionError(f"{path}: damaged or changed ({_reason(error)})") from None
     conversation = session.conversation
-    conversation.system, conversation.forgotten = content["system"], forgotten
+    conversation.system, conversation.forgotten = saved.system, saved.forgotten
     conversation.turns = turns if same else [_text_alone(turn) for turn in turns]
     session.settings = settings
     if same:
         return None
-    now = session.runner.store.parts
-    others = [name for name in sorted({*saved, *now}) if saved.get(name) != now.get(name)]
-    what = f"{model.get('name')} with other {' and '.join(others)}"
+    now, was = session.runner.store.parts, saved.model.parts
+    others = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
+    what = f"{saved.model.name} with other {' and '.join(others)}"
     return f"{path}: saved with {what}; its texts are taken, all is read anew"
 
 
@@ -88,7 +119,8 @@ def save_cache(session: Session, path: Path) -> int:
     try:
         return session.runner.save_cache(kv_path(path))
     except OSError as error:
-        raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)})") from None
+        advice = f"{disk_advice(error)}, or give another name"
+        raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)}); {advice}") from None
 
 
 def load_cache(session: Session, path: Path) -> str | None:
@@ -111,26 +143,13 @@ def kv_path(path: Path) -> Path:
     return path.with_name(path.name + KV_SUFFIX)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise SessionError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise SessionError(f"{path}: not a saved chat (no valid JSON)") from None
-    schema = content.get("schema") if isinstance(content, dict) else None
+def _read(path: Path) -> SavedSession:
+    remedy = "give a file that /save wrote"
+    data = read_bounded(path, JSON_LIMIT, SessionError, remedy)
+    schema = decode_json(data, dict[str, Any], str(path), SessionError, remedy, unique=True).get("schema")
     if schema != SCHEMA:
-        raise SessionError(f"{path}: not a chat that this qmix reads (schema {schema!r}, not {SCHEMA!r})")
-    return dict(content)
-
-
-def _turn(entry: Any, system: str) -> Turn:
-    texts = [entry["user"], entry["answer"]]
-    ids = [*entry["opening"], *entry["answer_ids"], entry["kept"]]
-    if not all(isinstance(text, str) for text in texts) or not all(type(token) is int and token >= 0 for token in ids):
-        raise TypeError("a turn is not text and token ids")
-    user, answer = texts
-    return Turn(user, answer, system, entry["kept"], list(entry["opening"]), list(entry["answer_ids"]))
+        raise SessionError(f"{path}: not a chat that this qmix reads (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
+    return decode_json(data, SavedSession, str(path), SessionError, remedy)
 
 
 def _check_ids(turns: list[Turn], vocab_size: int) -> None:
@@ -146,4 +165,4 @@ def _text_alone(turn: Turn) -> Turn:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
+    return str(error)

@@ -56,13 +56,18 @@ class Session:
     def __init__(self, runner: Runner, settings: Mapping[str, Any], system: str = "") -> None:
         self.runner, self.settings = runner, dict(settings)
         form = format_of(runner.tokenizer)
-        self.conversation = Conversation(form, runner.plan.context, system)
+        self.conversation = Conversation(form, runner.plan.context, system, runner.encoder.longest_context)
         self.totals = Totals()
         self._drawn = 0  # answers, since the seed was set
 
     @property
     def form(self) -> Format:
         return self.conversation.form
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of the longest text that could fit the context."""
+        return self.runner.encoder.most_bytes
 
     def set(self, name: str, value: object) -> None:
         """Change a setting, or put it back with None. Raises UsageError where the value cannot be used."""
@@ -80,6 +85,8 @@ class Session:
         """
         if not text.strip():
             raise UsageError("the turn is empty; give some text")
+        self.runner.encoder.check(text, "this turn")
+        self.runner.encoder.check(self.conversation.system, "the system prompt")
         sampling, conversation, before = self._sampling(), self.conversation, self.conversation.state
         try:
             if again:
@@ -92,6 +99,10 @@ class Session:
         answer = Answer(prompt, prompt.forgotten - conversation.forgotten, before)
         answer.pieces = self._texts(pieces, answer)
         return answer
+
+    def drop(self, answer: Answer) -> None:
+        """Return to what was before an answer that failed."""
+        self.conversation.state = answer.before
 
     def keep(self, answer: Answer) -> bool:
         """Add an answer to the conversation, as far as it has come. False where it has no token: nothing was said."""

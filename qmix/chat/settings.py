@@ -33,11 +33,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if value == DEFAULT:
         return name, None
     if name == "stop":
-        return name, (value.encode().decode("unicode_escape") if value.isascii() else value,)
+        return name, (_unescaped(value),)
     try:
         return name, NUMBERS[name](value)
     except ValueError:
         raise UsageError(f"/set {name} {value}: give a number, or {DEFAULT}") from None
+
+
+def _unescaped(value: str) -> str:
+    if not value.isascii():
+        return value
+    try:
+        return value.encode().decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"/set stop {value}: {error.reason}; write \\\\ for a backslash") from None
 
 
 def saved_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

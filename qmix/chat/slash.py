@@ -12,6 +12,7 @@ from qmix.chat import record
 from qmix.chat.session import Session
 from qmix.chat.settings import parse_setting
 from qmix.errors import UsageError
+from qmix.files import read_text
 from qmix.machine import peak_memory
 from qmix.units import format_bytes
 
@@ -117,12 +118,7 @@ def _load(session: Session, rest: str) -> Outcome:
 def _read(session: Session, rest: str) -> Outcome:
     name, *question = _words("/read", rest)
     path = _path("/read", [name])
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"/read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"/read {path}: not UTF-8 text") from None
+    text = read_text(path, f"/read {path}")
     if not text.strip():
         raise UsageError(f"/read {path}: is empty")
     return Outcome(ask="\n\n".join([text.rstrip("\n"), *([" ".join(question)] if question else [])]))
@@ -172,7 +168,10 @@ def _words(command: str, rest: str) -> list[str]:
 def _path(command: str, words: list[str]) -> Path:
     if len(words) != 1 or not words[0]:
         raise UsageError(f"{command}: give one file; quote a name with spaces")
-    return Path(words[0]).expanduser()
+    try:
+        return Path(words[0]).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UsageError(f"{command} {words[0]}: {error}") from None
 
 
 COMMANDS = {

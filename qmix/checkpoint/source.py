@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from qmix.disk import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import read_state, write_whole
 from qmix.safetensors_header import MAX_HEADER, TensorInfo, check_header, check_no_pointer, read_header
@@ -27,9 +28,12 @@ Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """Files of one checkpoint; `name` is how messages call it."""
+    """Files of one checkpoint; `name` is how messages call it, `location` finds it again from anywhere."""
 
     name: str
+
+    @property
+    def location(self) -> str: ...
 
     def files(self) -> dict[str, int | None]:
         """File name to size in bytes, or None where it is not known."""
@@ -69,6 +73,10 @@ class LocalSource:
         """`known` is the directory where fingerprints are kept for checkpoints that were read."""
         self.directory, self.known = directory, known
         self.name = str(directory)
+
+    @property
+    def location(self) -> str:
+        return str(self.directory.absolute())
 
     def files(self) -> dict[str, int | None]:
         try:
@@ -128,7 +136,7 @@ def _identity(path: Path) -> str:
             start = file.read(8) if path.suffix == ".safetensors" else b""
             header = file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+        raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
     times = stat.st_mtime_ns, stat.st_ctime_ns  # the second cannot be set back
     return f"{stat.st_size} {times} {stat.st_ino} {hashlib.sha256(start + header).hexdigest()}"
 
@@ -140,6 +148,10 @@ class HubSource:
         self.repo = repo
         self.scratch = scratch
         self.name = f"{repo.repo}@{repo.revision}" if repo.revision else repo.repo
+
+    @property
+    def location(self) -> str:
+        return f"{self.repo.repo}@{self.repo.commit}"
 
     def files(self) -> dict[str, int | None]:
         return {file.name: file.size for file in self.repo.files}

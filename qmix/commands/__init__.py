@@ -10,7 +10,19 @@ from importlib import import_module
 
 import click
 
-COMMANDS = ("generate", "chat", "batch", "quantize", "plan", "compare", "calibrate", "eval", "bench", "doctor")
+COMMANDS = (
+    "generate",
+    "chat",
+    "batch",
+    "quantize",
+    "verify",
+    "plan",
+    "compare",
+    "calibrate",
+    "eval",
+    "bench",
+    "doctor",
+)
 
 
 class Commands(click.Group):

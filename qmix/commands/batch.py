@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from qmix.commands.shared import (
     clip_option,
     context_option,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     plan_option,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from qmix.layout import StoreLayout
 
 EXIT_SOME_REFUSED = 4
-MOST_PROBLEMS = 20  # told of a file; the rest is counted
 OUTPUT_HELP = "where answers go, a line each as it is finished; - is stdout"
 BATCH_HELP = "sequences continued together [by the plan, from --ram and the lines]"
 
@@ -98,8 +97,10 @@ def _answer(
     name = model_or_default(model)
     quiet_libraries()
     from qmix.batch.display import BatchDisplay, summary_line
-    from qmix.batch.session import begin
-    from qmix.prepare import plan_for, prepare_store, this_machine
+    from qmix.batch.session import begin, check_budget
+    from qmix.checkpoint import open_checkpoint
+    from qmix.commands.texts import tokenizer_of
+    from qmix.prepare import open_source, prepare_store
     from qmix.terminal import ProgressDisplay, say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
@@ -109,12 +110,18 @@ def _answer(
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
         if plan is not None and plan.plan_of(layout, fingerprint).devices:
             raise UsageError(f"{plan.path}: uses GPUs, and batches are computed by the CPU; make a plan without any")
-        plan_for(layout, ram, 1, machine=this_machine(ram, gpus=()))
+
+    def check_all(layout: StoreLayout) -> None:
+        check(layout)
+        tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
+        check_budget(layout, tokenizer, requests, answers, options, context, ram, loading["batch"])
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(name, precision, loading["dtype"], making, check, loading["clip"])
+        store = prepare_store(name, precision, loading["dtype"], making, check_all, loading["clip"])
     check(store.layout, store.fingerprint)
     session = begin(store, requests, answers, options, seed, context, ram, loading["batch"])
+    if session.plan is not None:
+        hold_to(session.plan.ram)
     for note in session.notes(name):
         say(note)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:
@@ -133,9 +140,7 @@ def _answer(
 def _input(path: Path, output: Path) -> Iterator[BinaryIO]:
     """The requests as a file that can be gone back in."""
     if str(path) == "-":
-        with tempfile.TemporaryFile() as copy:
-            if sys.stdin is not None:
-                shutil.copyfileobj(sys.stdin.buffer, copy)
+        with _copied(None if sys.stdin is None else sys.stdin.buffer) as copy:
             yield copy
         return
     try:
@@ -145,7 +150,22 @@ def _input(path: Path, output: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; give a file of requests, a JSON object a line") from None
     with file:
-        yield file
+        if path.is_file():
+            yield file
+        else:
+            with _copied(file) as copy:
+                yield copy
+
+
+@contextmanager
+def _copied(stream: BinaryIO | None) -> Iterator[BinaryIO]:
+    """The lines of what cannot be gone back in, in a file that nobody else sees."""
+    from qmix.batch.lines import copy_lines
+
+    with tempfile.TemporaryFile() as copy:
+        if stream is not None:
+            copy_lines(stream, copy)
+        yield copy
 
 
 def _checked(path: Path, file: BinaryIO) -> Any:
@@ -157,14 +177,14 @@ def _checked(path: Path, file: BinaryIO) -> Any:
         found = Requests(file)
     except OSError as error:
         raise QmixError(f"{where}: {error.strerror}") from None
-    for problem in found.problems[:MOST_PROBLEMS]:
+    if found.bad == 1:
+        raise UsageError(f"{where}: {found.problems[0]}; nothing was run")
+    for problem in found.problems:
         click.echo(f"{where}: {problem}", err=True)
-    if len(found.problems) > MOST_PROBLEMS:
-        click.echo(f"{where}: and {len(found.problems) - MOST_PROBLEMS} more", err=True)
-    if found.problems:
-        count = len(found.problems)
-        lines = "1 line" if count == 1 else f"{count} lines"
-        raise UsageError(f"{where}: {lines} cannot be used; nothing was run, correct {'it' if count == 1 else 'them'}")
+    if found.bad > len(found.problems):
+        click.echo(f"{where}: and {found.bad - len(found.problems)} more", err=True)
+    if found.bad:
+        raise UsageError(f"{where}: {found.bad} lines cannot be used; nothing was run, correct them")
     if not found.entries:
         raise UsageError(f"{where}: holds no requests; give a JSON object a line")
     return found

@@ -12,6 +12,7 @@ from qmix.commands.shared import (
     attention_option,
     clip_option,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     plan_option,
@@ -55,6 +56,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
         store, plan = prepare(name, tests, attention=attn, plan=given, on_progress=making, **options)
     say("measuring this machine's memory and cores")
     machine = probe_in_child()
+    hold_to(plan.ram)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
         runner = Runner(store, plan, attn, loading)
     with runner:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.shared import Size, dtype_option, quiet_libraries, ram_option
+from qmix.commands.shared import Size, dtype_option, hold_to, quiet_libraries, ram_option
 from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import DoesNotFitError, UsageError
 
@@ -68,7 +68,9 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     tokens = sum(len(passage.ids) for passage in passages)
     own = interpreter_memory(kernels=True) + memory_needed(checkpoint.geometry, tokens)
     needed = pass_memory(checkpoint, tokens, window, [half(checkpoint, dtype)], own)
-    check_memory(needed, options["ram"] or default_budget(), tokens)
+    ceiling = options["ram"] or default_budget()
+    check_memory(needed, ceiling, tokens)
+    hold_to(ceiling)
     with ProgressDisplay(f"calibrating {model}") as display:
         found = run(checkpoint, dtype, passages, budget, display)
     write_profile(profile, found.to_json())

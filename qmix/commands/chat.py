@@ -10,6 +10,9 @@ import click
 
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
 from qmix.errors import UsageError
+from qmix.files import read_text
+from qmix.machine import state_directory
+from qmix.text import check_text
 
 MAX_HELP = "of an answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
@@ -20,7 +23,7 @@ FILE = click.Path(path_type=Path)
 @click.option("-s", "--system", metavar="TEXT", help="a text that stands before the conversation")
 @click.option("--system-file", type=FILE, metavar="FILE", help="the same from a file")
 @click.option("--resume", type=FILE, metavar="FILE", help="go on with a session that /save wrote")
-@click.option("--no-history", is_flag=True, help="neither read nor keep what was typed in other sessions")
+@click.option("--no-history", is_flag=True, help="neither read nor keep what is typed, in this session or others")
 @click.option("-q", "--quiet", is_flag=True, help="no statistics behind the answers")
 @loading_options
 @click.option("--max-new-tokens", type=int, help=MAX_HELP)
@@ -48,6 +51,7 @@ def chat(
     Sampling(**settings)
     with loaded(name, attention, **loading) as runner:
         from qmix.chat import slash
+        from qmix.chat.kept import KeptChat, interrupted
         from qmix.chat.loop import Chat, Screen
         from qmix.chat.session import Session
         from qmix.terminal import ThinkingLine, say, statistics
@@ -59,8 +63,13 @@ def chat(
             session.settings |= settings
             session.conversation.system = session.conversation.system if text is None else text
         _introduce(session, name, quiet)
+        directory = state_directory() / "chats"
+        for line in () if no_history else interrupted(directory):
+            say(line)
+        kept = None if no_history else KeptChat(directory, say)
         screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics)
-        running = Chat(session, _reader(no_history), screen, keeps_on=_is_terminal(sys.stdin))
+        reader = _reader(no_history, session.most_bytes)
+        running = Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
         running.run()
     if running.failed and not running.keeps_on:
         raise click.exceptions.Exit(1)
@@ -70,13 +79,9 @@ def _system_text(text: str | None, path: Path | None) -> str | None:
     if text is not None and path is not None:
         raise UsageError("--system and --system-file: give one of them")
     if path is None:
+        check_text(text or "", "--system")
         return text
-    try:
-        return path.expanduser().read_text("utf-8").rstrip("\n")
-    except OSError as error:
-        raise UsageError(f"--system-file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--system-file {path}: not UTF-8 text") from None
+    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
@@ -94,20 +99,18 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
         say(f"{name}: /help says what can be typed, Ctrl-D leaves")
 
 
-def _reader(no_history: bool) -> Any:
+def _reader(no_history: bool, limit: int) -> Any:
     """prompt_toolkit's line where a terminal is on both sides, plain lines elsewhere."""
-    import platformdirs
-
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
     from qmix.terminal import say
 
     if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
-        path = Path(platformdirs.user_state_dir("qmix")) / "chat-history"
-        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say))
+        path = state_directory() / "chat-history"
+        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say), limit)
     if sys.stdin is None:
         raise UsageError("stdin is closed; there is nobody to talk with")
     asks = _is_terminal(sys.stdin)
-    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
+    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None, limit)
 
 
 def _shown(text: str) -> None:

@@ -13,6 +13,7 @@ from qmix.commands.shared import (
     PRECISION_HELP,
     Size,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     profile_option,
@@ -77,6 +78,7 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
     own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
     check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
+    hold_to(budget)
     with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
         found = run(layers, sequences)
         fingerprint = layers.fingerprint() if as_json else ""
@@ -103,6 +105,8 @@ def _specs(
     profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
     if profile is None or path is None:
         return {spec: spec for spec in precisions}
+    if AUTO not in precisions and not budgets:
+        raise UsageError(f"--profile: nothing is asked of it; give --precision {AUTO} or --budget, or leave it out")
     check_profile(profile, path, checkpoint.geometry, checkpoint.fingerprint)
     asked = checkpoint.geometry, dtype
     typed = {spec: profile.auto(None, *asked) if spec == AUTO else spec for spec in precisions}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qmix.commands.shared import out, quiet_libraries
+from qmix.commands.shared import out, quiet_libraries, refuse
 
 
 @click.command()
@@ -27,6 +27,8 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     processor's name: run it again after installing another torch or bitsandbytes.
     """
     if self_test:
+        others = {"directory": directory, "no_measure": no_measure, "as_json": as_json}
+        refuse(others, "is not for --self-test, which measures nothing")
         _self_test()
         return
     from qmix.doctor import examine

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from qmix.commands.shared import (
     LOADING_PATIENCE,
     clip_option,
     dtype_option,
+    hold_to,
     model_or_default,
     out,
     plan_option,
@@ -28,6 +30,7 @@ from qmix.errors import UsageError
 
 if TYPE_CHECKING:
     from qmix.evaluate.engine import Engine
+    from qmix.evaluate.model import Computes, QmixLM
     from qmix.layout import StoreLayout
     from qmix.plan.file import PlanFile
     from qmix.store import Store
@@ -81,11 +84,12 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import Engine
     from qmix.evaluate.results import Results, identity
-    from qmix.machine import own_memory
+    from qmix.machine import default_budget, own_memory
     from qmix.terminal import ProgressDisplay, print_table, say
 
     loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
     showing = partial(EvaluationDisplay, f"evaluating {name}")
+    hold_to(options["ram"] or default_budget())
     with Results(output, identity(store)) as results:
         engine = Engine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
         try:
@@ -100,8 +104,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
 
 
 def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
-    """The model's store, made once the budget is known to do for the least that there can be to do."""
-    from qmix.evaluate.sizing import plan_scoring
+    """The model's store, made once the budget is known to do for all that there is to do."""
     from qmix.prepare import prepare_store
     from qmix.terminal import ProgressDisplay
 
@@ -111,12 +114,30 @@ def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
             raise UsageError(f"--context {context}: must be 2 to {longest}, the model's longest")
         if plan is not None and plan.plan_of(layout, fingerprint).devices:
             raise UsageError(f"{plan.path}: uses GPUs, and this is computed by the CPU; make a plan without any")
-        plan_scoring(layout, 1, 1, options["ram"])
+
+    def check_all(layout: StoreLayout) -> None:
+        check(layout)
+        _check_budget(name, layout, options)
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(name, options["precision"], options["dtype"], making, check, options["clip"])
+        store = prepare_store(name, options["precision"], options["dtype"], making, check_all, options["clip"])
     check(store.layout, store.fingerprint)
     return store
+
+
+def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> None:
+    """Look at all requests with the checkpoint's tokenizer. Raises DoesNotFitError with a budget that does."""
+    from qmix.checkpoint import open_checkpoint
+    from qmix.commands.texts import tokenizer_of
+    from qmix.evaluate import engine  # noqa: F401 -- what it imports is none of what tasks and requests take
+    from qmix.evaluate.budget import Budget, Checked, Unmade
+    from qmix.machine import own_memory
+    from qmix.prepare import open_source
+
+    budget = Budget(layout, options["ram"], options["batch_tokens"], own_memory())
+    tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
+    with suppress(Checked):
+        _run(Unmade(budget), tokenizer, layout, options, lambda line: None)
 
 
 def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -125,26 +146,37 @@ def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[di
     The harness is imported here, after the engine has looked at what this process takes: it is a part of what is held
     beside the model.
     """
-    from qmix.evaluate import tasks
-    from qmix.evaluate.data import offline
-    from qmix.evaluate.model import QmixLM
-    from qmix.evaluate.run import report, run_tasks, write_report
     from qmix.terminal import say
     from qmix.tokenizer import load_tokenizer
 
-    tasks.mute()
-    data, shots, limit = options["data"], options["shots"], options["limit"]
-    names = _names(options["tasks"]) or (tasks.own_tasks(data) if data else []) or ["card"]
-    if "card" in names and shots is not None:
-        raise UsageError("--num-fewshot: the model card's tasks have theirs; leave it out, or name the tasks")
-    context = options["context"] or engine.store.geometry.max_position
-    lm = QmixLM(engine, load_tokenizer(engine.store.directory), context, say)
-    with offline() if data else nullcontext():
-        found = run_tasks(lm, tasks.load_tasks(names, data, shots), limit)
+    tokenizer = load_tokenizer(engine.store.directory)
+    lm, found, names = _run(engine, tokenizer, engine.store.layout, options, say)
+    from qmix.evaluate.run import report, write_report
+
+    shots, limit = options["shots"], options["limit"]
     if "card" in names and limit:
         say("with --limit the difference to the card is of other questions")
     content = report(lm, found, {"tasks": names, "limit": limit, "num_fewshot": shots})
     return content, write_report(output, content)
+
+
+def _run(
+    engine: Computes, tokenizer: Any, layout: StoreLayout, options: dict[str, Any], notify: Callable[[str], None]
+) -> tuple[QmixLM, dict[str, Any], list[str]]:
+    """The harness's model over an engine, what came out, and the names of the tasks."""
+    from qmix.evaluate import tasks
+    from qmix.evaluate.data import offline
+    from qmix.evaluate.model import QmixLM
+    from qmix.evaluate.run import run_tasks
+
+    tasks.mute()
+    data, shots = options["data"], options["shots"]
+    names = _names(options["tasks"]) or (tasks.own_tasks(data) if data else []) or ["card"]
+    if "card" in names and shots is not None:
+        raise UsageError("--num-fewshot: the model card's tasks have theirs; leave it out, or name the tasks")
+    lm = QmixLM(engine, tokenizer, options["context"] or layout.geometry.max_position, notify)
+    with offline() if data else nullcontext():
+        return lm, run_tasks(lm, tasks.load_tasks(names, data, shots), options["limit"]), names
 
 
 def _names(asked: str | None) -> list[str]:

@@ -12,6 +12,7 @@ import click
 
 from qmix.commands.shared import MODEL_HELP, draft_option, given, loaded, loading_options, out, sampling_options
 from qmix.errors import UsageError
+from qmix.files import TEXT_LIMIT
 
 
 @click.command()
@@ -53,7 +54,9 @@ def _read_prompt(prompt: str | None) -> str:
     elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise UsageError("no prompt: give one as an argument, or on stdin")
     else:
-        where, raw = "stdin", sys.stdin.buffer.read()
+        where, raw = "stdin", sys.stdin.buffer.read(TEXT_LIMIT + 1)
+    if len(raw) > TEXT_LIMIT:
+        raise UsageError(f"{where}: longer than {TEXT_LIMIT} bytes, which no context holds; shorten it")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

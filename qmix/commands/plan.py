@@ -23,6 +23,7 @@ from qmix.commands.shared import (
     quiet_libraries,
     ram_option,
     read_profile_option,
+    refuse,
 )
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import parse_bytes
@@ -41,6 +42,7 @@ RATES = {  # option: what it states, whether in FLOP/s, help
     "--gpu-memory": ("gpu_memory", False, "of a GPU's own memory, as 900GB/s"),
     "--gpu-matmul": ("gpu_matmul", True, "of a GPU in half precision, as 80TFLOP/s"),
 }
+OF_GPUS = ("pcie", "gpu_memory", "gpu_matmul")
 COMPARE_HELP = "a machine beside others, as 24GiB+24GiB,64GiB: its GPUs, then its RAM; may be given again"
 
 
@@ -74,13 +76,20 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     Exit code 3: it does not fit; then the nearest plan is shown that does.
     """
     plot = _plot_target(options["plot"])
+    if options["compare"]:
+        of_one = {name: options[name] for name in ("ram", "gpu", "verify")}
+        refuse(of_one, "is of one machine, and each --compare names its own")
     machine = _machine(options)
     machines = {text: _compared(text, machine) for text in options["compare"]}
+    if not any(each.gpus for each in machines.values() or [machine]):
+        refuse({name: options[name] for name in OF_GPUS}, "there is no GPU in this plan; give --gpu")
     name = model_or_default(model)
     subject, precision = _subject(name, options)
     how = {"batch": options["batch"], "attention": options["attn"], "precision": precision}
+    if options["disk"] is None and not subject.is_store:
+        _warn_of_disk(subject, machine)
     if machines:
-        _compare(subject, machines, options["context"], how, as_json)
+        _compare(subject, machines, options, how, as_json, plot)
         return
     planned, refusal = _planned(subject, machine, options, how)
     verified = _verified(planned) if options["verify"] else None
@@ -202,20 +211,42 @@ def _subject(name: str, options: dict[str, Any]) -> tuple[Subject, str | None]:
     return subject.calibrated(profile, precision), precision
 
 
+def _warn_of_disk(subject: Subject, machine: Machine) -> None:
+    """Say where the disk that was found has no room for the store; another one may be meant."""
+    from qmix.machine import cache_directory
+    from qmix.terminal import say
+    from qmix.units import format_bytes
+
+    free, needed = machine.disk, subject.layout.total_bytes
+    if free is not None and needed > free:
+        say(
+            f"the store takes {format_bytes(needed)}, {format_bytes(free)} are free at {cache_directory()}: free some "
+            f"space, or `qmix quantize {subject.name} STORE` with STORE on a larger disk"
+        )
+
+
 def _compare(
-    subject: Subject, machines: dict[str, Machine], context: int | None, how: dict[str, Any], as_json: bool
+    subject: Subject,
+    machines: dict[str, Machine],
+    options: dict[str, Any],
+    how: dict[str, Any],
+    as_json: bool,
+    plot: Path | None,
 ) -> None:
     """Machines side by side. Raises DoesNotFitError where none is large enough."""
-    from qmix.plan.planned import plan_on
+    from qmix.plan.planned import Planned, check_disk, plan_on
 
     found: dict[str, Planned | str] = {}
     refusals = []
     for name, machine in machines.items():
         try:
-            found[name] = plan_on(subject, machine, context, **how)
+            found[name] = planned = plan_on(subject, machine, options["context"], **how)
         except DoesNotFitError as error:
             refusals.append(error)
             found[name] = f"does not fit; from --ram {math.ceil(error.smallest / 2**20)}MiB on"
+        else:
+            if options["disk"] is not None:  # of every machine alike
+                check_disk(planned)
     if as_json:
         plans = {
             name: {"fits": False, "reason": each} if isinstance(each, str) else each.to_json()
@@ -229,6 +260,10 @@ def _compare(
         print_table(compare_table(subject.name, list(found), list(found.values())))
     if len(refusals) == len(machines):
         raise min(refusals, key=lambda error: error.smallest)
+    if plot is not None:
+        from qmix.plan.plot import draw_compared
+
+        draw_compared({name: each for name, each in found.items() if isinstance(each, Planned)}, plot)
 
 
 def _plot_target(path: Path | None) -> Path | None:

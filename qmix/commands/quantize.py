@@ -15,28 +15,64 @@ from qmix.commands.shared import (
     profile_option,
     quiet_libraries,
     read_profile_option,
+    refuse,
 )
 from qmix.errors import UsageError
 from qmix.units import format_bytes
 
+FROM_HELP = "where the checkpoint of a store alone is now [where it was]"
+
 
 @click.command()
 @click.argument("model")
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path(path_type=Path), required=False)
 @precision_option
 @clip_option
 @profile_option
 @budget_option
 @dtype_option
 @click.option("--evict", is_flag=True, help="hub only: delete each shard when it is used up")
-def quantize(
-    model: str, store: Path, precision: str | None, clip: bool, dtype: str | None, evict: bool, **options: Any
-) -> None:
+@click.option("--from", "source", metavar="MODEL", help=FROM_HELP)
+def quantize(model: str, store: Path | None, source: str | None, **options: Any) -> None:
     """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped.
+
+    Given a store alone, read all of it and make anew, from its checkpoint, what is damaged.
 
     With a --profile, experts are held as it has chosen, or as loses least within --budget, where no --precision is
     given; and the store carries it, so that runs know from the start which experts are used most.
     """
+    from qmix.store import is_store
+
+    if store is not None:
+        if source is not None:
+            raise UsageError("--from: is for a store alone, to be mended; leave it out")
+        _make(model, store, **options)
+    elif is_store(Path(model).expanduser()):
+        refuse(options, "a store alone is mended as it was made")
+        _mend(Path(model).expanduser(), source)
+    else:
+        raise UsageError(f"{model}: is no store; name a store to mend, or where the store of this checkpoint is to be")
+
+
+def _mend(store: Path, source: str | None) -> None:
+    from qmix.mend import mend
+    from qmix.terminal import ProgressDisplay, say
+
+    with ProgressDisplay(f"verifying {store}") as reading, ProgressDisplay(f"mending {store}") as mending:
+        done = mend(store, source, reading, mending)
+    for damage in done.found.damages:
+        say(str(damage))
+    if not done.found.damages:
+        say(f"{store}: all well, nothing to mend")
+    else:
+        from_where = f" from {done.source}" if done.source else ""
+        count = len(done.found.damages)
+        say(f"{store}: {'1 part' if count == 1 else f'{count} parts'} mended{from_where}")
+
+
+def _make(
+    model: str, store: Path, precision: str | None, clip: bool, dtype: str | None, evict: bool, **options: Any
+) -> None:
     quiet_libraries()
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource

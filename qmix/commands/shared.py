@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), o
 PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
 
 
-CLIP_HELP = "choose each 4-bit block's scale by its error"
+CLIP_HELP = "choose each 4-bit block's scale by its weights' squared error; docs/fidelity.md says what that gains"
 
 
 class Size(click.ParamType[int]):
@@ -124,6 +125,18 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value != () and value is not False}
 
 
+def refuse(options: dict[str, Any], why: str) -> None:
+    """Raise UsageError where any of these options was given: another one makes them meaningless, as `why` says."""
+    context = click.get_current_context()
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    typed = (None, click.core.ParameterSource.DEFAULT)
+    for name in options:
+        if context.get_parameter_source(name) not in typed:
+            raise UsageError(
+                f"{names[name]}: {why}, or leave it out" if "; " in why else f"{names[name]}: {why}; leave it out"
+            )
+
+
 def model_or_default(model: str | None) -> str:
     if model is not None:
         return model
@@ -141,7 +154,32 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
 
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
-        return load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+        runner = load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+    hold_to(runner.plan.ram)
+    return runner
+
+
+def hold_to(budget: int) -> None:
+    """Have the command say on stderr, however it ends, that its process took more memory than `budget` bytes."""
+    click.get_current_context().call_on_close(partial(_say_overrun, budget))
+
+
+def _say_overrun(budget: int) -> None:
+    """Say what the peak was where it is above the budget; the next command then measures Python's own memory again."""
+    from qmix.machine import forget_interpreter_memory, peak_memory
+    from qmix.units import format_bytes
+
+    peak = peak_memory()
+    if peak <= budget:
+        return
+    forget_interpreter_memory()
+    less = (2 * budget - peak) // 2**20
+    otherwise = f"; if it is above again, give --ram {less}MiB" if less > 0 else ""
+    click.echo(
+        f"peak memory {format_bytes(peak)} is above the budget of {format_bytes(budget)}: run the command again, "
+        f"it measures what Python itself takes anew{otherwise}",
+        err=True,
+    )
 
 
 def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,17 +43,30 @@ def window_of(geometry: Geometry, asked: int | None) -> int:
 
 
 def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, tokens: int | None) -> list[Passage]:
-    """Windows of the files' documents, or of the bundled ones, whose first few are of every language."""
+    """Windows of the files' documents, or of the bundled ones, whose first few are of every language.
+
+    Files are read one after another, and tokenised only as far as `tokens` go.
+    """
     from calibration.corpus import Passage, alternating, bundled, from_file, windows
-    from qmix.tokenizer import encode
+    from qmix.prompt import encoded_pieces
 
-    documents = [document for path in paths for document in from_file(path)] or alternating(bundled())
-    tokenizer = _tokenizer(checkpoint)
-    whole = [Passage(document.language, encode(tokenizer, document.text)) for document in documents]
-    return windows(whole, window, tokens)
+    tokenizer, left = tokenizer_of(checkpoint), math.inf if tokens is None else tokens
+    found: list[Passage] = []
+    for document in (document for path in paths for document in from_file(path)) if paths else alternating(bundled()):
+        ids: list[int] = []
+        for piece in encoded_pieces(tokenizer, document.text):
+            ids += piece
+            if len(ids) >= left + window:
+                break
+        found.append(Passage(document.language, ids))
+        left -= len(ids) - (len(ids) % window == 1)  # which is no window
+        if left <= 0:
+            break
+    return windows(found, window, tokens)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint. Raises CheckpointError where it has none."""
     from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
     from qmix.tokenizer import load_tokenizer
 

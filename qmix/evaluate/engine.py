@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,40 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmix.batch.runner import BatchRunner, Request
-from qmix.batch.sizing import plan_lines
-from qmix.evaluate.passes import TOKEN_BYTES, Query, make_pass, spans
+from qmix.evaluate.budget import Budget
+from qmix.evaluate.passes import Query, make_pass, spans
+from qmix.evaluate.prompt import Prompt
 from qmix.evaluate.results import Results
 from qmix.evaluate.scoring import Score, Scorer
-from qmix.evaluate.sizing import plan_scoring
-from qmix.machine import own_memory, peak_memory
+from qmix.geometry import Geometry
+from qmix.machine import peak_memory
 from qmix.pool import ExpertPool
 from qmix.progress import OnProgress, ignore
-from qmix.sampling import Sampling
 from qmix.store import Store
-
-ALL = 2**62  # rows: a pass of everything
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Token ids to be continued, up to `most` new ones, or to one of `stop`.
-
-    `drawn` are Sampling's fields of draws, in a fixed order, with the seed; empty is greedy.
-    """
-
-    tokens: tuple[int, ...]
-    most: int
-    stop: tuple[str, ...]
-    drawn: tuple[tuple[str, float], ...] = ()
-
-    @property
-    def sampling(self) -> Sampling:
-        draws: dict[str, Any] = dict(self.drawn) or {"temperature": 0.0, "seed": 0}
-        return Sampling(max_new_tokens=self.most, stop=self.stop, **draws)
-
-    def part(self) -> bytes:
-        """Of the key of its result."""
-        return json.dumps([self.tokens, self.most, self.stop, self.drawn]).encode()
 
 
 @dataclass(slots=True)
@@ -88,11 +63,33 @@ class Engine:
     loading: Callable[[], AbstractContextManager[OnProgress]] = lambda: nullcontext(ignore)
     showing: Callable[[], AbstractContextManager[OnWork]] = lambda: nullcontext(lambda work: None)
     work: Work = field(default_factory=Work)
-    _beside: int | None = None
+    budget: Budget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.budget = Budget(self.store.layout, self.ram, self.batch_tokens, self.base)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.store.geometry
+
+    def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None:
+        """Look at all that will be asked for, before the first of it is computed.
+
+        Raises DoesNotFitError with a budget that does for all of it.
+        """
+        scores = [query for query in queries if self.results.get(self._score_key(query)) is None]
+        texts = [prompt for prompt in prompts if self.results.get(self._prompt_key(prompt)) is None]
+        self.budget.check(scores, texts)
+
+    def _score_key(self, query: Query) -> bytes:
+        return self.results.key(b"score", query.inputs, query.targets)
+
+    def _prompt_key(self, prompt: Prompt) -> bytes:
+        return self.results.key(b"generate", prompt.part())
 
     def score(self, queries: Sequence[Query]) -> list[Score]:
         """The score of each query."""
-        keys = [self.results.key(b"score", query.inputs, query.targets) for query in queries]
+        keys = [self._score_key(query) for query in queries]
         missing = self._missing(dict(zip(keys, queries, strict=True)))
         if missing:
             self._score(missing)
@@ -100,7 +97,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The token ids that continue each prompt."""
-        keys = [self.results.key(b"generate", prompt.part()) for prompt in prompts]
+        keys = [self._prompt_key(prompt) for prompt in prompts]
         missing = self._missing(dict(zip(keys, prompts, strict=True)))
         if missing:
             self._generate(missing)
@@ -113,18 +110,10 @@ class Engine:
         self.work.done += len(wanted) - len(missing)
         return missing
 
-    def _held(self) -> int:
-        """Bytes beside the model. Looked at once, before the model's first use: what that warms up plans know of."""
-        if self._beside is None:
-            self._beside = max(0, own_memory() - self.base)
-        return self._beside
-
     def _score(self, missing: dict[bytes, Query]) -> None:
         pairs = sorted((query, key) for key, query in missing.items())
         queries, keys = [query for query, _ in pairs], [key for _, key in pairs]
-        longest = max(len(query.inputs) for query in queries) // TOKEN_BYTES
-        together = sum(span.rows for span in spans(queries, ALL))
-        plan = plan_scoring(self.store.layout, longest, together, self.ram, self._held(), self.batch_tokens)
+        plan = self.budget.scoring_plan(queries)
         parts = spans(queries, plan.tokens)
         self.work.tokens_left = sum(part.rows for part in parts)
         with self.loading() as on_load:
@@ -138,8 +127,8 @@ class Engine:
                 clock.finished(len(scores))
 
     def _generate(self, missing: dict[bytes, Prompt]) -> None:
-        needs = {key: len(prompt.tokens) + prompt.most for key, prompt in missing.items()}
-        plan = plan_lines(self.store.layout, list(needs.values()), self.ram, None, self._held())
+        needs = {key: prompt.needs for key, prompt in missing.items()}
+        plan = self.budget.lines_plan(list(missing.values()))
         requests = (Request(key.hex(), prompt.tokens, prompt.sampling) for key, prompt in missing.items())
         self.work.tokens_left = sum(needs.values())
         with self.loading() as on_load:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -20,14 +21,29 @@ from transformers import PreTrainedTokenizerBase
 
 from qmix.choice import stream_seed
 from qmix.errors import QmixError, UsageError
-from qmix.evaluate.engine import Engine, Prompt
 from qmix.evaluate.passes import Query
+from qmix.evaluate.prompt import Prompt
+from qmix.prompt import longest_token
 from qmix.tokenizer import encode, tokenizing
+
+if TYPE_CHECKING:
+    from qmix.evaluate.scoring import Score
 
 MOST_NEW_TOKENS = 256  # of an answer where its task does not say: the harness's default
 DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # that Sampling has by the same names
+MARGIN = 64  # tokens of a context beyond those that are seen, which its cut may change
 SEED = 1234  # of draws, with a request's own text and the number of its repetition
+SCORED = ("loglikelihood", "loglikelihood_rolling")  # requests, as the harness calls them
+CONTINUED = "generate_until"
 Pair = tuple[Any, list[int], list[int]]  # what the harness knows it by, context, continuation
+
+
+class Computes(Protocol):
+    """What scores queries and continues prompts, and is told of all of them before the first."""
+
+    def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None: ...
+    def score(self, queries: Sequence[Query]) -> list[Score]: ...
+    def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]: ...
 
 
 class QmixLM(TemplateLM):
@@ -35,7 +51,7 @@ class QmixLM(TemplateLM):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Computes,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         notify: Callable[[str], None],
@@ -43,8 +59,10 @@ class QmixLM(TemplateLM):
         super().__init__()
         self.engine, self.tokenizer, self.max_length, self.notify = engine, tokenizer, max_length, notify
         self._prefix: str = tokenizer.decode(self.prefix_token_id)
+        self._most = (max_length + MARGIN) * longest_token(tokenizer)
         self._encode = lru_cache(maxsize=8)(self._tokenize)  # the choices of a question have one context
         self._cut = 0
+        self.coming: Callable[[], Iterable[Instance]] | None = None  # all requests of all kinds, while none was asked
 
     @property
     def eot_token_id(self) -> int:
@@ -68,13 +86,29 @@ class QmixLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For (context, continuation): the continuation's log-probability in nats, and whether it is the greedy one."""
+        self._check_all()
         return self._loglikelihood_tokens(self._pairs(requests))
+
+    def _check_all(self) -> None:
+        """Let the engine look at everything before it begins: a budget is refused at once, and for all of it."""
+        if self.coming is None:
+            return
+        asked, self.coming = list(self.coming()), None
+        by_kind = {kind: [each for each in asked if each.request_type == kind] for kind in (*SCORED, CONTINUED)}
+        pairs = chain(self._pairs(by_kind[SCORED[0]]), self._windows(by_kind[SCORED[1]])[0])
+        queries = [self._query(context, continuation) for _, context, continuation in pairs]
+        drawn: Counter[str] = Counter()
+        prompts = [self._prompt(each.args[0], each.args[1], drawn)[0] for each in by_kind[CONTINUED]]
+        self._cut = 0
+        self.engine.check(queries, prompts)
 
     def _pairs(self, requests: Iterable[Instance]) -> Iterator[Pair]:
         """One after another: as lists, the ids of a large task would take gigabytes."""
         for request in requests:
             context, continuation = request.args
-            if context:
+            if len(continuation) > self._most:
+                raise self._too_long(f"more than {self._most} characters")
+            if context := self._end(context):
                 yield request.args, *self._encode_pair(context, continuation)
                 continue
             ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -92,16 +126,30 @@ class QmixLM(TemplateLM):
         if not context or not continuation:
             raise QmixError("a task asks for a continuation without a token; correct its choices, or leave it out")
         if len(continuation) > self.max_length:
-            raise UsageError(
-                f"a task's continuation has {len(continuation)} tokens, a context of {self.max_length} is too short "
-                "for it; give a larger --context, or leave the task out"
-            )
+            raise self._too_long(f"{len(continuation)} tokens")
         whole = context + continuation
         self._cut += len(whole) > self.max_length + 1
         return Query.of(whole[-(self.max_length + 1) :][:-1], continuation)
 
+    def _too_long(self, size: str) -> UsageError:
+        return UsageError(
+            f"a task's continuation has {size}, a context of {self.max_length} is too short for it; "
+            "give a larger --context, or leave the task out"
+        )
+
+    def _end(self, text: str) -> str:
+        """The end of a context, as much as may be seen: to tokenise the rest takes memory for nothing."""
+        return text[-self._most :]
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-probability in nats of each whole text, in windows of `max_length` that do not overlap."""
+        self._check_all()
+        pairs, ends = self._windows(requests)
+        scores = [logprob for logprob, _ in self._loglikelihood_tokens(pairs)]
+        return [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _windows(self, requests: Iterable[Instance]) -> tuple[list[Pair], list[int]]:
+        """The windows of all texts, and for each text where its windows end among them."""
         pairs: list[Pair] = []
         ends = []
         for request in requests:
@@ -113,11 +161,11 @@ class QmixLM(TemplateLM):
             )
             pairs += [(None, *make_disjoint_window(window)) for window in windows]
             ends.append(len(pairs))
-        scores = [logprob for logprob, _ in self._loglikelihood_tokens(pairs)]
-        return [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        return pairs, ends
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """For (context, options): what the model goes on with, up to the first stop sequence."""
+        self._check_all()
         drawn: Counter[str] = Counter()
         asked = [self._prompt(request.args[0], request.args[1], drawn) for request in requests]
         self._tell_of_cuts(len(asked))
@@ -141,7 +189,7 @@ class QmixLM(TemplateLM):
                 f"a task generates up to {most} tokens, a context of {self.max_length} leaves no room for its prompts; "
                 "give a larger --context, or leave the task out"
             )
-        ids = self.tok_encode(context)
+        ids = self.tok_encode(self._end(context))
         self._cut += len(ids) > room
         draws: tuple[tuple[str, float], ...] = ()
         if samples:

@@ -17,8 +17,10 @@ from lm_eval.evaluator import evaluate
 
 from qmix import __version__
 from qmix.bench import precision_of
+from qmix.disk import disk_advice
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
+from qmix.evaluate.engine import Engine
 from qmix.evaluate.model import QmixLM
 from qmix.files import write_whole
 
@@ -29,7 +31,11 @@ SEEDS = (0, 1234)  # of random and numpy, for tasks that draw: the harness's own
 
 
 def run_tasks(lm: QmixLM, loaded: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """The harness's results of loaded tasks, on the first `limit` questions of each."""
+    """The harness's results of loaded tasks, on the first `limit` questions of each.
+
+    Raises DoesNotFitError, before anything is computed, with a budget that does for all of them.
+    """
+    lm.coming = lambda: [request for task in loaded["tasks"].values() for request in task.instances]
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
     with contextlib.redirect_stdout(io.StringIO()):  # it tells of its resampling there
@@ -39,6 +45,7 @@ def run_tasks(lm: QmixLM, loaded: dict[str, Any], limit: int | None) -> dict[str
 
 def report(lm: QmixLM, found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The results as qmix writes them; `settings` are the command's, with the tasks by name."""
+    assert isinstance(lm.engine, Engine)
     store = lm.engine.store
     model = {
         "name": store.source_name,
@@ -67,7 +74,9 @@ def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
     try:
         write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        raise QmixError(f"{path}: {error.strerror}; the same command writes it without computing anew") from None
+        raise QmixError(
+            f"{path}: {error.strerror}; {disk_advice(error)}: the same command writes it without computing anew"
+        ) from None
     return path
 
 

@@ -65,11 +65,7 @@ def plan_scoring(
     each, least = token_bytes(layout.geometry), least_slots(layout)
     smallest = math.ceil((fixed + longest * each + _bytes(least)) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
     if budget < smallest:
-        raise DoesNotFitError(
-            f"does not fit {format_bytes(budget)} of RAM: the model and requests of up to {longest} tokens take "
-            f"{format_bytes(smallest)}; the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB",
-            smallest,
-        )
+        raise does_not_fit(budget, f"requests of up to {longest} tokens", smallest)
     room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
     wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
     enough = max(longest, min(wanted, ENOUGH_TOKENS)) * each
@@ -81,6 +77,15 @@ def plan_scoring(
     slots = share_slots(order, least, room - tokens * each)
     tokens = min(wanted, (room - _bytes(slots)) // each)
     return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + _bytes(slots))
+
+
+def does_not_fit(budget: int, requests: str, smallest: int) -> DoesNotFitError:
+    """Return the refusal of a budget that is too small for the model and requests."""
+    return DoesNotFitError(
+        f"does not fit {format_bytes(budget)} of RAM: the model and {requests} take {format_bytes(smallest)}; "
+        f"the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB",
+        smallest,
+    )
 
 
 def _bytes(slots: Mapping[int, int]) -> int:

@@ -21,6 +21,7 @@ from qmix.evaluate.card import CARD
 from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
 from qmix.hub_calls import muted
 
+YAML_LIMIT = 2**20  # bytes of a task's file; the largest of the harness has 63 kB
 SEED = 1234  # of the draw of a prompt's examples: the harness's own
 THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
 
@@ -31,6 +32,8 @@ def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> di
     `shots` is for tasks that do not fix the number of examples. Raises UsageError, and DataError where data is missing,
     with what to fetch.
     """
+    if data is not None:
+        _check_sizes(data)
     manager = _manager(names, data)
     with muted():
         built = _built(manager, _expanded(names), data)
@@ -69,9 +72,17 @@ def _built(manager: TaskManager, names: Sequence[str], data: Path | None) -> lis
 
 def own_tasks(data: Path) -> list[str]:
     """The names of the tasks whose YAML lies in a directory; a group's tasks by the group's name."""
+    _check_sizes(data)
     manager = TaskManager(include_path=str(data), include_defaults=False)
     grouped = {_name_of(child) for name in manager.all_groups for child in _children(manager, name)}
     return [name for name in (*manager.all_groups, *manager.all_subtasks) if name not in grouped]
+
+
+def _check_sizes(data: Path) -> None:
+    """Raise UsageError where a YAML file is too large for the harness to read: it takes a hundred times its size."""
+    for path in data.rglob("*.yaml"):
+        if path.is_file() and path.stat().st_size > YAML_LIMIT:
+            raise UsageError(f"{path}: larger than {YAML_LIMIT} bytes; is it a task? Take it out of {data}")
 
 
 def mute() -> None:

@@ -18,7 +18,7 @@ from qmix.eviction import Key
 from qmix.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.gpu.devices import HOST, Device, Staged, Staging, download
 from qmix.gpu.matrices import DeviceExpert, device_expert, is_made_over
-from qmix.gradients import Activation, Forward, differentiable
+from qmix.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.layout import StoreLayout
 from qmix.lookahead import Lookahead
 from qmix.plan.device_work import device_record_bytes
@@ -130,7 +130,8 @@ class DeviceExperts(PoolExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
-        self.check_caller()
+        if self.layer == 0:  # once a pass: it takes a microsecond
+            self.check_caller()
         tokens, top_k = top_k_index.shape
         routing = Routing(self.read_routing(top_k_index))
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
@@ -160,6 +161,8 @@ class DeviceExperts(PoolExperts):
 
     def _records(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[tuple[int, Expert]]:
         """Those that lie elsewhere, as the pool has them; and what coming layers will ask for begins to be read."""
+        if hidden.requires_grad:
+            return one_by_one(self.pool, self.layer, away)
         coming: list[Key] = []
         if self.lookahead is not None:
             self.lookahead.chosen(self.layer, chosen)

@@ -61,13 +61,11 @@ class Rates:
 RATE_NAMES = tuple(field.name for field in fields(Rates) if field.name not in ("measured", "stated"))
 
 
-SLOW_FOUR_BIT = (
-    40.0  # times slower a CPU without AVX512-BF16 multiplies 4-bit weights with one token (benchmarks/slow_path.py)
-)
+SLOW_FOUR_BIT = 40.0  # times slower 4-bit weights are dequantised and multiplied with one token (slow_path.py)
 
 
 def without_kernels(rates: Rates) -> Rates:
-    """Rates of a CPU that has no fast 4-bit product; one that was measured on it stays."""
+    """Rates of a CPU on which kernels do not multiply 4-bit weights; one that was measured on it stays."""
     if rates.source("four_bit_read") == "measured":
         return rates
     return replace(rates, four_bit_read=rates.four_bit_read / SLOW_FOUR_BIT)

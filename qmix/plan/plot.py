@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,22 @@ def draw(planned: Planned, path: Path) -> None:
     figure.suptitle(f"{planned.subject.name}: {planned.prediction.decode.rate:.3g} tok/s predicted", fontsize=12)
     _map(upper, planned)
     _bars(lower, planned)
+    save(figure, path)
+
+
+def draw_compared(found: Mapping[str, Planned], path: Path) -> None:
+    """Write a picture of machines side by side, by name: the bytes of their tiers, and the speed of each.
+
+    Raises QmixError where the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1 + 2.6 * len(found)), layout="constrained")
+    rows = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+    for axes, (name, planned) in zip(rows, found.items(), strict=True):
+        _bars(axes, planned)
+        axes.set_title(f"{name}: {planned.prediction.decode.rate:.3g} tok/s predicted", loc="left", fontsize=11, pad=22)
+    figure.suptitle(next(iter(found.values())).subject.name, fontsize=12)
     save(figure, path)
 
 

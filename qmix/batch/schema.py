@@ -1,0 +1,61 @@
+"""The JSON of a request, OpenAI's and the short form: one schema of options for both. Loads no torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+Fields = dict[str, msgspec.Raw]
+
+
+class Envelope(msgspec.Struct):
+    """A line in OpenAI's form."""
+
+    custom_id: str
+    url: str
+    body: Fields
+    method: str | None = None
+
+
+class Identity(msgspec.Struct):
+    """What a line in the short form has beside its options."""
+
+    id: str | int
+
+
+class Options(msgspec.Struct, kw_only=True):
+    """The options of a request; null leaves one to the command line."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+
+
+class ChatBody(Options, kw_only=True):
+    messages: list[Fields]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+
+class CompletionBody(Options, kw_only=True):
+    prompt: str | list[int | str | list[int]]
+    logprobs: int | None = None
+
+
+class Part(msgspec.Struct):
+    """A part of a message's content."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | list[Part] | None = None
