@@ -117,7 +117,7 @@ def test_a_damaged_profile_in_a_store_is_named(calibrated, qmix, tmp_path):
     (store / "profile.json").write_text("{")
     done = qmix("generate", "-m", store, "x")
     assert done.status == 1
-    assert f"{store / 'profile.json'}: not valid JSON" in done.err
+    assert f"{store / 'profile.json'}: invalid JSON" in done.err
     assert "delete this file" in done.err
 
 
