@@ -1,4 +1,4 @@
-"""Byte counts as people write them: GB = 1e9, GiB = 2**30."""
+"""Byte counts as people write them: GB = 1e9, GiB = 2**30; and what people typed, as messages quote it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def parse_bytes(text: str | int) -> int:
     if type(text) is int:
         value = text
     elif not isinstance(text, str):
-        raise UsageError(f"{_quoted(text)} is not a size; give whole bytes, or a text like '12GiB'")
+        raise UsageError(f"{quoted(text)} is not a size; give whole bytes, or a text like '12GiB'")
     else:
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
         if match is None:
-            raise UsageError(f"{_quoted(text)} is not a size; write it like 12GiB, 500MB or 20000000000")
+            raise UsageError(f"{quoted(text)} is not a size; write it like 12GiB, 500MB or 20000000000")
         value = round(float(match[1]) * (_FACTORS | _BINARY)[(match[2] or "").lower()])
     if not 0 < value <= MOST:
-        raise UsageError(f"{_quoted(text)} is not a size above zero and below 4 EiB")
+        raise UsageError(f"{quoted(text)} is not a size above zero and below 4 EiB")
     return value
 
 
-def _quoted(text: object) -> str:
+def quoted(text: object) -> str:
     """Return what was typed as a message shows it, cut short where it is long."""
     shown = repr(text)
     return shown if len(shown) <= LONGEST + 2 else f"{shown[:LONGEST]}…"
@@ -50,14 +50,14 @@ def parse_rate(text: str) -> float:
     try:
         return float(parse_bytes(re.sub(r"\s*/\s*s\s*$", "", text)))
     except UsageError:
-        raise UsageError(f"{_quoted(text)} is not a rate; write it like 25GB/s") from None
+        raise UsageError(f"{quoted(text)} is not a rate; write it like 25GB/s") from None
 
 
 def parse_flops(text: str) -> float:
     """'80TFLOP/s', '800 GFLOPS' or '80T' to FLOP/s. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
+        raise UsageError(f"{quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
     return float(match[1]) * _FACTORS[match[2].lower()]
 
 
