@@ -18,6 +18,7 @@ from qmix.geometry import Geometry
 from qmix.precision.formats import DTYPES, FOUR_BITS, Part, check_precision
 from qmix.precision.record import LINE, PAGE, RecordLayout, record_layout
 from qmix.safetensors_header import TensorInfo, aligned, build_header
+from qmix.units import quoted
 
 DENSE_FILE = "dense.safetensors"
 
@@ -48,7 +49,7 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
     for rule in rules:
         pattern, equals, precision = rule.partition("=")
         if not equals:
-            raise UsageError(f"{rule!r} is no rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+            raise UsageError(f"{quoted(rule)} is no rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
         check_precision(precision)
         hits = [
             (layer, expert)
@@ -57,7 +58,7 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
             if fnmatch.fnmatchcase(f"{layer}.{expert}", pattern)
         ]
         if not hits:
-            raise UsageError(f"{rule!r} names no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+            raise UsageError(f"{quoted(rule)} names no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
         for layer, expert in hits:
             table[layer][expert] = precision
     return tuple(map(tuple, table))

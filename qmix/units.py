@@ -1,4 +1,4 @@
-"""Byte counts as people write them: GB = 1e9, GiB = 2**30."""
+"""Byte counts as people write them: GB = 1e9, GiB = 2**30; and what people typed, as messages quote it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def parse_bytes(text: str | int) -> int:
     if type(text) is int:
         value = text
     elif not isinstance(text, str):
-        raise UsageError(f"{_quoted(text)} is not a size; give whole bytes, or a text like '12GiB'")
+        raise UsageError(f"{quoted(text)} is not a size; give whole bytes, or a text like '12GiB'")
     else:
         match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]i?)?b?\s*", text, re.IGNORECASE)
         if match is None:
-            raise UsageError(f"{_quoted(text)} is not a size; write it like 12GiB, 500MB or 20000000000")
+            raise UsageError(f"{quoted(text)} is not a size; write it like 12GiB, 500MB or 20000000000")
         value = round(float(match[1]) * (_FACTORS | _BINARY)[(match[2] or "").lower()])
     if not 0 < value <= MOST:
-        raise UsageError(f"{_quoted(text)} is not a size above zero and below 4 EiB")
+        raise UsageError(f"{quoted(text)} is not a size above zero and below 4 EiB")
     bare = str(text).strip()
     if value < LEAST_MEANT and bare[-1].isdecimal():
         meant = f"{bare}{'GiB' if value < 4096 else 'MiB'}"
-        raise UsageError(f"{_quoted(text)} is not a size: so few bytes cannot be meant; did you mean {meant}?")
+        raise UsageError(f"{quoted(text)} is not a size: so few bytes cannot be meant; did you mean {meant}?")
     return value
 
 
-def _quoted(text: object) -> str:
+def quoted(text: object) -> str:
     """Return what was typed as a message shows it, cut short where it is long."""
     shown = repr(text)
     return shown if len(shown) <= LONGEST + 2 else f"{shown[:LONGEST]}…"
@@ -57,17 +57,17 @@ def parse_rate(text: str) -> float:
         return float(parse_bytes(bare))
     except UsageError as error:
         meant = f"did you mean {bare}GB/s?" if "did you mean" in str(error) else "write it like 25GB/s"
-        raise UsageError(f"{_quoted(text)} is not a rate; {meant}") from None
+        raise UsageError(f"{quoted(text)} is not a rate; {meant}") from None
 
 
 def parse_flops(text: str) -> float:
     """'80TFLOP/s', '800 GFLOPS' or '80T' to FLOP/s. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
+        raise UsageError(f"{quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
     rate = float(match[1]) * _FACTORS[match[2].lower()]
     if rate < LEAST_MEANT and not match[2]:
-        raise UsageError(f"{_quoted(text)} is not a rate of arithmetic; did you mean {match[1]}TFLOP/s?")
+        raise UsageError(f"{quoted(text)} is not a rate of arithmetic; did you mean {match[1]}TFLOP/s?")
     return rate
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -69,9 +71,7 @@ def talking(data: bytes) -> object:
 
 
 def dying(data: bytes) -> object:
-    import os
-
-    os.kill(os.getpid(), 11)
+    os.kill(os.getpid(), signal.SIGKILL)
     return None
 
 
@@ -81,7 +81,7 @@ def dying(data: bytes) -> object:
         (recursing, "RecursionError"),
         (failing, "KeyError"),
         (talking, "a refusal of 2 lines"),
-        (dying, "ended with -11"),
+        (dying, "ended with -9"),
     ],
 )
 def test_what_goes_wrong_is_noted_with_its_input(call, why, tmp_path):

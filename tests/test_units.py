@@ -5,6 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.errors import UsageError
+from qmix.geometry import Geometry
+from qmix.layout import parse_precisions
 from qmix.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 
@@ -101,3 +103,11 @@ def test_counts_are_shown_with_three_digits(count: int, text: str) -> None:
 @given(st.integers(1, 10**17))
 def test_a_shown_count_reads_back_within_its_rounding(count: int) -> None:
     assert parse_bytes(format_bytes(count)) == pytest.approx(count, rel=0.005)
+
+
+@pytest.mark.parametrize("spec", ["x" * 3000, "nf4," + "y" * 3000, "nf4," + "9" * 3000 + ".*=int8"])
+def test_a_long_precision_is_quoted_in_part(spec: str) -> None:
+    geometry = Geometry(64, 128, 2, 4, 2, 16, 4, 2, 96, 256)
+    with pytest.raises(UsageError) as caught:
+        parse_precisions(spec, geometry)
+    assert len(str(caught.value)) < 200

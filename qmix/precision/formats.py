@@ -17,6 +17,7 @@ from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.precision.paths import current
 from qmix.safetensors_header import ITEM_BYTES
+from qmix.units import quoted
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
 FOUR_BITS = ("nf4", "fp4")
@@ -42,7 +43,7 @@ class Part:
 def check_precision(precision: str) -> str:
     """`precision` itself; raises UsageError where there is no such one."""
     if precision not in PRECISIONS:
-        raise UsageError(f"{precision!r} is not a precision; choose one of {', '.join(PRECISIONS)}")
+        raise UsageError(f"{quoted(precision)} is not a precision; choose one of {', '.join(PRECISIONS)}")
     return precision
 
 
