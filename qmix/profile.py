@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qmix.allocation import Allocator, Precisions, too_small
-from qmix.disk import disk_advice, written_whole
+from qmix.disk import write_advice, written_whole
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
 from qmix.files import read_object
@@ -143,9 +143,8 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
         with written_whole(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
     except OSError as error:
-        raise QmixError(
-            f"{path}: {error.strerror}; the profile was not written: {disk_advice(error)}, or give it another place"
-        ) from None
+        advice = write_advice(error, "give it another place")
+        raise QmixError(f"{path}: {error.strerror}; the profile was not written: {advice}") from None
 
 
 def _table(rows: Iterable[Iterable[Any]]) -> Table:
