@@ -57,6 +57,7 @@ def test_a_store_larger_than_the_disk_that_was_found_is_warned_of(monkeypatch):
     import qmix.machine
     from qmix.commands.plan import plan
 
+    monkeypatch.setattr("qmix.prepare.interpreter_memory", lambda kernels: 5 * 10**8)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(qmix.machine.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9))
     for more in ((), ("--compare", "64GiB")):
