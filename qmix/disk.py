@@ -91,6 +91,13 @@ def disk_advice(error: OSError) -> str:
     return "try again"
 
 
+def write_advice(error: OSError, elsewhere: str) -> str:
+    """Return what to do about a file that could not be written, where `elsewhere` says what else would do."""
+    if error.errno in FULL or error.errno in DISK_ERRORS:
+        return f"{disk_advice(error)}, or {elsewhere}"
+    return elsewhere
+
+
 class DirectMemory:
     """Memory that `nbytes` of a file can be read into or written from past the page cache, wherever they lie there.
 

@@ -241,7 +241,7 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise QmixError(
-                f"{self.path}: {error.strerror}; {disk_advice(error)}: what is in it is whole, and the same command "
+                f"{self.path}: {error.strerror}; {disk_advice(error)}. What is in it is whole, and the same command "
                 "goes on from there"
             ) from None
         self._end += len(data)

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from qmix.allocation import Allocator, Precisions, too_small
-from qmix.disk import disk_advice
+from qmix.disk import write_advice
 from qmix.errors import QmixError, UsageError
 from qmix.eviction import POLICIES
 from qmix.files import read_versioned, written_whole
@@ -149,9 +149,8 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
         with written_whole(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
     except OSError as error:
-        raise QmixError(
-            f"{path}: {error.strerror}; the profile was not written: {disk_advice(error)}, or give it another place"
-        ) from None
+        advice = write_advice(error, "give it another place")
+        raise QmixError(f"{path}: {error.strerror}; the profile was not written: {advice}") from None
 
 
 def check_profile(profile: Profile, path: Path, geometry: Geometry, fingerprint: str | None) -> None:

@@ -198,8 +198,8 @@ def test_what_cannot_be_written_leaves_what_was_there(qmix, tmp_path):
         *CHAT, "--quiet", stdin=typed(f"/save {tmp_path}/none/s", f"/save {tmp_path}", f"/save {tmp_path}/kept x")
     )
     assert done.lines == [
-        f"qmix: {tmp_path}/none/s: cannot be written (No such file or directory)",
-        f"qmix: {tmp_path}: cannot be written (not a regular file)",
+        f"qmix: {tmp_path}/none/s: cannot be written (No such file or directory); give another name",
+        f"qmix: {tmp_path}: cannot be written (not a regular file); give another name",
         "qmix: /save: give one file; quote a name with spaces",
     ]
     assert (tmp_path / "kept").read_text() == "old"
@@ -209,7 +209,7 @@ def test_what_cannot_be_written_leaves_what_was_there(qmix, tmp_path):
 def test_what_is_no_file_is_not_replaced_by_one(qmix, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     done = qmix(*CHAT, "--quiet", stdin=typed(f"/save {tmp_path}/pipe --cache"))
-    assert done.err == f"qmix: {tmp_path}/pipe: cannot be written (not a regular file)\n"
+    assert done.err == f"qmix: {tmp_path}/pipe: cannot be written (not a regular file); give another name\n"
     assert (tmp_path / "pipe").is_fifo()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 

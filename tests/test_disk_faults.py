@@ -20,6 +20,7 @@ from qmix.gpu.dense import dense_memory, fill_from_disk
 from qmix.gpu.devices import open_devices
 from qmix.layerwise import LayerwisePass
 from qmix.model import read_dense
+from qmix.profile import write_profile
 from qmix.store import Store, open_store
 
 LAYER = "experts-00001.safetensors"
@@ -143,8 +144,6 @@ def fingerprint(checkpoint: Path, directory: Path) -> None:
 def test_a_checkpoint_that_cannot_be_read_is_blamed_by_its_file(checkpoint, tmp_path, befall, work):
     weights = open_checkpoint(LocalSource(checkpoint)).weights
     place = weights["model.layers.1.block_sparse_moe.gate.weight"].offset
-    if work is fingerprint:
-        place = 0
     once = Fault("preadv", "model.safetensors", errno.EIO, times=1, offset=place)
     befall(once)
     work(checkpoint, tmp_path)
@@ -169,3 +168,27 @@ def test_a_full_disk_leaves_no_store_and_the_same_call_goes_on(checkpoint, tmp_p
     assert not (tmp_path / "s").exists()
     quantise(checkpoint, tmp_path)
     assert open_store(tmp_path / "s")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_answers_on_a_full_disk_are_whole_lines_and_what_to_do_is_told(tmp_path, befall, code):
+    from qmix.files import LineFile
+
+    with LineFile(tmp_path / "out", "") as file:
+        assert list(file.lines()) == []
+        file.append([b"first\n"])
+        befall(Fault("fsync", "out", code, times=1))
+        with pytest.raises(QmixError, match=r"out: .*; free some space\. What is in it is whole, and the same command"):
+            file.append([b"second\n"])
+        assert (tmp_path / "out").read_bytes() == b"first\n"
+        file.append([b"second\n"])
+    assert (tmp_path / "out").read_bytes() == b"first\nsecond\n"
+
+
+def test_a_profile_on_a_full_disk_leaves_the_one_that_was_there(tmp_path, befall):
+    (tmp_path / "profile.json").write_text("before")
+    befall(Fault("fsync", "", errno.ENOSPC))
+    with pytest.raises(QmixError, match=r"profile\.json: No space left on device; .* free some space, or give it"):
+        write_profile(tmp_path / "profile.json", {"schema": "x"})
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+    assert (tmp_path / "profile.json").read_text() == "before"

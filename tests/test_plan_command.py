@@ -49,6 +49,43 @@ def test_a_store_larger_than_the_stated_disk_is_refused(qmix):
     assert done.err.startswith("qmix: does not fit 50 GB of disk: the store takes 82.5 GB")
 
 
+def test_a_store_larger_than_the_disk_that_was_found_is_warned_of(monkeypatch):
+    from collections import namedtuple
+
+    from click.testing import CliRunner
+
+    import qmix.machine
+    from qmix.commands.plan import plan
+
+    monkeypatch.setattr("qmix.prepare.interpreter_memory", lambda kernels: 5 * 10**8)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(qmix.machine.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9))
+    for more in ((), ("--compare", "64GiB")):
+        machine = () if more else ("--ram", "64GiB", "--gpu", "none")
+        done = CliRunner().invoke(plan, ["mixtral-8x22b", *machine, *more])
+        assert done.exit_code == 0
+        assert "the store takes 82.5 GB, 50 GB are free at " in done.stderr
+        assert "`qmix quantize mixtral-8x22b STORE` with STORE on a larger disk" in done.stderr
+        stated = CliRunner().invoke(plan, ["mixtral-8x22b", *machine, *more, "--disk", "1TB"])
+        assert (stated.exit_code, stated.stderr) == (0, "")
+
+
+def test_a_stated_disk_counts_for_machines_that_are_compared(qmix):
+    done = qmix("plan", "mixtral-8x22b", "--compare", "64GiB", "--disk", "50GB")
+    assert done.status == 3
+    assert done.err.startswith("qmix: does not fit 50 GB of disk: the store takes 82.5 GB")
+
+
+def test_machines_that_are_compared_are_drawn(qmix, tmp_path):
+    machines = ("--compare", "24GiB,64GiB", "--compare", "none,24GiB", "--compare", "1GiB")
+    done = qmix("plan", "mixtral-8x7b", *machines, "--plot", tmp_path / "both.svg")
+    assert done.status == 0, done.err
+    drawn = (tmp_path / "both.svg").read_text()
+    assert "24GiB,64GiB: " in drawn
+    assert "none,24GiB: " in drawn
+    assert drawn.count("tok/s predicted") == 2  # the third does not fit
+
+
 def test_machines_are_compared_side_by_side(qmix):
     done = qmix("plan", "mixtral-8x7b", "--compare", "24GiB+24GiB,64GiB", "--compare", "16GiB", "--compare", "1GiB")
     assert done.status == 0

@@ -21,12 +21,13 @@ import msgspec
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
-from qmix.disk import disk_advice
+from qmix.disk import write_advice
 from qmix.errors import QmixError, SessionError
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
 from qmix.sampling import Sampling
 
 SCHEMA = "qmix-chat-1"
+ELSEWHERE = "give another name"
 KV_SUFFIX = ".kv.safetensors"
 
 
@@ -79,8 +80,8 @@ def save(session: Session, path: Path) -> None:
             os.fchmod(file.fileno(), 0o600)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
-        advice = disk_advice(error) if isinstance(error, OSError) else "change the text"
-        raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}, or give another name") from None
+        advice = write_advice(error, ELSEWHERE) if isinstance(error, OSError) else "take that text back"
+        raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}") from None
 
 
 def load(session: Session, path: Path) -> str | None:
@@ -119,7 +120,7 @@ def save_cache(session: Session, path: Path) -> int:
     try:
         return session.runner.save_cache(kv_path(path))
     except OSError as error:
-        advice = f"{disk_advice(error)}, or give another name"
+        advice = write_advice(error, ELSEWHERE)
         raise SessionError(f"{kv_path(path)}: cannot be written ({_reason(error)}); {advice}") from None
 
 

@@ -17,7 +17,7 @@ from lm_eval.evaluator import evaluate
 
 from qmix import __version__
 from qmix.bench import precision_of
-from qmix.disk import disk_advice
+from qmix.disk import write_advice
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
 from qmix.evaluate.engine import Engine
@@ -74,9 +74,8 @@ def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
     try:
         write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        raise QmixError(
-            f"{path}: {error.strerror}; {disk_advice(error)}: the same command writes it without computing anew"
-        ) from None
+        advice = write_advice(error, "choose another --out")
+        raise QmixError(f"{path}: {error.strerror}; {advice}. Nothing is computed anew in this one") from None
     return path
 
 
