@@ -84,6 +84,8 @@ def disk_advice(error: OSError) -> str:
         return "the disk failed there: see `dmesg`"
     if error.errno in FULL:
         return "free some space"
+    if error.errno == errno.EFBIG:
+        return "write to a disk that takes larger files, or raise `ulimit -f`"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "raise `ulimit -n`"
     if error.errno in (errno.EACCES, errno.EPERM):

@@ -25,9 +25,19 @@ def mending(store: Path) -> str:
 
 
 class QmixError(Exception):
-    """Base of all errors that qmix reports without a traceback."""
+    """Base of all errors that qmix reports without a traceback.
+
+    As text it is one printable line whatever it quotes: control characters, line ends and halves of surrogate pairs in
+    the names of files, tokens or tensors are escaped, so that they neither break the line nor steer a terminal.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        if message.isprintable():
+            return message
+        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
 
 
 class CheckpointError(QmixError):

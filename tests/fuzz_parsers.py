@@ -35,19 +35,20 @@ from qmix.checkpoint.source import LocalSource
 from qmix.errors import UsageError
 from qmix.evaluate.results import REQUESTS, Results
 from qmix.evaluate.tasks import load_tasks, own_tasks
+from qmix.generation_config import parse_generation_config
 from qmix.hub import parse as parse_hub_id
-from qmix.journal import Journal
+from qmix.journal import Entry, Journal, Subject, encoded
 from qmix.layout import StoreLayout, parse_precisions
-from qmix.model import _generation_config
 from qmix.plan.file import read_plan
 from qmix.plan.hardware import Machine
 from qmix.plan.planned import plan_on
-from qmix.prepare import Subject
+from qmix.prepare import Subject as PlanSubject
 from qmix.profile import Profile, check_profile, read_profile
-from qmix.runner import load_tokenizer
+from qmix.prompt import PromptEncoder
 from qmix.safetensors_header import read_header
 from qmix.store import MANIFEST, Store, open_store
 from qmix.store_writer import JOURNAL
+from qmix.tokenizer import load_tokenizer
 from qmix.units import parse_bytes, parse_flops, parse_rate
 
 TINY = Path(__file__).parent.parent / "qmix" / "models" / "tiny"
@@ -127,28 +128,38 @@ def of_checkpoints(room: Room) -> list[Parser]:
         room.file("header.safetensors", "safetensors", (save(tensors, {"format": "pt"}),), read_header),
         replace(room.changed(room.checkpoint, "tokenizer.json", load_tokenizer), weight=0.02),
         replace(room.changed(room.checkpoint, "tokenizer_config.json", load_tokenizer), weight=0.02),
-        room.changed(
-            room.store.directory,
-            "generation_config.json",
-            lambda path: _generation_config(replace(room.store, directory=path)),
-        ),
+        room.file("generation_config.json", "json", generation_configs(), generation),
     ]
 
 
+def generation_configs() -> tuple[bytes, ...]:
+    ranged = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1}
+    listed = {"eos_token_id": [2, 3], "stop_strings": ["a"], "bad_words_ids": [[4, 5]], "sequence_bias": [[[6], -1.5]]}
+    return (TINY / "generation_config.json").read_bytes(), dumped(ranged), dumped(listed)
+
+
+def generation(path: Path) -> object:
+    return parse_generation_config(path.read_bytes(), TINY_CONFIG["vocab_size"], path)
+
+
 def of_stores(room: Room) -> list[Parser]:
-    subject = {"format": 1, "source": "abc", "precisions": [["nf4"] * 4] * 2}
-    entries = [subject, {"weight": "a", "checksum": "0123456789abcdef"}, {"file": "model.safetensors"}]
-    lines = b"".join(dumped(entry) + b"\n" for entry in entries)
+    entries = [
+        Entry(subject=Subject(2, (("nf4",) * 4,) * 2, "bf16")),
+        Entry(checkpoint="abc"),
+        Entry(weight="lm_head.weight", read="0123456789abcdef"),
+        Entry(unit="0.1", xxh3="0123456789abcdef"),
+    ]
+    lines = b"".join(map(encoded, entries))
     return [
         room.changed(room.store.directory, MANIFEST, open_store),
         room.changed(room.store.directory, "config.json", open_store),
-        room.file(JOURNAL, "lines", (lines, b""), lambda path: Journal(path, subject, "a store").close()),
+        room.file(JOURNAL, "lines", (lines, b""), lambda path: Journal(path, lambda: None).close()),
     ]
 
 
 def of_plans(room: Room) -> list[Parser]:
     with mock.patch("qmix.prepare.interpreter_memory", return_value=10**8):
-        subject = Subject("org/small", room.layout, "abc")
+        subject = PlanSubject("org/small", room.layout, "abc")
         plans = [plan_on(subject, Machine(2**32, gpus), 100).to_json() for gpus in ((), (2**30,))]
     use, errors = ((0.5,) * 4,) * 2, ((1.0, 2.0, 3.0, 4.0),) * 2
     profile = Profile("org/small", "abc", use, {"nf4": errors, "int8": errors}, (("nf4",) * 4,) * 2, "lru")
@@ -162,7 +173,7 @@ def of_plans(room: Room) -> list[Parser]:
         check_profile(found, path, room.layout.geometry, "abc")
         return found.spec("auto", 10**9, room.layout.geometry, "bf16")
 
-    rates = {"schema": machine_profile.SCHEMA, "machine": machine_profile._identity(), "rates": {"disk_read": 2e9}}
+    rates = {"schema": "qmix-machine-1", "machine": machine_profile._identity(), "rates": {"disk_read": 2e9}}
     return [
         room.file("plan.json", "json", tuple(map(dumped, plans)), plan),
         room.file("profile.json", "json", (dumped(profile.to_json()),), checked),
@@ -216,7 +227,7 @@ def of_batches(room: Room) -> list[Parser]:
     manifest = room.place / "manifest.jsonl"
     manifest.write_bytes(lines(answers))
     with FileAnswers(room.place / "first.jsonl") as first:
-        first.begin(BATCH, {"together": 4, "seed": 1})
+        first.begin(BATCH, {"created": 4, "seed": 1})
         begun = first.manifest.read_bytes()
 
     def outputs(path: Path) -> None:
@@ -225,7 +236,7 @@ def of_batches(room: Room) -> list[Parser]:
 
     def resumed(path: Path) -> None:
         with FileAnswers(manifest) as found:
-            found.begin(BATCH, {"together": 4, "seed": 1})
+            found.begin(BATCH, {"created": 4, "seed": 1})
 
     key = {"key": "0123456789abcdef" * 2}
     results = lines([key | {"result": [-1.5, True]}, {"key": "f" * 32, "result": [3, 4, 5]}])
@@ -264,12 +275,13 @@ def of_chats(room: Room) -> list[Parser]:
     tokenizer = AutoTokenizer.from_pretrained(TINY, local_files_only=True)
     plan = SimpleNamespace(context=256, ram=2**30, expert_bytes={"nf4": 1}, slots=4, num_records=8)
     pool = SimpleNamespace(counters=SimpleNamespace(hit_rate=0.5, bytes_read=0))
-    runner: Any = SimpleNamespace(tokenizer=tokenizer, plan=plan, store=room.store, pool=pool, held=[])
+    encoder = PromptEncoder(tokenizer, 256, 512)
+    runner: Any = SimpleNamespace(tokenizer=tokenizer, encoder=encoder, plan=plan, store=room.store, pool=pool, held=[])
     runner.load_cache = runner.save_cache = lambda path: 0
     turn = {"user": "a", "answer": "b", "kept": 0, "opening": [1, 3], "answer_ids": [4, 5]}
     saved = {
         "schema": record.SCHEMA,
-        "model": {"name": "m", **record._identity(runner)},
+        "model": {"name": "m", "parts": room.store.parts},
         "system": "be brief",
         "settings": {"temperature": 0.7, "stop": ["a"], "seed": 1},
         "forgotten": 0,

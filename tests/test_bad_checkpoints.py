@@ -238,7 +238,8 @@ def test_a_local_copy_that_loses_bytes_while_it_is_read_is_named(tmp_path: Path)
     with WeightFile(directory / "model.safetensors") as source, pytest.raises(CheckpointError) as caught:
         source.rows(weight, 0, weight.rows)
     tensor = weight.piece.tensor
-    assert str(caught.value) == f"{directory}/model.safetensors: cut short inside '{tensor}'; fetch it again"
+    told = f"cut short inside '{tensor}', ends at byte {weight.offset + 10}; fetch it again"
+    assert str(caught.value) == f"{directory}/model.safetensors: {told}"
 
 
 def test_a_fetched_file_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -127,7 +127,11 @@ def test_a_profile_of_other_weights_is_refused(calibrated, qmix, tmp_path, tiny)
     content["model"]["fingerprint"] = "0" * 64
     other = tmp_path / "other.json"
     other.write_text(json.dumps(content))
-    for command in (("plan", "tiny"), ("quantize", "tiny", tmp_path / "store"), ("compare", "tiny")):
+    for command in (
+        ("plan", "tiny"),
+        ("quantize", "tiny", tmp_path / "store"),
+        ("compare", "tiny", "--precision", "auto"),
+    ):
         done = qmix(*command, "--profile", other)
         assert done.status == 2
         assert "whose weights are not this model's" in done.err

@@ -17,7 +17,7 @@ from qmix.errors import UsageError
 EACH = 100
 NAMES = (
     "config.json of a checkpoint", "params.json of a release", "model.safetensors.index.json of a checkpoint",
-    "header.safetensors", "generation_config.json of a made", "qmix.json of a made", "config.json of a made",
+    "header.safetensors", "generation_config.json", "qmix.json of a made", "config.json of a made",
     "journal.jsonl", "plan.json", "profile.json", "machine.json", "interpreter cache", "batch lines, short",
     "batch lines, OpenAI", "answers.jsonl", "manifest.jsonl.qmix.json", "eval/requests.jsonl", "chat.json",
     "slash commands", "chat template", "sizes", "rates", "FLOP rates", "precisions", "hub ids",
@@ -67,7 +67,7 @@ def failing(data: bytes) -> object:
 
 
 def talking(data: bytes) -> object:
-    raise UsageError("two\nlines")
+    raise UsageError("x" * 3000)
 
 
 def dying(data: bytes) -> object:
@@ -80,7 +80,7 @@ def dying(data: bytes) -> object:
     [
         (recursing, "RecursionError"),
         (failing, "KeyError"),
-        (talking, "a refusal of 2 lines"),
+        (talking, "a refusal of 1 lines and 3000 characters"),
         (dying, "ended with -9"),
     ],
 )
