@@ -66,7 +66,7 @@ def write_checkpoint(model: MixtralForCausalLM, pool: ExpertPool, directory: Pat
         {each.name: each for each in plan},
         get_storage_size=lambda each: each.nbytes,
         filename_pattern="model{suffix}.safetensors",
-        max_shard_size=parse_bytes(max_shard_size),
+        max_shard_size=max_shard_size if isinstance(max_shard_size, int) else parse_bytes(max_shard_size),
     )
     configs = {GENERATION: _generation_config(model), CONFIG: _config(model)}
     index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

@@ -71,7 +71,9 @@ def test_transformers_opens_what_was_saved_and_computes_the_same(tmp_path, chang
         want = exact(IDS).logits
         rounding = (theirs(IDS).logits.float() - want).pow(2).mean(-1).sqrt().median()
         assert (model(IDS).logits.float() - want).pow(2).mean(-1).sqrt().median() < 1.5 * rounding
-    assert theirs.config.to_diff_dict() == model.config.to_diff_dict()
+    saved = theirs.config.to_diff_dict()
+    assert saved.pop("architectures") == ["MixtralForCausalLM"]
+    assert saved == model.config.to_diff_dict()
 
 
 def test_qmix_makes_a_store_of_what_was_saved(tmp_path):

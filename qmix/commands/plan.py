@@ -86,11 +86,11 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     name = model_or_default(model)
     subject, precision = _subject(name, options)
     how = {"batch": options["batch"], "attention": options["attn"], "precision": precision}
-    if options["disk"] is None and not subject.is_store:
-        _warn_of_disk(subject, machine)
     if machines:
         _compare(subject, machines, options, how, as_json, plot)
         return
+    if options["disk"] is None and not subject.is_store:
+        _warn_of_disk(subject, machine)
     planned, refusal = _planned(subject, machine, options, how)
     verified = _verified(planned) if options["verify"] else None
     if as_json:

@@ -14,6 +14,7 @@ Loads neither torch nor Numba.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -63,12 +64,8 @@ PATHS = {path.name: path for path in _ALL}
 @cache
 def current() -> CpuPath:
     """Return the path that kernels of this process are built for."""
-    from numba import config
-
-    for path in PATHS.values():
-        if path.llvm == config.CPU_NAME:
-            return path
-    return supported()[0]
+    chosen = os.environ.get("NUMBA_CPU_NAME")  # read where Numba reads it
+    return next((path for path in _ALL if path.llvm == chosen), supported()[0])
 
 
 @cache
