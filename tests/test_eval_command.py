@@ -288,9 +288,9 @@ def test_results_are_of_one_model_and_survive_a_cut_line(tmp_path):
         file.write(b'{"key": "00')
     with Results(tmp_path, "one") as results:
         assert (results.get(first), results.get(second)) == ([-1.5, True], None)
-        results.add({second: "text"})
+        results.add({second: [3, 4]})
     with Results(tmp_path, "one") as results:
-        assert results.get(second) == "text"
+        assert results.get(second) == [3, 4]
     with Results(tmp_path, "other") as results:
         assert results.get(results.key(b"score", b"a", b"bc")) is None
     (tmp_path / REQUESTS).write_text("what\n")

@@ -15,6 +15,9 @@ from qmix.precision.paths import PATHS, cpu_flags, current, environment, support
 
 TESTS = Path(__file__).parent
 OTHERS = [path.name for path in supported() if path is not current()]
+OFTEN = [
+    path if path == "avx2" else pytest.param(path, marks=pytest.mark.slow) for path in OTHERS
+]  # most processors' path
 
 
 def pytest_on(path: str, *arguments: str) -> str:
@@ -38,7 +41,7 @@ def test_the_best_path_is_taken_where_none_is_chosen():
     assert done.stdout.strip() == supported()[0].name
 
 
-@pytest.mark.parametrize("path", OTHERS)
+@pytest.mark.parametrize("path", OFTEN)
 def test_products_and_attention_on_every_path(path):
     """4-bit and half products of every remainder, batch invariance, and attention, against fp64."""
     chosen = "four_bit_products_of_any_packed_shape and nf4 or half_products_of_any_shape and bf16"
@@ -71,7 +74,7 @@ def test_a_path_that_is_none_or_cannot_run_here_is_refused(monkeypatch):
         environment("avx2")
 
 
-@pytest.mark.parametrize("path", [path.name for path in supported()])
+@pytest.mark.parametrize("path", OFTEN)
 def test_the_command_line_takes_the_path_from_its_variable(first_use, path):
     arguments = ("generate", "Click the button to", "-m", "tiny", "--temperature", "0", "--max-new-tokens", "8")
     done = real(*arguments, XDG_CACHE_HOME=str(first_use.cache), QMIX_CPU=path)
