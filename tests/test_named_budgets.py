@@ -35,11 +35,15 @@ def qmix(tmp_path_factory) -> Iterator[Commands]:
 
 
 LOOK_AT_ALL = ("batch", "eval")  # at every request, before a store is made
+OFTEN = ("generate", "batch", "calibrate", "eval of one kind")
+CASES = [
+    pytest.param(name, made, marks=() if name in OFTEN else pytest.mark.slow)
+    for made, names in ((True, COMMANDS), (False, LOOK_AT_ALL))
+    for name in names
+]
 
 
-@pytest.mark.parametrize(
-    ("command", "made"), [*((name, True) for name in COMMANDS), *((name, False) for name in LOOK_AT_ALL)]
-)
+@pytest.mark.parametrize(("command", "made"), CASES)
 def test_the_first_budget_that_is_named_works(qmix, first_use, tiny, tmp_path, monkeypatch, command, made):
     cache = tmp_path / "cache"
     (cache / "qmix").mkdir(parents=True)
