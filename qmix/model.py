@@ -163,13 +163,18 @@ def _look_ahead(model: MixtralForCausalLM, pool: ExpertPool) -> None:
 
 
 def rotary_embedding(config: MixtralConfig, where: Path) -> MixtralRotaryEmbedding:
-    """Return the rotary embedding that a config describes. Raises StoreError where it gives no frequencies."""
+    """Return the rotary embedding that a config describes. Raises StoreError where transformers takes no such one."""
     with _refusals(where):
-        rotary = MixtralRotaryEmbedding(config)
+        return MixtralRotaryEmbedding(config)
+
+
+def check_frequencies(config: MixtralConfig, where: Path) -> None:
+    """Raise StoreError where a config's rope settings give no numbers. Looks at values: not for pretend tensors."""
+    rotary = rotary_embedding(config, where)
+    with _refusals(where):
         cos, sin = rotary(torch.zeros(1), torch.arange(2)[None])
         if not (cos.isfinite().all() and sin.isfinite().all()):
             raise ValueError("its rope settings give frequencies that are no numbers")
-        return rotary
 
 
 def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -40,7 +40,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise StoreError(no_tokenizer(str(directory), there))
     for name in JSON_FILES:
         if (directory / name).is_file():
-            read_json(directory / name, dict[str, msgspec.Raw], StoreError, REMEDY)
+            # the values of a vocabulary of megabytes are left to the tokenizer
+            kind = dict[str, msgspec.Raw] if name == "tokenizer.json" else dict[str, Any]
+            read_json(directory / name, kind, StoreError, REMEDY)
     if (template := directory / TEMPLATE).is_file():
         try:
             read_bounded(template, TEMPLATE_LIMIT, StoreError, REMEDY).decode()

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
 from qmix.errors import CheckpointError, StoreError
-from qmix.model import empty_mixtral, generation_config, rotary_embedding
+from qmix.model import check_frequencies, empty_mixtral, generation_config
 from qmix.tokenizer import load_tokenizer
 
 
@@ -27,7 +27,7 @@ def check_usable(checkpoint: Checkpoint, dtype: str) -> None:
             (directory / path.name).symlink_to(path.absolute())
         try:
             model = empty_mixtral(checkpoint.config, dtype, where=config)
-            rotary_embedding(model.config, config)
+            check_frequencies(model.config, config)
             generation_config(directory, checkpoint.config)
             if any((directory / name).exists() for name in TOKENIZERS):
                 load_tokenizer(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from qmix.checkpoint.source import HubSource, LocalSource
 from qmix.hub import HubRepo
 from qmix.prepare import layout_for
 from qmix.progress import Progress
+from qmix.store import ORIGIN
 
 SPEC = "nf4,0.*=int8,*.2=half"
 CONFIG = TINY_CONFIG | {"intermediate_size": 96}
@@ -119,7 +121,8 @@ def test_errors_of_the_disk_at_any_write_lose_nothing(
     make_store(checkpoint, tmp_path / "s", SPEC)
     for each in range(1, calls + 1, 7):
         store, calls, fatal = tmp_path / f"s{each}", 0, each
-        assert refusal(checkpoint, store, SPEC) == f"{store}: Input/output error; the same command goes on where it was"
+        told = "Input/output error; the disk failed there: see `dmesg`; the same command goes on where it was"
+        assert re.fullmatch(rf"{store}(\.partial/[\w.-]+)?: {told}", refusal(checkpoint, store, SPEC))
         make_store(checkpoint, store, SPEC)
         assert files_of(store) == whole
 
@@ -201,4 +204,6 @@ def test_the_same_checkpoint_elsewhere_goes_on_with_a_store(
 ) -> None:
     shutil.copytree(checkpoint, tmp_path / "copy" / "m")
     make_store(tmp_path / "copy" / "m", begun, SPEC)
-    assert files_of(begun) == whole
+    found = files_of(begun)
+    assert json.loads(found.pop(ORIGIN)) == {"location": str(tmp_path / "copy" / "m")}
+    assert found == {name: content for name, content in whole.items() if name != ORIGIN}
