@@ -1,4 +1,4 @@
-"""What `--clip` changes on given texts: KL from half precision and perplexity, token by token beside the plain scales.
+"""Measure what `--clip` changes on given texts: KL from half precision and perplexity, token by token beside plain scales.
 
     python benchmarks/clip_unseen.py texts/*.txt          # of unseen_texts.py; KIND-*.txt count together
 

@@ -1,4 +1,4 @@
-"""What shapes that no kernel takes cost: 4-bit products with the fast kernel, and by dequantising a few rows at a time.
+"""Time shapes that no kernel takes: 4-bit products with the fast kernel, and by dequantising a few rows at a time.
 
     python benchmarks/slow_path.py
 

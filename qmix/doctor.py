@@ -1,4 +1,4 @@
-"""What this machine is: processor, kernels, memory and its limits, disk, GPUs, versions.
+"""Examine this machine: processor, kernels, memory and its limits, disk, GPUs, versions.
 
 Nothing is read off a flag or a setting where it can be tried: a 4-bit product, memory on huge pages, a direct read, a
 product on each GPU. Measures nothing.

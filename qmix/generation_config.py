@@ -124,7 +124,7 @@ def read_generation_config(directory: Path, config: MixtralConfig) -> Generation
 
 
 def parse_generation_config(data: bytes, vocab_size: int, where: Path) -> GenerationConfig:
-    """The same from the bytes of a file."""
+    """Return the config in the bytes of a file; raises as `read_generation_config` does."""
     content = decode_json(data, dict[str, Any], str(where), StoreError, REMEDY, unique=True)
     honoured = decode_json(data, Honoured, str(where), StoreError, REMEDY)
     if problem := _problem(content, honoured, vocab_size):
@@ -183,7 +183,7 @@ def _normal(honoured: Honoured) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How one text is generated: transformers' options, token ids that end it, texts that it ends before."""
+    """The way one text is generated: transformers' options, token ids that end it, texts that it ends before."""
 
     config: GenerationConfig
     ends: frozenset[int]

@@ -122,7 +122,7 @@ class Geometry:
 
     @property
     def dense_tensors(self) -> dict[str, tuple[int, ...]]:
-        """The same as a dictionary."""
+        """Return it as a dictionary."""
         return dict(self.each_dense_tensor())
 
     @property
@@ -143,7 +143,7 @@ class Geometry:
 
 
 class _Config(msgspec.Struct):
-    """What a Hugging Face config.json says of a Mixtral's shape; what may be left out is transformers' default."""
+    """The keys of a Hugging Face config.json that give a Mixtral's shape; defaults are transformers'."""
 
     hidden_size: int
     intermediate_size: int

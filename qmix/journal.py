@@ -1,4 +1,4 @@
-"""What a long write has finished, one JSON line each: appended once the data it speaks of is on the disk.
+"""Journal of what a long write has finished, one JSON line each: appended once the data it speaks of is on the disk.
 
 Every line ends with the XXH3 (64 bits) of what is before, `"sum": "..."`. A line that was cut off or changed is dropped
 with all that follow it: what they said is done again.
@@ -22,7 +22,7 @@ SUM_BYTES = len(SUM % (b"0" * 16))
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """What is being written: a store of this format, with these precisions [layer][expert]."""
+    """The subject of the write: a store of this format, with these precisions [layer][expert]."""
 
     format_version: int
     precision: tuple[tuple[str, ...], ...]

@@ -1,4 +1,4 @@
-"""What `qmix doctor` measured and tried on this machine, kept in the user's state directory. Loads no torch."""
+"""Results of `qmix doctor` on this machine, kept in the user's state directory. Loads no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's, and no
 
 
 class FourBitTrial(msgspec.Struct, frozen=True):
-    """What multiplied 4-bit matrices when it was tried.
+    """The kernels that multiplied 4-bit matrices when it was tried.
 
     `path` names the instructions of the kernels, see `qmix.precision.paths`. `large` and `small` name whose
     kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its rows were dequantised a few at a

@@ -33,7 +33,7 @@ NAME_IT = "name the checkpoint with --from"
 
 @dataclass(frozen=True)
 class Mended:
-    """What was found damaged, and is no longer; `units` were written anew from `source`."""
+    """The damage that was found, and mended; `units` were written anew from `source`."""
 
     found: Verification
     units: int
@@ -108,7 +108,7 @@ def _checkpoint(directory: Path, found: Manifest, source: str | None) -> Checkpo
 
 
 def _location(directory: Path, found: Manifest) -> str:
-    """Where the checkpoint was when the store was made; an embedded model is where qmix is now."""
+    """Return where the checkpoint was when the store was made; an embedded model is where qmix is now."""
     path = directory / ORIGIN
     location = read_json(path, Origin, StoreError, NAME_IT).location if path.exists() else None
     if found.source.name in EMBEDDED and (location is None or not Path(location).is_dir()):

@@ -124,7 +124,7 @@ class _Model(msgspec.Struct):
 
 
 class _Content(msgspec.Struct):
-    """What is read of a profile's file."""
+    """The content of a profile's file."""
 
     model: _Model
     use: Table

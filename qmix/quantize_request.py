@@ -1,4 +1,4 @@
-"""What the process that quantises is asked, and the lines that it answers with."""
+"""Messages between a command and the process that quantises for it."""
 
 from __future__ import annotations
 

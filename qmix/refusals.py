@@ -1,4 +1,4 @@
-"""What a model without its experts among its parameters refuses, in one line each, instead of doing it wrongly."""
+"""Refuse in one line each what a model without experts among its parameters would do wrongly."""
 
 from __future__ import annotations
 

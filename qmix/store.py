@@ -236,7 +236,7 @@ def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """Where a store's checkpoint was when it was made; nothing else depends on it."""
+    """The place of a store's checkpoint when it was made; nothing else depends on it."""
 
     location: str
 

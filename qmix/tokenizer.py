@@ -108,13 +108,13 @@ def tokenizing(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 class _Config(msgspec.Struct):
-    """What qmix reads of tokenizer_config.json itself."""
+    """The keys of tokenizer_config.json that qmix reads itself."""
 
     add_bos_token: bool | None = None
 
 
 class _Failure(Exception):
-    """What a tokenizer raised, in a few words."""
+    """A tokenizer's own failure, in a few words."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What only transformers can refuse of a checkpoint, tried on its small files before anything is quantised."""
+"""Try a checkpoint's small files on transformers, which may refuse them, before anything is quantised."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. `parts` were compared, of `nbytes` in all; `unchecked` are files that nothing is known about."""
+    """The result. `parts` were compared, of `nbytes` in all; `unchecked` are files that nothing is known about."""
 
     directory: Path
     parts: int
@@ -98,7 +98,7 @@ class Verification:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the manifest is damaged: then nothing says what the rest should be."""
+        """Return true if the manifest is damaged: then nothing says what the rest should be."""
         return any(damage.file == MANIFEST for damage in self.damages)
 
     @property
@@ -186,7 +186,7 @@ def _profile(directory: Path, layout: StoreLayout, content: dict[str, Any]) -> l
 def _weight_files(
     directory: Path, found: Manifest, layout: StoreLayout | None
 ) -> tuple[list[Damage], list[Part], tuple[str, ...]]:
-    """What is wrong with the files as such, the parts to be compared, and files whose parts are not known."""
+    """Return what is wrong with the files as such, the parts to be compared, and files whose parts are not known."""
     damages: list[Damage] = []
     parts = [] if layout is None else parts_of(layout, found)
     unchecked: list[str] = []
@@ -206,7 +206,7 @@ def _weight_files(
 
 
 def _outside(path: Path, layout: FileLayout) -> list[Damage]:
-    """What is wrong with a file's length and header."""
+    """Return what is wrong with a file's length and header."""
     damages = []
     size = path.stat().st_size
     if size != layout.size:

@@ -182,7 +182,7 @@ def _request(name: str, url: str, body: bytes, refused: str | None) -> Line:
 
 
 class _Refused(Exception):
-    """What OpenAI takes in a prompt or a message, and qmix does not."""
+    """A prompt or message that OpenAI takes and qmix does not."""
 
 
 def _checked_id(name: str) -> str:

@@ -22,14 +22,14 @@ ELSEWHERE = "choose another name for the answers"
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What is read back of an answer's line."""
+    """The fields of an answer's line that are read back."""
 
     custom_id: str
     error: dict[str, msgspec.Raw] | None
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """What a run takes over from the one before it."""
+    """The choices that a run takes over from the one before it."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int

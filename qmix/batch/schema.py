@@ -17,7 +17,7 @@ class Envelope(msgspec.Struct):
 
 
 class Identity(msgspec.Struct):
-    """What a line in the short form has beside its options."""
+    """The fields of a line in the short form, beside its options."""
 
     id: str | int
 

@@ -71,7 +71,7 @@ class Checkpoint:
 
     @cached_property
     def seen(self) -> dict[str, str]:
-        """What tells each weight file from a changed one, as it was when this was first asked."""
+        """Return the identity of each weight file, as it was when this was first asked."""
         return self.source.identities(self.files)
 
     @cached_property
@@ -152,7 +152,7 @@ def _is_other_tokenizer(name: str) -> bool:
 
 
 class _Index(msgspec.Struct):
-    """What says which shard holds which tensor."""
+    """The index: which shard holds which tensor."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
 

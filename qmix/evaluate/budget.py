@@ -1,4 +1,4 @@
-"""Whether a budget does for all that an evaluation will ask a model for, known before any of it is computed."""
+"""Check a budget against all that an evaluation will ask a model for, before any of it is computed."""
 
 from __future__ import annotations
 

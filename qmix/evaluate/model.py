@@ -39,7 +39,7 @@ Pair = tuple[Any, list[int], list[int]]  # what the harness knows it by, context
 
 
 class Computes(Protocol):
-    """What scores queries and continues prompts, and is told of all of them before the first."""
+    """An engine that scores queries and continues prompts, and is told of all of them before the first."""
 
     def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None: ...
     def score(self, queries: Sequence[Query]) -> list[Score]: ...

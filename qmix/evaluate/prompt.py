@@ -32,5 +32,5 @@ class Prompt:
         return Sampling(max_new_tokens=self.most, stop=self.stop, **draws)
 
     def part(self) -> bytes:
-        """Of the key of its result."""
+        """Return the parts of its result's key."""
         return json.dumps([self.tokens, self.most, self.stop, self.drawn]).encode()

@@ -26,7 +26,7 @@ MOST = 2**63  # of any number: what memory and files can be addressed by
 
 
 class _Sizes(msgspec.Struct, frozen=True):
-    """What of a model's geometry the plan's own tables must agree with."""
+    """The parts of a model's geometry that the plan's own tables must agree with."""
 
     num_layers: int
     num_experts: int
@@ -66,7 +66,7 @@ class PlanFile:
 
     @property
     def precision(self) -> str | None:
-        """As `--precision` takes it."""
+        """Return the precision as `--precision` takes it."""
         return self.model.precision
 
     def plan_of(self, layout: StoreLayout, fingerprint: str | None = None, attention: str = "sdpa") -> Plan:

@@ -73,7 +73,7 @@ def without_kernels(rates: Rates) -> Rates:
 
 @dataclass(frozen=True, slots=True)
 class FourBitProducts:
-    """How the CPU multiplies packed 4-bit weights. `fast` is true where kernels do, and rows need no dequantising.
+    """The CPU's way to multiply packed 4-bit weights. `fast` is true where kernels do, and rows need no dequantising.
 
     `tried` says that `qmix doctor` ran one with the installed versions; else `fast` is what the CPU's flags promise.
     """

@@ -216,7 +216,7 @@ def _table(kind: str) -> list[int]:
 
 
 def _floats(kind: str) -> list[float]:
-    """The same as numbers."""
+    """Return the 16 values by code as numbers."""
     return (np.array(_table(kind), np.uint32) << 16).view(np.float32).tolist()
 
 

@@ -177,7 +177,10 @@ def _packed(kind: str) -> int:
 
 @cache
 def _packed_blocks(kind: str) -> int:
-    """The same in fp32 for many rows of x, which lie [columns / 64, T, 64]: a block of weights is looked up once."""
+    """Return the kernel in fp32 for many rows of x, which lie [columns / 64, T, 64].
+
+    A block of weights is looked up once.
+    """
 
     def kernel(block: Any) -> None:
         tokens, rows, columns, codes, absmax, x, out, fp16 = carray(block, 9)[1:]
