@@ -1,4 +1,4 @@
-"""Measure what `--clip` changes on given texts: KL from half precision and perplexity, token by token beside plain scales.
+"""Measure what `--clip` changes on given texts: KL from half precision and perplexity, token by token.
 
     python benchmarks/clip_unseen.py texts/*.txt          # of unseen_texts.py; KIND-*.txt count together
 
