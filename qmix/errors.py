@@ -24,20 +24,28 @@ def mending(store: Path) -> str:
     return f"mend it with `qmix quantize {shlex.quote(str(store))}` (`qmix verify` shows all damage)"
 
 
+LONGEST = 1500  # characters of a message
+
+
 class QmixError(Exception):
     """Base of all errors that qmix reports without a traceback.
 
     As text it is one printable line whatever it quotes: control characters, line ends and halves of surrogate pairs in
-    the names of files, tokens or tensors are escaped, so that they neither break the line nor steer a terminal.
+    the names of files, tokens or tensors are escaped, so that they neither break the line nor steer a terminal. A long
+    one loses its middle: what happened is said first, what to do last.
     """
 
     exit_code = 1
 
     def __str__(self) -> str:
         message = super().__str__()
-        if message.isprintable():
-            return message
-        return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
+        if not message.isprintable():
+            message = "".join(char if char.isprintable() else _escaped(char) for char in message)
+        return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 + 3 :]}"
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()
 
 
 class CheckpointError(QmixError):

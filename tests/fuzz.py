@@ -33,7 +33,6 @@ from rich.table import Table
 from qmix.errors import QmixError
 from qmix.files import decode_json
 
-SECONDS = 5.0  # of one input
 BYTES = 10**9  # of memory that one input may take
 LONGEST = 2000  # characters of a refusal
 THOUGHT_OF = 0.1  # of the inputs: hypothesis' own
@@ -60,7 +59,7 @@ class Trial:
 
     def one(self, number: int, data: bytes) -> None:
         peak, failure = peak_memory(), None
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, self.parser.seconds)
         try:
             self.parser.parse(data)
         except QmixError as refusal:
@@ -70,7 +69,7 @@ class Trial:
             else:
                 self.tally.refused += 1
         except Hang:
-            failure = f"more than {SECONDS:g} s"
+            failure = f"more than {self.parser.seconds:g} s"
         except Exception as error:
             failure = f"{type(error).__name__}: {str(error)[:200]}"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmix.batch.lines import CHAT, COMPLETION, ROLES, LineError, parse_line
@@ -121,3 +122,11 @@ def table() -> str:
         places.setdefault(f"`{field.name}` | {values} | {field.why}", []).append(place)
     rows = (f"| {row} | {', '.join(found)} |" for row, found in places.items())
     return "\n".join(["| field | taken | because | in |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def test_a_number_beyond_all_others_is_no_neutral_value():
+    assert [field.takes(msgspec.Raw(b"1e999")) for field in CHAT_FIELDS if field.name in ("n", "stream", "user")] == [
+        True,
+        False,
+        False,
+    ]

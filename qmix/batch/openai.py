@@ -24,7 +24,10 @@ class Field:
     def takes(self, raw: msgspec.Raw) -> bool:
         if self.neutral is None:
             return True
-        value = msgspec.json.decode(raw)
+        try:
+            value = msgspec.json.decode(raw)
+        except msgspec.DecodeError:  # a number beyond all others
+            return False
         return value is None or any(_same(value, neutral) for neutral in self.neutral)
 
 
