@@ -51,7 +51,6 @@ def greedy(commands, first_use) -> dict:
         "bench --help",
         "plan tiny",
         "plan --ram 1MB",
-        "doctor --no-measure",
     ],
 )
 def test_what_computes_nothing_imports_nothing_heavy(qmix, command):
