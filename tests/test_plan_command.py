@@ -60,14 +60,19 @@ def test_a_store_larger_than_the_disk_that_was_found_is_warned_of(monkeypatch):
     monkeypatch.setattr("qmix.prepare.interpreter_memory", lambda kernels: 5 * 10**8)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(qmix.machine.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9))
-    for more in ((), ("--compare", "64GiB")):
-        machine = () if more else ("--ram", "64GiB", "--gpu", "none")
-        done = CliRunner().invoke(plan, ["mixtral-8x22b", *machine, *more])
-        assert done.exit_code == 0
-        assert "the store takes 82.5 GB, 50 GB are free at " in done.stderr
-        assert "`qmix quantize mixtral-8x22b STORE` with STORE on a larger disk" in done.stderr
-        stated = CliRunner().invoke(plan, ["mixtral-8x22b", *machine, *more, "--disk", "1TB"])
-        assert (stated.exit_code, stated.stderr) == (0, "")
+    of_this = ("mixtral-8x22b", "--ram", "64GiB", "--gpu", "none")
+    done = CliRunner().invoke(plan, of_this)
+    assert done.exit_code == 0
+    assert "the store takes 82.5 GB, 50 GB are free at " in done.stderr
+    assert "`qmix quantize mixtral-8x22b STORE` with STORE on a larger disk" in done.stderr
+    compared = (
+        "mixtral-8x22b",
+        "--compare",
+        "64GiB",
+    )  # machines that are not this one, whose disk says nothing of them
+    for quiet in ((*of_this, "--disk", "1TB"), compared, (*compared, "--disk", "1TB")):
+        done = CliRunner().invoke(plan, quiet)
+        assert (done.exit_code, done.stderr) == (0, "")
 
 
 def test_a_stated_disk_counts_for_machines_that_are_compared(qmix):
