@@ -181,7 +181,8 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
 def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
     """Return where the measurement is kept; the name follows from all that it depends on."""
     cores = len(os.sched_getaffinity(0))  # each has a thread
-    identity = [__version__, sys.version, sys.executable, cores, current().name, kernels, installed(sys.path)]
+    paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # where a command starts changes nothing
+    identity = [__version__, sys.version, sys.executable, cores, current().name, kernels, installed(paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return (cache or cache_directory()) / f"interpreter-{key}.json"
 
