@@ -162,7 +162,7 @@ def write_mistral(directory: Path, weights: dict[str, torch.Tensor], config: dic
 
 
 def write_first_release(directory: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
-    """The same weights as 8x7B was first published: a layer's experts one below the other, w2 transposed."""
+    """Write the weights as 8x7B was first published: a layer's experts one below the other, w2 transposed."""
     write_mistral(directory, weights, config)
     released = load_file(directory / "consolidated.safetensors")
     whole = {name.replace("feed_forward", "block_sparse_moe"): weight for name, weight in released.items()}

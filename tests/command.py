@@ -42,7 +42,7 @@ def get_kernel(name, *args, **options):
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left behind; `status` is below zero where a signal ended it.
+    """The result of a command; `status` is below zero where a signal ended it.
 
     `peak` is the most memory it had, in bytes, for a command that was run in a fork.
     """

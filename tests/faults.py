@@ -41,7 +41,7 @@ installed: list[Fault] = []
 
 
 def environment(*faults: Fault) -> dict[str, str]:
-    """What a command's environment is to hold, for these faults to befall it."""
+    """Return the environment in which a command meets these faults."""
     return {"FAULTS": json.dumps([asdict(fault) for fault in faults])}
 
 

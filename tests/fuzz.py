@@ -43,7 +43,7 @@ class Hang(BaseException):
 
 
 class Tally(msgspec.Struct):
-    """What came of a parser's inputs; `failures` are the input's number, what happened, and the input in hex."""
+    """The results of a parser's inputs; `failures` are the input's number, what happened, and the input in hex."""
 
     accepted: int = 0
     refused: int = 0
@@ -133,7 +133,7 @@ def _feed(trial: Trial, fed: Iterator[bytes], note: Path, result: Path) -> None:
 
 
 def shares(parsers: list[Parser], runs: int) -> dict[str, int]:
-    """How many inputs each parser gets: `runs` in all, none without any."""
+    """Return the number of inputs of each parser: `runs` in all, none without any."""
     whole = sum(parser.weight for parser in parsers)
     found = {parser.name: max(len(parser.documents), int(runs * parser.weight / whole)) for parser in parsers}
     found[parsers[0].name] += max(0, runs - sum(found.values()))

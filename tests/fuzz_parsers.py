@@ -295,7 +295,7 @@ def of_chats(room: Room) -> list[Parser]:
         return record.load(Session(runner, {}), path)
 
     def command(data: bytes) -> object:
-        """As a terminal gives it: a line, what is no UTF-8 as surrogates."""
+        """Run a line as a terminal gives it: bytes that are not UTF-8 come as surrogates."""
         line = "/" + data.decode("utf-8", errors="surrogateescape").partition("\n")[0].strip().lstrip("/")
         if line.lower().startswith("/save"):  # writes where it is told to
             return None
@@ -322,7 +322,7 @@ def of_chats(room: Room) -> list[Parser]:
 
 
 def of_words(room: Room) -> list[Parser]:
-    """What is typed on a command line."""
+    """Return the parsers of words typed on a command line."""
 
     def text(read: Callable[[str], object]) -> Callable[[bytes], object]:
         return lambda data: read(data.decode("utf-8", errors="surrogateescape"))

@@ -72,7 +72,7 @@ def test_every_field_of_the_api_is_known(place: str) -> None:
 
 
 def told(raw: bytes) -> str:
-    """What is wrong with a line; nothing where it is a request."""
+    """Return the error of a line, or nothing if it is a request."""
     try:
         parse_line(raw)
     except LineError as error:

@@ -51,7 +51,7 @@ def replaced(path: Path) -> None:
 
 
 def copied(path: Path) -> None:
-    """The same bytes in a new file."""
+    """Put the same bytes into a new file."""
     shutil.copyfile(path, path.with_name("new"))
     path.with_name("new").replace(path)
 
