@@ -52,6 +52,11 @@ from qmix.use import Use
 DEFAULT_PRECISION = "nf4"
 CHECKPOINTS = "checkpoints"  # in the cache: fingerprints of checkpoints that were read
 IDENTITY_LENGTH = 12  # of the identity's digits, in a store's name
+# `-m` would take a qmix that lies in the working directory, and its embedded model, for the one that runs
+SAME_QMIX = (
+    "import runpy, sys; sys.path[0] = sys.argv.pop(1); "
+    "runpy.run_module('qmix.quantize_child', run_name='__main__', alter_sys=True)"
+)
 SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst
 AS_IT_IS = "leave it out, or quantize its checkpoint"
 NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
@@ -211,7 +216,13 @@ def _quantize_in_child(
     on_progress: OnProgress,
 ) -> None:
     request = Request(str(model), checkpoint.identity, str(directory), precision, dtype, clip)
-    command = [sys.executable, "-m", "qmix.quantize_child", msgspec.json.encode(request).decode()]
+    command = [
+        sys.executable,
+        "-c",
+        SAME_QMIX,
+        str(Path(__file__).parent.parent),
+        msgspec.json.encode(request).decode(),
+    ]
     pipe = subprocess.PIPE
     # in a session of its own: a Ctrl-C reaches it once, from here, and not a second time while it is ending
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True) as child:
