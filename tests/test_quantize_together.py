@@ -109,3 +109,15 @@ def test_two_first_uses_of_a_model_make_one_store(
     assert files_of(Path(place)) == whole
     caches = [path for path in (isolated_home / "cache" / "qmix").iterdir() if path.name != "checkpoints"]
     assert caches == [Path(place)]
+
+
+def test_a_qmix_that_lies_in_the_working_directory_is_not_taken(tmp_path, tiny, monkeypatch):
+    """A user who installs from a checkout runs the first command in it: the child is of the qmix that was installed."""
+    from qmix.prepare import prepare_store
+
+    package = tmp_path / "qmix"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('another qmix')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert prepare_store("tiny").directory.is_dir()
