@@ -17,7 +17,7 @@ import click
 from qmix import __version__
 from qmix.commands import Commands
 from qmix.errors import QmixError
-from qmix.precision.paths import environment
+from qmix.kernels.cpu.paths import environment
 
 EXIT_INTERRUPTED = 130
 

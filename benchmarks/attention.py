@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from qmix.attention import grouped_sdpa
+from qmix.model.attention import grouped_sdpa
 
 WIDTH = 128
 CACHES = 256e6  # bytes

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from calibration.replay import replay
 from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter
-from qmix.allocation import Allocator
+from qmix.engine.layerwise import Routing
 from qmix.geometry import Geometry
-from qmix.layerwise import Routing
+from qmix.pool.replay import replay
+from qmix.store.allocation import Allocator
 
 LAYERS, EXPERTS, TOP_K = 56, 8, 2
 TOKENS = 8192

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from qmix.checkpoint import open_checkpoint
 from qmix.commands.texts import WINDOW, passages_of
-from qmix.fidelity import Scores, score
-from qmix.layerwise import LayerwisePass
-from qmix.prepare import layout_for, open_source
-from qmix.terminal import ProgressDisplay
-from qmix.variants import Quantised
+from qmix.compare.fidelity import Scores, score
+from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.resolve import layout_for, open_source
+from qmix.engine.variants import Quantised
+from qmix.terminal.tables import ProgressDisplay
 
 BLOCK = 256  # tokens that are taken as one draw
 KINDS = ("nf4", "fp4")

@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from qmix.precision.paths import environment, supported
+from qmix.kernels.cpu.paths import environment, supported
 
 Key = tuple[str, int, int, str]  # kind, rows of x, threads, path
 

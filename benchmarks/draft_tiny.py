@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from qmix.runner import Runner
-from qmix.sampling import Sampling
+from qmix.engine.opener import Runner
+from qmix.engine.sampling import Sampling
 
 TEXTS = {
     "repeating": "sudo apt install python3. " * 40,

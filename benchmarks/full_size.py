@@ -37,10 +37,10 @@ from full_size_report import Result, show, summary
 from memory_cap import memory_group
 from synthetic_weights import SyntheticModel
 
-from calibration.probes import DiskProbe, probe_in_child
-from qmix.bound import dense_read
-from qmix.prepare import plan_for
-from qmix.store import Store, open_store
+from qmix.bench.roofline import dense_read
+from qmix.engine.resolve import plan_for
+from qmix.machine.probes import DiskProbe, probe_in_child
+from qmix.store.opened import Store, open_store
 
 HERE = Path(__file__).parent
 SLICE = 2 * 10**9  # bytes of disk reads between two runs

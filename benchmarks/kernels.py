@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from qmix.direct_io import anonymous_memory
+from qmix.checkpoint.torch_dtypes import TORCH
+from qmix.disk.files import anonymous_memory
+from qmix.kernels.cpu.products import multiply_packed, multiply_rows
 from qmix.precision import matmul
 from qmix.precision.formats import parts
-from qmix.precision.products import multiply_packed, multiply_rows
-from qmix.torch_dtypes import TORCH
 
 SET_BYTES = 256e6
 BOUND_BY_READING = 16  # rows of x, up to where the ceiling is the memory's

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from qmix.direct_io import DirectFile, anonymous_memory
-from qmix.eviction import Key
+from qmix.disk.files import DirectFile, anonymous_memory
+from qmix.disk.reads import READ_THREADS, Read, Reader
+from qmix.pool.eviction import Key
 from qmix.precision.matmul import Expert
 from qmix.precision.record import PAGE
-from qmix.reading import READ_THREADS, Read, Reader
-from qmix.store import Store, open_store
+from qmix.store.opened import Store, open_store
 from qmix.units import format_bytes
 
 MADV_POPULATE_READ = 22  # of Linux's mman.h; Python's mmap does not name it

@@ -23,17 +23,17 @@ import torch
 from synthetic_weights import SyntheticModel
 
 import qmix
-from calibration.replay import requests
-from calibration.trace import as_trace, recorded
-from qmix.batch.runner import BatchRunner, Request
 from qmix.batch.sizing import plan_lines
-from qmix.bound import least_read_bytes
-from qmix.machine import peak_memory
-from qmix.pool import ExpertPool
-from qmix.pool_counters import PoolCounters
-from qmix.runner import Runner
-from qmix.sampling import Sampling
-from qmix.store import open_store
+from qmix.bench.roofline import least_read_bytes
+from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.engine.opener import Runner
+from qmix.engine.sampling import Sampling
+from qmix.machine.found import peak_memory
+from qmix.pool.counters import PoolCounters
+from qmix.pool.experts import ExpertPool
+from qmix.pool.replay import requests
+from qmix.pool.trace import as_trace, recorded
+from qmix.store.opened import open_store
 from qmix.units import parse_bytes
 
 

@@ -34,13 +34,13 @@ from rich.table import Table
 
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.disk import DirectMemory
-from qmix.layout import StoreLayout
+from qmix.disk.direct import DirectMemory
+from qmix.engine.resolve import layout_for
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
-from qmix.prepare import layout_for
-from qmix.quantize import CHUNK_WEIGHTS
-from qmix.store_writer import places
+from qmix.store.layout import StoreLayout
+from qmix.store.quantize import CHUNK_WEIGHTS
+from qmix.store.writer import places
 
 READ_BYTES, WRITE_BYTES = 16 * 2**20, 8 * 2**20  # of one request; what this was fastest with, of 4 to 32 MiB
 THREADS = 4  # that read or write; 8 were no faster
@@ -51,7 +51,7 @@ CEILINGS = ("read", "write", "quantise")
 CHILD = """
 import json, sys, time
 from pathlib import Path
-import cli, numba, torch, qmix.checkpoint, qmix.prepare, qmix.quantize, qmix.terminal
+import cli, numba, torch, qmix.checkpoint, qmix.engine.resolve, qmix.store.quantize, qmix.terminal.tables
 anonymous = int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 times, started = time.process_time(), time.perf_counter()
 cli.qmix.main(["quantize", *sys.argv[1:]], standalone_mode=False)

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import click
 
-IMPORTS = "import torch, numba, qmix.checkpoint, qmix.prepare, qmix.quantize, qmix.terminal, time; time.sleep(1)"
+IMPORTS = (
+    "import torch, numba, qmix.checkpoint, qmix.engine.resolve, qmix.store.quantize, qmix.terminal.tables, time; "
+    "time.sleep(1)"
+)
 LOOK_SECONDS = 0.01
 
 

@@ -23,8 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qmix.bitsandbytes_quiet import functional as bnb
-from qmix.precision.kernels import BLOCK, quantize_4bit_flat, quantize_4bit_packed
+from qmix.kernels.cpu.quantize import BLOCK, quantize_4bit_flat, quantize_4bit_packed
+from qmix.precision.bitsandbytes import functional as bnb
 
 CHUNK = 512  # rows
 RUNS = {"bitsandbytes": 1, "qmix": 4, "qmix --clip": 2, "reading alone": 4}  # in a round

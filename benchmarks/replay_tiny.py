@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from calibration.replay import replay
-from calibration.trace import as_trace, recorded
-from qmix.eviction import DEFAULT_POLICY
+from qmix.pool.eviction import DEFAULT_POLICY
+from qmix.pool.replay import replay
+from qmix.pool.trace import as_trace, recorded
 
 PROMPTS = (
     "To install a package on this system, open a terminal and",

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from calibration.machine_rates import COLUMNS, ROWS
-from qmix.direct_io import anonymous_memory
+from qmix.bench.machine_rates import COLUMNS, ROWS
+from qmix.disk.files import anonymous_memory
 from qmix.errors import QmixError
 from qmix.precision.matmul import FourBitMatrix
 

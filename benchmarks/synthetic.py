@@ -21,9 +21,9 @@ import click
 import numpy as np
 from synthetic_weights import PRESETS, SyntheticModel, shared_experts
 
-from qmix.disk import require_space
+from qmix.checkpoint.safetensors_header import build_header
+from qmix.disk.direct import require_space
 from qmix.models import EMBEDDED
-from qmix.safetensors_header import build_header
 
 SHARD_BYTES = 2 * 10**9
 CHUNK_WEIGHTS = 2**24

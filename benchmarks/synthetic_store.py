@@ -28,12 +28,12 @@ from synthetic_weights import SyntheticModel
 
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.reader import TOKENIZER_FILES
-from qmix.disk import require_space
-from qmix.layout import FileLayout, StoreLayout, parse_precisions
+from qmix.disk.direct import require_space
 from qmix.precision.formats import DTYPES, chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
-from qmix.store import CONFIG, Store, file_digest, manifest, open_store
-from qmix.store_writer import small_files, write_manifest
+from qmix.store.layout import FileLayout, StoreLayout, parse_precisions
+from qmix.store.opened import CONFIG, Store, file_digest, manifest, open_store
+from qmix.store.writer import small_files, write_manifest
 
 CHUNK_WEIGHTS = 4 * 2**20
 

@@ -20,7 +20,7 @@ import click
 import torch
 from transformers import DynamicCache, MixtralForCausalLM
 
-from qmix.machine import peak_memory
+from qmix.machine.found import peak_memory
 from qmix.units import parse_bytes
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from calibration.replay import BELADY, STATIC
+from qmix.pool.replay import BELADY, STATIC
 
 # Colours that the colour-blind tell apart (M. Okabe and K. Ito, "Color universal design", 2008), on black and on white.
 POLICY_COLOURS = {

@@ -30,7 +30,7 @@ from calibration.palette import (
     unit_of,
     viridis,
 )
-from calibration.replay import BELADY, STATIC, Replay
+from qmix.pool.replay import BELADY, STATIC, Replay
 
 LETTERS = {"lru": "r", "lfu": "f", "uses-per-time": "u", STATIC: "s", BELADY: "b"}
 SHADES = " ░▒▓█"

@@ -19,8 +19,8 @@ from calibration.palette import (
     steps_between,
     unit_of,
 )
-from calibration.replay import BELADY, STATIC, Replay
-from qmix.figure import save
+from qmix.pool.replay import BELADY, STATIC, Replay
+from qmix.terminal.figure import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def draw(
 
     `use`, and that of each language, are [layers][experts] counts, or anything in proportion; `frontier` are the best
     mixtures of precisions, `uniform` single ones by name. Raises QmixError where the file cannot be written; ask
-    `qmix.figure.check_target` before the work.
+    `qmix.terminal.figure.check_target` before the work.
     """
     from matplotlib.figure import Figure
 

@@ -12,9 +12,9 @@ from rich.text import Text
 
 from calibration.pictures import UseMap, error_chart, error_table, hit_chart, hit_table, language_table
 from calibration.plot import draw as draw_picture
-from calibration.replay import BELADY
 from calibration.routing import Routing
 from calibration.run import UNKNOWN, Calibration
+from qmix.pool.replay import BELADY
 from qmix.units import format_bytes
 
 

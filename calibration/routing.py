@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qmix.engine.layerwise import CHUNK
+from qmix.engine.layerwise import Routing as Routed
 from qmix.geometry import Geometry
-from qmix.layerwise import CHUNK
-from qmix.layerwise import Routing as Routed
-from qmix.lookahead import DEPTH, EMBEDDING, Lookahead
+from qmix.pool.prefetch import DEPTH, EMBEDDING, Lookahead
 
 ENOUGH = 200  # samples of an expert, from where on what is measured of it is to be trusted
 

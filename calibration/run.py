@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from calibration.corpus import Passage
-from calibration.replay import Replay, replay
 from calibration.routing import Routing, RoutingRecorder
 from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
-from qmix.allocation import Allocation, Allocator
 from qmix.checkpoint import Checkpoint
+from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.resolve import DEFAULT_PRECISION
+from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
-from qmix.layerwise import LayerwisePass
-from qmix.layout import StoreLayout, parse_precisions
-from qmix.lookahead import DEPTH
-from qmix.prepare import DEFAULT_PRECISION
-from qmix.profile import Profile
+from qmix.pool.prefetch import DEPTH
+from qmix.pool.replay import Replay, replay
 from qmix.progress import OnProgress, ignore
-from qmix.variants import Quantised
+from qmix.store.allocation import Allocation, Allocator
+from qmix.store.layout import StoreLayout, parse_precisions
+from qmix.store.profile import Profile
 
 UNKNOWN = "text"  # the language of text that nobody named one for
 

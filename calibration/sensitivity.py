@@ -18,8 +18,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from qmix.engine.layerwise import Routing
 from qmix.geometry import Geometry
-from qmix.layerwise import Routing
 from qmix.precision.formats import BLOCK
 from qmix.precision.round_trip import round_trip
 

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 from qmix.errors import DoesNotFitError, QmixError, UsageError
 
 if TYPE_CHECKING:
-    from qmix.generate import Piece, Result
-    from qmix.runner import Runner, load
-    from qmix.sampling import Sampling
+    from qmix.engine.opener import Runner, load
+    from qmix.engine.sampling import Sampling
+    from qmix.engine.stream import Piece, Result
 
 __version__ = "0.1.0"
 
 __all__ = ["DoesNotFitError", "Piece", "QmixError", "Result", "Runner", "Sampling", "UsageError", "load"]
 
 _LAZY = {
-    "Piece": "generate",
-    "Result": "generate",
-    "Runner": "runner",
-    "Sampling": "sampling",
-    "load": "runner",
+    "Piece": "engine.stream",
+    "Result": "engine.stream",
+    "Runner": "engine.opener",
+    "Sampling": "engine.sampling",
+    "load": "engine.opener",
 }
 
 

@@ -156,10 +156,9 @@ def _serve() -> None:
     quiet_libraries()  # which a command calls before it imports them
     from transformers import MixtralForCausalLM  # noqa: F401
 
-    import qmix.quantize
-    import qmix.runner  # noqa: F401 -- imported for the forks
-    from qmix import terminal, work_display
     from qmix.commands import shared
+    from qmix.terminal import tables as terminal
+    from qmix.terminal import work_display
 
     never = float("inf")  # lines that a slow machine would show besides
     shared.LOADING_PATIENCE = terminal.LINE_SECONDS = work_display.LINE_SECONDS = never

@@ -23,32 +23,33 @@ from safetensors.torch import save
 from stores import make_store
 from transformers import AutoTokenizer
 
-from qmix import machine, machine_profile
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers
 from qmix.chat import record, slash
 from qmix.chat.format import format_of
 from qmix.chat.session import Session
 from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.hub import parse as parse_hub_id
 from qmix.checkpoint.reader import read_config
+from qmix.checkpoint.safetensors_header import read_header
 from qmix.checkpoint.source import LocalSource
+from qmix.engine.generation_config import parse_generation_config
+from qmix.engine.resolve import Subject as PlanSubject
 from qmix.errors import UsageError
 from qmix.evaluate.results import REQUESTS, Results
 from qmix.evaluate.tasks import load_tasks, own_tasks
-from qmix.generation_config import parse_generation_config
-from qmix.hub import parse as parse_hub_id
-from qmix.journal import Entry, Journal, Subject, encoded
-from qmix.layout import StoreLayout, parse_precisions
+from qmix.machine import found as machine
+from qmix.machine import measured as machine_profile
+from qmix.machine.rates import Machine
 from qmix.plan.file import read_plan
-from qmix.plan.hardware import Machine
-from qmix.plan.planned import plan_on
-from qmix.prepare import Subject as PlanSubject
-from qmix.profile import Profile, check_profile, read_profile
-from qmix.prompt import PromptEncoder
-from qmix.safetensors_header import read_header
-from qmix.store import MANIFEST, Store, open_store
-from qmix.store_writer import JOURNAL
-from qmix.tokenizer import load_tokenizer
+from qmix.planner.planned import plan_on
+from qmix.store.journal import Entry, Journal, Subject, encoded
+from qmix.store.layout import StoreLayout, parse_precisions
+from qmix.store.opened import MANIFEST, Store, open_store
+from qmix.store.profile import Profile, check_profile, read_profile
+from qmix.store.writer import JOURNAL
+from qmix.text.prompt import PromptEncoder
+from qmix.text.tokenizer import load_tokenizer
 from qmix.units import parse_bytes, parse_flops, parse_rate
 
 TINY = Path(__file__).parent.parent / "qmix" / "models" / "tiny"
@@ -160,7 +161,7 @@ def of_stores(room: Room) -> list[Parser]:
 
 
 def of_plans(room: Room) -> list[Parser]:
-    with mock.patch("qmix.prepare.interpreter_memory", return_value=10**8):
+    with mock.patch("qmix.engine.resolve.interpreter_memory", return_value=10**8):
         subject = PlanSubject("org/small", room.layout, "abc")
         plans = [plan_on(subject, Machine(2**32, gpus), 100).to_json() for gpus in ((), (2**30,))]
     use, errors = ((0.5,) * 4,) * 2, ((1.0, 2.0, 3.0, 4.0),) * 2
@@ -187,7 +188,7 @@ def of_plans(room: Room) -> list[Parser]:
 def _interpreter_cache(room: Room) -> Parser:
     """The cache of what Python takes, which is measured anew (here: said to be a byte) where it cannot be read."""
     cache = room.place / "interpreter"
-    measuring = mock.patch("qmix.machine.subprocess.run", return_value=CompletedProcess((), 0, "1\n", ""))
+    measuring = mock.patch("qmix.machine.found.subprocess.run", return_value=CompletedProcess((), 0, "1\n", ""))
 
     def read(path: Path) -> object:
         with measuring:

@@ -101,7 +101,7 @@ def _serve() -> None:
 
     quiet_libraries()
     import qmix.batch.display  # noqa: F401 -- imported for the forks
-    from qmix.precision.products import prepare
+    from qmix.kernels.cpu.products import prepare
 
     import_module(sys.argv[1])
     prepare(["nf4"], torch.bfloat16)

@@ -68,7 +68,7 @@ def _torn_write(write: Callable[..., Any]) -> Callable[..., Any]:
 
 def _torn_journal(append: Callable[..., Any]) -> Callable[..., Any]:
     def half(journal: Any, entries: list[Any]) -> None:
-        from qmix.journal import encoded
+        from qmix.store.journal import encoded
 
         os.write(journal._file.fileno(), b"".join(map(encoded, entries))[:-7])
         _die()
@@ -94,8 +94,8 @@ def _behind(done: Callable[..., Any]) -> Callable[..., Any]:
 
 def _arm(at: str, count: int) -> None:
     """Make the `count`th call of a function the last thing that this process does."""
-    from qmix.journal import Journal
-    from qmix.store_writer import StoreWriter
+    from qmix.store.journal import Journal
+    from qmix.store.writer import StoreWriter
 
     owner, name, fatal = {
         "write": (StoreWriter, "write", _torn_write),
@@ -116,7 +116,8 @@ def _arm(at: str, count: int) -> None:
 def _run(checkpoint: str, store: str, precision: str, kill: dict[str, Any]) -> None:
     from stores import make_store
 
-    from qmix import quantize, store_writer
+    from qmix.store import quantize
+    from qmix.store import writer as store_writer
 
     quantize.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = CHUNK_WEIGHTS, FLUSH_SECONDS
     rows = quantize.WeightFile.rows

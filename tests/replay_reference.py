@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from qmix.eviction import Eviction, Key
+from qmix.pool.eviction import Eviction, Key
 
 Steps = Sequence[Sequence[Key]]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qmix.layout import StoreLayout
 from qmix.plan import DevicePlan, Plan, make_plan
+from qmix.store.layout import StoreLayout
 
 GIB = 2**30
 

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.commands.plan import plan as plan_command
-from qmix.layout import StoreLayout, parse_precisions
+from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan
-from qmix.plan.published import PUBLISHED
 from qmix.precision.record import record_layout
+from qmix.store.layout import StoreLayout, parse_precisions
 from qmix.units import format_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,7 @@ def test_the_embedded_model_has_the_stated_number_of_parameters(tiny):
 
 def test_the_machines_that_are_compared_are_those_of_the_command(monkeypatch):
     """Python takes what it takes in the table of sizes, so that the plan is the same everywhere."""
-    monkeypatch.setattr("qmix.prepare.interpreter_memory", lambda **options: 500 * 10**6)
+    monkeypatch.setattr("qmix.engine.resolve.interpreter_memory", lambda **options: 500 * 10**6)
     shown = next(block for block in BLOCK.findall(README) if block.startswith("$ qmix plan"))
     command, _, table = shown.partition("\n")
     done = CliRunner().invoke(plan_command, command.removeprefix("$ qmix plan ").split(), env={"COLUMNS": "120"})

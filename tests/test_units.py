@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.layout import parse_precisions
+from qmix.store.layout import parse_precisions
 from qmix.units import format_bytes, parse_bytes, parse_flops, parse_rate
 
 

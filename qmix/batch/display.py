@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qmix.batch.run import Summary
+from qmix.terminal.work_display import WorkDisplay, time_left
 from qmix.units import format_bytes
-from qmix.work_display import WorkDisplay, time_left
 
 
 class BatchDisplay(WorkDisplay):

@@ -11,13 +11,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qmix.batch.lines import CHAT, Line
-from qmix.text import TokenBytes
+from qmix.text.detokenizer import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qmix.batch.runner import Answer
-    from qmix.choice import Chosen
+    from qmix.engine.batch_runner import Answer
+    from qmix.engine.sampler import Chosen
 
 
 @dataclass(frozen=True, slots=True)

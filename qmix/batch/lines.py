@@ -18,9 +18,9 @@ import msgspec
 
 from qmix.batch.openai import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOOL_ROLES, not_taken
 from qmix.batch.schema import ChatBody, CompletionBody, Envelope, Fields, Identity, Message, Options, Part
+from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT, decode_json
-from qmix.sampling import Sampling
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, type[ChatBody | CompletionBody]] = {CHAT: ChatBody, COMPLETION: CompletionBody}

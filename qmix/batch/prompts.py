@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.batch.lines import Line
-from qmix.batch.runner import Request
-from qmix.chat_template import ChatTemplate, TemplateRefusal
-from qmix.choice import stream_seed
+from qmix.engine.batch_runner import Request
+from qmix.engine.sampler import stream_seed
+from qmix.engine.sampling import Sampling
 from qmix.geometry import Geometry
-from qmix.prompt import PromptEncoder, PromptTooLong
-from qmix.sampling import Sampling
-from qmix.tokenizer import encode
+from qmix.text.chat_template import ChatTemplate, TemplateRefusal
+from qmix.text.prompt import PromptEncoder, PromptTooLong
+from qmix.text.tokenizer import encode
 
 
 class LineRefused(Exception):

@@ -11,8 +11,8 @@ from qmix.batch.forms import Forms
 from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
-from qmix.batch.runner import BatchRunner, Request
-from qmix.machine import peak_memory
+from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.machine.found import peak_memory
 
 REFUSED_AT_ONCE = 1000  # lines that are written together
 

@@ -15,18 +15,18 @@ from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
 from qmix.batch.run import BatchRun, Job, Summary
-from qmix.batch.runner import BatchRunner
 from qmix.batch.sizing import plan_lines
-from qmix.chat_template import ChatTemplate
+from qmix.engine.batch_runner import BatchRunner
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.layout import StoreLayout
 from qmix.plan import Plan, default_context
 from qmix.progress import OnProgress
-from qmix.prompt import PromptEncoder
-from qmix.store import WEIGHTS, Store
-from qmix.tokenizer import load_tokenizer
-from qmix.use import Use
+from qmix.store.expert_frequency import Use
+from qmix.store.layout import StoreLayout
+from qmix.store.opened import WEIGHTS, Store
+from qmix.text.chat_template import ChatTemplate
+from qmix.text.prompt import PromptEncoder
+from qmix.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

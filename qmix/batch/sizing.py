@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
-from qmix.layout import StoreLayout
-from qmix.machine import default_budget, interpreter_memory
+from qmix.machine.found import default_budget, interpreter_memory
 from qmix.plan import PREFILL_CHUNK, Plan, make_plan
-from qmix.use import Use
+from qmix.store.expert_frequency import Use
+from qmix.store.layout import StoreLayout
 
 MAX_BATCH = PREFILL_CHUNK // 2  # the other half of a pass is for prompts
 DISK_COST = 10.0  # a byte from disk, in bytes from memory: 3 to 4 GB/s against 30 to 50 on the machine measured

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmix.chat.format import Format, Said
+from qmix.engine.stream import common_prefix
 from qmix.errors import UsageError
-from qmix.generate import common_prefix
-from qmix.prompt import too_long
+from qmix.text.prompt import too_long
 
 LEAST_SHARE_FOR_AN_ANSWER = 4  # a quarter of the context, or what an answer may have if that is less
 

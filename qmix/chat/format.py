@@ -12,9 +12,9 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from qmix.chat_template import PROBE, ChatTemplate, TemplateRefusal
 from qmix.errors import StoreError
-from qmix.tokenizer import encode
+from qmix.text.chat_template import PROBE, ChatTemplate, TemplateRefusal
+from qmix.text.tokenizer import encode
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from qmix.chat import slash
 from qmix.chat.kept import KeptChat
 from qmix.chat.reader import Reader
 from qmix.chat.session import Answer, Session
+from qmix.engine.stream import Result
 from qmix.errors import QmixError
-from qmix.generate import Result
 from qmix.units import format_bytes
 
 HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"

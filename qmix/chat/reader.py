@@ -18,7 +18,7 @@ from prompt_toolkit.keys import Keys
 from qmix.chat.settings import NAMES
 from qmix.chat.slash import COMMANDS
 from qmix.errors import UsageError
-from qmix.text import check_text
+from qmix.text.detokenizer import check_text
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'

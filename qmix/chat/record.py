@@ -21,10 +21,10 @@ import msgspec
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
-from qmix.disk import write_advice
+from qmix.disk.direct import write_advice
+from qmix.engine.sampling import Sampling
 from qmix.errors import QmixError, SessionError
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
-from qmix.sampling import Sampling
 
 SCHEMA = "qmix-chat-1"
 ELSEWHERE = "give another name"

@@ -9,11 +9,11 @@ from typing import Any
 
 from qmix.chat.conversation import Conversation, Prompt, Turn
 from qmix.chat.format import Format, format_of
+from qmix.engine.opener import Runner
+from qmix.engine.sampling import Sampling
+from qmix.engine.stream import Piece, Result
 from qmix.errors import UsageError
-from qmix.generate import Piece, Result
-from qmix.runner import Runner
-from qmix.sampling import Sampling
-from qmix.text import Detokenizer
+from qmix.text.detokenizer import Detokenizer
 
 
 @dataclass(slots=True)

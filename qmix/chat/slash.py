@@ -13,7 +13,7 @@ from qmix.chat.session import Session
 from qmix.chat.settings import parse_setting
 from qmix.errors import UsageError
 from qmix.files import read_text
-from qmix.machine import peak_memory
+from qmix.machine.found import peak_memory
 from qmix.units import format_bytes
 
 

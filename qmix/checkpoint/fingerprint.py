@@ -15,8 +15,8 @@ import xxhash
 
 from qmix.checkpoint.reader import Checkpoint, Weight
 from qmix.checkpoint.rows import WeightFile
-from qmix.disk import DirectMemory
-from qmix.safetensors_header import ITEM_BYTES
+from qmix.checkpoint.safetensors_header import ITEM_BYTES
+from qmix.disk.direct import DirectMemory
 
 CHUNK_BYTES = 8 * 2**20
 

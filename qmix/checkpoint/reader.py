@@ -15,12 +15,12 @@ import msgspec
 
 from qmix.checkpoint.foreign import check_files, check_not_quantised
 from qmix.checkpoint.naming import Piece, resolve
+from qmix.checkpoint.safetensors_header import AGAIN, ITEM_BYTES, TensorInfo, check_no_pointer
 from qmix.checkpoint.source import LocalSource, Source
-from qmix.disk import disk_advice
+from qmix.disk.direct import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import read_json
 from qmix.geometry import HEAD, Geometry, config_from_params
-from qmix.safetensors_header import AGAIN, ITEM_BYTES, TensorInfo, check_no_pointer
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 
 from qmix.checkpoint.reader import Weight, load_pickle
-from qmix.disk import DirectMemory, UncachedFile, disk_advice
+from qmix.checkpoint.torch_dtypes import TORCH
+from qmix.disk.direct import DirectMemory, UncachedFile, disk_advice
 from qmix.errors import CheckpointError
-from qmix.torch_dtypes import TORCH
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from qmix.disk import disk_advice
+from qmix.checkpoint.safetensors_header import MAX_HEADER, TensorInfo, check_header, check_no_pointer, read_header
+from qmix.disk.direct import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import read_state, write_whole
-from qmix.safetensors_header import MAX_HEADER, TensorInfo, check_header, check_no_pointer, read_header
 
 if TYPE_CHECKING:
-    from qmix.hub import HubRepo
+    from qmix.checkpoint.hub import HubRepo
 
 Progress = Callable[[int, int], None]
 

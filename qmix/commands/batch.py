@@ -31,7 +31,7 @@ from qmix.commands.shared import (
 from qmix.errors import QmixError, UsageError
 
 if TYPE_CHECKING:
-    from qmix.layout import StoreLayout
+    from qmix.store.layout import StoreLayout
 
 EXIT_SOME_REFUSED = 4
 OUTPUT_HELP = "where answers go, a line each as it is finished; - is stdout"
@@ -62,7 +62,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     A run that was stopped goes on with the same command. Exit codes: 2 the file has lines that cannot be used (nothing
     is run), 4 some lines could not be answered (each has a line that says why), 130 interrupted.
     """
-    from qmix.sampling import Sampling
+    from qmix.engine.sampling import Sampling
 
     to_stdout = str(output) == "-"
     if as_json and to_stdout:
@@ -100,8 +100,8 @@ def _answer(
     from qmix.batch.session import begin, check_budget
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
-    from qmix.prepare import open_source, prepare_store
-    from qmix.terminal import ProgressDisplay, say
+    from qmix.engine.resolve import open_source, prepare_store
+    from qmix.terminal.tables import ProgressDisplay, say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
     if plan is not None:

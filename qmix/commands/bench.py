@@ -43,14 +43,14 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     """Measure how fast MODEL takes in a prompt (pp) and generates (tg), beside what this machine could do at best."""
     given = read_plan_option(options.pop("plan_path"), ram=options["ram"], context=options["context"])
     name = model_or_default(model)
-    from qmix.bound import workloads
+    from qmix.bench.roofline import workloads
 
     tests = workloads(options.pop("prompt_tokens"), options.pop("new_tokens"))
     quiet_libraries()
-    from calibration.probes import probe_in_child
-    from qmix.bench import measure, prepare
-    from qmix.runner import Runner
-    from qmix.terminal import ProgressDisplay, bench_conditions, bench_table, print_table, say
+    from qmix.bench.run import measure, prepare
+    from qmix.engine.opener import Runner
+    from qmix.machine.probes import probe_in_child
+    from qmix.terminal.tables import ProgressDisplay, bench_conditions, bench_table, print_table, say
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store, plan = prepare(name, tests, attention=attn, plan=given, on_progress=making, **options)

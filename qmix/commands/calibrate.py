@@ -38,10 +38,10 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     `quantize` take it with --profile, and a store carries it to the runs that read it.
     """
     from qmix.checkpoint import open_checkpoint
-    from qmix.prepare import open_source
+    from qmix.engine.resolve import open_source
 
     if plot is not None:
-        from qmix.figure import check_target
+        from qmix.terminal.figure import check_target
 
         check_target(plot, "calibration")
     for path in filter(None, (profile, plot)):
@@ -54,12 +54,12 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     from calibration.routing import ENOUGH
     from calibration.run import calibrate as run
     from calibration.run import half, memory_needed
-    from qmix.layerwise import check_memory
-    from qmix.layerwise import memory_needed as pass_memory
-    from qmix.machine import default_budget, interpreter_memory
-    from qmix.prepare import layout_for
-    from qmix.profile import check_budget, write_profile
-    from qmix.terminal import ProgressDisplay, print_table, say
+    from qmix.engine.layerwise import check_memory
+    from qmix.engine.layerwise import memory_needed as pass_memory
+    from qmix.engine.resolve import layout_for
+    from qmix.machine.found import default_budget, interpreter_memory
+    from qmix.store.profile import check_budget, write_profile
+    from qmix.terminal.tables import ProgressDisplay, print_table, say
 
     dtype = layout_for(checkpoint, None, options["dtype"]).dtype
     if budget is not None:
@@ -92,7 +92,7 @@ def _named(keys: Sequence[tuple[int, int]]) -> str:
 def _pool(found: Calibration, ram: int | None) -> Pool | None:
     """What this machine's memory holds of the store; None where it is too small for any."""
     from calibration.report import Pool
-    from qmix.prepare import plan_for, this_machine
+    from qmix.engine.resolve import plan_for, this_machine
 
     try:
         plan = plan_for(found.layout, None, None, machine=this_machine(ram, gpus=()), use=found.profile.use)

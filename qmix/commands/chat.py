@@ -11,8 +11,8 @@ import click
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
 from qmix.errors import UsageError
 from qmix.files import read_text
-from qmix.machine import state_directory
-from qmix.text import check_text
+from qmix.machine.found import state_directory
+from qmix.text.detokenizer import check_text
 
 MAX_HELP = "of an answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
@@ -43,7 +43,7 @@ def chat(
     A model with a chat template answers, one without continues the text. Where stdin is no terminal, each of its
     lines is a turn; the answers go to stdout, everything else to stderr, and the exit code is 1 where a line failed.
     """
-    from qmix.sampling import Sampling
+    from qmix.engine.sampling import Sampling
 
     name = model_or_default(model)
     loading = {option: options.pop(option) for option in ("ram", "context", "precision", "clip", "dtype", "plan_path")}
@@ -54,7 +54,7 @@ def chat(
         from qmix.chat.kept import KeptChat, interrupted
         from qmix.chat.loop import Chat, Screen
         from qmix.chat.session import Session
-        from qmix.terminal import ThinkingLine, say, statistics
+        from qmix.terminal.tables import ThinkingLine, say, statistics
 
         session = Session(runner, settings, text or "")
         if resume is not None:
@@ -86,7 +86,7 @@ def _system_text(text: str | None, path: Path | None) -> str | None:
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
     """What is to be known beforehand, once."""
-    from qmix.terminal import say
+    from qmix.terminal.tables import say
 
     if not session.form.takes_roles:
         say(
@@ -102,7 +102,7 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
 def _reader(no_history: bool, limit: int) -> Any:
     """prompt_toolkit's line where a terminal is on both sides, plain lines elsewhere."""
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
-    from qmix.terminal import say
+    from qmix.terminal.tables import say
 
     if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
         path = state_directory() / "chat-history"

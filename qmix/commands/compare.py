@@ -27,7 +27,7 @@ from qmix.units import format_bytes
 
 if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
-    from qmix.fidelity import Fidelity
+    from qmix.compare.fidelity import Fidelity
 
 BUDGETS_HELP = "of all experts: the precisions that by the profile lose least in so many bytes; may be given again"
 CLIP_TOO_HELP = "compare each 4-bit --precision also with blocks as `quantize --clip` makes them"
@@ -53,17 +53,17 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     """
     name = model_or_default(model)
     from qmix.checkpoint import open_checkpoint
-    from qmix.prepare import open_source
+    from qmix.engine.resolve import open_source
 
     checkpoint = open_checkpoint(open_source(name))
     window = window_of(checkpoint.geometry, options["window"])
     quiet_libraries()
-    from qmix.fidelity import compare as run
-    from qmix.layerwise import LayerwisePass, check_memory, memory_needed
-    from qmix.machine import default_budget, interpreter_memory
+    from qmix.compare.fidelity import compare as run
+    from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
+    from qmix.engine.resolve import DEFAULT_PRECISION, fingerprint_of, layout_for
+    from qmix.machine.found import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
-    from qmix.prepare import DEFAULT_PRECISION, fingerprint_of, layout_for
-    from qmix.terminal import ProgressDisplay, fidelity_table, print_table, say
+    from qmix.terminal.tables import ProgressDisplay, fidelity_table, print_table, say
 
     if stores or options["profile"]:  # which must be of the same weights
         with ProgressDisplay(f"reading {name}") as display:
@@ -100,7 +100,7 @@ def _specs(
     checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], path: Path | None, budgets: Sequence[int]
 ) -> dict[str, str]:
     """What is to be compared, by the name that its row has: precisions as they were typed, or a profile's."""
-    from qmix.profile import AUTO, check_profile
+    from qmix.store.profile import AUTO, check_profile
 
     profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
     if profile is None or path is None:
@@ -117,10 +117,10 @@ def _variants(
     checkpoint: Checkpoint, dtype: str, against: str, specs: Mapping[str, str], clip: bool, stores: Sequence[Path]
 ) -> list[Any]:
     """The reference, each of `specs` (with `clip` also with clipped blocks, where it has any), and the stores."""
-    from qmix.layout import has_blocks
-    from qmix.prepare import NOTHING_TO_CLIP, layout_for
-    from qmix.store import open_store
-    from qmix.variants import Quantised, Stored
+    from qmix.engine.resolve import NOTHING_TO_CLIP, layout_for
+    from qmix.engine.variants import Quantised, Stored
+    from qmix.store.layout import has_blocks
+    from qmix.store.opened import open_store
 
     def made(name: str, spec: str, clipped: bool = False) -> Quantised:
         layout = layout_for(checkpoint, spec, dtype, clipped)

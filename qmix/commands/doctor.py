@@ -31,22 +31,22 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
         refuse(others, "is not for --self-test, which measures nothing")
         _self_test()
         return
-    from qmix.doctor import examine
-    from qmix.doctor_view import report_table
     from qmix.errors import QmixError
-    from qmix.machine import cache_directory
-    from qmix.machine_profile import keep, measured_rates
-    from qmix.plan.hardware import Rates
-    from qmix.terminal import print_table, say
+    from qmix.machine.doctor import examine
+    from qmix.machine.doctor_view import report_table
+    from qmix.machine.found import cache_directory
+    from qmix.machine.measured import keep, measured_rates
+    from qmix.machine.rates import Rates
+    from qmix.terminal.tables import print_table, say
 
     where = directory or cache_directory()
     quiet_libraries()
-    from calibration.four_bit import try_four_bit
+    from qmix.machine.four_bit import try_four_bit
 
     four_bit, rates, lost = try_four_bit(), measured_rates(), None
     found = None
     if not no_measure:
-        from calibration.machine_rates import measure
+        from qmix.bench.machine_rates import measure
 
         found = measure(where, say)
         rates = Rates().with_measured(found)

@@ -31,9 +31,9 @@ from qmix.errors import UsageError
 if TYPE_CHECKING:
     from qmix.evaluate.engine import Engine
     from qmix.evaluate.model import Computes, QmixLM
-    from qmix.layout import StoreLayout
     from qmix.plan.file import PlanFile
-    from qmix.store import Store
+    from qmix.store.layout import StoreLayout
+    from qmix.store.opened import Store
 
 PLACE = click.Path(path_type=Path)
 TASKS_HELP = "the harness's or those in --data, as arc_easy,gsm8k; `card` is the model card's [all in --data, or card]"
@@ -84,8 +84,8 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import Engine
     from qmix.evaluate.results import Results, identity
-    from qmix.machine import default_budget, own_memory
-    from qmix.terminal import ProgressDisplay, print_table, say
+    from qmix.machine.found import default_budget, own_memory
+    from qmix.terminal.tables import ProgressDisplay, print_table, say
 
     loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
     showing = partial(EvaluationDisplay, f"evaluating {name}")
@@ -105,8 +105,8 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
 
 def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
     """The model's store, made once the budget is known to do for all that there is to do."""
-    from qmix.prepare import prepare_store
-    from qmix.terminal import ProgressDisplay
+    from qmix.engine.resolve import prepare_store
+    from qmix.terminal.tables import ProgressDisplay
 
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
         context, longest = options["context"], layout.geometry.max_position
@@ -129,10 +129,10 @@ def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> No
     """Look at all requests with the checkpoint's tokenizer. Raises DoesNotFitError with a budget that does."""
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
+    from qmix.engine.resolve import open_source
     from qmix.evaluate import engine  # noqa: F401 -- what it imports is none of what tasks and requests take
     from qmix.evaluate.budget import Budget, Checked, Unmade
-    from qmix.machine import own_memory
-    from qmix.prepare import open_source
+    from qmix.machine.found import own_memory
 
     budget = Budget(layout, options["ram"], options["batch_tokens"], own_memory())
     tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
@@ -146,8 +146,8 @@ def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[di
     The harness is imported here, after the engine has looked at what this process takes: it is a part of what is held
     beside the model.
     """
-    from qmix.terminal import say
-    from qmix.tokenizer import load_tokenizer
+    from qmix.terminal.tables import say
+    from qmix.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(engine.store.directory)
     lm, found, names = _run(engine, tokenizer, engine.store.layout, options, say)

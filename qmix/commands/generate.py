@@ -25,7 +25,7 @@ from qmix.files import TEXT_LIMIT
 @click.option("--json", "as_json", is_flag=True, help="one JSON object instead of streamed text")
 def generate(prompt: str | None, **options: Any) -> None:
     """Continue PROMPT (or stdin, with - or nothing) and stream the text to stdout."""
-    from qmix.sampling import Sampling
+    from qmix.engine.sampling import Sampling
 
     as_json = options.pop("as_json")
     names = ("model", "ram", "context", "precision", "clip", "dtype", "plan_path")
@@ -34,7 +34,7 @@ def generate(prompt: str | None, **options: Any) -> None:
     sampling = Sampling(**given(options))
     text = _read_prompt(prompt)
     with loaded(attention=attention, **loading) as runner:
-        from qmix.terminal import say, statistics
+        from qmix.terminal.tables import say, statistics
 
         result = None
         with closing(runner.generate(text, sampling)) as pieces:  # what ends the loop ends the computation

@@ -29,9 +29,9 @@ from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import parse_bytes
 
 if TYPE_CHECKING:
-    from qmix.plan.hardware import Machine
-    from qmix.plan.planned import Planned
-    from qmix.prepare import Subject
+    from qmix.engine.resolve import Subject
+    from qmix.machine.rates import Machine
+    from qmix.planner.planned import Planned
     from qmix.verify.rehearsal import Verification
 
 PRECISION_HELP = "as for quantize, or `auto`: what the profile has chosen"
@@ -106,7 +106,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
         _show(planned, name if refusal is None else f"{name}: the nearest that fits")
     if verified is not None:
         if not as_json:
-            from qmix.terminal import print_table
+            from qmix.terminal.tables import print_table
             from qmix.verify.view import verification_table
 
             print_table(verification_table(verified))
@@ -114,7 +114,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     if refusal is not None:
         raise refusal
     if plot is not None:
-        from qmix.plan.plot import draw
+        from qmix.planner.plot import draw
 
         draw(planned, plot)
 
@@ -123,7 +123,7 @@ def _planned(
     subject: Subject, machine: Machine, options: dict[str, Any], how: dict[str, Any]
 ) -> tuple[Planned, DoesNotFitError | None]:
     """The plan, or the nearest one that fits with why this one does not."""
-    from qmix.plan.planned import check_disk, nearest, plan_on
+    from qmix.planner.planned import check_disk, nearest, plan_on
 
     try:
         planned = plan_on(subject, machine, options["context"], **how)
@@ -137,7 +137,7 @@ def _planned(
 def _verified(planned: Planned) -> Verification:
     """What running the plan on pretend devices shows; a minute for the largest models."""
     quiet_libraries()
-    from qmix.terminal import say
+    from qmix.terminal.tables import say
     from qmix.verify.rehearsal import verify
 
     say("running the model on pretend devices, at full size ...")
@@ -147,8 +147,8 @@ def _verified(planned: Planned) -> Verification:
 def _show(planned: Planned, title: str) -> None:
     from rich.text import Text
 
-    from qmix.plan.view import ExpertMap, details, device_table
-    from qmix.terminal import print_table
+    from qmix.planner.view import ExpertMap, details, device_table
+    from qmix.terminal.tables import print_table
 
     placed = ExpertMap(planned.plan.placement)
     print_table(Text(title), device_table(planned.plan), placed, details(planned))
@@ -159,7 +159,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     """This machine, with what is stated in place of what was found."""
     from dataclasses import replace
 
-    from qmix.prepare import this_machine
+    from qmix.engine.resolve import this_machine
 
     found = this_machine(options["ram"], _gpus(options["gpu"]))
     stated = {name: options[name] for name, _, _ in RATES.values() if options[name] is not None}
@@ -196,13 +196,13 @@ def _size(option: str, text: str) -> int:
 
 def _subject(name: str, options: dict[str, Any]) -> tuple[Subject, str | None]:
     """The model with what a profile says of it, and its precision as --precision takes it."""
-    from qmix.prepare import subject_of
+    from qmix.engine.resolve import subject_of
 
     path, precision, budget = options["profile"], options["precision"], options["budget"]
     profile = read_profile_option(path, precision, budget)
     if profile is None:
         return subject_of(name, precision, options["dtype"]), precision
-    from qmix.profile import AUTO, check_profile
+    from qmix.store.profile import AUTO, check_profile
 
     subject = subject_of(name, None if precision == AUTO else precision, options["dtype"])
     check_profile(profile, path, subject.geometry, subject.fingerprint)
@@ -213,8 +213,8 @@ def _subject(name: str, options: dict[str, Any]) -> tuple[Subject, str | None]:
 
 def _warn_of_disk(subject: Subject, machine: Machine) -> None:
     """Say where the disk that was found has no room for the store; another one may be meant."""
-    from qmix.machine import cache_directory
-    from qmix.terminal import say
+    from qmix.machine.found import cache_directory
+    from qmix.terminal.tables import say
     from qmix.units import format_bytes
 
     free, needed = machine.disk, subject.layout.total_bytes
@@ -234,7 +234,7 @@ def _compare(
     plot: Path | None,
 ) -> None:
     """Machines side by side. Raises DoesNotFitError where none is large enough."""
-    from qmix.plan.planned import Planned, check_disk, plan_on
+    from qmix.planner.planned import Planned, check_disk, plan_on
 
     found: dict[str, Planned | str] = {}
     refusals = []
@@ -254,14 +254,14 @@ def _compare(
         }
         out(json.dumps({"schema": "qmix-compare-1", "machines": plans}) + "\n")
     else:
-        from qmix.plan.view import compare_table
-        from qmix.terminal import print_table
+        from qmix.planner.view import compare_table
+        from qmix.terminal.tables import print_table
 
         print_table(compare_table(subject.name, list(found), list(found.values())))
     if len(refusals) == len(machines):
         raise min(refusals, key=lambda error: error.smallest)
     if plot is not None:
-        from qmix.plan.plot import draw_compared
+        from qmix.planner.plot import draw_compared
 
         draw_compared({name: each for name, each in found.items() if isinstance(each, Planned)}, plot)
 
@@ -270,6 +270,6 @@ def _plot_target(path: Path | None) -> Path | None:
     """Refused before any work: matplotlib missing, or a name that is neither .png nor .svg."""
     if path is None:
         return None
-    from qmix.figure import check_target
+    from qmix.terminal.figure import check_target
 
     return check_target(path, "plan")

@@ -41,7 +41,7 @@ def quantize(model: str, store: Path | None, source: str | None, **options: Any)
     With a --profile, experts are held as it has chosen, or as loses least within --budget, where no --precision is
     given; and the store carries it, so that runs know from the start which experts are used most.
     """
-    from qmix.store import is_store
+    from qmix.store.opened import is_store
 
     if store is not None:
         if source is not None:
@@ -55,8 +55,8 @@ def quantize(model: str, store: Path | None, source: str | None, **options: Any)
 
 
 def _mend(store: Path, source: str | None) -> None:
-    from qmix.mend import mend
-    from qmix.terminal import ProgressDisplay, say
+    from qmix.store.mend import mend
+    from qmix.terminal.tables import ProgressDisplay, say
 
     with ProgressDisplay(f"verifying {store}") as reading, ProgressDisplay(f"mending {store}") as mending:
         done = mend(store, source, reading, mending)
@@ -76,11 +76,11 @@ def _make(
     quiet_libraries()
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
-    from qmix.prepare import INTERRUPTED, fingerprint_of, layout_for, open_source
-    from qmix.quantize import quantize as run
-    from qmix.store import is_store, partial_directory
-    from qmix.terminal import ProgressDisplay, say
-    from qmix.usable import check_usable
+    from qmix.engine.resolve import INTERRUPTED, fingerprint_of, layout_for, open_source
+    from qmix.engine.usable import check_usable
+    from qmix.store.opened import is_store, partial_directory
+    from qmix.store.quantize import quantize as run
+    from qmix.terminal.tables import ProgressDisplay, say
 
     profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)
@@ -90,7 +90,7 @@ def _make(
         raise UsageError(f"--evict: {model} is not on the hub; your own files are never deleted")
     checkpoint = open_checkpoint(source)
     if profile is not None:
-        from qmix.profile import check_profile
+        from qmix.store.profile import check_profile
 
         with ProgressDisplay(f"reading {model}") as display:
             fingerprint = fingerprint_of(checkpoint, display)

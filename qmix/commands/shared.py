@@ -16,7 +16,7 @@ from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
     from qmix.plan.file import PlanFile
-    from qmix.profile import Profile
+    from qmix.store.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
@@ -149,8 +149,8 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
     quiet_libraries()
-    from qmix.runner import load
-    from qmix.terminal import ProgressDisplay
+    from qmix.engine.opener import load
+    from qmix.terminal.tables import ProgressDisplay
 
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
@@ -166,7 +166,7 @@ def hold_to(budget: int) -> None:
 
 def _say_overrun(budget: int) -> None:
     """Say what the peak was where it is above the budget; the next command then measures Python's own memory again."""
-    from qmix.machine import forget_interpreter_memory, peak_memory
+    from qmix.machine.found import forget_interpreter_memory, peak_memory
     from qmix.units import format_bytes
 
     peak = peak_memory()
@@ -184,7 +184,7 @@ def _say_overrun(budget: int) -> None:
 
 def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:
     """The profile that `--profile` names. Raises UsageError where another option asks for one that is not given."""
-    from qmix.profile import AUTO, read_profile
+    from qmix.store.profile import AUTO, read_profile
 
     if budget is not None and precision not in (None, AUTO):
         raise UsageError(f"--budget and --precision {precision}: leave one of them out")

@@ -48,7 +48,7 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
     Files are read one after another, and tokenised only as far as `tokens` go.
     """
     from calibration.corpus import Passage, alternating, bundled, from_file, windows
-    from qmix.prompt import encoded_pieces
+    from qmix.text.prompt import encoded_pieces
 
     tokenizer, left = tokenizer_of(checkpoint), math.inf if tokens is None else tokens
     found: list[Passage] = []
@@ -68,7 +68,7 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
 def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint. Raises CheckpointError where it has none."""
     from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
-    from qmix.tokenizer import load_tokenizer
+    from qmix.text.tokenizer import load_tokenizer
 
     check_tokenizer(checkpoint.source)
     return load_tokenizer(next(path.parent for path in checkpoint.tokenizer_files() if path.name in TOKENIZERS))

@@ -23,8 +23,8 @@ def verify(store: Path, as_json: bool) -> None:
     `qmix quantize STORE` mends it.
     """
     quiet_libraries()
-    from qmix.terminal import ProgressDisplay
-    from qmix.verify_store import verify_store
+    from qmix.store.verify import verify_store
+    from qmix.terminal.tables import ProgressDisplay
 
     with ProgressDisplay(f"verifying {store}") as display:
         found = verify_store(store, display)

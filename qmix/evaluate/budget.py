@@ -8,16 +8,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from qmix.batch.sizing import plan_lines
+from qmix.engine.passes import TOKEN_BYTES, Query, spans
 from qmix.errors import DoesNotFitError
-from qmix.evaluate.passes import TOKEN_BYTES, Query, spans
 from qmix.evaluate.prompt import Prompt
 from qmix.evaluate.sizing import ScoringPlan, does_not_fit, plan_scoring
-from qmix.layout import StoreLayout
-from qmix.machine import default_budget, own_memory
+from qmix.machine.found import default_budget, own_memory
 from qmix.plan import Plan
+from qmix.store.layout import StoreLayout
 
 if TYPE_CHECKING:
-    from qmix.evaluate.scoring import Score
+    from qmix.engine.scoring import Score
 
 ALL = 2**62  # rows: a pass of everything
 NOTHING = 1  # byte of memory: no model fits

@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 
 from qmix.evaluate.card import CARD, CardRow, card_rows
+from qmix.terminal.work_display import WorkDisplay, time_left
 from qmix.units import format_bytes
-from qmix.work_display import WorkDisplay, time_left
 
 if TYPE_CHECKING:
     from qmix.evaluate.engine import Work

@@ -8,17 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmix.batch.runner import BatchRunner, Request
+from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.engine.passes import Query, make_pass, spans
+from qmix.engine.scoring import Score, Scorer
 from qmix.evaluate.budget import Budget
-from qmix.evaluate.passes import Query, make_pass, spans
 from qmix.evaluate.prompt import Prompt
 from qmix.evaluate.results import Results
-from qmix.evaluate.scoring import Score, Scorer
 from qmix.geometry import Geometry
-from qmix.machine import peak_memory
-from qmix.pool import ExpertPool
+from qmix.machine.found import peak_memory
+from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
-from qmix.store import Store
+from qmix.store.opened import Store
 
 
 @dataclass(slots=True)

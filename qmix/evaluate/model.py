@@ -19,15 +19,15 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
-from qmix.choice import stream_seed
+from qmix.engine.passes import Query
+from qmix.engine.sampler import stream_seed
 from qmix.errors import QmixError, UsageError
-from qmix.evaluate.passes import Query
 from qmix.evaluate.prompt import Prompt
-from qmix.prompt import longest_token
-from qmix.tokenizer import encode, tokenizing
+from qmix.text.prompt import longest_token
+from qmix.text.tokenizer import encode, tokenizing
 
 if TYPE_CHECKING:
-    from qmix.evaluate.scoring import Score
+    from qmix.engine.scoring import Score
 
 MOST_NEW_TOKENS = 256  # of an answer where its task does not say: the harness's default
 DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # that Sampling has by the same names

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from qmix.sampling import Sampling
+from qmix.engine.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)

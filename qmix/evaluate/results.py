@@ -15,7 +15,7 @@ import msgspec
 
 from qmix.errors import QmixError, UsageError
 from qmix.files import LineFile, decode_json
-from qmix.store import Store
+from qmix.store.opened import Store
 
 FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
 REQUESTS = "requests.jsonl"

@@ -16,8 +16,8 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 
 from qmix import __version__
-from qmix.bench import precision_of
-from qmix.disk import write_advice
+from qmix.bench.run import precision_of
+from qmix.disk.direct import write_advice
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
 from qmix.evaluate.engine import Engine

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.layout import StoreLayout
-from qmix.machine import default_budget, interpreter_memory
+from qmix.machine.found import default_budget, interpreter_memory
 from qmix.plan import PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
 from qmix.plan.slots import least_slots, share_slots
+from qmix.store.expert_frequency import by_use, even_use
+from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
-from qmix.use import by_use, even_use
 
 MOST_TOKENS = 2**14  # of a pass: enough that 8x22B's reading is a small part of it even where cores are many and fast
 ENOUGH_TOKENS = 2**11  # from where on slots to read ahead are worth more than still more tokens

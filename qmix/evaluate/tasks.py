@@ -16,10 +16,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
+from qmix.checkpoint.hub_calls import muted
 from qmix.errors import DataError, UsageError
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
-from qmix.hub_calls import muted
 
 YAML_LIMIT = 2**20  # bytes of a task's file; the largest of the harness has 63 kB
 SEED = 1234  # of the draw of a prompt's examples: the harness's own

@@ -14,15 +14,15 @@ from typing import Any
 
 from qmix.errors import DoesNotFitError
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.layout import StoreLayout
+from qmix.machine.rates import Rates
 from qmix.plan.demand import PREFILL_CHUNK, Arrangement, Demand, DevicePlan, Holding, StepUse
-from qmix.plan.hardware import Rates
 from qmix.plan.placement import arrange
 from qmix.plan.predict import Prediction, speed_of
 from qmix.plan.slots import SlotClass, least_slots, share_slots
 from qmix.plan.traffic import decode_load, prefill_load
+from qmix.store.expert_frequency import Use, even_use
+from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
-from qmix.use import Use, even_use
 
 SCHEMA = "qmix-plan-3"
 DEFAULT_CONTEXT = 4096

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.layout import StoreLayout
 from qmix.plan.device_work import device_record_bytes
-from qmix.use import Use, by_use
+from qmix.store.expert_frequency import Use, by_use
+from qmix.store.layout import StoreLayout
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
 

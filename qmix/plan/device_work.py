@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 
+from qmix.checkpoint.safetensors_header import aligned
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.precision.formats import FOUR_BITS, parts
 from qmix.precision.record import record_layout
-from qmix.safetensors_header import aligned
 
 ALIGNMENT = 256  # of a part on a device: what CUDA's own allocator gives
 ABSMAX_BYTES = 4  # fp32, which bitsandbytes' CUDA kernels take

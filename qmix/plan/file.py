@@ -15,9 +15,9 @@ import msgspec
 
 from qmix.errors import UsageError
 from qmix.files import read_versioned
-from qmix.layout import StoreLayout
-from qmix.machine import available_memory, found_gpus, own_memory
+from qmix.machine.found import available_memory, found_gpus, own_memory
 from qmix.plan import SCHEMA, Plan
+from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
 
 AGAIN = "make it again with `qmix plan --json`"

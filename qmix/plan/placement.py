@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
 from qmix.plan.device_work import device_work_bytes
-from qmix.plan.hardware import Rates
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qmix.plan.hardware import Rates
+from qmix.machine.rates import Rates
 
 DENSE_SHARE = 0.84  # of memory's rate that dense products reach between all else (docs/performance.md, "Full size")
 EXPERT_SHARE = 0.7  # of the 4-bit product's rate by itself that it has over a whole pool (the same)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qmix.layout import StoreLayout
+from qmix.store.layout import StoreLayout
 
 MIN_SLOTS = 2  # of a size: one expert computes while the next is read; those that end on GPUs are loaded through them
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd, prod
 
+from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.precision.paths import current
-from qmix.safetensors_header import ITEM_BYTES
+from qmix.kernels.cpu.paths import current
 from qmix.units import quoted
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")

@@ -18,13 +18,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from qmix.bitsandbytes_quiet import cpu_library
-from qmix.bitsandbytes_quiet import functional as bnb
+from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import MATRICES
+from qmix.kernels.cpu.paths import current
+from qmix.precision.bitsandbytes import cpu_library
+from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.formats import BLOCK, FOUR_BITS, KERNEL_WEIGHTS, PACK_ROWS, fits_kernels
-from qmix.precision.paths import current
 from qmix.precision.record import RecordLayout
-from qmix.torch_dtypes import TORCH
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
 OURS, THEIRS = "qmix", "bitsandbytes"  # whose kernel multiplies a packed matrix
@@ -88,7 +88,7 @@ def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False)
     ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
     if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
-    from qmix.precision.products import multiply_rows
+    from qmix.kernels.cpu.products import multiply_rows
 
     return multiply_rows(x.reshape(tokens, weight.shape[1]), weight).view(*x.shape[:-1], len(weight))
 
@@ -122,7 +122,7 @@ class Int8Matrix(Matrix):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.uses_ours:
-            from qmix.precision.products import multiply_rows
+            from qmix.kernels.cpu.products import multiply_rows
 
             return multiply_rows(x, self.codes, self.row_max / 127)
         if not fits_kernels(self.rows, self.cols):
@@ -172,7 +172,7 @@ class FourBitMatrix(Matrix):
         if self.kernel is None:
             return super().multiply(x)
         if self.kernel == OURS:
-            from qmix.precision.products import multiply_packed
+            from qmix.kernels.cpu.products import multiply_packed
 
             return multiply_packed(x, self.kind, *self.places, self.rows, self.cols)
         assert self._theirs is not None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from qmix.checkpoint.torch_dtypes import HALF
 from qmix.errors import CheckpointError
+from qmix.kernels.cpu.quantize import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 from qmix.precision.formats import BLOCK, fits_kernels, parts
-from qmix.precision.kernels import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
-from qmix.torch_dtypes import HALF
 
 LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qmix.checkpoint.safetensors_header import aligned
 from qmix.geometry import Geometry
 from qmix.precision.formats import Part, parts
-from qmix.safetensors_header import aligned
 
 PAGE = 4096  # what O_DIRECT asks of offsets and sizes
 LINE = 64  # a cache line, and the kernels' vectors

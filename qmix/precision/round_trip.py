@@ -12,8 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from qmix.compiled import compiled
-from qmix.precision.blocks import (
+from qmix.kernels.cpu.blocks import (
     TINY,
     Array,
     Steps,
@@ -26,6 +25,7 @@ from qmix.precision.blocks import (
     to_bf16,
     widen,
 )
+from qmix.kernels.cpu.compiled import compiled
 from qmix.precision.formats import BLOCK, check_precision
 from qmix.precision.quantizer import LARGEST_SCALE, not_finite, too_large
 

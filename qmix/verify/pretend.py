@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from qmix.eviction import Key
-from qmix.pool import ExpertPool
-from qmix.pool_counters import PoolCounters
-from qmix.store import Store
+from qmix.pool.counters import PoolCounters
+from qmix.pool.eviction import Key
+from qmix.pool.experts import ExpertPool
+from qmix.store.opened import Store
 
 KIND = "gpu"  # torch's name for the pretend backend
 
@@ -139,10 +139,10 @@ def stand_ins() -> Iterator[None]:
     with ExitStack() as stack:
         for name, replacement in (
             ("qmix.precision.dense.half_product", _half_product),
-            ("qmix.attention._kernel_takes", lambda *_: False),
-            ("qmix.lookahead.Lookahead.coming", lambda *_: []),  # guesses are of values
-            ("qmix.kv_cache.anonymous_memory", _memory),
-            ("qmix.gpu.dense.anonymous_memory", _memory),
+            ("qmix.model.attention._kernel_takes", lambda *_: False),
+            ("qmix.pool.prefetch.Lookahead.coming", lambda *_: []),  # guesses are of values
+            ("qmix.model.kv_cache.anonymous_memory", _memory),
+            ("qmix.model.gpu.dense.anonymous_memory", _memory),
         ):
             stack.enter_context(patch(name, replacement))
         yield

@@ -16,20 +16,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MixtralForCausalLM
 
+from qmix.checkpoint.torch_dtypes import HALF
 from qmix.errors import QmixError
 from qmix.geometry import CONFIG_KEYS, Geometry
-from qmix.gpu.dense import dense_memory, typed
-from qmix.gpu.devices import HOST, Device, open_devices
-from qmix.gpu.experts import DeviceExperts
-from qmix.gpu.model import spread_for
-from qmix.kv_cache import PlannedCache
-from qmix.layout import StoreLayout
-from qmix.model import empty_model, furnish
+from qmix.machine.rates import Rates
+from qmix.model.build import empty_model, furnish
+from qmix.model.gpu.dense import dense_memory, typed
+from qmix.model.gpu.devices import HOST, Device, open_devices
+from qmix.model.gpu.experts import DeviceExperts
+from qmix.model.gpu.model import spread_for
+from qmix.model.kv_cache import PlannedCache
 from qmix.plan import PREFILL_CHUNK, Plan
-from qmix.plan.hardware import Rates
-from qmix.pool import ExpertPool
-from qmix.store import Store
-from qmix.torch_dtypes import HALF
+from qmix.pool.experts import ExpertPool
+from qmix.store.layout import StoreLayout
+from qmix.store.opened import Store
 from qmix.verify import pretend
 from qmix.verify.alive import AliveBytes
 

@@ -15,18 +15,18 @@ import torch
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
+from qmix.engine.opener import Runner
+from qmix.engine.resolve import layout_for
 from qmix.geometry import Geometry
-from qmix.gpu.devices import HOST
-from qmix.layout import StoreLayout, parse_precisions
+from qmix.machine.rates import Rates
+from qmix.model.gpu.devices import HOST
 from qmix.models import EMBEDDED
+from qmix.models.published import PUBLISHED
 from qmix.plan import DevicePlan, Plan, make_plan
-from qmix.plan.hardware import Rates
-from qmix.plan.published import PUBLISHED
 from qmix.plan.slots import MIN_SLOTS
-from qmix.prepare import layout_for
-from qmix.quantize import quantize
-from qmix.runner import Runner
-from qmix.store import Store
+from qmix.store.layout import StoreLayout, parse_precisions
+from qmix.store.opened import Store
+from qmix.store.quantize import quantize
 from qmix.units import format_bytes
 from qmix.verify.rehearsal import Verification, verify, verify_on_gpus
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qmix.gpu.devices import HOST
+from qmix.model.gpu.devices import HOST
 from qmix.units import format_bytes
 from qmix.verify.rehearsal import TOLERANCE, Verification
 

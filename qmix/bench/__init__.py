@@ -1,0 +1,3 @@
+"""Measure a model on this machine and compare the measured speed with the physical ceiling.
+
+May import the engine and every room below it."""

@@ -1,0 +1,169 @@
+"""The rates that predictions rest on, measured on this machine: see `qmix.machine.rates.Rates`.
+
+Each is measured the way the engine meets it: reading with all cores, records with O_DIRECT, 4-bit products over more
+weights than caches hold, and what a layer and a read take besides their bytes, from the embedded model.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmix.bench.roofline import dense_read
+from qmix.disk.direct import UncachedFile, copied
+from qmix.disk.files import anonymous_memory
+from qmix.engine.opener import Runner
+from qmix.engine.resolve import prepare_store
+from qmix.files import scratch_file
+from qmix.machine.doctor import product_fault
+from qmix.machine.found import available_memory, free_disk
+from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, memory_read
+from qmix.machine.rates import Rates
+from qmix.plan import Plan, make_plan
+from qmix.precision.matmul import FourBitMatrix
+from qmix.precision.record import PAGE
+from qmix.store.opened import Store
+
+SCRATCH_BYTES = 2**30  # written for the disk's sake; larger than a disk's own cache
+CHUNK = 16 * 2**20
+ROWS, COLUMNS = 14336, 4096  # a matrix of 8x7B
+POOL_BYTES = 600 * 2**20  # of 4-bit matrices: far more than caches hold
+SLOW_MATRICES = 1  # where no kernel takes them, a product is seconds
+TOKENS = 48  # decoded by the embedded model, after as many to warm up
+CONTEXT = 1024
+PROMPT = list(range(5, 645))  # a layer's own time grows a little with what it attends to
+GPU_BYTES = 2**28
+GPU_SIZE = 8192
+
+
+def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, float]:
+    """All rates of this machine, with the disk that `directory` lies on. Raises QmixError."""
+    tell("reading memory")
+    room = min(MEMORY_BYTES, available_memory() // 4) // PAGE * PAGE
+    found = {"memory_read": max(memory_read(room).rounds)}  # what else runs only makes a round slower
+    tell("multiplying")
+    found["matmul"] = max(matmul().rounds)
+    found["four_bit_read"] = four_bit_read()
+    tell("reading the disk")
+    found["disk_read"] = disk_read(directory)
+    tell("decoding with the embedded model")
+    found |= overheads(Rates().with_measured(found))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        tell(f"gpu:{index}")
+        if product_fault(f"cuda:{index}"):  # doctor's report says why
+            continue
+        rates = gpu_rates(torch.device("cuda", index))
+        found |= {name: min(rate, found.get(name, rate)) for name, rate in rates.items()}  # the slowest decides
+    return found
+
+
+def four_bit_read(kind: str = "nf4") -> float:
+    """Bytes/s of packed matrices multiplied with one token, without the kernel too."""
+    per_matrix = ROWS * COLUMNS // 2 + ROWS * COLUMNS // 64 * 2
+    fast = FourBitMatrix(kind, *_parts(anonymous_memory(per_matrix)), ROWS, COLUMNS).kernel is not None
+    count = max(1, min(POOL_BYTES, available_memory() // 4) // per_matrix) if fast else SLOW_MATRICES
+    memory = anonymous_memory(count * per_matrix)
+    memory.random_(0, 64)  # scales stay finite: the high byte of a bf16 below 64 is a number below 2**0
+    matrices = [FourBitMatrix(kind, *_parts(part), ROWS, COLUMNS) for part in memory.split(per_matrix)]
+    x = torch.randn(1, COLUMNS).bfloat16()
+    with torch.inference_mode():
+        matrices[0].multiply(x)  # compiles and wakes
+        return max(_rate(count * per_matrix, [matrix.multiply for matrix in matrices], x))
+
+
+def _parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and absmax of a packed matrix in so many bytes."""
+    codes = memory[: ROWS * COLUMNS // 2].view(ROWS, COLUMNS // 2)
+    return codes, memory[ROWS * COLUMNS // 2 :].view(torch.bfloat16).view(COLUMNS // 64, ROWS)
+
+
+def _rate(nbytes: int, products: list[Callable[[torch.Tensor], object]], x: torch.Tensor) -> Iterator[float]:
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        for product in products:
+            product(x)
+        yield nbytes / (time.perf_counter() - started)
+
+
+def disk_read(directory: Path) -> float:
+    """Bytes/s of O_DIRECT reads at random places of a scratch file in a directory, which is deleted."""
+    directory.mkdir(parents=True, exist_ok=True)
+    size = min(SCRATCH_BYTES, free_disk(directory) // 4) // CHUNK * CHUNK
+    with scratch_file(directory / ".qmix-doctor") as (path, _):
+        _write_scratch(path, size)
+        places = [Place(0, offset, CHUNK) for offset in range(0, size, CHUNK)]
+        with DiskProbe([path], places) as probe:
+            for _ in range(ROUNDS):
+                probe.slice()
+            return probe.rate().median
+
+
+def _write_scratch(path: Path, size: int) -> None:
+    """Bytes that no disk can make smaller, past the page cache and on the disk when it returns."""
+    file = UncachedFile(path, os.O_RDWR)
+    try:
+        noise = torch.randint(0, 256, (CHUNK,), dtype=torch.uint8).numpy()
+        for offset in range(0, size, CHUNK):
+            file.write(copied(noise, offset), offset)
+        os.fsync(file.fd)
+    finally:
+        file.close()
+
+
+def overheads(rates: Rates) -> dict[str, float]:
+    """What a layer and a read take in decode besides their bytes, from the embedded model.
+
+    All of it in memory, a token takes the layers' own time and the products'; with a pool of a third of the experts,
+    the reads' besides.
+    """
+    store = prepare_store("tiny")
+    plan = make_plan(store.layout, 2**40, CONTEXT, 0)
+    whole, _ = _decoded(store, plan)
+    pooled, misses = _decoded(store, plan.with_slots(plan.num_records // 3))
+    record = store.layout.record(0, 0).nbytes
+    reading = dense_read(store.layout) / rates.memory_read
+    reading += store.geometry.num_layers * store.geometry.experts_per_token * record / rates.four_bit_read
+    layer = max(1e-6, (whole - reading) / store.geometry.num_layers)
+    read = (pooled - whole) / misses - record / rates.disk_read if misses else 0.0
+    return {"layer_seconds": layer, "read_seconds": max(1e-6, read)}
+
+
+def _decoded(store: Store, plan: Plan) -> tuple[float, float]:
+    """Seconds a token, and records missed in it: what a run usually takes, not what it could."""
+    with Runner(store, plan) as runner:
+        greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_new_tokens": TOKENS, "seed": 0}
+        runner.complete(PROMPT, **greedy)
+        found = [runner.complete(PROMPT, **greedy) for _ in range(ROUNDS)]
+    return statistics.median(result.tpot_s for result in found), found[-1].misses / TOKENS
+
+
+def gpu_rates(device: torch.device) -> dict[str, float]:
+    """Copying from pinned memory, reading its own, and products in half precision."""
+    host = torch.empty(GPU_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    there = torch.empty(GPU_BYTES, dtype=torch.uint8, device=device)
+    words = there.view(torch.int32)
+    a, b = (torch.randn(GPU_SIZE, GPU_SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return {
+        "pcie": GPU_BYTES / _device_seconds(device, lambda: there.copy_(host, non_blocking=True)),
+        "gpu_memory": GPU_BYTES / _device_seconds(device, words.max),
+        "gpu_matmul": 2 * GPU_SIZE**3 / _device_seconds(device, lambda: a @ b),
+    }
+
+
+def _device_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Median of a few, each waited for."""
+    work()
+    torch.cuda.synchronize(device)
+    found = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)

@@ -1,0 +1,3 @@
+"""Measure how far quantised experts change the model's predictions.
+
+May import the engine and every room below it."""

@@ -1,0 +1,145 @@
+"""Reads in flight: records in pieces, several threads, what is waited for before what may be wanted later.
+
+A few threads take pieces of reads from two queues. Pieces of a read that somebody waits for ("demand") are always
+taken before those of one that only looks ahead, so that looking ahead uses the time in which the disk would be idle.
+Pieces end where a multiple of their size lies in the file: disks made of larger blocks read each block once then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from threading import Condition, Thread
+
+import torch
+
+from qmix.disk.files import DirectFile
+from qmix.errors import StoreError
+
+PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
+READ_THREADS = 4
+
+
+class Read:
+    """One read of `buffer` from `offset` of a file; `done` resolves when all of it is there and checked.
+
+    `check` is called with the whole buffer by the thread that finishes last. Where it raises StoreError all is read
+    once more, past every cache; what it raises then, `done` raises.
+    """
+
+    def __init__(
+        self, file: DirectFile, buffer: torch.Tensor, offset: int, check: Callable[[memoryview], None]
+    ) -> None:
+        self.done: Future[None] = Future()
+        self.view, self.file, self.offset, self.check = buffer.numpy().data, file, offset, check
+        first = PIECE_BYTES - offset % PIECE_BYTES
+        self.waiting = deque([0, *range(first, len(self.view), PIECE_BYTES)])  # starts of pieces no thread has taken
+        self.unfinished = len(self.waiting)
+        self.error: BaseException | None = None
+
+    def run(self, start: int) -> None:
+        """Read one piece, in the calling thread."""
+        try:
+            self.file.read_into(self.piece(start), self.offset + start)
+        except BaseException as error:
+            self.error = self.error or error
+
+    def piece(self, start: int) -> memoryview:
+        """The part of the buffer for the piece that starts there."""
+        return self.view[start : start + PIECE_BYTES - (self.offset + start) % PIECE_BYTES]
+
+    def settle(self) -> None:
+        """Check what was read and resolve `done`; after the last piece."""
+        try:
+            if self.error is not None:
+                raise self.error
+            self._check()
+        except BaseException as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+    def _check(self) -> None:
+        try:
+            self.check(self.view)
+        except StoreError:  # perhaps memory, a bus or a cached page was at fault, and the disk has it right
+            self.file.forget(self.offset, len(self.view))
+            self.file.read_into(self.view, self.offset)
+            self.check(self.view)
+
+
+class Reader:
+    """Threads that read. Its methods may be called from any thread."""
+
+    def __init__(self, threads: int = READ_THREADS) -> None:
+        self._changed = Condition()
+        self._demand: deque[Read] = deque()
+        self._ahead: deque[Read] = deque()
+        self._closed = False
+        self._threads = [Thread(target=self._work, name="qmix-read", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Finish what was asked for and end the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, read: Read, ahead: bool = False) -> Read:
+        """Read it: now, or `ahead` of need, when no demanded read has pieces left to take."""
+        with self._changed:
+            (self._ahead if ahead else self._demand).append(read)
+            self._changed.notify(read.unfinished)
+        return read
+
+    def hasten(self, read: Read) -> None:
+        """A read begun ahead is waited for now."""
+        with self._changed:
+            if read in self._ahead:
+                self._ahead.remove(read)
+                self._demand.append(read)
+
+    def cancel(self, read: Read) -> int:
+        """Leave out the pieces that no thread has taken yet and give their bytes; `done` then raises CancelledError."""
+        with self._changed:
+            left_out = len(read.waiting)
+            nbytes = sum(len(read.piece(start)) for start in read.waiting)
+            read.waiting.clear()
+            for queue in (self._demand, self._ahead):
+                if read in queue:
+                    queue.remove(read)
+            read.unfinished -= left_out
+            if left_out:
+                read.error = read.error or CancelledError()
+            last = left_out > 0 and read.unfinished == 0
+        if last:
+            read.settle()
+        return nbytes
+
+    def _work(self) -> None:
+        while (piece := self._next()) is not None:
+            read, start = piece
+            read.run(start)
+            with self._changed:
+                read.unfinished -= 1
+                last = read.unfinished == 0
+            if last:
+                read.settle()
+            del read, piece  # hold no file or buffer while waiting
+
+    def _next(self) -> tuple[Read, int] | None:
+        with self._changed:
+            while not (self._demand or self._ahead):
+                if self._closed:
+                    return None
+                self._changed.wait()
+            queue = self._demand or self._ahead
+            read = queue[0]
+            start = read.waiting.popleft()
+            if not read.waiting:
+                queue.popleft()
+            return read, start

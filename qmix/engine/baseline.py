@@ -1,0 +1,65 @@
+"""`python -m qmix.engine.baseline` prints the memory of a process that has done a tiny run.
+
+A generation with a model of a few kilobytes imports every module and starts every thread pool that a real run
+does; what is then resident is the part of a budget that no plan can save. With the argument `kernels`, the products
+and the attention of large models are among it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import prompt_toolkit  # noqa: F401 -- what a chat reads its lines with
+import torch
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+
+from qmix.geometry import Geometry
+from qmix.machine.found import give_back_freed_memory, peak_memory
+from qmix.model.kv_cache import PlannedCache
+from qmix.models import EMBEDDED
+from qmix.precision.bitsandbytes import functional as bnb
+from qmix.text.tokenizer import load_tokenizer
+
+
+def main() -> None:
+    give_back_freed_memory()
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        dtype=torch.bfloat16,
+    )
+    model = MixtralForCausalLM(config).to(torch.bfloat16).eval()
+    packed, state = bnb.quantize_4bit(torch.ones(64, 64, dtype=torch.bfloat16), blocksize=64, quant_type="nf4")
+    bnb.dequantize_4bit(packed, state)
+    load_tokenizer(EMBEDDED["tiny"]).decode([5, 6, 7])
+    cache = PlannedCache(Geometry.from_config(config.to_dict()), 64, torch.bfloat16)
+    options = GenerationConfig(max_new_tokens=4, do_sample=True, pad_token_id=0, prefill_chunk_size=8)
+    with torch.inference_mode():
+        model.generate(
+            torch.arange(1, 20)[None],
+            attention_mask=torch.ones(1, 19, dtype=torch.long),
+            generation_config=options,
+            cache=cache,
+        )
+    if sys.argv[1:] == ["kernels"]:
+        _load_kernels()
+    print(peak_memory())
+
+
+def _load_kernels() -> None:
+    from qmix.kernels.cpu.attention import attend
+    from qmix.kernels.cpu.products import prepare
+    from qmix.precision.formats import PRECISIONS
+
+    prepare(PRECISIONS, torch.bfloat16)
+    keys = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
+    attend(keys[:, :, :1], keys, keys, None, 1.0)
+
+
+if __name__ == "__main__":
+    main()

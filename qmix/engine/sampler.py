@@ -1,0 +1,59 @@
+"""Which token comes next in one sequence, by its own options and its own random stream."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import MixtralForCausalLM
+
+from qmix.engine.generation_config import decoding, logits_processors
+from qmix.engine.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A token, its log-probability under the model (before temperature and cuts), and the likeliest with theirs.
+
+    `logprob` is None where none was asked for.
+    """
+
+    token: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+def stream_seed(run_seed: int, name: str) -> int:
+    """The seed of what is called `name` in a run: it follows from the two alone."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}:{name}".encode()).digest()[:8], "big") >> 1
+
+
+class TokenChooser:
+    """Chooses what follows a prompt as transformers' `generate` would, from the draws of `sampling.seed`.
+
+    `logprobs` is how many of the likeliest tokens are told with each, None for no log-probabilities at all.
+    """
+
+    def __init__(
+        self, model: MixtralForCausalLM, sampling: Sampling, prompt: Sequence[int], logprobs: int | None = None
+    ) -> None:
+        self.decoding, self.logprobs = decoding(model.generation_config, sampling), logprobs
+        self._processors = logits_processors(model, self.decoding.config, prompt)
+        self._random = torch.Generator().manual_seed(sampling.seed)
+
+    def choose(self, tokens: list[int], logits: torch.Tensor) -> Chosen:
+        """The token after `tokens`, from logits [V] in fp32."""
+        scores = logits[None]
+        if self._processors:
+            scores = self._processors(torch.tensor([tokens]), scores.clone())
+        if self.decoding.config.do_sample:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+        else:
+            token = int(scores.argmax())
+        if self.logprobs is None:
+            return Chosen(token)
+        every = logits.log_softmax(-1)
+        best, ids = every.topk(min(self.logprobs, len(every)))
+        return Chosen(token, float(every[token]), tuple(zip(ids.tolist(), best.tolist(), strict=True)))

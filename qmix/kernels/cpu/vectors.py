@@ -1,0 +1,180 @@
+"""Vectors in LLVM code that Numba calls, for the tiles of the products.
+
+A vector of sums fills one register of the path in use (`paths`); only `add_pairs` needs AVX512-BF16. Addresses are
+int64, in bytes, and nothing is checked: callers pass what lies in memory. Functions with a builder `b` emit code; the
+intrinsics are called from Numba's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from qmix.kernels.cpu.paths import current
+
+LANES = current().lanes  # sums in a vector
+
+Builder = Any  # llvmlite's IRBuilder and values, which Numba hands over untyped
+Value = Any
+
+
+class BFloat(ir.Type):
+    """LLVM's bf16, which llvmlite does not name."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
+SUMS = ir.VectorType(FLOAT, LANES)
+WORDS, PAIRS = (ir.VectorType(item, 2 * LANES) for item in (I16, BFloat()))
+NUMBERS = ir.VectorType(I32, LANES)
+BYTES = {I8: 1, I16: 2, BFloat(): 2, FLOAT: 4}
+
+
+def fill(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def at(b: Builder, address: Value, offset: Value | int, item: ir.Type) -> Value:
+    """A pointer to an item at `address` + `offset` bytes."""
+    offset = ir.Constant(I64, offset) if isinstance(offset, int) else offset
+    return b.inttoptr(b.add(address, offset), item.as_pointer())
+
+
+def load(b: Builder, address: Value, offset: Value | int, item: ir.Type) -> Value:
+    return b.load(at(b, address, offset, item), align=1)
+
+
+def times(b: Builder, value: Value, factor: int) -> Value:
+    return b.mul(value, ir.Constant(I64, factor))
+
+
+def call(b: Builder, name: str, result: ir.Type, *arguments: Value) -> Value:
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    return b.call(cgutils.get_or_insert_function(b.module, function, name), arguments)
+
+
+def prefetch(b: Builder, pointer: Value) -> None:
+    """Into the first cache, to be read."""
+    call(b, "llvm.prefetch.p0", VOID, pointer, *(ir.Constant(I32, flag) for flag in (0, 3, 1)))
+
+
+def add_pairs(b: Builder, sums: Value, x: Value, weights: Value) -> Value:
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", SUMS, sums, x, weights)
+
+
+def add_wide(b: Builder, sums: Value, x: Value, weights: Value) -> Value:
+    return b.fadd(sums, b.fmul(x, weights, flags=("contract",)), flags=("contract",))
+
+
+def bf16_to_float(b: Builder, bits: Value) -> Value:
+    """LANES bf16 bit patterns as fp32."""
+    return b.bitcast(b.shl(b.zext(bits, NUMBERS), fill(NUMBERS, 16)), SUMS)
+
+
+def fp16_to_float(b: Builder, bits: Value) -> Value:
+    """LANES fp16 bit patterns as fp32.
+
+    Without an instruction for it LLVM would call a function a number, which Numba's linker does not find: exponent and
+    fraction are shifted into place and multiplied by 2**112, exact for subnormals too; infinities and NaNs get theirs.
+    """
+    if current().name != "portable":
+        return b.fpext(b.bitcast(bits, ir.VectorType(HALF, LANES)), SUMS)
+    wide = b.zext(bits, NUMBERS)
+    magnitude = b.shl(b.and_(wide, fill(NUMBERS, 0x7FFF)), fill(NUMBERS, 13))
+    finite = b.bitcast(b.fmul(b.bitcast(magnitude, SUMS), fill(SUMS, 2.0**112)), NUMBERS)
+    special = b.icmp_unsigned(">=", magnitude, fill(NUMBERS, 0x1F << 23))
+    exact = b.select(special, b.or_(magnitude, fill(NUMBERS, 0x7F800000)), finite)
+    sign = b.shl(b.and_(wide, fill(NUMBERS, 0x8000)), fill(NUMBERS, 16))
+    return b.bitcast(b.or_(exact, sign), SUMS)
+
+
+def float_to_fp16(b: Builder, value: Value) -> Value:
+    """One fp32 as an fp16 bit pattern, to nearest, halves to even; by integers where there is no instruction."""
+    if current().name != "portable":
+        return b.bitcast(b.fptrunc(value, HALF), I16)
+
+    def number(value: int) -> ir.Constant:
+        return ir.Constant(I32, value)
+
+    bits = b.bitcast(value, I32)
+    magnitude = b.and_(bits, number(0x7FFFFFFF))
+    odd = b.and_(b.lshr(magnitude, number(13)), number(1))
+    normal = b.lshr(b.add(b.add(magnitude, number(((15 - 127) << 23) + 0xFFF)), odd), number(13))
+    # added to 0.5, whose last place is 2**-24 as that of a subnormal fp16, the sum is rounded to it
+    half = ir.Constant(FLOAT, 0.5)
+    subnormal = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, FLOAT), half), I32), number(0x3F000000))
+    small = b.icmp_unsigned("<", magnitude, number(113 << 23))
+    large = b.icmp_unsigned(">=", magnitude, number(0x477FF000))  # 65520, halfway to what would follow 65504
+    is_nan = b.fcmp_unordered("uno", value, value)
+    finite = b.select(small, subnormal, b.select(large, number(0x7C00), normal))
+    sign = b.lshr(b.and_(bits, number(0x80000000)), number(16))
+    return b.trunc(b.or_(b.select(is_nan, number(0x7E00), finite), sign), I16)
+
+
+def spread(b: Builder, number: Value) -> Value:
+    """A 32-bit integer or an fp32 in all lanes."""
+    one = b.insert_element(ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined), number, ir.Constant(I32, 0))
+    return b.shuffle_vector(one, one, fill(NUMBERS, 0))
+
+
+def clear(b: Builder, lines: Iterable[Iterable[Value]]) -> None:
+    """Zero in every vector of sums."""
+    for place in chain.from_iterable(lines):
+        b.store(fill(SUMS, 0.0), place)
+
+
+def equal(b: Builder, value: Value, number: int) -> Value:
+    return b.icmp_unsigned("==", value, ir.Constant(value.type, number))
+
+
+@intrinsic
+def next_piece(context: object, counter: Any) -> tuple[Any, Callable[..., Any]]:
+    """The int64 that `counter` points to, which is one more afterwards, for all threads."""
+
+    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
+        return b.atomic_rmw("add", arguments[0], ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(counter), emit
+
+
+@intrinsic
+def float_at(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
+    """The fp32 at an address."""
+
+    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
+        return load(b, arguments[0], 0, FLOAT)
+
+    return types.float32(types.int64), emit
+
+
+@intrinsic
+def put_half(context: object, value: Any, address: Any, fp16: Any) -> tuple[Any, Callable[..., Any]]:
+    """Round an fp32 to fp16 or bf16, to nearest, halves to even, and store it."""
+
+    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
+        value, address, fp16 = arguments
+        bits, sixteen = b.bitcast(value, I32), ir.Constant(I32, 16)
+        odd = b.and_(b.lshr(bits, sixteen), ir.Constant(I32, 1))
+        rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(I32, 0x7FFF))), sixteen)
+        is_nan = b.fcmp_unordered("uno", value, value)
+        bf16 = b.select(is_nan, ir.Constant(I16, 0x7FC0), b.trunc(rounded, I16))
+        half = float_to_fp16(b, value)
+        b.store(b.select(equal(b, fp16, 0), bf16, half), at(b, address, 0, I16), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.float32, types.int64, types.int64), emit

@@ -1,0 +1,189 @@
+"""Examine this machine: processor, kernels, memory and its limits, disk, GPUs, versions.
+
+Nothing is read off a flag or a setting where it can be tried: a 4-bit product, memory on huge pages, a direct read, a
+product on each GPU. Measures nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import re
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from msgspec import to_builtins
+
+from qmix import __version__
+from qmix.disk.direct import existing_parent
+from qmix.files import scratch_file
+from qmix.kernels.cpu.paths import supported
+from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
+from qmix.machine.measured import FourBitTrial
+from qmix.machine.rates import RATE_NAMES, Rates
+
+STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
+PAGE = 4096
+PRODUCT = 128  # rows and columns of what is multiplied on a GPU
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HUGE_TRIAL = 32 * 2**20  # bytes taken to see whether they come in huge pages
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as torch sees it; bytes. `fault` is why a product on it failed, empty where it gave the right values."""
+
+    name: str
+    total: int
+    free: int
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """`memory_limit` is what control groups leave of the memory, where that is less; sizes in bytes.
+
+    `four_bit` is what a 4-bit product showed, `best_path` the best instructions that the CPU's flags promise.
+    `huge_pages` is the kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory
+    came in them when some was taken (None: the kernel does not tell), `direct_io` whether `directory` is on a
+    filesystem that reads past the page cache.
+    """
+
+    cpu: str
+    cores: int
+    best_path: str
+    four_bit: FourBitTrial
+    memory_total: int
+    memory_available: int
+    memory_limit: int | None
+    huge_pages: str
+    on_huge_pages: bool | None
+    directory: Path
+    disk_free: int
+    direct_io: bool
+    gpus: tuple[Gpu, ...]
+    gpu_driver: bool
+    versions: dict[str, str]
+    rates: Rates
+
+    def to_json(self) -> dict[str, Any]:
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        fields["gpus"] = [asdict(gpu) for gpu in self.gpus]
+        fields["four_bit"] = to_builtins(self.four_bit)
+        fields["fast_kernels"] = self.four_bit.fast
+        return {"schema": "qmix-doctor-1", **fields, "directory": str(self.directory), "rates": self.rates.to_json()}
+
+    @property
+    def typical(self) -> list[str]:
+        """Rates that nobody measured here."""
+        wanted = (name for name in RATE_NAMES if self.gpus or not name.startswith(("gpu", "pcie")))
+        return [name for name in wanted if self.rates.source(name) == "typical"]
+
+
+def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> Report:
+    """Return what this machine is, with the disk that `directory` lies on and what a 4-bit product showed."""
+    memory, available = psutil.virtual_memory(), available_memory()
+    return Report(
+        cpu=cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        best_path=supported()[0].name,
+        four_bit=four_bit,
+        memory_total=memory.total,
+        memory_available=memory.available,
+        memory_limit=available if available < memory.available else None,
+        huge_pages=huge_pages(),
+        on_huge_pages=takes_huge_pages(),
+        directory=directory,
+        disk_free=free_disk(directory),
+        direct_io=reads_directly(directory),
+        gpus=_gpus(),
+        gpu_driver=gpu_driver(),
+        versions={"qmix": __version__, "python": platform.python_version()} | _versions(),
+        rates=rates,
+    )
+
+
+def huge_pages(path: Path = HUGE_PAGES) -> str:
+    """The kernel's setting, the word in brackets."""
+    try:
+        chosen = re.search(r"\[(\w+)\]", path.read_text())
+    except OSError:
+        return "unknown"
+    return chosen[1] if chosen else "unknown"
+
+
+def takes_huge_pages(counts: Path = Path("/proc/self/smaps_rollup")) -> bool | None:
+    """Return whether memory taken as the pool's is comes in huge pages; None where the kernel does not tell."""
+    from qmix.disk.files import anonymous_memory
+
+    before = _huge_bytes(counts)
+    memory = anonymous_memory(HUGE_TRIAL)
+    after = _huge_bytes(counts)
+    del memory
+    return None if before is None or after is None else after - before >= HUGE_TRIAL // 2
+
+
+def _huge_bytes(counts: Path) -> int | None:
+    try:
+        found = re.search(r"^AnonHugePages:\s+(\d+) kB", counts.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def reads_directly(directory: Path) -> bool:
+    """Whether files there are read with O_DIRECT, tried on one that is deleted at once."""
+    try:
+        with scratch_file(existing_parent(directory) / ".qmix-doctor") as (path, file):
+            file.write(bytes(PAGE))
+            file.flush()
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+            try:
+                return os.preadv(fd, [mmap.mmap(-1, PAGE)], 0) == PAGE
+            finally:
+                os.close(fd)
+    except OSError:
+        return False
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    if not gpu_driver():
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        fault = product_fault(f"cuda:{index}")
+        found.append(Gpu(torch.cuda.get_device_name(index), total, free, fault))
+    return tuple(found)
+
+
+def product_fault(device: str) -> str:
+    """Return why a half-precision product on a device fails, in a line; empty where it gives the right values.
+
+    torch lists GPUs that it has no kernels for.
+    """
+    import torch
+
+    try:
+        ones = torch.ones(PRODUCT, PRODUCT, dtype=torch.bfloat16, device=device)
+        return "" if bool((ones @ ones == PRODUCT).all()) else "a product on it gives wrong values"
+    except RuntimeError as error:  # torch's own errors are of this class, missing kernels and full memory among them
+        return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in STACK:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found

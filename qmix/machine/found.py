@@ -1,0 +1,209 @@
+"""What this computer has: memory, its limits, and what Python itself takes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import platformdirs
+import psutil
+
+from qmix import __version__
+from qmix.disk.direct import existing_parent
+from qmix.errors import QmixError
+from qmix.files import read_state, write_whole
+from qmix.kernels.cpu.paths import current
+
+SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
+AT_START = ("sitecustomize", "usercustomize")
+
+
+def cache_directory() -> Path:
+    """The user's cache directory for qmix: stores made from checkpoints, and measurements."""
+    return Path(platformdirs.user_cache_dir("qmix"))
+
+
+def own_memory() -> int:
+    """Resident bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int:
+    """The most resident bytes this process ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise QmixError("/proc/self/status: has no VmHWM line; qmix measures memory on Linux only")
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process could still take: the system's, or less where a cgroup limits it."""
+    free = psutil.virtual_memory().available
+    limits = [_room(directory) for directory in _cgroups(root)]
+    return min([free, *(room for room in limits if room is not None)])
+
+
+def default_budget() -> int:
+    """The budget where none is given: 90% of the available memory, with what this process holds already."""
+    return own_memory() + int(available_memory() * SHARE_OF_AVAILABLE)
+
+
+def state_directory() -> Path:
+    """The user's directory for what qmix found out about this machine."""
+    return Path(platformdirs.user_state_dir("qmix"))
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    """As the kernel names it."""
+    return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(root: Path) -> dict[str, str]:
+    """Of the first core."""
+    try:
+        first = (root / "proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk of a path that need not exist yet."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def gpu_driver(root: Path = Path("/")) -> bool:
+    """Whether there is any sign of a GPU that torch could use; without one torch need not be asked."""
+    return any((root / place).exists() for place in ("dev/nvidiactl", "proc/driver/nvidia", "dev/kfd", "dev/dxg"))
+
+
+def found_gpus() -> tuple[int, ...]:
+    """Free bytes of each GPU that torch can use. Imports torch only where there is a driver."""
+    if not gpu_driver():
+        return ()
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+
+
+def give_back_freed_memory() -> None:
+    """Make this process return every freed block of 1 MiB or more to the system at once.
+
+    glibc otherwise keeps blocks of up to 32 MiB for later, in which activations of changing sizes find no place: a
+    long prefill then held 150 MB more than it used. Does nothing where the C library has no such setting.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def _cgroups(root: Path) -> list[Path]:
+    """The memory cgroup of this process and those above it, version 1 or 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        base = root / "sys/fs/cgroup"
+        if controllers == "memory":
+            base /= "memory"
+        elif controllers:
+            continue
+        inner = base / path.lstrip("/")
+        found += [directory for directory in (inner, *inner.parents) if directory.is_relative_to(base)]
+    return found
+
+
+def _room(group: Path) -> int | None:
+    """What a cgroup still allows: its limit less what cannot be reclaimed; None without a limit."""
+    for limit_name, usage_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (group / limit_name).read_text().strip()
+            if limit == "max" or int(limit) >= 2**60:
+                return None
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+            return max(0, int(limit) - int((group / usage_name).read_text()) + cached)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+class InterpreterMemory(msgspec.Struct, frozen=True):
+    """The kept measurement."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=2**20, le=2**40)]
+
+
+def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
+    """Return resident bytes of Python with all that a run imports and warms up, before any weights.
+
+    With `kernels`, the products and the attention of large models are among it, compiled before. Measured in a process
+    of its own, and kept in the cache directory until anything that is installed changes.
+    """
+    path = interpreter_path(cache, kernels)
+    known = read_state(path, InterpreterMemory)
+    if known is not None:
+        return known.bytes
+    command = [sys.executable, "-m", "qmix.engine.baseline", *(["kernels"] if kernels else [])]
+    for _ in range(1 + kernels):  # the first run compiles them, and takes more for it
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode != 0:
+            last = run.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise QmixError(f"measuring Python's own memory failed: {last[0]}")
+    measured = InterpreterMemory(int(run.stdout.split()[-1]))
+    with suppress(OSError):  # a cache that cannot be written only costs the next run a few seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, msgspec.json.encode(measured))
+    return measured.bytes
+
+
+def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
+    """Return where the measurement is kept; the name follows from all that it depends on."""
+    cores = len(os.sched_getaffinity(0))  # each has a thread
+    paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # where a command starts changes nothing
+    identity = [__version__, sys.version, sys.executable, cores, current().name, kernels, installed(paths)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    return (cache or cache_directory()) / f"interpreter-{key}.json"
+
+
+def forget_interpreter_memory(cache: Path | None = None) -> None:
+    """Have the next call of `interpreter_memory` measure again."""
+    for kernels in (False, True):
+        with suppress(OSError):
+            interpreter_path(cache, kernels).unlink()
+
+
+def installed(paths: Sequence[str]) -> list[tuple[str, int]]:
+    """Return names and dates of the distributions on these import paths, and of what Python runs when it starts.
+
+    Libraries import others where they find them, so any of these may change what a run takes. A name has the version,
+    and a date changes when the same is installed again. A millisecond for 130, where importlib.metadata takes 300.
+    """
+    found = set()
+    for path in paths:
+        with suppress(OSError), os.scandir(path or ".") as entries:
+            for entry in entries:
+                if entry.name.endswith(INSTALLED) or entry.name.startswith(AT_START):
+                    found.add((entry.name, entry.stat().st_mtime_ns))
+    return sorted(found)

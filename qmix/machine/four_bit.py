@@ -1,0 +1,56 @@
+"""One 4-bit product tried on this machine: whose kernel multiplied, whether its values are right, and how fast it is.
+
+A processor's flags do not say what a process does: torch, bitsandbytes and Numba decide that between them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from qmix.kernels.cpu.paths import current
+from qmix.machine.measured import FourBitTrial
+from qmix.precision.formats import BLOCK
+from qmix.precision.matmul import FourBitMatrix, Matrix
+
+LARGE, SMALL = (1024, 4096), (128, 512)  # of qmix's own kernel and of bitsandbytes'
+SECONDS = 0.2  # of repetitions
+TOLERANCE = 0.008  # of the product's norm: x and the weights' values are rounded to bf16
+
+
+def try_four_bit(kind: str = "nf4") -> FourBitTrial:
+    """Multiply a large and a small matrix with one token, the way experts are multiplied."""
+    large, small = _matrix(kind, *LARGE), _matrix(kind, *SMALL)
+    with torch.inference_mode():
+        correct = _is_right(large) and _is_right(small)  # compiles and wakes, too
+        x = torch.ones(1, large.cols).bfloat16()
+        seconds = _seconds(lambda: large.multiply(x))
+        dequantising = _seconds(lambda: Matrix.multiply(large, x))
+    nbytes = large.codes.nbytes + large.absmax.nbytes
+    return FourBitTrial(current().name, large.kernel, small.kernel, correct, nbytes / seconds, dequantising / seconds)
+
+
+def _matrix(kind: str, rows: int, cols: int) -> FourBitMatrix:
+    """Return a packed matrix of random codes, the same each time."""
+    draws = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8, generator=draws)
+    absmax = torch.rand(cols // BLOCK, rows, generator=draws).bfloat16()
+    return FourBitMatrix(kind, codes, absmax, rows, cols)
+
+
+def _is_right(matrix: FourBitMatrix) -> bool:
+    x = torch.randn(2, matrix.cols, generator=torch.Generator().manual_seed(1)).bfloat16()
+    want = x.float() @ matrix.dequantize(0, matrix.rows).T
+    return bool((matrix.multiply(x).float() - want).norm() < TOLERANCE * want.norm())
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return the least time that it takes: what else runs only makes one longer."""
+    until, least = time.perf_counter() + SECONDS, math.inf
+    while (started := time.perf_counter()) < until or least == math.inf:
+        work()
+        least = min(least, time.perf_counter() - started)
+    return least

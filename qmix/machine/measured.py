@@ -1,0 +1,135 @@
+"""Results of `qmix doctor` on this machine, kept in the user's state directory. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from qmix import __version__
+from qmix.errors import QmixError
+from qmix.files import read_state, write_whole
+from qmix.kernels.cpu.paths import PORTABLE, current, supported
+from qmix.machine.found import cpu_name, state_directory
+from qmix.machine.rates import RATE_NAMES, FourBitProducts, Rates
+
+STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # what decides how products are computed
+SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # those that follow the stack's versions
+Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's, and nothing that plans cannot reckon with
+
+
+class FourBitTrial(msgspec.Struct, frozen=True):
+    """The kernels that multiplied 4-bit matrices when it was tried.
+
+    `path` names the instructions of the kernels, see `qmix.kernels.cpu.paths`. `large` and `small` name whose
+    kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its rows were dequantised a few at a
+    time. `rate` is bytes/s of the large one with one token, its content in cache; `times` compares that with
+    dequantising.
+    """
+
+    path: str
+    large: str | None
+    small: str | None
+    correct: bool
+    rate: Rate
+    times: Rate
+
+    @property
+    def fast(self) -> bool:
+        """Return whether kernels of vector instructions multiplied, and gave the right values."""
+        return self.correct and self.path != PORTABLE and None not in (self.large, self.small)
+
+
+class MachineProfile(msgspec.Struct, frozen=True):
+    """The file's content. `machine` and `stack` say where and with which versions it was measured."""
+
+    schema: Literal["qmix-machine-1"]
+    machine: dict[str, str | int | None]
+    rates: dict[str, Rate]
+    stack: dict[str, str] = {}
+    four_bit: FourBitTrial | None = None
+    measured_at: str = ""
+
+
+def profile_path() -> Path:
+    return state_directory() / "machine.json"
+
+
+def measured_rates(path: Path | None = None) -> Rates:
+    """Return typical rates with those that were measured on this machine.
+
+    A profile of another machine counts for nothing, and one of other versions only for what is not computed.
+    """
+    known = _known(path)
+    if known is None:
+        return Rates()
+    same = known.stack == _stack()
+    names = [name for name in RATE_NAMES if same or name not in SOFTWARE_RATES]
+    return Rates().with_measured({name: known.rates[name] for name in names if name in known.rates})
+
+
+def tried_four_bit(path: Path | None = None) -> FourBitTrial | None:
+    """Return what the last trial of a 4-bit product found, None where none was made here with these versions."""
+    known = _known(path)
+    return known.four_bit if known is not None and known.stack == _stack() else None
+
+
+def four_bit_products(path: Path | None = None) -> FourBitProducts:
+    """Return how 4-bit products are computed here: as tried, or else as the processor's flags promise."""
+    tried = tried_four_bit(path)
+    if tried is None:
+        return FourBitProducts(supported()[0].name != PORTABLE)
+    return FourBitProducts(tried.fast, tried=True)
+
+
+def keep(
+    rates: Mapping[str, float] | None = None, four_bit: FourBitTrial | None = None, path: Path | None = None
+) -> Path:
+    """Write what was measured or tried, beside what is known of the rest; return where to. Raises QmixError."""
+    target = path or profile_path()
+    known, stack = _known(target), _stack()
+    if known is not None and known.stack != stack:
+        others = {name: rate for name, rate in known.rates.items() if name not in SOFTWARE_RATES}
+        known = msgspec.structs.replace(known, rates=others, four_bit=None)
+    content = MachineProfile(
+        schema="qmix-machine-1",
+        machine=_identity(),
+        rates=dict(rates) if rates is not None else known.rates if known else {},
+        stack=stack,
+        four_bit=four_bit or (known.four_bit if known else None),
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    except OSError as error:
+        raise QmixError(f"{target}: {error.strerror}; the measurements are not kept") from None
+    return target
+
+
+def _known(path: Path | None) -> MachineProfile | None:
+    """Return what is kept of this machine."""
+    found = read_state(path or profile_path(), MachineProfile)
+    return found if found is not None and found.machine == _identity() else None
+
+
+def _identity() -> dict[str, str | int | None]:
+    """What a home directory that is shared by several machines tells them apart by."""
+    return {"node": platform.node(), "cpu": cpu_name(), "cores": os.cpu_count()}
+
+
+def _stack() -> dict[str, str]:
+    """Return the versions and the CPU path that decide how products are computed."""
+    found = {"qmix": __version__, "python": platform.python_version(), "cpu_path": current().name}
+    for name in STACK:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found

@@ -1,0 +1,70 @@
+"""The mixture of experts' forward, over records that lie in a pool.
+
+Tokens are grouped by expert, so that each record is fetched once and used for all of its tokens. Results do not
+depend on which experts happened to be in memory: each lands in its own place and they are added in router order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
+from qmix.model.refusals import PoolExperts
+from qmix.plan import PREFILL_CHUNK
+from qmix.pool.experts import ExpertPool
+from qmix.pool.prefetch import Lookahead
+
+CHUNK = PREFILL_CHUNK  # tokens through an expert at once: a pass of more takes no more work space
+
+
+class PooledExperts(PoolExperts):
+    """Stands in for transformers' MixtralExperts of one layer. Without `lookahead`, reads wait for the router."""
+
+    def __init__(
+        self,
+        layer: int,
+        pool: ExpertPool,
+        activation: Activation,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        super().__init__(layer, pool)
+        self.activation, self.lookahead = activation, lookahead
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
+        if self.layer == 0:  # once a pass: it takes a microsecond
+            self.check_caller()
+        tokens, top_k = top_k_index.shape
+        outputs = hidden_states.new_empty(tokens, top_k, hidden_states.shape[-1])  # [T, k, H]
+        chosen = top_k_index[0].tolist() if tokens == 1 else top_k_index.unique().tolist()
+        for expert, forward in self._get(hidden_states, chosen):
+            if hidden_states.requires_grad:
+                forward = differentiable(forward, self.pool, (self.layer, expert))  # noqa: PLW2901
+            if tokens == 1:
+                outputs[0, chosen.index(expert)] = forward(hidden_states, self.activation)[0]
+            else:
+                token, position = torch.where(top_k_index == expert)
+                for some, places in zip(token.split(CHUNK), position.split(CHUNK), strict=True):
+                    outputs[some, places] = forward(hidden_states[some], self.activation)
+        sums = [weighted_sum(*parts) for parts in zip(outputs.split(CHUNK), top_k_weights.split(CHUNK), strict=True)]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Forward]]:
+        if hidden_states.requires_grad:
+            return one_by_one(self.pool, self.layer, chosen)
+        if self.lookahead is None:
+            return self.pool.get(self.layer, chosen)
+        self.lookahead.chosen(self.layer, chosen)
+        return self.pool.get(self.layer, chosen, self.lookahead.coming(self.layer, hidden_states))
+
+
+def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[T, k, H] and weights [T, k] in fp32 to [T, H], summed in fp32 and rounded once."""
+    total = outputs[:, 0] * weights[:, :1]
+    for place in range(1, outputs.shape[1]):
+        total += outputs[:, place] * weights[:, place : place + 1]
+    return total.to(outputs.dtype)

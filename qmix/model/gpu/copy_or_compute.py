@@ -1,0 +1,47 @@
+"""Whether a layer's experts that lie in main memory are copied to its GPU or computed where they are. Pure arithmetic.
+
+For one token copying never pays: an expert is read once in either case, and memory is faster than PCIe. With many
+tokens the CPU's products take longer than the copy. Reads from the disk are the same either way and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qmix.geometry import HALF_BYTES
+from qmix.machine.rates import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSize:
+    """An expert's bytes in main memory, its bytes as a GPU reads it, its weights, and whether those are in 4 bits."""
+
+    record: int
+    on_device: int
+    weights: int
+    four_bit: bool
+
+
+def host_seconds(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Rates) -> float:
+    """Experts of one layer, each with so many tokens, computed on the CPU; x goes down and the results come up once.
+
+    An expert takes the longer of reading its weights and multiplying them.
+    """
+    reading = size.record / (rates.four_bit_read if size.four_bit else rates.memory_read)
+    products = sum(max(reading, 2 * count * size.weights / rates.matmul) for count in tokens)
+    return products + 2 * sum(tokens) * hidden * HALF_BYTES / rates.pcie
+
+
+def copy_seconds(size: ExpertSize, tokens: Sequence[int], rates: Rates) -> float:
+    """The same on the GPU: one is copied while the one before computes, so that the last one's products come on top."""
+    copying = size.record / rates.pcie
+    products = [
+        max(2 * size.on_device / rates.gpu_memory, 2 * count * size.weights / rates.gpu_matmul) for count in tokens
+    ]
+    return sum(max(copying, product) for product in products) + (products[-1] if products else 0.0)
+
+
+def copying_pays(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Rates) -> bool:
+    """Whether to copy a layer's experts to the GPU for this step; `tokens` has an entry for each of them."""
+    return copy_seconds(size, tokens, rates) < host_seconds(size, tokens, hidden, rates)

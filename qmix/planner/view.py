@@ -1,0 +1,176 @@
+"""A plan as it is shown: bytes by device, the map of experts, the speed, and machines side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from qmix.machine.rates import Machine, Rates
+from qmix.plan import Plan
+from qmix.plan.predict import Speed
+from qmix.planner.planned import Planned
+from qmix.units import format_bytes, format_flops
+
+GPU_COLOURS = ("green", "cyan", "blue", "magenta")
+COLOURS = {"ram": "yellow", "disk": "red"}
+LETTERS = {"ram": "r", "disk": "."}
+FLOP_RATES = ("matmul", "gpu_matmul")
+SECONDS = ("layer_seconds", "read_seconds")
+
+
+def device_table(plan: Plan) -> Table:
+    """A column for main memory and for each GPU, a row for each part."""
+    table = Table()
+    table.add_column("")
+    for name in ("RAM", *(device.name for device in plan.devices)):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(what: str, host: int, parts: Sequence[int | None]) -> None:
+        cells = ("" if part is None else format_bytes(part) for part in (host, *parts))
+        table.add_row(what, *cells)
+
+    devices = plan.devices
+    row("Python with its imports", plan.interpreter, [None] * len(devices))
+    row("dense weights", plan.dense, [device.dense for device in devices])
+    row(f"KV cache, {plan.context * plan.batch} tokens", plan.kv_cache, [device.kv_cache for device in devices])
+    row("work space", plan.work, [device.work for device in devices])
+    row("experts", plan.pool, [device.experts for device in devices])
+    table.add_section()
+    row("predicted peak", plan.total, [device.total for device in devices])
+    row("headroom", plan.headroom, [device.headroom for device in devices])
+    row("budget", plan.ram, [device.budget for device in devices])
+    return table
+
+
+class ExpertMap:
+    """Layers by experts, a cell each: coloured where the terminal has colours, a letter elsewhere."""
+
+    def __init__(self, placement: Sequence[Sequence[str]]) -> None:
+        self.placement = placement
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        plain = console.color_system is None or console.no_color
+        experts, margin = len(self.placement[0]), 4
+        width = max(1, options.max_width - margin)
+        for start in range(0, len(self.placement), width):
+            block = self.placement[start : start + width]
+            yield self._scale(start, len(block), margin)
+            for expert in range(experts):
+                line = Text(f"{expert:>{margin - 1}} ", no_wrap=True)
+                for row in block:
+                    line.append(*cell(row[expert], plain))
+                yield line
+        yield self._legend(plain)
+
+    def _scale(self, start: int, count: int, margin: int) -> Text:
+        """The numbers of every tenth layer above its column."""
+        line = [" "] * count
+        for layer in range(start, start + count):
+            name = str(layer)
+            if layer % 10 == 0 and layer - start + len(name) <= count:
+                line[layer - start : layer - start + len(name)] = name
+        return Text(" " * margin + "".join(line), no_wrap=True, style="dim")
+
+    def _legend(self, plain: bool) -> Text:
+        counts = Counter(where for row in self.placement for where in row)
+        line = Text("layers across, experts down:")
+        for where in sorted(counts, key=lambda name: (name == "disk", name == "ram", name)):
+            line.append(" ")
+            line.append(*cell(where, plain))
+            line.append(f" {where} {counts[where]}")
+        return line
+
+
+def cell(where: str, plain: bool) -> tuple[str, str]:
+    """A character and its style."""
+    if plain:
+        return LETTERS.get(where) or where.removeprefix("gpu:")[:1], ""
+    colour = COLOURS.get(where) or GPU_COLOURS[int(where.removeprefix("gpu:")) % len(GPU_COLOURS)]
+    return " ", f"on {colour}"
+
+
+def details(planned: Planned) -> Table:
+    """Speed and what it rests on, the store, budgets."""
+    plan, machine, predicted = planned.plan, planned.machine, planned.prediction
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, Text(value, overflow="fold"))
+
+    row("decode", speed_text(predicted.decode))
+    row("prefill", speed_text(predicted.prefill))
+    row("4-bit kernel", kernel_text(machine))
+    row("rates", rates_text(machine.speeds, bool(plan.devices)))
+    free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
+    row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
+    row("runs from", f"--ram {_gib(plan.smallest)}; nothing is read from disk from {_gib(plan.roomy)} on")
+    return table
+
+
+def speed_text(speed: Speed) -> str:
+    return (
+        f"{_digits(speed.rate)} tok/s ({_digits(speed.slowest)} to {_digits(speed.fastest)}), limited by {speed.limit}"
+    )
+
+
+def kernel_text(machine: Machine) -> str:
+    """Return how the CPU multiplies 4-bit weights, and whether that was tried or read off the CPU's flags."""
+    how = (
+        "tried by `qmix doctor`" if machine.four_bit.tried else "by the CPU's flags, not tried; `qmix doctor` tries it"
+    )
+    if machine.four_bit.fast:
+        return f"yes, {how}"
+    slower = machine.rates.four_bit_read / machine.speeds.four_bit_read
+    times = f"4-bit products are {slower:.0f} times slower, " if slower > 1 else ""
+    return f"no fast one: {times}{how}"
+
+
+def rates_text(rates: Rates, gpus: bool) -> str:
+    """Each rate that counts, grouped by where it comes from."""
+    names = ["memory_read", "disk_read", "matmul", "four_bit_read", "layer_seconds"]
+    names += ["pcie", "gpu_memory", "gpu_matmul"] if gpus else []
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(rates.source(name), []).append(f"{name.replace('_', ' ')} {rate_text(rates, name)}")
+    parts = [f"{source}: {', '.join(found)}" for source, found in groups.items()]
+    advice = "; `qmix doctor` measures this machine" if "typical" in groups and "measured" not in groups else ""
+    return "; ".join(parts) + advice
+
+
+def rate_text(rates: Rates, name: str) -> str:
+    value = getattr(rates, name)
+    if name in SECONDS:
+        return f"{1e3 * value:.2g} ms"
+    return format_flops(value) if name in FLOP_RATES else f"{format_bytes(value)}/s"
+
+
+def compare_table(title: str, names: Sequence[str], found: Sequence[Planned | str]) -> Table:
+    """A row for each machine: its plan, or why it has none."""
+    table = Table(title=Text(title), title_justify="left")
+    for name in ("machine", "experts on GPU / RAM / disk", "decode", "prefill", "limited by"):
+        table.add_column(name, justify="right" if name in ("decode", "prefill") else "left", overflow="fold")
+    for name, each in zip(names, found, strict=True):
+        if isinstance(each, str):
+            table.add_row(Text(name), Text(each), "", "", "")
+            continue
+        plan, predicted = each.plan, each.prediction
+        on_disk = plan.records_on_disk
+        spread = f"{plan.num_records - plan.host_records} / {plan.host_records - on_disk} / {on_disk}"
+        rates = (f"{_digits(speed.rate)} tok/s" for speed in (predicted.decode, predicted.prefill))
+        table.add_row(Text(name), spread, *rates, predicted.decode.limit)
+    return table
+
+
+def _gib(count: int) -> str:
+    """Rounded up, so that it is enough."""
+    return f"{-(-count * 100 // 2**30) / 100:.2f}GiB" if count >= 2**30 else f"{-(-count // 2**20)}MiB"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -1,0 +1,327 @@
+"""The host tier: slots of one expert record each, in one mapping made once.
+
+Records are read straight into slots of their own size and multiplied there. The record that gives up its slot is of
+that size the one that the eviction policy values least, never one that the present step still needs. What coming
+layers will probably ask for is read ahead in the disk's idle time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+import xxhash
+
+from qmix.disk.files import DirectFile
+from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
+from qmix.errors import Cancelled, StoreError, UsageError, mending
+from qmix.pool.counters import PoolCounters
+from qmix.pool.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
+from qmix.pool.slots import SlotMemory
+from qmix.precision.matmul import Expert
+from qmix.progress import OnProgress, Progress, ignore
+from qmix.store.expert_frequency import by_use
+from qmix.store.opened import Store
+
+READS_IN_FLIGHT = 4  # records, when filling
+READS_AHEAD = 2  # records: one that the disk works on and the one after it; each further one only takes a slot
+
+
+class ExpertPool:
+    """Slots over a store's records, but for those that lie `elsewhere`; serves one thread, reads with several.
+
+    `slots` says how many by the bytes of their records, one at least for every size in the store. A store's profile
+    says what is read first, how likely a use is before there was any, and which policy decides unless `policy` is
+    given. With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting
+    `cancelled` makes the next request raise Cancelled. `layer` is the one that asked last, for whoever watches.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        slots: Mapping[int, int],
+        policy: Eviction | None = None,
+        invariant: bool = False,
+        elsewhere: frozenset[Key] = frozenset(),
+    ) -> None:
+        self.store, self.slots, self.invariant, self.elsewhere = store, slots, invariant, elsewhere
+        advised = store.profile.policy if store.profile is not None else None
+        self.policy = policy or POLICIES[advised or DEFAULT_POLICY](store.geometry, store.use)
+        self._slots = SlotMemory(slots)
+        self._nbytes = {key: store.layout.record(*key).nbytes for key in store.layout.experts}
+        self.counters = PoolCounters()
+        self.cancelled = self.closed = False
+        self.layer = 0
+        self._resident: dict[Key, int] = {}
+        self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet asked for
+        self._ending: list[tuple[int, Read]] = []  # read ahead in error; the disk still writes to their slots
+        self._unused: set[Key] = set()  # resident by looking ahead, not yet asked for
+        self._coming: frozenset[Key] = frozenset()
+        self._views: dict[tuple[int, str], Expert] = {}
+        self._files = [DirectFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
+        self._reader = Reader()
+        # one whose last pieces are read, and those that keep all threads busy: each further one takes the slot of a
+        # record that a later layer will ask for
+        self._reads_awaited = 1 + math.ceil(READ_THREADS / math.ceil(min(slots) / PIECE_BYTES))
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert that is asked for here has a slot, so that nothing is ever read twice."""
+        layout = self.store.layout
+        served = Counter(layout.record(*key).nbytes for key in layout.experts if key not in self.elsewhere)
+        return all(self.slots[nbytes] >= count for nbytes, count in served.items())
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All of its slots, uint8."""
+        return self._slots.memory
+
+    def close(self) -> None:
+        """End the reads under way and close the files; whoever asks for a record afterwards gets UsageError."""
+        self.closed = True
+        for key in list(self._ahead):
+            self._abandon(key)
+        self._reader.close()
+        for file in self._files:
+            file.close()
+
+    def fill(self, on_progress: OnProgress = ignore) -> None:
+        """Read records until no slot is free or every expert has one: those of most expected use first, where that is
+        known, else first layer first."""
+        layout, free = self.store.layout, {nbytes: self._slots.free(nbytes) for nbytes in self.slots}
+        waiting: deque[Key] = deque()
+        for key in by_use(layout, self.store.use) if self.store.use else layout.experts:
+            if key in self.elsewhere or key in self._resident or not free[self._nbytes[key]]:
+                continue
+            free[self._nbytes[key]] -= 1
+            waiting.append(key)
+        total, done = sum(map(self._nbytes.__getitem__, waiting)), 0
+        for key in self._in_order(waiting):
+            done += self._nbytes[key]
+            on_progress(Progress(done, total))
+
+    def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Each record's bytes once, in a slot that is used again when the next is asked for; in order, checked.
+
+        For what is kept in other memory; needs a free slot of each size.
+        """
+        for key in self._in_order(deque(keys)):
+            yield key, self.record(*key)
+            self._slots.give(self._resident.pop(key))
+
+    def _in_order(self, waiting: deque[Key]) -> Iterator[Key]:
+        """Each key when its record is in memory, several read beside it as far as slots are free."""
+        reading: deque[tuple[Key, int, Read]] = deque()
+        try:
+            while waiting or reading:
+                if self.cancelled:
+                    raise Cancelled
+                while (
+                    waiting
+                    and len(reading) < READS_IN_FLIGHT
+                    and (slot := self._slots.take(self._nbytes[waiting[0]])) is not None
+                ):
+                    reading.append(self._begin(waiting.popleft(), slot))
+                yield self._finish(reading)
+        finally:
+            self._release(reading)
+
+    def record(self, layer: int, expert: int) -> torch.Tensor:
+        """The bytes, uint8, of a record that is in memory."""
+        return self._slots.bytes(self._resident[layer, expert])
+
+    def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
+        """Each of these experts of a layer once, those in memory first while the others are read.
+
+        `coming` is what later layers will probably ask for, soonest first. An expert may be used until the next one
+        is asked for. Raises StoreError where a record is damaged.
+        """
+        self._check_running()
+        self.layer = layer
+        keys = [(layer, expert) for expert in experts]
+        for key in [key for key in self._ahead if key[0] == layer and key not in keys]:
+            self._abandon(key)
+        self._collect()
+        self._coming = frozenset(coming)
+        ready, begun, waiting = self._sort(keys)
+        self.policy.used(layer, experts)
+        return self._stream(layer, ready, begun, waiting, coming)
+
+    def look_ahead(self, layer: int, coming: Sequence[Key]) -> None:
+        """Begin to read, while `layer` computes, what later layers will probably ask for, soonest first."""
+        self._check_running()
+        self._collect()
+        self._coming = frozenset(coming)
+        self._read_ahead(layer, coming, set())
+
+    def _check_running(self) -> None:
+        if self.closed:
+            raise UsageError("this runner is closed; load the model again")
+        if self.cancelled:
+            raise Cancelled
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UsageError(
+            "a model whose experts lie in a pool cannot be copied or pickled; save it with save_pretrained(DIRECTORY), "
+            "or open its store once more with qmix.load"
+        )
+
+    def _sort(self, keys: Sequence[Key]) -> tuple[deque[Key], deque[tuple[Key, int, Read]], deque[Key]]:
+        """Keys in memory, reads of keys that were begun ahead, and keys still to be read; counts them."""
+        ready: deque[Key] = deque()
+        begun: deque[tuple[Key, int, Read]] = deque()
+        waiting: deque[Key] = deque()
+        for key in keys:
+            if key in self._resident:
+                ready.append(key)
+                self.counters.hits += key not in self._unused
+                self.counters.hidden += key in self._unused
+            elif key in self._ahead:
+                slot, read = self._ahead.pop(key)
+                self._reader.hasten(read)
+                begun.append((key, slot, read))
+            else:
+                waiting.append(key)
+        ahead = len(begun) + len(self._unused.intersection(keys))
+        self.counters.ahead += ahead
+        self.counters.misses += ahead + len(waiting)
+        self._unused.difference_update(keys)
+        return ready, begun, waiting
+
+    def _stream(
+        self,
+        layer: int,
+        ready: deque[Key],
+        reading: deque[tuple[Key, int, Read]],
+        waiting: deque[Key],
+        coming: Sequence[Key],
+    ) -> Iterator[tuple[int, Expert]]:
+        """Each key while it is resident; reads for the missing ones run beside, then those for what is coming."""
+        pinned = set(ready)
+        try:
+            while ready or waiting or reading:
+                while len(reading) < self._reads_awaited and (begun := self._begin_next(layer, waiting, pinned)):
+                    reading.append(begun)
+                if not waiting:
+                    self._read_ahead(layer, coming, pinned)
+                key = ready.popleft() if ready else self._finish(reading)
+                pinned.add(key)
+                yield key[1], self._expert(key)
+                pinned.discard(key)
+        finally:
+            self._release(reading)
+
+    def _begin_next(self, layer: int, waiting: deque[Key], pinned: set[Key]) -> tuple[Key, int, Read] | None:
+        """Begin to read the first of the waiting that there is a slot for."""
+        full = set()
+        for key in waiting:
+            if self._nbytes[key] in full:
+                continue
+            if (slot := self._take_slot(key, layer, pinned)) is not None:
+                waiting.remove(key)
+                return self._begin(key, slot)
+            full.add(self._nbytes[key])
+        return None
+
+    def _read_ahead(self, layer: int, coming: Sequence[Key], pinned: set[Key]) -> None:
+        """Begin reads of what is coming, as far as slots that hold nothing better allow.
+
+        Of each size most slots are left to what is asked for, which could find none otherwise.
+        """
+        kept = pinned | self._coming
+        for key in coming:
+            if key in self._resident or key in self._ahead:
+                continue
+            begun = [self._slots.size(slot) for slot, _ in [*self._ahead.values(), *self._ending]]
+            if len(begun) >= READS_AHEAD:
+                return
+            if begun.count(self._nbytes[key]) >= self.slots[self._nbytes[key]] // 4:
+                continue
+            if (slot := self._take_slot(key, layer, kept)) is None:
+                continue
+            _, slot, read = self._begin(key, slot, ahead=True)
+            self._ahead[key] = slot, read
+
+    def _collect(self) -> None:
+        """Make what was read ahead resident; a read that failed is tried again when somebody asks for it."""
+        ended = [item for item in self._ending if item[1].done.done()]
+        for item in ended:
+            self._ending.remove(item)
+            self._slots.give(item[0])
+        for key in [key for key, (_, read) in self._ahead.items() if read.done.done()]:
+            slot, read = self._ahead.pop(key)
+            if read.done.exception() is None:
+                self._resident[key] = slot
+                self._unused.add(key)
+            else:
+                self._slots.give(slot)
+
+    def _abandon(self, key: Key) -> None:
+        """End a read ahead that proved wrong; one whose last pieces are under way is kept."""
+        slot, read = self._ahead[key]
+        left_out = self._reader.cancel(read)
+        if left_out:
+            self.counters.bytes_read -= left_out
+            self.counters.unused += 1
+            del self._ahead[key]
+            self._ending.append((slot, read))
+
+    def _begin(self, key: Key, slot: int, ahead: bool = False) -> tuple[Key, int, Read]:
+        layer, expert = key
+        buffer = self._slots.bytes(slot)
+        offset = self.store.layout.record_offset(layer, expert)
+        want, path = self.store.record_checksums[layer][expert], self._files[layer].path
+
+        def check(record: memoryview) -> None:
+            if xxhash.xxh3_64_hexdigest(record) != want:
+                place = f"bytes {offset} to {offset + len(record) - 1}"
+                raise StoreError(
+                    f"{path}: the record of expert {expert} ({place}) is damaged; {mending(self.store.directory)}"
+                )
+
+        self.counters.bytes_read += len(buffer)
+        read = Read(self._files[layer], buffer, offset, check)
+        return key, slot, self._reader.submit(read, ahead)
+
+    def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:
+        """Wait for the first of the reads; its key, now resident."""
+        key, slot, read = reading[0]
+        read.done.result()
+        reading.popleft()
+        self._resident[key] = slot
+        return key
+
+    def _release(self, reading: deque[tuple[Key, int, Read]]) -> None:
+        """Let go of reads that nobody waits for any more."""
+        for _, slot, read in reading:
+            read.done.exception()  # a slot is free again only when nothing writes to it any more
+            self._slots.give(slot)
+
+    def _take_slot(self, key: Key, layer: int, pinned: set[Key] | frozenset[Key]) -> int | None:
+        """A slot for a record: free, or that of the record of its size worth least that is not pinned; None if there
+        is none.
+
+        What is coming goes only where nothing else is left.
+        """
+        nbytes = self._nbytes[key]
+        if (slot := self._slots.take(nbytes)) is not None:
+            return slot
+        free = [held for held in self._resident if held not in pinned and self._nbytes[held] == nbytes]
+        if not free:
+            return None
+        victim = min(free, key=lambda held: (held in self._coming, self.policy.worth(held, layer)))
+        self.counters.unused += victim in self._unused
+        self._unused.discard(victim)
+        return self._resident.pop(victim)
+
+    def _expert(self, key: Key) -> Expert:
+        slot, precision = self._resident[key], self.store.layout.precisions[key[0]][key[1]]
+        view = self._views.get((slot, precision))
+        if view is None:
+            record = self.store.layout.records[precision]
+            view = Expert(self._slots.bytes(slot), record, self.store.geometry.expert_matrices, self.invariant)
+            self._views[slot, precision] = view
+        return view

@@ -1,0 +1,209 @@
+"""A damaged store mended: only what is damaged is read from the checkpoint, quantised and written in its place.
+
+Each part is written where it belongs; a run that is killed leaves parts that were damaged before damaged, and touches
+no other. What is written has the checksums that the store was made with, or the run fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmix.checkpoint import Checkpoint, open_checkpoint
+from qmix.disk.direct import UncachedFile, disk_advice
+from qmix.engine.resolve import open_source
+from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
+from qmix.files import read_json, write_whole
+from qmix.models import EMBEDDED
+from qmix.progress import OnProgress, Progress, ignore
+from qmix.store.layout import StoreLayout
+from qmix.store.opened import CONFIG, MANIFEST, ORIGIN, PROFILE, Manifest, Origin, layout_of, read_manifest
+from qmix.store.quantize import WeightRun, write_error
+from qmix.store.verify import MISSING, STRANGE, Damage, Verification, parts_of, recheck, small_digest, verify_store
+from qmix.store.writer import Unit, UnitWriter, places, small_files
+
+ASIDE = ".aside"  # behind the name of a file that is no part of the store
+NAME_IT = "name the checkpoint with --from"
+
+
+@dataclass(frozen=True)
+class Mended:
+    """The damage that was found, and mended; `units` were written anew from `source`."""
+
+    found: Verification
+    units: int
+    source: str | None
+
+
+def mend(
+    directory: Path, source: str | None = None, on_verify: OnProgress = ignore, on_mend: OnProgress = ignore
+) -> Mended:
+    """Verify a store, and make anew what is damaged, from the checkpoint that it was made from.
+
+    `source` is where that is now, if not where it was. Raises StoreError where the checkpoint is gone or is another.
+    """
+    with _held(directory):
+        content, found = read_manifest(directory / MANIFEST)
+        checkpoint, layout = None, None
+        if not _config_is_well(directory, content, found):
+            checkpoint = _checkpoint(directory, found, source)
+            layout = layout_of(directory, found, checkpoint.config)
+        verification = verify_store(directory, on_verify, layout)
+        if verification.is_lost:
+            raise StoreError(f"{directory / MANIFEST}: belongs to other files than these; {REMAKE}")
+        of_weights = _put_small_files_right(directory, content, found, verification.damages, checkpoint, source)
+        if not of_weights:
+            return Mended(verification, 0, None)
+        checkpoint = checkpoint or _checkpoint(directory, found, source)
+        layout = layout or layout_of(directory, found, checkpoint.config)
+        try:
+            units = _write_anew(directory, found, checkpoint, layout, of_weights, on_mend)
+        except OSError as error:
+            raise write_error(error, directory, layout) from error
+        return Mended(verification, units, checkpoint.source.name)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Keep others from mending the same store."""
+    try:
+        file = (directory / MANIFEST).open("rb")
+    except OSError as error:
+        raise StoreError(f"{directory / MANIFEST}: {error.strerror}; {disk_advice(error)}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{directory}: another qmix is mending it; wait until that one ends") from None
+        yield
+
+
+def _config_is_well(directory: Path, content: dict[str, Any], found: Manifest) -> bool:
+    known = content["checksums"].get("config") if content["format_version"] == 1 else found.checksums.files.get(CONFIG)
+    try:
+        return small_digest(content, (directory / CONFIG).read_bytes()) == known
+    except OSError:
+        return False
+
+
+def _checkpoint(directory: Path, found: Manifest, source: str | None) -> Checkpoint:
+    """Open the checkpoint of a store. Raises StoreError where it is gone, or is another by now."""
+    location = source or _location(directory, found)
+    try:
+        checkpoint = open_checkpoint(open_source(location))
+    except (CheckpointError, UsageError) as error:
+        reason = str(error).removeprefix(f"{location}: ").split(";")[0]
+        raise StoreError(
+            f"{directory}: the checkpoint that it was made from, {location}, cannot be used ({reason}); {NAME_IT}"
+        ) from None
+    known = checkpoint.known_fingerprint
+    if known is not None and known != found.source.fingerprint and found.checksums.files:
+        raise StoreError(f"{location}: is another checkpoint than the one that {directory} was made from; {NAME_IT}")
+    return checkpoint
+
+
+def _location(directory: Path, found: Manifest) -> str:
+    """Return where the checkpoint was when the store was made; an embedded model is where qmix is now."""
+    path = directory / ORIGIN
+    location = read_json(path, Origin, StoreError, NAME_IT).location if path.exists() else None
+    if found.source.name in EMBEDDED and (location is None or not Path(location).is_dir()):
+        return found.source.name
+    if location is None:
+        raise StoreError(f"{directory}: does not say where its checkpoint, {found.source.name}, is; {NAME_IT}")
+    return location
+
+
+def _put_small_files_right(
+    directory: Path,
+    content: dict[str, Any],
+    found: Manifest,
+    damages: Sequence[Damage],
+    checkpoint: Checkpoint | None,
+    source: str | None,
+) -> list[Damage]:
+    """Copy small files again, set aside what is none of the store's; returns the damages of weight files."""
+    known = {CONFIG: content["checksums"].get("config"), **found.checksums.files}
+    try:
+        for name in [damage.file for damage in damages if damage.what == STRANGE or damage.file == PROFILE]:
+            (directory / name).replace(directory / f"{name}{ASIDE}")
+        lost = [damage.file for damage in damages if damage.file in known]
+        if lost:
+            checkpoint = checkpoint or _checkpoint(directory, found, source)
+            files = small_files(checkpoint.config, checkpoint.tokenizer_files())
+            for name in lost:
+                if name not in files or small_digest(content, files[name]) != known[name]:
+                    raise StoreError(
+                        f"{checkpoint.source.name}: its {name} is not the one that {directory} was made with; "
+                        f"{NAME_IT} that has it"
+                    )
+                write_whole(directory / name, files[name])
+    except OSError as error:
+        raise StoreError(f"{error.filename or directory}: {error.strerror}; {disk_advice(error)}") from None
+    return [damage for damage in damages if damage.file.endswith(".safetensors")]
+
+
+def _write_anew(
+    directory: Path,
+    found: Manifest,
+    checkpoint: Checkpoint,
+    layout: StoreLayout,
+    damages: Sequence[Damage],
+    on_progress: OnProgress,
+) -> int:
+    """Bring the damaged parts from the checkpoint; returns how many.
+
+    Raises StoreError where they come out other than the store was made with.
+    """
+    missing = {damage.file for damage in damages if damage.part is None and damage.why == MISSING}
+    units = {damage.part.unit for damage in damages if damage.part is not None and damage.part.unit}
+    units |= {place.unit.name for place in places(layout).values() if place.unit.file.name in missing}
+    with closing(_Patch(directory, layout, units, {damage.file for damage in damages})) as patch:
+        run = WeightRun(checkpoint, patch, layout, on_progress)
+        before, total = run.done, run.total
+        run.on_progress = lambda progress: on_progress(Progress(progress.done - before, total - before, progress.note))
+        run.run()
+        patch.flush()
+    parts = [part for part in parts_of(layout, found) if part.unit in units]
+    if wrong := [part.unit for part in parts if recheck(directory / part.file, part) is not None]:
+        raise StoreError(
+            f"{checkpoint.source.name}: gives other weights than those that {directory} was made from "
+            f"({', '.join(wrong[:3])}); {NAME_IT}, or {REMAKE}"
+        )
+    return len(units)
+
+
+class _Patch(UnitWriter):
+    """Writes some units of a finished store; `names` are the files that need it, or lack their header or length."""
+
+    def __init__(self, directory: Path, layout: StoreLayout, units: set[str], names: set[str]) -> None:
+        all_places = places(layout)
+        whole = {place.unit.name for place in all_places.values()} - units
+        super().__init__(
+            {key: "" for key, place in all_places.items() if place.unit.name in whole}, dict.fromkeys(whole, "")
+        )
+        try:
+            for file in (file for file in layout.files if file.name in names):
+                opened = self._files[file.name] = UncachedFile(directory / file.name, os.O_RDWR | os.O_CREAT)
+                if os.fstat(opened.fd).st_size != file.size:
+                    os.ftruncate(opened.fd, file.size)
+                self.write(file, file.header, 0)
+                os.fdatasync(opened.fd)
+            mine = {place.unit.name: place.unit for place in all_places.values() if place.unit.name in units}
+            for unit in mine.values():
+                self._blank(unit)
+        except BaseException:
+            self._release()
+            raise
+
+    def _blank(self, unit: Unit) -> None:
+        """Zero what lies between a unit's parts and behind them."""
+        position = unit.offset
+        for begin, end in [*((part.offset, part.offset + part.nbytes) for part in unit.parts), (unit.end, unit.end)]:
+            if begin > position:
+                self.write(unit.file, bytes(begin - position), position)
+            position = end

@@ -1,0 +1,117 @@
+"""Messages to text by the model's chat template, within bounds of time, memory and length; for chats and batches alike.
+
+A template is a program that came with a model. It runs in a process of its own (`template_child.py`), which is started
+with the first text and ends with this one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qmix.errors import QmixError, StoreError
+from qmix.text.tokenizer import TEMPLATE, encode
+
+CHILD = Path(__file__).with_name("template_child.py")
+MEMORY = 2**29  # bytes of addresses that rendering may take, with Python's own 50 MB
+SECONDS = 5  # of a core, for one text
+LONGEST = 2**24  # characters of one text
+PROBE = "qmix-probe"  # a text that no template has of its own
+Messages = Sequence[dict[str, str]]
+
+
+class TemplateRefusal(QmixError):
+    """The template does not take these messages; the message says where in it."""
+
+
+class ChatTemplate:
+    """The template of a tokenizer that has one. `takes_system` is false where it has no place for a system message."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.path = _path_of(tokenizer)
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            self._template = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise StoreError(f"{self.path}: {str(error).splitlines()[0]}") from None
+        self._variables = {"tools": None, "documents": None} | {
+            name: value if isinstance(value, list) else str(value)
+            for name, value in tokenizer.special_tokens_map.items()
+        }
+        self.takes_system = self._shows_system()
+
+    def ids(self, messages: Messages, asks: bool) -> list[int]:
+        """Return the token ids of messages; where it `asks`, with the beginning of an answer. Raises as `text` does."""
+        return encode(self._tokenizer, self.text(messages, asks), add_special_tokens=False)
+
+    def text(self, messages: Messages, asks: bool) -> str:
+        """Return the same as text. Raises TemplateRefusal."""
+        variables = self._variables | {"messages": list(messages), "add_generation_prompt": asks}
+        answer = self._ask({"template": self._template, "variables": variables})
+        if "text" in answer:
+            return str(answer["text"])
+        where = self.path if answer["line"] is None else f"{self.path}: line {answer['line']}"
+        raise TemplateRefusal(f"{where}: {answer['error']}")
+
+    def _shows_system(self) -> bool:
+        """Return whether a system message is taken, and appears: some templates raise, some leave it out."""
+        try:
+            return PROBE in self.text([{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}], True)
+        except TemplateRefusal:
+            return False
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process if self._process is not None and self._process.poll() is None else self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BaseException as error:  # an interrupt among them: what is half said is not to be gone on with
+            _end(process)
+            self._process = None
+            if not isinstance(error, BrokenPipeError):
+                raise
+            line = b""
+        if line.endswith(b"\n"):
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        _end(process)
+        self._process = None
+        return {"error": f"takes more than {SECONDS} s or {MEMORY >> 20} MiB", "line": None}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        bounds = map(str, (MEMORY, SECONDS, LONGEST))
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", str(CHILD), *bounds],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C is not for it
+        )
+        weakref.finalize(self, _end, self._process)
+        return self._process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(BrokenPipeError):  # what was not sent yet
+                stream.close()
+    process.wait()
+
+
+def _path_of(tokenizer: PreTrainedTokenizerBase) -> Path:
+    directory = Path(tokenizer.name_or_path)
+    return directory / (TEMPLATE if (directory / TEMPLATE).is_file() else "tokenizer_config.json")

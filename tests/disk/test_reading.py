@@ -1,0 +1,116 @@
+"""Reads in pieces, by several threads, what is waited for first."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from contextlib import closing
+from threading import Event
+
+import pytest
+import torch
+
+from qmix.disk import reads as reading
+from qmix.disk.files import DirectFile, anonymous_memory
+from qmix.disk.reads import Read, Reader
+from qmix.errors import StoreError
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Ten pages, read a page at a time."""
+    monkeypatch.setattr(reading, "PIECE_BYTES", 4096)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(page for page in range(10) for _ in range(4096)))
+    with DirectFile(path) as opened:
+        yield opened
+
+
+class Slow:
+    """A file that notes which pages are read, and reads none before `go`."""
+
+    def __init__(self, file):
+        self.file, self.go, self.begun, self.pages = file, Event(), Event(), []
+
+    def read_into(self, buffer, offset):
+        self.begun.set()
+        self.go.wait()
+        self.pages.append(offset // 4096)
+        self.file.read_into(buffer, offset)
+
+
+def read_of(file, pages, offset=0, check=lambda whole: None):
+    return Read(file, anonymous_memory(pages * 4096), offset * 4096, check)
+
+
+def test_every_piece_lands_in_its_place(file):
+    with closing(Reader(3)) as reader:
+        read = reader.submit(read_of(file, 8, offset=2))
+        read.done.result()
+    assert torch.tensor(list(read.view)).view(8, 4096).float().std(dim=1).eq(0).all()
+    assert [read.view[page * 4096] for page in range(8)] == list(range(2, 10))
+
+
+def test_what_is_waited_for_comes_before_what_is_read_ahead(file):
+    slow = Slow(file)
+    with closing(Reader(1)) as reader:
+        ahead = reader.submit(read_of(slow, 4), ahead=True)
+        slow.begun.wait()
+        demanded = reader.submit(read_of(slow, 2, offset=8))
+        slow.go.set()
+        ahead.done.result()
+        demanded.done.result()
+    assert slow.pages == [0, 8, 9, 1, 2, 3]
+
+
+def test_a_read_ahead_can_be_hastened(file):
+    slow = Slow(file)
+    with closing(Reader(1)) as reader:
+        first, second = (reader.submit(read_of(slow, 2, offset=at), ahead=True) for at in (0, 4))
+        slow.begun.wait()
+        reader.hasten(second)
+        slow.go.set()
+        first.done.result()
+        second.done.result()
+    assert slow.pages == [0, 4, 5, 1]
+
+
+def test_a_cancelled_read_leaves_out_what_was_not_begun(file):
+    slow = Slow(file)
+    with closing(Reader(1)) as reader:
+        read = reader.submit(read_of(slow, 4), ahead=True)
+        slow.begun.wait()
+        assert reader.cancel(read) == 3 * 4096
+        assert not read.done.done()  # its first page is being written to
+        slow.go.set()
+        assert isinstance(read.done.exception(), CancelledError)
+        assert reader.cancel(read) == 0
+    assert slow.pages == [0]
+
+
+def test_cancelling_a_finished_read_changes_nothing(file):
+    with closing(Reader()) as reader:
+        read = reader.submit(read_of(file, 2))
+        read.done.result()
+        assert reader.cancel(read) == 0
+        read.done.result()
+
+
+def test_what_the_check_raises_the_read_raises(file):
+    def refuse(whole):
+        raise StoreError(f"{len(whole)} bytes of nothing good")
+
+    with closing(Reader()) as reader, pytest.raises(StoreError, match="8192 bytes"):
+        reader.submit(read_of(file, 2, check=refuse)).done.result()
+
+
+def test_a_failed_piece_fails_the_read_when_all_are_over(file):
+    with closing(Reader(2)) as reader, pytest.raises(StoreError, match="cut short"):
+        reader.submit(read_of(file, 4, offset=8)).done.result()
+
+
+def test_closing_ends_the_threads(file):
+    reader = Reader(2)
+    read = reader.submit(read_of(file, 4))
+    reader.close()
+    assert read.done.done()
+    assert not any(thread.is_alive() for thread in reader._threads)

@@ -1,0 +1,207 @@
+"""Sequences that are continued together: each gives, to the bit, what it gives alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import make_store
+from transformers import MixtralForCausalLM
+
+from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.engine.opener import Runner
+from qmix.engine.sampling import Sampling
+from qmix.errors import UsageError
+from qmix.model.kv_arena import Segment
+from qmix.plan import Plan, make_plan
+
+TEXTS = ["Click the button to", "To install a package,", "The file", "Ouvrez le menu et choisissez", "Das"]
+OPTIONS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 3},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 4},
+    {"temperature": 1.2, "min_p": 0.05, "repetition_penalty": 1.2, "seed": 5},
+]
+
+
+def plan_of(store, batch: int, context: int, slots: int) -> Plan:
+    return make_plan(store.layout, 2**40, context, 2**28, batch=batch).with_slots(slots)
+
+
+def runner_of(store, batch: int = 4, context: int = 128, slots: int | None = None) -> BatchRunner:
+    return BatchRunner(store, plan_of(store, batch, context, slots or store.geometry.num_records))
+
+
+@pytest.fixture(scope="module")
+def store(tiny, tmp_path_factory):
+    return make_store(tiny, tmp_path_factory.mktemp("continuous") / "store")
+
+
+def requests_for(runner: BatchRunner, count: int = 10, tokens: int = 12) -> list[Request]:
+    requests = []
+    for index in range(count):
+        prompt = runner.tokenizer(f"{TEXTS[index % 5]} {index}" * (1 + 4 * (index % 3)))["input_ids"]
+        sampling = Sampling(max_new_tokens=3 + (tokens * index) % 17, **{"seed": 1} | OPTIONS[index % 4])
+        requests.append(Request(str(index), prompt, sampling, logprobs=3))
+    return requests
+
+
+def answers(runner: BatchRunner, requests: list[Request]) -> dict:
+    return {answer.name: answer for finished in runner.answer(requests) for answer in finished}
+
+
+def test_an_answer_is_the_same_alone_and_in_any_company(store):
+    """Ids and log-probabilities, which show every bit of the logits: greedy and sampled, in another order, in another
+    number at once, from a small pool, on two threads."""
+    with runner_of(store, batch=1) as runner:
+        requests = requests_for(runner)
+        alone = {request.name: answers(runner, [request])[request.name] for request in requests}
+    assert len({tuple(answer.token_ids) for answer in alone.values()}) == len(requests)
+    for batch, slots, seed in ((10, 48, 0), (3, 48, 1), (4, 7, 2)):
+        mixed = random.Random(seed).sample(requests, len(requests))
+        with runner_of(store, batch=batch, slots=slots) as runner:
+            if batch == 3:
+                runner.engine._thread.run(torch.set_num_threads, 2)
+            assert answers(runner, mixed) == alone
+
+
+SHAPES = {
+    "nf4": {},
+    "int8": {"precision": "int8"},
+    "half, odd sizes": {"precision": "half", "hidden_size": 40, "intermediate_size": 72, "head_dim": 10},
+    "nf4, no kernel": {"hidden_size": 48, "intermediate_size": 80, "head_dim": 8},
+    "three experts a token": {"num_experts_per_tok": 3},
+    "sliding window": {"sliding_window": 5},
+    "fp16": {"dtype": "fp16", "precision": "fp4"},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def shaped(request, tiny, tmp_path_factory) -> BatchRunner:
+    directory = tmp_path_factory.mktemp("shaped")
+    changes = dict(SHAPES[request.param])
+    precision, dtype = changes.pop("precision", "nf4"), changes.pop("dtype", None)
+    config = TINY_CONFIG | changes
+    checkpoint = write_checkpoint(directory / "checkpoint", random_weights(config), config, tokenizer=tiny)
+    with runner_of(make_store(checkpoint, directory / "store", precision, dtype), batch=8) as runner:
+        yield runner
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_logits_do_not_depend_on_chunks_nor_on_neighbours(shaped, data):
+    """To the bit: a prompt in one piece by itself, and in pieces between those of others."""
+    vocabulary = shaped.store.geometry.vocab_size
+    ids = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=40)
+    prompts = data.draw(st.lists(ids, min_size=2, max_size=4))
+    forward = shaped.engine.forward
+    alone = [forward([Segment(prompt, 0, 0, True)])[0] for prompt in prompts]
+    starts = [sum(map(len, prompts[:index])) for index in range(len(prompts))]
+    done, found = [0] * len(prompts), {}
+    while len(found) < len(prompts):
+        left = [index for index in range(len(prompts)) if index not in found]
+        chosen = data.draw(st.lists(st.sampled_from(left), unique=True, min_size=1))
+        segments = []
+        for index in chosen:
+            end = done[index] + data.draw(st.integers(1, len(prompts[index]) - done[index]))
+            piece = prompts[index][done[index] : end]
+            segments.append(Segment(piece, done[index], starts[index], end == len(prompts[index])))
+            done[index] = end
+        ready = [index for index in chosen if done[index] == len(prompts[index])]
+        found |= dict(zip(ready, forward(segments), strict=True))
+    assert all(torch.equal(found[index], alone[index]) for index in range(len(prompts)))
+
+
+def test_greedy_texts_are_transformers_own_when_experts_are_half(tiny, tmp_path):
+    theirs = MixtralForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).eval()
+    with runner_of(make_store(tiny, tmp_path / "half", "half")) as runner:
+        prompts = {text: runner.tokenizer(text)["input_ids"] for text in TEXTS}
+        sampling = Sampling(max_new_tokens=25, temperature=0, repetition_penalty=1.1)
+        found = answers(runner, [Request(text, prompt, sampling) for text, prompt in prompts.items()])
+    for text, prompt in prompts.items():
+        want = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=25, do_sample=False, repetition_penalty=1.1, pad_token_id=0
+        )
+        assert found[text].token_ids == want[0, len(prompt) :].tolist()
+
+
+def test_draws_come_from_what_generate_draws_from(store):
+    """The same processors in the same order, from the model's defaults and the options."""
+    from qmix.engine.sampler import TokenChooser
+
+    with Runner(store, plan_of(store, 1, 64, 48)) as runner:
+        seen = []
+        original = runner.model._get_logits_processor
+        runner.model._get_logits_processor = lambda *args, **kwargs: seen.append(original(*args, **kwargs)) or seen[-1]
+        for options in OPTIONS:
+            sampling = Sampling(max_new_tokens=1, **{"seed": 1} | options)
+            prompt = runner.tokenizer("Click")["input_ids"]
+            runner.complete(prompt, sampling)
+            mine = TokenChooser(runner.model, sampling, prompt)._processors
+            theirs = seen[-2]
+            described = [[(type(one).__name__, vars(one)) for one in each] for each in (mine, theirs)]
+            assert str(described[0]) == str(described[1])
+            assert (len(mine) > 0) == (options != OPTIONS[0])
+
+
+def test_a_stop_sequence_ends_one_answer_and_another_takes_its_place(store):
+    with runner_of(store, batch=1) as runner:
+        whole = answers(runner, [Request("a", [5, 6], Sampling(max_new_tokens=30, temperature=0, ignore_eos=True))])[
+            "a"
+        ]
+        stop = whole.text[10:13]
+        cut = Sampling(max_new_tokens=30, temperature=0, ignore_eos=True, stop=(stop,))
+        found = answers(runner, [Request(name, [5, 6], cut) for name in "abc"])
+    assert {(answer.text, answer.finish_reason) for answer in found.values()} == {
+        (whole.text[: whole.text.index(stop)], "stop")
+    }
+    assert (whole.finish_reason, len(whole.tokens), len(found)) == ("length", 30, 3)
+
+
+def test_log_probabilities_are_the_models_own_whatever_the_temperature(store):
+    with runner_of(store) as runner:
+        sampling = Sampling(max_new_tokens=1, temperature=2.0, seed=2)
+        chosen = answers(runner, [Request("a", [5, 6, 7], sampling, logprobs=4)])["a"].tokens[0]
+        want = runner.engine.forward([Segment([5, 6, 7], 0, 0, True)])[0].float().log_softmax(-1)
+    assert chosen.logprob == want[chosen.token].item()
+    assert [logprob for _, logprob in chosen.likeliest] == want.topk(4).values.tolist()
+
+
+def test_many_prompts_ask_for_an_expert_once_a_pass(store):
+    asked = []
+    for batch in (1, 8):
+        with runner_of(store, batch=batch) as runner:
+            sampling = Sampling(max_new_tokens=20, temperature=0, ignore_eos=True)
+            answers(runner, [Request(str(i), [5 + i, 6, 7], sampling) for i in range(8)])
+            asked.append(runner.pool.counters.hits)
+            assert runner.work.passes == (160 if batch == 1 else 20)
+    assert asked[1] < 0.4 * asked[0]
+
+
+def test_whoever_has_had_enough_leaves_nothing_behind(store):
+    with runner_of(store) as runner:
+        requests = requests_for(runner)
+        want = answers(runner, requests)
+        part = runner.answer(requests)
+        for _ in range(4):
+            next(part)
+        part.close()
+        assert answers(runner, requests) == want
+
+
+def test_a_prompt_that_has_no_room_is_refused(store):
+    with runner_of(store, batch=1, context=16) as runner, pytest.raises(UsageError, match="17 tokens, planned for"):
+        list(runner.answer([Request("long", [5] * 17, Sampling(max_new_tokens=2))]))
+
+
+def test_files_are_closed_and_threads_ended(store):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with runner_of(store) as runner:
+        answers(runner, requests_for(runner, 2))
+    runner.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

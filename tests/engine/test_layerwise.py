@@ -1,0 +1,129 @@
+"""Text through a checkpoint layer by layer: the numbers of transformers and of stores, each weight read once."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from stores import make_model, make_store
+from transformers import AutoModelForCausalLM
+
+from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.source import LocalSource
+from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
+from qmix.engine.resolve import layout_for
+from qmix.engine.variants import Quantised, Stored
+from qmix.errors import DoesNotFitError, StoreError
+
+RNG = torch.Generator().manual_seed(0)
+SEQUENCES = [torch.randint(3, 4000, (length,), generator=RNG).tolist() for length in (70, 1, 33, 600)]
+EVERY = torch.arange(sum(map(len, SEQUENCES)))
+
+
+def variant(checkpoint, spec: str, clip: bool = False) -> Quantised:
+    layout = layout_for(checkpoint, spec, None, clip)
+    return Quantised(spec, checkpoint.geometry, layout.precisions, layout.dtype, clip)
+
+
+def logits(checkpoint, variants, sequences=SEQUENCES) -> list[torch.Tensor]:
+    """Of each variant at every place, [T, V]."""
+    rows = torch.arange(sum(map(len, sequences)))
+    with LayerwisePass(checkpoint, checkpoint.half_dtype, variants) as layers:
+        chunks = [scores for _, *scores in layers.logits(layers.run(sequences), rows)]
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny):
+    return open_checkpoint(LocalSource(tiny))
+
+
+def test_half_is_as_close_to_fp32_as_transformers_bf16(checkpoint, tiny):
+    (ours,) = logits(checkpoint, [variant(checkpoint, "half")])
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+        with torch.inference_mode():
+            found.append(torch.cat([model(torch.tensor([ids])).logits[0].float() for ids in SEQUENCES]))
+    theirs, exact = found
+    assert (ours - exact).square().mean() <= 1.1 * (theirs - exact).square().mean()
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.97
+
+
+@pytest.mark.parametrize(
+    ("spec", "clip"),
+    [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), ("half", False), ("nf4,0.*=int8,*.3=half", True)],
+)
+def test_a_variant_made_in_memory_is_the_store(checkpoint, tiny, tmp_path, spec, clip):
+    store = make_store(tiny, tmp_path / "store", spec, clip=clip)
+    made, stored = logits(checkpoint, [variant(checkpoint, spec, clip), Stored("store", store, checkpoint)])
+    assert torch.equal(made, stored)
+    assert variant(checkpoint, spec).nbytes == sum(store.layout.expert_bytes.values())
+
+
+def test_a_store_gives_what_it_gives_as_a_model(checkpoint, tiny, tmp_path):
+    store = make_store(tiny, tmp_path / "store", "int8")
+    (layerwise,) = logits(checkpoint, [Stored("store", store, checkpoint)])
+    model = make_model(store)
+    with torch.inference_mode():
+        whole = torch.cat([model(torch.tensor([ids])).logits[0].float() for ids in SEQUENCES])
+    assert (layerwise - whole).abs().mean() < 0.03  # a few tokens at once take other kernels, which round otherwise
+    assert (layerwise.argmax(-1) == whole.argmax(-1)).float().mean() > 0.97
+
+
+def test_a_variant_is_not_changed_by_those_beside_it(checkpoint):
+    alone = logits(checkpoint, [variant(checkpoint, "nf4")])
+    beside = logits(checkpoint, [variant(checkpoint, name) for name in ("half", "nf4", "int8")])
+    assert torch.equal(alone[0], beside[1])
+
+
+def test_sequences_do_not_see_each_other(checkpoint):
+    (whole,) = logits(checkpoint, [variant(checkpoint, "half")])
+    (last,) = logits(checkpoint, [variant(checkpoint, "half")], SEQUENCES[-1:])
+    assert (whole[-len(SEQUENCES[-1]) :] - last).abs().mean() < 0.03
+
+
+def test_every_weight_is_read_once(checkpoint, monkeypatch):
+    read: Counter[str] = Counter()
+    weight = LayerwisePass.weight
+
+    def counting(self, key):
+        read[key] += 1
+        return weight(self, key)
+
+    monkeypatch.setattr(LayerwisePass, "weight", counting)
+    logits(checkpoint, [variant(checkpoint, "half"), variant(checkpoint, "nf4")])
+    assert read == Counter(dict.fromkeys(checkpoint.weights, 1))
+
+
+@pytest.mark.parametrize("form", ["tied", "fp32"])
+def test_other_checkpoints(tmp_path, form):
+    dtype = torch.float32 if form == "fp32" else torch.bfloat16
+    directory = make_checkpoint(tmp_path / "model", dtype=dtype, tie_word_embeddings=form == "tied")
+    opened = open_checkpoint(LocalSource(directory))
+    ids = [[1, 5, 9, 60, 33, 2, 7]]
+    (ours,) = logits(opened, [variant(opened, "half")], ids)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        theirs = model(torch.tensor(ids)).logits[0].float()
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+def test_a_store_of_other_weights_is_refused(checkpoint, tmp_path):
+    other = make_store(make_checkpoint(tmp_path / "model"), tmp_path / "store")
+    with pytest.raises(StoreError, match="was made from other weights"):
+        Stored("store", other, checkpoint)
+
+
+def test_memory_grows_with_tokens_and_variants_and_is_checked(checkpoint):
+    one, two = [variant(checkpoint, "half")], [variant(checkpoint, "half"), variant(checkpoint, "nf4")]
+    hidden = checkpoint.geometry.hidden_size
+    small, large = (memory_needed(checkpoint, tokens, 100, two, own=0) for tokens in (1000, 3000))
+    assert large - small == 2000 * 2 * hidden * 8
+    assert memory_needed(checkpoint, 1000, 100, one, own=0) < small
+    check_memory(small, small, 1000)
+    with pytest.raises(DoesNotFitError) as caught:
+        check_memory(small, small - 1, 1000)
+    assert caught.value.smallest == small

@@ -1,0 +1,105 @@
+"""Kernels on every path that this processor can run: the same tests in processes held to its instructions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import real
+
+from qmix.errors import UsageError
+from qmix.kernels.cpu.paths import PATHS, cpu_flags, current, environment, supported
+
+TESTS = Path(__file__).parent
+OTHERS = [path.name for path in supported() if path is not current()]
+OFTEN = [
+    path if path == "avx2" else pytest.param(path, marks=pytest.mark.slow) for path in OTHERS
+]  # most processors' path
+
+
+def pytest_on(path: str, *arguments: str) -> str:
+    """Run pytest in a process held to `path`; returns its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=TESTS.parents[1],
+        env=os.environ | environment(path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_best_path_is_taken_where_none_is_chosen():
+    code = "from qmix.kernels.cpu.paths import current; print(current().name)"
+    without = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_CPU")}
+    done = subprocess.run([sys.executable, "-c", code], env=without, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == supported()[0].name
+
+
+@pytest.mark.parametrize("path", OFTEN)
+def test_products_and_attention_on_every_path(path):
+    """4-bit and half products of every remainder, batch invariance, and attention, against fp64."""
+    chosen = "four_bit_products_of_any_packed_shape and nf4 or half_products_of_any_shape and bf16"
+    assert "3 passed" in pytest_on(path, "tests/kernels/test_products.py", "-k", f"{chosen} or neither_threads")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OTHERS)
+def test_all_kernels_on_every_path(path):
+    files = ("test_products", "test_attention", "test_matmul", "test_model", "test_kernels", "test_round_trip")
+    assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in files))
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_a_process_held_to_a_path_is_built_for_it(path):
+    code = (
+        "from numba.core.registry import cpu_target; from qmix.kernels.cpu.paths import current; import torch; "
+        "print(current().name, cpu_target.target_context.codegen().magic_tuple()[1])"
+    )
+    held = os.environ | environment(path)
+    done = subprocess.run([sys.executable, "-c", code], env=held, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == [path, PATHS[path].llvm]
+
+
+def test_a_path_that_is_none_or_cannot_run_here_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match="'sse9' is no CPU path; choose one of avx512bf16, avx512, avx2, portable"):
+        environment("sse9")
+    monkeypatch.setattr("qmix.kernels.cpu.paths.supported", lambda: (PATHS["portable"],))
+    with pytest.raises(UsageError, match="cannot run the CPU path avx2; choose one of portable"):
+        environment("avx2")
+
+
+@pytest.mark.parametrize("path", OFTEN)
+def test_the_command_line_takes_the_path_from_its_variable(first_use, path):
+    arguments = ("generate", "Click the button to", "-m", "tiny", "--temperature", "0", "--max-new-tokens", "8")
+    done = real(*arguments, XDG_CACHE_HOME=str(first_use.cache), QMIX_CPU=path)
+    assert (done.status, done.out) == (0, " open the menu. Click the icon to\n"), done.err
+
+
+def test_a_path_that_is_none_is_refused_by_every_command(qmix):
+    done = qmix("generate", "x", QMIX_CPU="sse9")
+    assert done.status == 2
+    assert done.err.startswith("qmix: 'sse9' is no CPU path; choose one of ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "best"),
+    [
+        ("fpu avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16", "avx512bf16"),
+        ("fpu avx2 fma f16c avx512f avx512bw avx512dq avx512vl", "avx512"),
+        ("fpu avx2 fma f16c avx512f avx512cd", "avx2"),  # Knights Landing
+        ("fpu avx avx2 fma", "portable"),
+        ("fpu sse2", "portable"),
+    ],
+)
+def test_the_best_path_by_the_kernels_list_of_flags(tmp_path, monkeypatch, flags, best):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n")
+    found = cpu_flags(str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr("qmix.kernels.cpu.paths.cpu_flags", lambda: found)
+    assert supported.__wrapped__()[0].name == best
+    assert cpu_flags(str(tmp_path / "none")) == frozenset()

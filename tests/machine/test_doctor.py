@@ -1,0 +1,162 @@
+"""What is found out about a machine, kept, and used: from files made for the test, and once for real."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from qmix.bench import machine_rates
+from qmix.machine import doctor
+from qmix.machine import found as machine
+from qmix.machine import measured as machine_profile
+from qmix.machine.doctor import examine, huge_pages, product_fault, reads_directly, takes_huge_pages
+from qmix.machine.rates import RATE_NAMES, Rates
+
+
+def test_the_cpus_name_comes_from_proc(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(
+        "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: sse fma\n\nprocessor\t: 1\nmodel name\t: B\n"
+    )
+    assert machine.cpu_name(tmp_path) == "A CPU"
+    assert machine.cpu_name(tmp_path / "nowhere")
+
+
+def test_torch_is_asked_for_gpus_only_where_there_is_a_driver(tmp_path):
+    assert not machine.gpu_driver(tmp_path)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    assert machine.gpu_driver(tmp_path)
+
+
+def test_huge_pages_is_the_word_in_brackets(tmp_path):
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    assert huge_pages(tmp_path / "enabled") == "madvise"
+    assert huge_pages(tmp_path / "none") == "unknown"
+
+
+def test_measured_rates_are_kept_and_those_of_another_machine_are_not_taken(tmp_path):
+    path = tmp_path / "deep" / "machine.json"
+    assert machine_profile.measured_rates(path) == Rates()
+    machine_profile.keep({"disk_read": 1e9, "matmul": 2e12}, path=path)
+    found = machine_profile.measured_rates(path)
+    assert (found.disk_read, found.matmul, found.pcie) == (1e9, 2e12, Rates().pcie)
+    assert found.measured == {"disk_read", "matmul"}
+    content = json.loads(path.read_text())
+    for change in ({"machine": {"cpu": "another"}}, {"schema": "other"}, {"rates": 3}):
+        path.write_text(json.dumps(content | change))
+        assert machine_profile.measured_rates(path) == Rates()
+    path.write_text("{")
+    assert machine_profile.measured_rates(path) == Rates()
+
+
+def test_a_report_names_what_was_not_measured(tmp_path):
+    trial = machine_profile.FourBitTrial("avx2", "qmix", "bitsandbytes", True, 1e9, 100.0)
+    report = examine(tmp_path, Rates().with_measured({"disk_read": 1e9}), trial)
+    assert "disk_read" not in report.typical
+    assert {"memory_read", "layer_seconds"} <= set(report.typical)
+    assert report.versions["torch"] == torch.__version__
+    assert report.cores >= 1
+    assert json.loads(json.dumps(report.to_json()))["schema"] == "qmix-doctor-1"
+    assert list(tmp_path.iterdir()) == []  # what was tried on is gone
+
+
+def test_direct_reads_are_tried_where_stores_will_lie(tmp_path):
+    assert not reads_directly(tmp_path / "a" / "b") or reads_directly(tmp_path)  # the nearest directory there is
+    assert not reads_directly(tmp_path.__class__("/proc"))
+
+
+def test_the_disk_is_read_from_a_scratch_file_that_goes_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_rates, "SCRATCH_BYTES", 2 * machine_rates.CHUNK)
+    assert machine_rates.disk_read(tmp_path / "new") > 1e6
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_products_are_timed_over_real_records(monkeypatch):
+    monkeypatch.setattr(machine_rates, "POOL_BYTES", 0)
+    monkeypatch.setattr(machine_rates, "ROWS", 2048)
+    assert 1e6 < machine_rates.four_bit_read() < 1e13
+
+
+def test_overheads_come_from_the_embedded_model(first_use, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(first_use.cache))
+    monkeypatch.setattr(machine_rates, "TOKENS", 8)
+    found = machine_rates.overheads(Rates())
+    assert set(found) == {"layer_seconds", "read_seconds"}
+    assert 1e-6 <= found["layer_seconds"] < 1
+
+
+def test_doctor_reports_as_a_table_and_as_json(qmix):
+    table = qmix("doctor", "--no-measure")
+    assert table.status == 0
+    assert re.search(r"^4-bit kernel +(yes|a slow one|none), tried: ", table.out, re.MULTILINE)
+    assert table.err.startswith("not measured: memory_read, disk_read")
+    found = json.loads(qmix("doctor", "--no-measure", "--json").out)
+    assert set(found["rates"]) == set(RATE_NAMES)
+    assert {rate["source"] for rate in found["rates"].values()} == {"typical"}
+    machine = json.loads(qmix("plan", "tiny", "--json").out)["machine"]
+    assert (machine["fast_kernels"], machine["fast_kernels_tried"]) == (found["fast_kernels"], True)
+
+
+def test_a_plan_says_whether_the_kernel_was_tried(qmix):
+    before = qmix("plan", "tiny").out
+    assert "not tried; `qmix doctor` tries it" in before
+    qmix("doctor", "--no-measure")
+    assert "tried by `qmix doctor`" in qmix("plan", "tiny").out
+
+
+def test_a_report_is_shown_where_it_cannot_be_kept(qmix, isolated_home):
+    (isolated_home / ".local").write_text("in the way")
+    done = qmix("doctor", "--no-measure")
+    assert done.status == 1
+    assert "4-bit kernel" in done.out
+    assert done.lines[-1].endswith("the measurements are not kept")
+
+
+def test_memory_on_huge_pages_is_tried_and_counted(tmp_path):
+    counts = tmp_path / "smaps_rollup"
+    assert takes_huge_pages(counts) is None
+    counts.write_text("Rss: 5 kB\nAnonHugePages:      2048 kB\n")
+    assert takes_huge_pages(counts) is False
+    assert takes_huge_pages() in (True, False, None)
+
+
+def test_a_product_on_a_device_is_tried(monkeypatch):
+    assert product_fault("cpu") == ""
+    assert "nowhere" in product_fault("nowhere:0")
+    monkeypatch.setattr(torch, "ones", lambda *_, **how: torch.zeros(doctor.PRODUCT, doctor.PRODUCT))
+    assert product_fault("cpu") == "a product on it gives wrong values"
+
+
+def test_a_gpu_that_torch_lists_and_cannot_use_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "gpu_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (1, 2))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Old")
+    monkeypatch.setattr(doctor, "product_fault", lambda device: f"no kernel image for {device}")
+    trial = machine_profile.FourBitTrial("avx2", "qmix", "bitsandbytes", True, 1e9, 100.0)
+    report = examine(tmp_path, Rates(), trial)
+    assert report.gpus == (doctor.Gpu("Old", 2, 1, "no kernel image for cuda:0"),)
+    assert report.to_json()["gpus"][0]["fault"] == "no kernel image for cuda:0"
+
+
+@pytest.mark.slow
+def test_doctor_measures_and_plans_use_it(qmix):
+    done = qmix("doctor", "--json")
+    assert done.status == 0
+    assert done.err.splitlines()[-1].startswith("kept in ")
+    rates = json.loads(done.out)["rates"]
+    assert {name for name, rate in rates.items() if rate["source"] == "measured"} >= {"memory_read", "disk_read"}
+    assert json.loads(qmix("plan", "tiny", "--json").out)["machine"]["rates"] == rates
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_rates_are_measured():
+    found = machine_rates.gpu_rates(torch.device("cuda", 0))
+    assert set(found) == {"pcie", "gpu_memory", "gpu_matmul"}
+    assert all(rate > 1e8 for rate in found.values())

@@ -1,0 +1,105 @@
+"""Experts as a GPU multiplies them, run for real with the CPU as the device: equality with bitsandbytes' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qmix.checkpoint.torch_dtypes import TORCH
+from qmix.geometry import Geometry
+from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, device_expert, put_in_order
+from qmix.plan.device_work import device_record_bytes
+from qmix.precision.bitsandbytes import functional as bnb
+from qmix.precision.formats import BLOCK, parts
+from qmix.precision.matmul import Expert
+from qmix.precision.quantizer import MatrixQuantizer
+from qmix.precision.record import record_layout
+
+SHAPES = [(32, 64), (96, 128), (320, 256), (72, 100), (31, 65)]
+
+
+def weights(rows: int, cols: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def quantised(kind: str, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and absmax as a record has them."""
+    rows, cols = matrix.shape
+    quantizer = MatrixQuantizer(kind, "bf16", rows, cols, "w")
+    codes = torch.from_numpy(quantizer.quantize(matrix, 0)[1].copy())
+    scales = quantizer.scales()
+    assert scales is not None
+    main, absmax = parts(kind, "bf16", rows, cols)
+    return codes.view(main.shape), torch.from_numpy(scales.copy()).view(TORCH[absmax.dtype]).view(absmax.shape)
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_record_put_in_order_is_what_bitsandbytes_quantises(kind, rows, cols):
+    matrix = weights(rows, cols)
+    want, state = bnb.quantize_4bit(matrix, blocksize=BLOCK, quant_type=kind)
+    codes, absmax = torch.empty(want.numel(), dtype=torch.uint8), torch.empty(state.absmax.shape)
+    put_in_order(*quantised(kind, matrix), rows, cols, codes, absmax)
+    assert torch.equal(codes, want.view(-1))
+    assert torch.equal(absmax, state.absmax.bfloat16().float())  # a store rounds it
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_product_is_that_of_bitsandbytes_dequantised_matrix(kind, tokens, rows, cols):
+    matrix, x = weights(rows, cols), weights(tokens, cols, seed=2)
+    codes, state = bnb.quantize_4bit(matrix, blocksize=BLOCK, quant_type=kind)
+    got = DeviceFourBit(kind, rows, cols, codes.view(-1), state.absmax).multiply(x)
+    assert got.dtype == torch.bfloat16
+    want = x.float() @ bnb.dequantize_4bit(codes, state).float().T
+    torch.testing.assert_close(got.float(), want, rtol=0.01, atol=0.01 * want.std().item())
+
+
+def test_an_int8_product_by_hand():
+    codes, row_max = torch.tensor([[127, -127], [64, 0]], dtype=torch.int8), torch.tensor([2.0, 1.27])
+    got = DeviceInt8(2, 2, codes, row_max).multiply(torch.tensor([[1.0, 0.5]], dtype=torch.bfloat16))
+    # row 0: (127 - 63.5) * 2 / 127 = 1; row 1: 64 * 1.27 / 127 = 0.64
+    assert got.tolist() == [[1.0, torch.tensor(0.64).bfloat16().item()]]
+
+
+def test_operands_on_different_devices_are_refused_before_a_kernel_sees_them():
+    x = torch.ones(1, 64, dtype=torch.bfloat16)
+    codes, absmax = torch.zeros(64 * 32 // 2, dtype=torch.uint8), torch.ones(32)
+    for left_behind in (
+        DeviceFourBit("nf4", 32, 64, codes, absmax.to("meta")),
+        DeviceFourBit("nf4", 32, 64, codes.to("meta"), absmax),
+        DeviceInt8(32, 64, torch.zeros(32, 64, dtype=torch.int8), absmax.to("meta")),
+        DeviceHalf(32, 64, torch.zeros(32, 64, dtype=torch.bfloat16, device="meta")),
+    ):
+        with pytest.raises(RuntimeError, match="operands on cpu, meta"):
+            left_behind.multiply(x)
+
+
+@pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "half"])
+def test_an_expert_computes_what_it_does_in_main_memory(precision):
+    geometry = Geometry(64, 128, 1, 4, 2, 16, 1, 1, 96, 256)
+    layout = record_layout(geometry, precision, "bf16")
+    record = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    for item in layout.parts:
+        rows, cols = geometry.expert_matrices[item.matrix]
+        matrix = weights(rows, cols, seed=len(item.matrix) + ord(item.matrix[-1])) / 8
+        quantizer = MatrixQuantizer(precision, "bf16", rows, cols, "w")
+        main = quantizer.quantize(matrix, 0)[1]
+        raw = main if item.part.name in ("codes", "weight") else quantizer.scales()
+        record[item.offset : item.offset + item.part.nbytes] = torch.from_numpy(raw.copy().reshape(-1))
+    memory = torch.empty(device_record_bytes(geometry, precision, "bf16"), dtype=torch.uint8)
+    x = weights(7, 64, seed=9)
+    got = device_expert(record, layout, geometry.expert_matrices, memory)(x, torch.nn.functional.silu)
+    want = Expert(record, layout, geometry.expert_matrices)(x, torch.nn.functional.silu)
+    assert (got - want).float().norm() < 0.01 * want.float().norm()
+
+
+def test_bytes_of_a_resident_by_hand():
+    # three matrices of 128 x 64: 4096 bytes of codes and 128 blocks' absmax of 4 bytes
+    assert device_record_bytes(Geometry(64, 128, 1, 4, 2, 16, 1, 1, 96, 256), "nf4", "bf16") == 3 * (4096 + 512)
+    # 8x22B: 302 M weights at 4.5 bits; int8 and half as they are stored
+    big = Geometry(6144, 16384, 56, 48, 8, 128, 8, 2, 32000, 65536)
+    assert device_record_bytes(big, "nf4", "bf16") == 3 * 6144 * 16384 * 9 // 16
+    assert device_record_bytes(big, "half", "fp16") == 3 * 6144 * 16384 * 2
+    assert device_record_bytes(big, "int8", "bf16") == record_layout(big, "int8", "bf16").nbytes

@@ -1,0 +1,107 @@
+"""Predicted speed: by hand, and against what was measured at full size."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmix.geometry import Geometry
+from qmix.machine.rates import FourBitProducts, Machine, Rates, without_kernels
+from qmix.models.published import PUBLISHED
+from qmix.plan import make_plan, predict
+from qmix.plan.predict import Load, beside, missed_share, seconds_of, speed_of
+from qmix.store.layout import StoreLayout, parse_precisions
+
+GIB = 2**30
+ROUND = Rates(
+    memory_read=100.0,
+    disk_read=10.0,
+    pcie=50.0,
+    matmul=1000.0,
+    four_bit_read=100.0,
+    gpu_memory=1000.0,
+    gpu_matmul=1e5,
+    layer_seconds=0.5,
+    read_seconds=0.25,
+)
+
+
+def test_each_part_of_a_step_by_hand():
+    assert seconds_of(Load(layers=4), ROUND) == 4 * 0.5
+    assert seconds_of(Load(layers=0, dense=84), ROUND) == pytest.approx(1)  # 0.84 of memory's rate
+    assert seconds_of(Load(layers=0, experts=70), ROUND) == pytest.approx(1)  # 0.7 of the product's
+    assert seconds_of(Load(layers=0, experts=84, four_bit=False), ROUND) == pytest.approx(1)
+    assert seconds_of(Load(layers=0, missed=10, reads=2), ROUND) == pytest.approx(1.5)
+    assert seconds_of(Load(layers=0, flops=650), ROUND) == pytest.approx(1)
+    assert seconds_of(Load(layers=0, gpu_bytes=500), ROUND) == pytest.approx(1)  # half of the GPU's rate
+
+
+def test_experts_go_to_the_gpu_where_that_is_sooner():
+    one = Load(layers=0, copied=70, copied_flops=0)
+    assert seconds_of(one, ROUND) == pytest.approx(1)  # on the CPU: 1 s, copying 1.4
+    many = Load(layers=0, copied=70, copied_flops=6500)
+    assert seconds_of(many, ROUND) == pytest.approx(1.4 + 6500 / 5e4)
+
+
+def test_reads_beside_products_take_more_than_the_longer_and_less_than_both():
+    assert beside(3, 0) == 3
+    assert beside(0, 0) == 0
+    assert 3 < beside(3, 2) < 3.3
+    assert beside(1, 1) == pytest.approx(2 ** (1 / 3))
+
+
+def test_a_speed_names_its_limit_and_is_surer_of_what_was_measured():
+    load = Load(layers=1, dense=84, missed=100)
+    guessed = speed_of(load, ROUND, 1)
+    assert guessed.limit == "disk"
+    surer = speed_of(load, ROUND.with_measured({"disk_read": 10.0}), 1)
+    assert guessed.slowest < surer.slowest < surer.rate < surer.fastest < guessed.fastest
+    assert surer.to_json()["band"] == [surer.slowest, surer.fastest]
+
+
+def test_a_cpu_without_kernels_is_slower_unless_it_was_measured():
+    slow = without_kernels(Rates())
+    assert slow.four_bit_read < Rates().four_bit_read / 10
+    measured = Rates().with_measured({"four_bit_read": 1e9})
+    assert without_kernels(measured) == measured
+    assert Machine(1, four_bit=FourBitProducts(fast=False)).speeds == slow
+    assert Machine(1).speeds == Rates()
+
+
+def test_a_rate_comes_from_a_person_a_measurement_or_nowhere():
+    rates = Rates().with_measured({"pcie": 1.0, "matmul": 2.0}).with_stated({"pcie": 3.0})
+    assert [rates.source(name) for name in ("pcie", "matmul", "disk_read")] == ["stated", "measured", "typical"]
+    assert rates.to_json()["pcie"] == {"value": 3.0, "source": "stated"}
+
+
+def store(geometry: Geometry) -> StoreLayout:
+    return StoreLayout(geometry, parse_precisions("nf4", geometry), "bf16")
+
+
+# docs/performance.md, "Full size": the machine's rates there, and what was measured
+BOX = Rates(memory_read=53.8e9, matmul=1040e9, four_bit_read=58e9, layer_seconds=0.5e-3, read_seconds=0.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "model", "ram", "context", "disk", "measured"),
+    [
+        (12, "mixtral-8x7b", 12 * GIB, 1024, 3.7e9, 1 / 0.092),  # everything in memory
+        (12, "mixtral-8x7b", int(5.26e9), 256, 3.87e9, 1 / 0.345),  # memory for half
+        (56, "mixtral-8x22b", 20 * GIB, 4096, 3.7e9, 0.26),
+    ],
+)
+def test_predictions_are_within_a_quarter_of_what_full_size_runs_measured(layers, model, ram, context, disk, measured):
+    from dataclasses import replace
+
+    geometry = replace(PUBLISHED[model].geometry, num_layers=layers)
+    plan = make_plan(store(geometry), ram, context, 500 * 10**6)
+    found = predict(plan, store(geometry), BOX.with_measured({"disk_read": disk}))
+    assert found.decode.rate == pytest.approx(measured, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("share", "misses"),
+    # of `tiny`'s own routing, and of 8x7B's and 8x22B's geometry at full size (docs/performance.md)
+    [(0.12, 0.776), (0.25, 0.63), (0.38, 0.498), (0.5, 0.376), (0.62, 0.261), (0.38, 0.56), (0.125, 0.83)],
+)
+def test_misses_are_about_those_that_were_measured(share, misses):
+    assert (1 - share) * missed_share(share) == pytest.approx(misses, rel=0.16)
