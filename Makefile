@@ -16,9 +16,10 @@ fuzz:            ## every parser with 100,000 inputs that nobody meant, some min
 slow:            ## tests at full-size shapes: minutes, and 8 GB of disk
 	$(PYTHON) -m pytest -m slow
 
-lint:            ## style and common mistakes
+lint:            ## style, common mistakes, and which room imports which
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
 
 format:          ## put the code in form
 	.venv/bin/ruff check --fix .

@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
-from qmix import __version__
 from qmix.commands import Commands
 from qmix.errors import QmixError
 from qmix.kernels.cpu.paths import environment
+from qmix.version import __version__
 
 EXIT_INTERRUPTED = 130
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter
-from qmix.engine.layerwise import Routing
+from qmix.engine.layerwise import RouterOutput
 from qmix.geometry import Geometry
 from qmix.pool.replay import replay
 from qmix.store.allocation import Allocator
@@ -54,7 +54,7 @@ def measuring(hidden: int, inner: int) -> tuple[Callable[[], object], Callable[[
     first = torch.zeros(SAMPLES, 1, dtype=torch.int64)
 
     def whole() -> None:
-        meter.routed(0, states, states, Routing(first.float(), first.float() + 1, first))
+        meter.routed(0, states, states, RouterOutput(first.float(), first.float() + 1, first))
         meter.expert(0, 0, matrices)
 
     def products() -> None:

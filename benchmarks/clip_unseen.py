@@ -23,8 +23,8 @@ from qmix.checkpoint import open_checkpoint
 from qmix.commands.texts import WINDOW, passages_of
 from qmix.compare.fidelity import Scores, score
 from qmix.engine.layerwise import LayerwisePass
-from qmix.engine.resolve import layout_for, open_source
 from qmix.engine.variants import Quantised
+from qmix.store.sources import layout_for, open_source
 from qmix.terminal.tables import ProgressDisplay
 
 BLOCK = 256  # tokens that are taken as one draw

@@ -38,8 +38,8 @@ from memory_cap import memory_group
 from synthetic_weights import SyntheticModel
 
 from qmix.bench.roofline import dense_read
-from qmix.engine.resolve import plan_for
 from qmix.machine.probes import DiskProbe, probe_in_child
+from qmix.plan.here import plan_for
 from qmix.store.opened import Store, open_store
 
 HERE = Path(__file__).parent

@@ -28,7 +28,7 @@ from llama_cpp import _ggml  # type: ignore[import-not-found, unused-ignore]
 from synthetic_weights import MATRICES, SPECIAL_TOKENS, Array, SyntheticModel, to_float32
 
 from qmix.checkpoint.naming import expert_key
-from qmix.disk.direct import require_space
+from qmix.disk.space import require_space
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

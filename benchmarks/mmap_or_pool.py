@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from qmix.disk import PAGE
 from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import READ_THREADS, Read, Reader
 from qmix.pool.eviction import Key
 from qmix.precision.matmul import Expert
-from qmix.precision.record import PAGE
 from qmix.store.opened import Store, open_store
 from qmix.units import format_bytes
 

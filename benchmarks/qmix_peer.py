@@ -23,12 +23,12 @@ import torch
 from synthetic_weights import SyntheticModel
 
 import qmix
-from qmix.batch.sizing import plan_lines
 from qmix.bench.roofline import least_read_bytes
 from qmix.engine.batch_runner import BatchRunner, Request
 from qmix.engine.opener import Runner
 from qmix.engine.sampling import Sampling
 from qmix.machine.found import peak_memory
+from qmix.plan.batching import plan_lines
 from qmix.pool.counters import PoolCounters
 from qmix.pool.experts import ExpertPool
 from qmix.pool.replay import requests
@@ -107,7 +107,7 @@ def run(
         else:
             found = alone(runner, prompts[0], tokens)
         plan = runner.plan
-        lookahead = runner.model.model.layers[0].mlp.experts.lookahead
+        prefetcher = runner.model.model.layers[0].mlp.experts.prefetcher
     passes, geometry = found.clock.passes, runner.store.geometry
     prefill, decode = passes[found.first], passes[found.last]
     used, layers = decode[1].since(prefill[1]), geometry.num_layers
@@ -136,7 +136,7 @@ def run(
         "misses": used.misses,
         "asked": requests(whole) - requests(before),
         "belady_bytes": least[1] - least[0],
-        "precision_ahead": [lookahead.precision(depth) for depth in (1, 2, 3, 4)] if lookahead else None,
+        "precision_ahead": [prefetcher.precision(depth) for depth in (1, 2, 3, 4)] if prefetcher else None,
         "token_ids": found.token_ids[0],
         "all_as_expected": all(
             ids == model.continuation(prompt, tokens) for prompt, ids in zip(prompts, found.token_ids, strict=True)

@@ -35,11 +35,11 @@ from rich.table import Table
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.disk.direct import DirectMemory
-from qmix.engine.resolve import layout_for
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.store.layout import StoreLayout
 from qmix.store.quantize import CHUNK_WEIGHTS
+from qmix.store.sources import layout_for
 from qmix.store.writer import places
 
 READ_BYTES, WRITE_BYTES = 16 * 2**20, 8 * 2**20  # of one request; what this was fastest with, of 4 to 32 MiB

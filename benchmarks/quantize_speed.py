@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qmix.kernels.cpu.quantize import BLOCK, quantize_4bit_flat, quantize_4bit_packed
+from qmix.kernels.cpu.quantize import quantize_4bit_flat, quantize_4bit_packed
+from qmix.kernels.packing import BLOCK
 from qmix.precision.bitsandbytes import functional as bnb
 
 CHUNK = 512  # rows

@@ -22,7 +22,7 @@ import numpy as np
 from synthetic_weights import PRESETS, SyntheticModel, shared_experts
 
 from qmix.checkpoint.safetensors_header import build_header
-from qmix.disk.direct import require_space
+from qmix.disk.space import require_space
 from qmix.models import EMBEDDED
 
 SHARD_BYTES = 2 * 10**9

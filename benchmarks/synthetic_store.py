@@ -28,8 +28,9 @@ from synthetic_weights import SyntheticModel
 
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.reader import TOKENIZER_FILES
-from qmix.disk.direct import require_space
-from qmix.precision.formats import DTYPES, chunk_rows
+from qmix.checkpoint.safetensors_header import DTYPES
+from qmix.disk.space import require_space
+from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.store.layout import FileLayout, StoreLayout, parse_precisions
 from qmix.store.opened import CONFIG, Store, file_digest, manifest, open_store

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from calibration.pictures import UseMap, error_chart, error_table, hit_chart, hit_table, language_table
 from calibration.plot import draw as draw_picture
-from calibration.routing import Routing
+from calibration.routing import RoutingStatistics
 from calibration.run import UNKNOWN, Calibration
 from qmix.pool.replay import BELADY
 from qmix.units import format_bytes
@@ -75,7 +75,7 @@ def _sentences(found: Calibration, pool: Pool | None) -> Iterator[str]:
     yield f"what runs use: {found.profile.policy}"
 
 
-def _guesses(routing: Routing) -> str:
+def _guesses(routing: RoutingStatistics) -> str:
     """Shares by how many layers ahead, means over the layers that have so many before them."""
     shares = [
         (ahead, float(np.nanmean(column)))

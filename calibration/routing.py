@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qmix.engine.layerwise import CHUNK
-from qmix.engine.layerwise import Routing as Routed
+from qmix.engine.layerwise import CHUNK, RouterOutput
 from qmix.geometry import Geometry
-from qmix.pool.prefetch import DEPTH, EMBEDDING, Lookahead
+from qmix.pool.prefetch import DEPTH, EMBEDDING, Prefetcher
 
 ENOUGH = 200  # samples of an expert, from where on what is measured of it is to be trusted
 
@@ -22,7 +21,7 @@ Shares = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Routing:
+class RoutingStatistics:
     """What was recorded of some tokens in L layers of E experts, of which each token takes k.
 
     tokens      of each language
@@ -83,7 +82,7 @@ class RoutingRecorder:
         languages: Sequence[str],
     ) -> None:
         self._geometry = geometry
-        self._lookahead = Lookahead(norms, gates, geometry.experts_per_token)
+        self._prefetcher = Prefetcher(norms, gates, geometry.experts_per_token)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         names = list(dict.fromkeys(languages))
         numbers = torch.tensor([names.index(language) for language in languages])
@@ -102,7 +101,7 @@ class RoutingRecorder:
     def embedded(self, stream: torch.Tensor) -> None:
         self._guess(EMBEDDING, stream)
 
-    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: Routed) -> None:
+    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
         chosen, experts = routing.chosen, self._geometry.num_experts
         probabilities = routing.logits.double().softmax(-1)
         for name, mine in self._of_language.items():
@@ -119,13 +118,13 @@ class RoutingRecorder:
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
         pass
 
-    def result(self) -> Routing:
+    def result(self) -> RoutingStatistics:
         tokens = {name: int(mine.sum()) for name, mine in self._of_language.items()}
         trace = self._trace.reshape(-1, self._trace.shape[-1])
-        return Routing(tokens, self._counts, self._mass, self._repeated, self._guessed, trace)
+        return RoutingStatistics(tokens, self._counts, self._mass, self._repeated, self._guessed, trace)
 
     def _guess(self, layer: int, states: torch.Tensor) -> None:
-        parts = [self._lookahead.guesses_from(layer, some).short() for some in states.split(CHUNK)]
+        parts = [self._prefetcher.guesses_from(layer, some).short() for some in states.split(CHUNK)]
         for depth, guesses in enumerate(torch.cat(parts).unbind(1), 1):
             self._guesses.setdefault(layer + depth, []).append((depth, guesses))
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from calibration.corpus import Passage
-from calibration.routing import Routing, RoutingRecorder
+from calibration.routing import RoutingRecorder, RoutingStatistics
 from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
 from qmix.checkpoint import Checkpoint
 from qmix.engine.layerwise import LayerwisePass
-from qmix.engine.resolve import DEFAULT_PRECISION
 from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
 from qmix.pool.prefetch import DEPTH
@@ -22,6 +21,7 @@ from qmix.progress import OnProgress, ignore
 from qmix.store.allocation import Allocation, Allocator
 from qmix.store.layout import StoreLayout, parse_precisions
 from qmix.store.profile import Profile
+from qmix.store.sources import DEFAULT_PRECISION
 
 UNKNOWN = "text"  # the language of text that nobody named one for
 
@@ -37,7 +37,7 @@ class Calibration:
     fingerprint: str
     geometry: Geometry
     dtype: str
-    routing: Routing
+    routing: RoutingStatistics
     errors: Mapping[str, Table]
     sampled: Sequence[Sequence[int]]
     budget: int | None = None

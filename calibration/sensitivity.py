@@ -18,9 +18,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from qmix.engine.layerwise import Routing
+from qmix.engine.layerwise import RouterOutput
 from qmix.geometry import Geometry
-from qmix.precision.formats import BLOCK
+from qmix.kernels.packing import BLOCK
 from qmix.precision.round_trip import round_trip
 
 SAMPLES = 128  # tokens of an expert: the mean's error is then some percent
@@ -77,7 +77,7 @@ class SensitivityMeter:
     def embedded(self, stream: torch.Tensor) -> None:
         pass
 
-    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
         for index in range(self.geometry.num_experts):
             tokens, place = torch.where(routing.chosen == index)
             if not len(tokens):

@@ -12,15 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qmix.errors import DoesNotFitError, QmixError, UsageError
+from qmix.version import __version__
 
 if TYPE_CHECKING:
     from qmix.engine.opener import Runner, load
     from qmix.engine.sampling import Sampling
     from qmix.engine.stream import Piece, Result
 
-__version__ = "0.1.0"
-
-__all__ = ["DoesNotFitError", "Piece", "QmixError", "Result", "Runner", "Sampling", "UsageError", "load"]
+__all__ = ["DoesNotFitError", "Piece", "QmixError", "Result", "Runner", "Sampling", "UsageError", "__version__", "load"]
 
 _LAZY = {
     "Piece": "engine.stream",

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from qmix.disk.direct import disk_advice
+from qmix.disk.faults import disk_advice
 from qmix.errors import QmixError, UsageError
 
 JSON_LIMIT = 64 * 2**20  # bytes of one JSON file: ten times the manifest of the largest Mixtral

@@ -34,7 +34,6 @@ from qmix.checkpoint.reader import read_config
 from qmix.checkpoint.safetensors_header import read_header
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.generation_config import parse_generation_config
-from qmix.engine.resolve import Subject as PlanSubject
 from qmix.errors import UsageError
 from qmix.evaluate.results import REQUESTS, Results
 from qmix.evaluate.tasks import load_tasks, own_tasks
@@ -42,6 +41,7 @@ from qmix.machine import found as machine
 from qmix.machine import measured as machine_profile
 from qmix.machine.rates import Machine
 from qmix.plan.file import read_plan
+from qmix.plan.target import PlanTarget as PlanSubject
 from qmix.planner.planned import plan_on
 from qmix.store.journal import Entry, Journal, Subject, encoded
 from qmix.store.layout import StoreLayout, parse_precisions
@@ -161,7 +161,7 @@ def of_stores(room: Room) -> list[Parser]:
 
 
 def of_plans(room: Room) -> list[Parser]:
-    with mock.patch("qmix.engine.resolve.interpreter_memory", return_value=10**8):
+    with mock.patch("qmix.plan.here.interpreter_memory", return_value=10**8):
         subject = PlanSubject("org/small", room.layout, "abc")
         plans = [plan_on(subject, Machine(2**32, gpus), 100).to_json() for gpus in ((), (2**30,))]
     use, errors = ((0.5,) * 4,) * 2, ((1.0, 2.0, 3.0, 4.0),) * 2

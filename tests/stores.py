@@ -9,13 +9,13 @@ import pytest
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.resolve import layout_for
 from qmix.errors import StoreError
 from qmix.model.build import build_model
 from qmix.pool.experts import ExpertPool
 from qmix.progress import Progress
 from qmix.store.opened import Store, partial_directory
 from qmix.store.quantize import quantize
+from qmix.store.sources import layout_for
 from qmix.store.writer import JOURNAL
 
 

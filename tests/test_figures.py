@@ -130,7 +130,7 @@ def test_the_embedded_model_has_the_stated_number_of_parameters(tiny):
 
 def test_the_machines_that_are_compared_are_those_of_the_command(monkeypatch):
     """Python takes what it takes in the table of sizes, so that the plan is the same everywhere."""
-    monkeypatch.setattr("qmix.engine.resolve.interpreter_memory", lambda **options: 500 * 10**6)
+    monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda **options: 500 * 10**6)
     shown = next(block for block in BLOCK.findall(README) if block.startswith("$ qmix plan"))
     command, _, table = shown.partition("\n")
     done = CliRunner().invoke(plan_command, command.removeprefix("$ qmix plan ").split(), env={"COLUMNS": "120"})

@@ -15,13 +15,13 @@ from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
 from qmix.batch.run import BatchRun, Job, Summary
-from qmix.batch.sizing import plan_lines
 from qmix.engine.batch_runner import BatchRunner
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.plan import Plan, default_context
+from qmix.plan.batching import plan_lines
 from qmix.progress import OnProgress
-from qmix.store.expert_frequency import Use
+from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import WEIGHTS, Store
 from qmix.text.chat_template import ChatTemplate
@@ -132,7 +132,7 @@ def _limit(geometry: Geometry, context: int | None) -> int:
 
 
 def _plan(
-    layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: Use | None
+    layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: ExpertFrequency | None
 ) -> Plan | None:
     """Return the plan for what is left, None where nothing is."""
     return plan_lines(layout, job.needs, ram, batch, requests.held, use) if job.needs else None

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from qmix.bench.roofline import dense_read
+from qmix.disk import PAGE
 from qmix.disk.direct import UncachedFile, copied
 from qmix.disk.files import anonymous_memory
 from qmix.engine.opener import Runner
@@ -27,7 +28,6 @@ from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, 
 from qmix.machine.rates import Rates
 from qmix.plan import Plan, make_plan
 from qmix.precision.matmul import FourBitMatrix
-from qmix.precision.record import PAGE
 from qmix.store.opened import Store
 
 SCRATCH_BYTES = 2**30  # written for the disk's sake; larger than a disk's own cache

@@ -107,7 +107,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchReport:
     """Rows, what they are compared with, and the conditions. Memory in bytes; `fast_kernels`: none of
     the model's 4-bit matrices was dequantised to be multiplied."""
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import platform
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from qmix import __version__
-from qmix.bench.report import Report, Row, Sample
+from qmix.bench.report import BenchReport, Row, Sample
 from qmix.bench.roofline import Bound, Workload, bound, decode_cost, prefill_cost
 from qmix.engine.opener import Runner
-from qmix.engine.resolve import plan_for, prepare_store
+from qmix.engine.resolve import prepare_store
 from qmix.engine.stream import compute_threads
 from qmix.errors import UsageError
 from qmix.machine.found import cpu_name
@@ -28,14 +26,16 @@ from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe,
 from qmix.model.build import check_attention
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.plan.file import PlanFile
+from qmix.plan.here import plan_for
 from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import Key
 from qmix.pool.trace import as_trace, recorded
 from qmix.precision.matmul import has_kernels
 from qmix.progress import OnProgress, ignore
-from qmix.store.expert_frequency import Use
-from qmix.store.layout import StoreLayout
+from qmix.store.expert_frequency import ExpertFrequency
+from qmix.store.layout import StoreLayout, precision_of
 from qmix.store.opened import Store
+from qmix.version import __version__
 
 WARM_UP_STEPS = 16  # decode steps that are not timed
 DISK_BYTES = 64 * 2**20  # taken by a slice of disk reads
@@ -64,7 +64,7 @@ def prepare(
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Use | None = None) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
             check_context(workloads, plan.plan.context, "the plan's is", "make a plan with a larger one")
             return plan.plan_of(layout, fingerprint, attention)
@@ -94,7 +94,7 @@ def measure(
     repetitions: int,
     machine: Ceilings,
     tell: Callable[[str], None] = lambda line: None,
-) -> Report:
+) -> BenchReport:
     """Time each workload after a warm-up.
 
     `machine` is `qmix.machine.probes.probe_in_child()`, taken before the runner took its memory. Where the plan leaves
@@ -110,7 +110,7 @@ def measure(
             probe.slice()
         machine = replace(machine, **{name: probe.rate() for name, probe in probes.items()})
     rows = [Row(workload, mine, _bounds(mine, machine)) for workload, mine in zip(workloads, samples, strict=True)]
-    return Report(
+    return BenchReport(
         model=store.source_name,
         precision=precision_of(store.layout),
         dtype=store.layout.dtype,
@@ -225,11 +225,3 @@ def random_prompt(runner: Runner, tokens: int, seed: int) -> list[int]:
     special = set(runner.tokenizer.all_special_ids)
     known = min(len(runner.tokenizer), runner.store.geometry.vocab_size)
     return random.Random(seed).choices([token for token in range(known) if token not in special], k=tokens)
-
-
-def precision_of(layout: StoreLayout) -> str:
-    """Of the experts: `nf4`, or `nf4 (40 experts), int8 (8 experts)`."""
-    counts = Counter(precision for row in layout.precisions for precision in row)
-    if len(counts) == 1:
-        return next(iter(counts))
-    return ", ".join(f"{precision} ({count} experts)" for precision, count in counts.most_common())

@@ -21,7 +21,7 @@ import msgspec
 from qmix.chat.conversation import Turn, ids_of
 from qmix.chat.session import Session
 from qmix.chat.settings import restored_settings, saved_settings
-from qmix.disk.direct import write_advice
+from qmix.disk.faults import write_advice
 from qmix.engine.sampling import Sampling
 from qmix.errors import QmixError, SessionError
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole

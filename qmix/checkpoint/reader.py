@@ -17,7 +17,7 @@ from qmix.checkpoint.foreign import check_files, check_not_quantised
 from qmix.checkpoint.naming import Piece, resolve
 from qmix.checkpoint.safetensors_header import AGAIN, ITEM_BYTES, TensorInfo, check_no_pointer
 from qmix.checkpoint.source import LocalSource, Source
-from qmix.disk.direct import disk_advice
+from qmix.disk.faults import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import read_json
 from qmix.geometry import HEAD, Geometry, config_from_params

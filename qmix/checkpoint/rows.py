@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 from qmix.checkpoint.reader import Weight, load_pickle
 from qmix.checkpoint.torch_dtypes import TORCH
-from qmix.disk.direct import DirectMemory, UncachedFile, disk_advice
+from qmix.disk.direct import DirectMemory, UncachedFile
+from qmix.disk.faults import disk_advice
 from qmix.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from qmix.disk.direct import disk_advice
+from qmix.disk.faults import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import convert_json, decode_json
 
+DTYPES = {"bf16": "BF16", "fp16": "F16"}  # the two half precisions, as users and as safetensors name them
 ITEM_BYTES = {
     "BF16": 2,
     "F16": 2,

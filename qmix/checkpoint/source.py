@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from qmix.checkpoint.safetensors_header import MAX_HEADER, TensorInfo, check_header, check_no_pointer, read_header
-from qmix.disk.direct import disk_advice
+from qmix.disk.faults import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import read_state, write_whole
 

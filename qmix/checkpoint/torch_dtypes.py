@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qmix.precision.formats import DTYPES
+from qmix.checkpoint.safetensors_header import DTYPES
 
 TORCH = {
     "BF16": torch.bfloat16,

@@ -100,7 +100,8 @@ def _answer(
     from qmix.batch.session import begin, check_budget
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
-    from qmix.engine.resolve import open_source, prepare_store
+    from qmix.engine.resolve import prepare_store
+    from qmix.store.sources import open_source
     from qmix.terminal.tables import ProgressDisplay, say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))

@@ -38,7 +38,7 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     `quantize` take it with --profile, and a store carries it to the runs that read it.
     """
     from qmix.checkpoint import open_checkpoint
-    from qmix.engine.resolve import open_source
+    from qmix.store.sources import open_source
 
     if plot is not None:
         from qmix.terminal.figure import check_target
@@ -56,9 +56,9 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     from calibration.run import half, memory_needed
     from qmix.engine.layerwise import check_memory
     from qmix.engine.layerwise import memory_needed as pass_memory
-    from qmix.engine.resolve import layout_for
     from qmix.machine.found import default_budget, interpreter_memory
     from qmix.store.profile import check_budget, write_profile
+    from qmix.store.sources import layout_for
     from qmix.terminal.tables import ProgressDisplay, print_table, say
 
     dtype = layout_for(checkpoint, None, options["dtype"]).dtype
@@ -92,7 +92,7 @@ def _named(keys: Sequence[tuple[int, int]]) -> str:
 def _pool(found: Calibration, ram: int | None) -> Pool | None:
     """What this machine's memory holds of the store; None where it is too small for any."""
     from calibration.report import Pool
-    from qmix.engine.resolve import plan_for, this_machine
+    from qmix.plan.here import plan_for, this_machine
 
     try:
         plan = plan_for(found.layout, None, None, machine=this_machine(ram, gpus=()), use=found.profile.use)

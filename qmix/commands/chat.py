@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
+from qmix.disk.places import state_directory
 from qmix.errors import UsageError
 from qmix.files import read_text
-from qmix.machine.found import state_directory
 from qmix.text.detokenizer import check_text
 
 MAX_HELP = "of an answer [what the context leaves]"
@@ -54,7 +54,8 @@ def chat(
         from qmix.chat.kept import KeptChat, interrupted
         from qmix.chat.loop import Chat, Screen
         from qmix.chat.session import Session
-        from qmix.terminal.tables import ThinkingLine, say, statistics
+        from qmix.engine.statistics import statistics
+        from qmix.terminal.tables import ThinkingLine, say
 
         session = Session(runner, settings, text or "")
         if resume is not None:

@@ -53,17 +53,19 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     """
     name = model_or_default(model)
     from qmix.checkpoint import open_checkpoint
-    from qmix.engine.resolve import open_source
+    from qmix.store.sources import open_source
 
     checkpoint = open_checkpoint(open_source(name))
     window = window_of(checkpoint.geometry, options["window"])
     quiet_libraries()
     from qmix.compare.fidelity import compare as run
+    from qmix.compare.table import fidelity_table
     from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
-    from qmix.engine.resolve import DEFAULT_PRECISION, fingerprint_of, layout_for
+    from qmix.engine.resolve import fingerprint_of
     from qmix.machine.found import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
-    from qmix.terminal.tables import ProgressDisplay, fidelity_table, print_table, say
+    from qmix.store.sources import DEFAULT_PRECISION, layout_for
+    from qmix.terminal.tables import ProgressDisplay, print_table, say
 
     if stores or options["profile"]:  # which must be of the same weights
         with ProgressDisplay(f"reading {name}") as display:
@@ -117,10 +119,10 @@ def _variants(
     checkpoint: Checkpoint, dtype: str, against: str, specs: Mapping[str, str], clip: bool, stores: Sequence[Path]
 ) -> list[Any]:
     """The reference, each of `specs` (with `clip` also with clipped blocks, where it has any), and the stores."""
-    from qmix.engine.resolve import NOTHING_TO_CLIP, layout_for
     from qmix.engine.variants import Quantised, Stored
     from qmix.store.layout import has_blocks
     from qmix.store.opened import open_store
+    from qmix.store.sources import NOTHING_TO_CLIP, layout_for
 
     def made(name: str, spec: str, clipped: bool = False) -> Quantised:
         layout = layout_for(checkpoint, spec, dtype, clipped)

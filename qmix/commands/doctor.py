@@ -31,10 +31,10 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
         refuse(others, "is not for --self-test, which measures nothing")
         _self_test()
         return
+    from qmix.disk.places import cache_directory
     from qmix.errors import QmixError
     from qmix.machine.doctor import examine
     from qmix.machine.doctor_view import report_table
-    from qmix.machine.found import cache_directory
     from qmix.machine.measured import keep, measured_rates
     from qmix.machine.rates import Rates
     from qmix.terminal.tables import print_table, say

@@ -129,10 +129,10 @@ def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> No
     """Look at all requests with the checkpoint's tokenizer. Raises DoesNotFitError with a budget that does."""
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
-    from qmix.engine.resolve import open_source
     from qmix.evaluate import engine  # noqa: F401 -- what it imports is none of what tasks and requests take
     from qmix.evaluate.budget import Budget, Checked, Unmade
     from qmix.machine.found import own_memory
+    from qmix.store.sources import open_source
 
     budget = Budget(layout, options["ram"], options["batch_tokens"], own_memory())
     tokenizer = tokenizer_of(open_checkpoint(open_source(name)))

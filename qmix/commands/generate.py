@@ -34,7 +34,8 @@ def generate(prompt: str | None, **options: Any) -> None:
     sampling = Sampling(**given(options))
     text = _read_prompt(prompt)
     with loaded(attention=attention, **loading) as runner:
-        from qmix.terminal.tables import say, statistics
+        from qmix.engine.statistics import statistics
+        from qmix.terminal.tables import say
 
         result = None
         with closing(runner.generate(text, sampling)) as pieces:  # what ends the loop ends the computation

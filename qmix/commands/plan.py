@@ -29,8 +29,8 @@ from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import parse_bytes
 
 if TYPE_CHECKING:
-    from qmix.engine.resolve import Subject
     from qmix.machine.rates import Machine
+    from qmix.plan.target import PlanTarget
     from qmix.planner.planned import Planned
     from qmix.verify.rehearsal import Verification
 
@@ -120,7 +120,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
 
 
 def _planned(
-    subject: Subject, machine: Machine, options: dict[str, Any], how: dict[str, Any]
+    subject: PlanTarget, machine: Machine, options: dict[str, Any], how: dict[str, Any]
 ) -> tuple[Planned, DoesNotFitError | None]:
     """The plan, or the nearest one that fits with why this one does not."""
     from qmix.planner.planned import check_disk, nearest, plan_on
@@ -159,7 +159,7 @@ def _machine(options: dict[str, Any]) -> Machine:
     """This machine, with what is stated in place of what was found."""
     from dataclasses import replace
 
-    from qmix.engine.resolve import this_machine
+    from qmix.plan.here import this_machine
 
     found = this_machine(options["ram"], _gpus(options["gpu"]))
     stated = {name: options[name] for name, _, _ in RATES.values() if options[name] is not None}
@@ -194,26 +194,26 @@ def _size(option: str, text: str) -> int:
         raise UsageError(f"{option}: {error}") from None
 
 
-def _subject(name: str, options: dict[str, Any]) -> tuple[Subject, str | None]:
+def _subject(name: str, options: dict[str, Any]) -> tuple[PlanTarget, str | None]:
     """The model with what a profile says of it, and its precision as --precision takes it."""
-    from qmix.engine.resolve import subject_of
+    from qmix.plan.target import target_of
 
     path, precision, budget = options["profile"], options["precision"], options["budget"]
     profile = read_profile_option(path, precision, budget)
     if profile is None:
-        return subject_of(name, precision, options["dtype"]), precision
+        return target_of(name, precision, options["dtype"]), precision
     from qmix.store.profile import AUTO, check_profile
 
-    subject = subject_of(name, None if precision == AUTO else precision, options["dtype"])
+    subject = target_of(name, None if precision == AUTO else precision, options["dtype"])
     check_profile(profile, path, subject.geometry, subject.fingerprint)
     if not subject.is_store or precision is not None or budget is not None:
         precision = profile.spec(precision, budget, subject.geometry, subject.layout.dtype)
     return subject.calibrated(profile, precision), precision
 
 
-def _warn_of_disk(subject: Subject, machine: Machine) -> None:
+def _warn_of_disk(subject: PlanTarget, machine: Machine) -> None:
     """Say where the disk that was found has no room for the store; another one may be meant."""
-    from qmix.machine.found import cache_directory
+    from qmix.disk.places import cache_directory
     from qmix.terminal.tables import say
     from qmix.units import format_bytes
 
@@ -226,7 +226,7 @@ def _warn_of_disk(subject: Subject, machine: Machine) -> None:
 
 
 def _compare(
-    subject: Subject,
+    subject: PlanTarget,
     machines: dict[str, Machine],
     options: dict[str, Any],
     how: dict[str, Any],

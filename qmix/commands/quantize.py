@@ -76,10 +76,12 @@ def _make(
     quiet_libraries()
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
-    from qmix.engine.resolve import INTERRUPTED, fingerprint_of, layout_for, open_source
+    from qmix.engine.resolve import fingerprint_of
     from qmix.engine.usable import check_usable
+    from qmix.store.in_child import INTERRUPTED
     from qmix.store.opened import is_store, partial_directory
     from qmix.store.quantize import quantize as run
+    from qmix.store.sources import layout_for, open_source
     from qmix.terminal.tables import ProgressDisplay, say
 
     profile = read_profile_option(options["profile"], precision, options["budget"])

@@ -1,11 +1,10 @@
-"""Disks: room asked for before the first byte is written, reads that give all of it, files past the page cache."""
+"""Files read and written past the page cache, and memory to do it with."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
@@ -14,90 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from qmix.errors import StoreError
-from qmix.units import format_bytes
+from qmix.disk import PAGE
+from qmix.disk.faults import read_again, read_fully
 
-DIRECT_BYTES = 4096  # what O_DIRECT asks memory, offsets and sizes to be multiples of
 HUGE_PAGE = 2 * 2**20
-# what a failing disk, cable or network says; a second try may succeed
-DISK_ERRORS = frozenset({errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EBADMSG})
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def require_space(needs: Iterable[tuple[Path, int]]) -> None:
-    """Check bytes wanted under several paths against what is free; paths on one disk are added up.
-
-    Raises StoreError naming the first path of a disk that is too small.
-    """
-    by_disk: dict[int, tuple[Path, int]] = {}
-    for path, count in needs:
-        disk = existing_parent(path).stat().st_dev
-        first, total = by_disk.get(disk, (path, 0))
-        by_disk[disk] = (first, total + count)
-    for path, count in by_disk.values():
-        free = shutil.disk_usage(existing_parent(path)).free
-        if count > free:
-            raise StoreError(
-                f"{path}: needs {format_bytes(count)} more on its disk, {format_bytes(free)} are free; "
-                "free some space or choose another disk"
-            )
-
-
-def read_fully(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from `offset`, without the GIL; what the disk fails to read is tried once more.
-
-    Raises OSError naming the bytes, and EOFError where the file ends before.
-    """
-    done = 0
-    while done < len(buffer):
-        count = _once_more(partial(os.preadv, fd, [buffer[done:]], offset + done), offset + done, len(buffer) - done)
-        if count == 0:
-            raise EOFError(f"ends at byte {offset + done}")
-        done += count
-
-
-def _once_more(read: Callable[[], int], offset: int, nbytes: int) -> int:
-    """Return what `read` returns; one that the disk fails is tried a second time."""
-    try:
-        return read()
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-    try:
-        return read()
-    except OSError as error:
-        where = f"{error.strerror} at bytes {offset} to {offset + nbytes - 1}, read twice"
-        raise OSError(error.errno, where) from None
-
-
-def disk_advice(error: OSError) -> str:
-    """Return what to do about a file that could not be read or written, whatever is in it."""
-    if error.errno in DISK_ERRORS:
-        return "the disk failed there: see `dmesg`"
-    if error.errno in FULL:
-        return "free some space"
-    if error.errno == errno.EFBIG:
-        return "write to a disk that takes larger files, or raise `ulimit -f`"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "raise `ulimit -n`"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return "change its permissions"
-    return "try again"
-
-
-def write_advice(error: OSError, elsewhere: str) -> str:
-    """Return what to do about a file that could not be written, where `elsewhere` says what else would do."""
-    if error.errno in FULL or error.errno in DISK_ERRORS:
-        return f"{disk_advice(error)}, or {elsewhere}"
-    return elsewhere
 
 
 class DirectMemory:
@@ -112,7 +31,7 @@ class DirectMemory:
 
     @staticmethod
     def taken(nbytes: int) -> int:
-        return (-(-nbytes // DIRECT_BYTES) + 1) * DIRECT_BYTES
+        return (-(-nbytes // PAGE) + 1) * PAGE
 
     @classmethod
     def several(cls, sizes: Iterable[int]) -> list[DirectMemory]:
@@ -126,7 +45,7 @@ class DirectMemory:
 
     def at(self, offset: int, nbytes: int) -> memoryview:
         """The place of `nbytes` from `offset` of a file."""
-        return self.view[offset % DIRECT_BYTES :][:nbytes]
+        return self.view[offset % PAGE :][:nbytes]
 
 
 def _huge_pages(nbytes: int) -> memoryview:
@@ -176,11 +95,11 @@ class UncachedFile:
         What the disk fails to read is tried once more. Raises OSError naming the bytes, and EOFError where the file
         ends before.
         """
-        before = offset % DIRECT_BYTES
+        before = offset % PAGE
         end = before + nbytes
-        whole = -(-end // DIRECT_BYTES) * DIRECT_BYTES
+        whole = -(-end // PAGE) * PAGE
         directly = partial(self._directly, os.preadv, [memory.view[:whole]], offset - before)
-        done = max(before, _once_more(directly, offset, nbytes))
+        done = max(before, read_again(directly, offset, nbytes))
         if done < end:
             start = offset - before + done
             read_fully(self.fd, memory.view[done:end], start)
@@ -200,12 +119,12 @@ class UncachedFile:
 
     def _write_some(self, view: memoryview, offset: int) -> int:
         """Write the whole pages that `view` begins with, or what lies before the first; returns how many bytes."""
-        before = -offset % DIRECT_BYTES
-        if view.nbytes < before + DIRECT_BYTES or (_address(view) - offset) % DIRECT_BYTES:
+        before = -offset % PAGE
+        if view.nbytes < before + PAGE or (_address(view) - offset) % PAGE:
             return os.pwrite(self.fd, view, offset)
         if before:
             return os.pwrite(self.fd, view[:before], offset)
-        pages = view[: view.nbytes // DIRECT_BYTES * DIRECT_BYTES]
+        pages = view[: view.nbytes // PAGE * PAGE]
         return self._directly(os.pwrite, pages, offset) or os.pwrite(self.fd, view, offset)
 
     def _directly(self, call: Callable[[int, Any, int], int], data: Any, offset: int) -> int:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from qmix.disk.direct import DISK_ERRORS, disk_advice, read_fully
+from qmix.disk import PAGE
+from qmix.disk.faults import DISK_ERRORS, disk_advice, read_fully
 from qmix.errors import StoreError, mending
-from qmix.precision.record import PAGE
 
 MADV_POPULATE_WRITE, MADV_COLLAPSE = 23, 25  # of Linux's mman.h; Python's mmap does not name them
 POPULATE_BYTES = 64 * 2**20  # a thread's piece of memory to be taken

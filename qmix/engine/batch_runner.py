@@ -10,7 +10,8 @@ from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.batch import ContinuousEngine
-from qmix.engine.sampler import Chosen, TokenChooser
+from qmix.engine.generation_config import model_generation_config
+from qmix.engine.sampler import Chosen, Sampler
 from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Continuation
 from qmix.errors import UsageError
@@ -72,7 +73,7 @@ class _Growing:
 
     request: Request
     sequence: Continuation
-    chooser: TokenChooser
+    sampler: Sampler
     detokenizer: Detokenizer
     scanner: StopScanner
     tokens: list[Chosen] = field(default_factory=list)
@@ -84,7 +85,7 @@ class _Growing:
         self.tokens.append(chosen)
         self.sequence.tokens.append(chosen.token)
         self.text.append(self.scanner.add(self.detokenizer.add(chosen.token)))
-        self.ended = self.scanner.stopped or chosen.token in self.chooser.decoding.ends
+        self.ended = self.scanner.stopped or chosen.token in self.sampler.decoding.ends
         return not self.ended and len(self.sequence.tokens) < self.sequence.limit
 
     def answer(self) -> Answer:
@@ -107,6 +108,7 @@ class BatchRunner:
         pool = ExpertPool(store, plan.slots_by_size, invariant=True)
         try:
             model = build_model(store, pool, ROW_ATTENTION)
+            model.generation_config = model_generation_config(store.directory, store.config)
             if pool.holds_all:
                 pool.fill(on_load)
             self.capacity = plan.batch * plan.context
@@ -159,9 +161,9 @@ class BatchRunner:
         if not prompt or limit <= len(prompt):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
         sequence = Continuation(prompt, limit)
-        chooser = TokenChooser(self.model, request.sampling, prompt, request.logprobs)
-        scanner = StopScanner(chooser.decoding.stops)
-        self._growing[sequence] = _Growing(request, sequence, chooser, Detokenizer(self._decode, prompt), scanner)
+        sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
+        scanner = StopScanner(sampler.decoding.stops)
+        self._growing[sequence] = _Growing(request, sequence, sampler, Detokenizer(self._decode, prompt), scanner)
         self.engine.scheduler.add(sequence)
 
     def _pass(self) -> list[Answer]:
@@ -170,7 +172,7 @@ class BatchRunner:
         def take(sequence: Continuation, logits: torch.Tensor) -> bool:
             growing = self._growing[sequence]
             self.work.prompt_tokens += 0 if growing.tokens else len(growing.request.prompt)
-            goes_on = growing.add(growing.chooser.choose(sequence.tokens, logits))
+            goes_on = growing.add(growing.sampler.sample(sequence.tokens, logits))
             self.work.new_tokens += 1
             if not goes_on:
                 finished.append(self._growing.pop(sequence).answer())

@@ -21,6 +21,7 @@ from transformers.generation import LogitsProcessorList
 from qmix.engine.sampling import RANGES, Sampling
 from qmix.errors import StoreError
 from qmix.files import decode_json, read_bounded
+from qmix.model.build import mixtral_config
 
 FILE = "generation_config.json"
 SIZE_LIMIT = 2**20  # bytes
@@ -108,6 +109,14 @@ IGNORED = (
         )
     )
 )
+
+
+def model_generation_config(directory: Path, content: dict[str, Any]) -> GenerationConfig:
+    """Return what generation_config.json says, or where there is none what config.json, of this `content`, does.
+
+    Raises StoreError naming the file.
+    """
+    return read_generation_config(directory, mixtral_config(content, directory / "config.json"))
 
 
 def read_generation_config(directory: Path, config: MixtralConfig) -> GenerationConfig:

@@ -75,7 +75,7 @@ class Observer(Protocol):
     def embedded(self, stream: torch.Tensor) -> None:
         """The embeddings [T, H] of all tokens."""
 
-    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: Routing) -> None:
+    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
         """A layer's routing: of the residual stream and its normed copy, both [T, H]."""
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
@@ -83,7 +83,7 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
+class RouterOutput:
     """What a layer's router makes of T tokens: logits [T, E], and the chosen experts and their weights, [T, k]."""
 
     logits: torch.Tensor
@@ -203,7 +203,7 @@ class LayerwisePass:
     def _mix(self, layer: int, module: Any, streams: Sequence[torch.Tensor], observers: Sequence[Observer]) -> None:
         """Add what the experts give, each read once; summed in fp32 as they come, and rounded once."""
         normed = [_by_chunks(module.post_attention_layernorm, stream) for stream in streams]
-        routed = [Routing(*module.mlp.gate(states)) for states in normed]
+        routed = [RouterOutput(*module.mlp.gate(states)) for states in normed]
         for observer in observers:
             observer.routed(layer, streams[0], normed[0], routed[0])
         sums = [torch.zeros(stream.shape, dtype=torch.float32) for stream in streams]

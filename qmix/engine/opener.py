@@ -10,7 +10,8 @@ from typing import Any
 from transformers import MixtralForCausalLM
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.engine.resolve import plan_for, prepare_store
+from qmix.engine.generation_config import model_generation_config
+from qmix.engine.resolve import prepare_store
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Engine, Piece, Result
 from qmix.errors import UsageError
@@ -25,9 +26,10 @@ from qmix.model.kv_file import kv_identity, read_kv, write_kv
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
+from qmix.plan.here import plan_for
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
-from qmix.store.expert_frequency import Use
+from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import Store
 from qmix.text.prompt import PromptEncoder
@@ -56,6 +58,7 @@ class Runner:
         self._unpin = pin(pool.memory) if spread and kind == "cuda" else _nothing
         try:
             self.model: MixtralForCausalLM = build_model(store, pool, attention, spread)
+            self.model.generation_config = model_generation_config(store.directory, store.config)
             if pool.holds_all:
                 pool.fill(on_load)
             homes = [device.device for device in spread.layers] if spread else None
@@ -174,7 +177,7 @@ def load(
     """
     check_attention(attention)
 
-    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Use | None = None) -> Plan:
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
             return plan.plan_of(layout, fingerprint, attention)
         return plan_for(layout, ram, context, attention, use=use)

@@ -30,7 +30,7 @@ def stream_seed(run_seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{run_seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
-class TokenChooser:
+class Sampler:
     """Chooses what follows a prompt as transformers' `generate` would, from the draws of `sampling.seed`.
 
     `logprobs` is how many of the likeliest tokens are told with each, None for no log-probabilities at all.
@@ -43,7 +43,7 @@ class TokenChooser:
         self._processors = logits_processors(model, self.decoding.config, prompt)
         self._random = torch.Generator().manual_seed(sampling.seed)
 
-    def choose(self, tokens: list[int], logits: torch.Tensor) -> Chosen:
+    def sample(self, tokens: list[int], logits: torch.Tensor) -> Chosen:
         """The token after `tokens`, from logits [V] in fp32."""
         scores = logits[None]
         if self._processors:

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 
-class Stretches:
+class KVAllocator:
     """Which positions of an arena are taken: stretches of neighbours, the first that is long enough."""
 
     def __init__(self, capacity: int) -> None:
@@ -60,7 +60,7 @@ class Scheduler:
     def __init__(self, capacity: int, batch: int, pass_tokens: int) -> None:
         assert 1 <= batch <= pass_tokens
         self.capacity, self.batch, self.pass_tokens = capacity, batch, pass_tokens
-        self._stretches = Stretches(capacity)
+        self._positions = KVAllocator(capacity)
         self._waiting: deque[Continuation] = deque()
         self._running: list[Continuation] = []
 
@@ -76,7 +76,7 @@ class Scheduler:
     def finish(self, sequence: Continuation) -> None:
         """Take a sequence out; its room is free for others."""
         self._running.remove(sequence)
-        self._stretches.give_back(sequence.start, _room(sequence))
+        self._positions.give_back(sequence.start, _room(sequence))
 
     def next_pass(self) -> list[tuple[Continuation, int]]:
         """Sequences, and how many of their tokens go through the model now."""
@@ -93,7 +93,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.batch:
-            start = self._stretches.take(_room(self._waiting[0]))
+            start = self._positions.take(_room(self._waiting[0]))
             if start is None:
                 return
             sequence = self._waiting.popleft()

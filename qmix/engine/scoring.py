@@ -21,13 +21,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.compute import ComputeThread
 from qmix.engine.passes import Pass, Segment
-from qmix.evaluate.sizing import HEAD_ROWS, ScoringPlan
 from qmix.geometry import Geometry
 from qmix.machine.found import give_back_freed_memory
 from qmix.model import kv_arena
 from qmix.model.build import build_model
 from qmix.model.kv_arena import Rows, padded, row_attention
 from qmix.plan import PREFILL_CHUNK
+from qmix.plan.scoring import HEAD_ROWS, ScoringPlan
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store

@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 
 from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.reader import TOKENIZERS, check_tokenizer
+from qmix.engine.generation_config import model_generation_config
 from qmix.errors import CheckpointError, StoreError
-from qmix.model.build import check_frequencies, empty_mixtral, generation_config
+from qmix.model.build import check_frequencies, empty_mixtral
 from qmix.text.tokenizer import load_tokenizer
 
 
@@ -28,7 +29,7 @@ def check_usable(checkpoint: Checkpoint, dtype: str) -> None:
         try:
             model = empty_mixtral(checkpoint.config, dtype, where=config)
             check_frequencies(model.config, config)
-            generation_config(directory, checkpoint.config)
+            model_generation_config(directory, checkpoint.config)
             if any((directory / name).exists() for name in TOKENIZERS):
                 load_tokenizer(directory)
         except StoreError as error:

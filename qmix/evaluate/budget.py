@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from qmix.batch.sizing import plan_lines
 from qmix.engine.passes import TOKEN_BYTES, Query, spans
 from qmix.errors import DoesNotFitError
 from qmix.evaluate.prompt import Prompt
-from qmix.evaluate.sizing import ScoringPlan, does_not_fit, plan_scoring
 from qmix.machine.found import default_budget, own_memory
 from qmix.plan import Plan
+from qmix.plan.batching import plan_lines
+from qmix.plan.scoring import ScoringPlan, does_not_fit, plan_scoring
 from qmix.store.layout import StoreLayout
 
 if TYPE_CHECKING:

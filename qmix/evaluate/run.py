@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from lm_eval.evaluator import evaluate
 
-from qmix import __version__
-from qmix.bench.run import precision_of
-from qmix.disk.direct import write_advice
+from qmix.disk.faults import write_advice
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
 from qmix.evaluate.engine import Engine
 from qmix.evaluate.model import QmixLM
 from qmix.files import write_whole
+from qmix.store.layout import precision_of
+from qmix.version import __version__
 
 SCHEMA = "qmix-eval-1"
 RESULTS = "results.json"

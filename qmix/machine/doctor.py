@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 from msgspec import to_builtins
 
-from qmix import __version__
-from qmix.disk.direct import existing_parent
+from qmix.disk.space import existing_parent
 from qmix.files import scratch_file
 from qmix.kernels.cpu.paths import supported
 from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
 from qmix.machine.measured import FourBitTrial
 from qmix.machine.rates import RATE_NAMES, Rates
+from qmix.version import __version__
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
 PAGE = 4096
@@ -44,7 +44,7 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class MachineReport:
     """`memory_limit` is what control groups leave of the memory, where that is less; sizes in bytes.
 
     `four_bit` is what a 4-bit product showed, `best_path` the best instructions that the CPU's flags promise.
@@ -84,10 +84,10 @@ class Report:
         return [name for name in wanted if self.rates.source(name) == "typical"]
 
 
-def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> Report:
+def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> MachineReport:
     """Return what this machine is, with the disk that `directory` lies on and what a 4-bit product showed."""
     memory, available = psutil.virtual_memory(), available_memory()
-    return Report(
+    return MachineReport(
         cpu=cpu_name(),
         cores=len(os.sched_getaffinity(0)),
         best_path=supported()[0].name,

@@ -6,9 +6,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qmix.kernels.cpu.paths import PORTABLE
-from qmix.machine.doctor import Report
-from qmix.machine.rates import RATE_NAMES, SLOW_FOUR_BIT
-from qmix.planner.view import rate_text
+from qmix.machine.doctor import MachineReport
+from qmix.machine.rates import RATE_NAMES, SLOW_FOUR_BIT, rate_text
 from qmix.units import format_bytes
 
 REINSTALL = "`pip install --force-reinstall --no-deps {}` may mend it"
@@ -25,7 +24,7 @@ MEANINGS = {
 }
 
 
-def report_table(report: Report) -> Table:
+def report_table(report: MachineReport) -> Table:
     """A line for each thing that decides what runs and how fast."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -53,7 +52,7 @@ def report_table(report: Report) -> Table:
     return table
 
 
-def _kernels(report: Report) -> str:
+def _kernels(report: MachineReport) -> str:
     """Return what the trial of a 4-bit product showed, and what to do about it."""
     trial = report.four_bit
     if not trial.correct:
@@ -70,7 +69,7 @@ def _kernels(report: Report) -> str:
     return f"{'a slow one' if trial.path == PORTABLE else 'yes'}, tried: {trial.path}, {rate}{better}"
 
 
-def _huge_pages(report: Report) -> str:
+def _huge_pages(report: MachineReport) -> str:
     if report.on_huge_pages:
         return ", tried: memory comes in them"
     if report.on_huge_pages is None:

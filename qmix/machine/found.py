@@ -16,24 +16,19 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import platformdirs
 import psutil
 
-from qmix import __version__
-from qmix.disk.direct import existing_parent
+from qmix.disk.places import cache_directory
+from qmix.disk.space import existing_parent
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import current
+from qmix.version import __version__
 
 SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
-
-
-def cache_directory() -> Path:
-    """The user's cache directory for qmix: stores made from checkpoints, and measurements."""
-    return Path(platformdirs.user_cache_dir("qmix"))
 
 
 def own_memory() -> int:
@@ -59,11 +54,6 @@ def available_memory(root: Path = Path("/")) -> int:
 def default_budget() -> int:
     """The budget where none is given: 90% of the available memory, with what this process holds already."""
     return own_memory() + int(available_memory() * SHARE_OF_AVAILABLE)
-
-
-def state_directory() -> Path:
-    """The user's directory for what qmix found out about this machine."""
-    return Path(platformdirs.user_state_dir("qmix"))
 
 
 def cpu_name(root: Path = Path("/")) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.packing import BLOCK
 from qmix.machine.measured import FourBitTrial
-from qmix.precision.formats import BLOCK
 from qmix.precision.matmul import FourBitMatrix, Matrix
 
 LARGE, SMALL = (1024, 4096), (128, 512)  # of qmix's own kernel and of bitsandbytes'

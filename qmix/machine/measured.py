@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from qmix import __version__
+from qmix.disk.places import state_directory
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import PORTABLE, current, supported
-from qmix.machine.found import cpu_name, state_directory
+from qmix.machine.found import cpu_name
 from qmix.machine.rates import RATE_NAMES, FourBitProducts, Rates
+from qmix.version import __version__
 
 STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # what decides how products are computed
 SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # those that follow the stack's versions

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
+from qmix.disk import PAGE
 from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import Read, Reader
 from qmix.errors import QmixError
 from qmix.machine.found import available_memory
-from qmix.precision.record import PAGE
 from qmix.store.opened import Store
 
 MEMORY_BYTES = 2**30  # read by the memory probe: far more than caches hold

@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from qmix.units import format_bytes, format_flops
+
+FLOP_RATES = ("matmul", "gpu_matmul")
+SECONDS = ("layer_seconds", "read_seconds")
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -107,3 +112,10 @@ class Machine:
             "fast_kernels_tried": self.four_bit.tried,
             "rates": self.rates.to_json(),
         }
+
+
+def rate_text(rates: Rates, name: str) -> str:
+    value = getattr(rates, name)
+    if name in SECONDS:
+        return f"{1e3 * value:.2g} ms"
+    return format_flops(value) if name in FLOP_RATES else f"{format_bytes(value)}/s"

@@ -14,14 +14,13 @@ import xxhash
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
-from transformers import GenerationConfig, MixtralConfig
+from transformers import MixtralConfig
 from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import Read, Reader
-from qmix.engine.generation_config import read_generation_config
 from qmix.errors import StoreError, UsageError
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
@@ -32,7 +31,7 @@ from qmix.model.gpu.devices import download
 from qmix.model.gpu.model import Spread
 from qmix.model.invariant import make_invariant
 from qmix.pool.experts import ExpertPool
-from qmix.pool.prefetch import EMBEDDING, Lookahead
+from qmix.pool.prefetch import EMBEDDING, Prefetcher
 from qmix.precision.dense import use_half_linear
 from qmix.precision.formats import uses_kernels
 from qmix.store.opened import Store
@@ -75,18 +74,18 @@ def build_model(
     Raises StoreError where a dense weight is damaged.
     """
     model = empty_model(store, attention)
-    furnish(model, store, pool, read_dense(store) if spread is None else read_dense_to(store, spread.of_tensor), spread)
+    load_weights(
+        model, store, pool, read_dense(store) if spread is None else read_dense_to(store, spread.of_tensor), spread
+    )
     return model
 
 
 def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
     """transformers' model as the store's config says, all of it on torch's `meta` device.
 
-    Raises StoreError where config.json or generation_config.json cannot be used.
+    Raises StoreError where config.json cannot be used.
     """
-    model = empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
-    model.generation_config = generation_config(store.directory, store.config)
-    return model
+    return empty_mixtral(store.config, store.layout.dtype, attention, store.directory / "config.json")
 
 
 def empty_mixtral(
@@ -118,7 +117,7 @@ def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
         return config
 
 
-def furnish(
+def load_weights(
     model: MixtralForCausalLM,
     store: Store,
     pool: ExpertPool,
@@ -144,20 +143,20 @@ def furnish(
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
     if not pool.holds_all:
-        _look_ahead(model, pool)
+        _attach_prefetcher(model, pool)
     model.eval().requires_grad_(False)
 
 
-def _look_ahead(model: MixtralForCausalLM, pool: ExpertPool) -> None:
+def _attach_prefetcher(model: MixtralForCausalLM, pool: ExpertPool) -> None:
     """Let each layer, and the embeddings before the first, tell the pool what later layers will probably ask for."""
     norms = torch.stack([download(layer.post_attention_layernorm.weight) for layer in model.model.layers])
     gates = torch.stack([download(layer.mlp.gate.weight) for layer in model.model.layers])
-    lookahead = Lookahead(norms, gates, pool.store.geometry.experts_per_token, elsewhere=pool.elsewhere)
+    prefetcher = Prefetcher(norms, gates, pool.store.geometry.experts_per_token, elsewhere=pool.elsewhere)
     for layer in model.model.layers:
-        layer.mlp.experts.lookahead = lookahead
+        layer.mlp.experts.prefetcher = prefetcher
 
     def embedded(module: nn.Module, arguments: object, embeddings: torch.Tensor) -> None:
-        pool.look_ahead(EMBEDDING, lookahead.coming(EMBEDDING, embeddings.flatten(0, -2)))
+        pool.prefetch(EMBEDDING, prefetcher.coming(EMBEDDING, embeddings.flatten(0, -2)))
 
     model.model.embed_tokens.register_forward_hook(embedded)
 
@@ -214,14 +213,6 @@ def _natural_strides(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple
 def module_name(published: str) -> str:
     """transformers 5 calls the mixture of experts `mlp`."""
     return published.replace(".block_sparse_moe.", ".mlp.")
-
-
-def generation_config(directory: Path, content: dict[str, Any]) -> GenerationConfig:
-    """Return what generation_config.json says, or where there is none what config.json, of this `content`, does.
-
-    Raises StoreError naming the file.
-    """
-    return read_generation_config(directory, mixtral_config(content, directory / "config.json"))
 
 
 @contextmanager

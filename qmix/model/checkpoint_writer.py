@@ -22,14 +22,13 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import MixtralForCausalLM
 
 from qmix.checkpoint.naming import expert_key
-from qmix.checkpoint.safetensors_header import build_header
+from qmix.checkpoint.safetensors_header import DTYPES, build_header
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.disk.direct import require_space
+from qmix.disk.space import require_space
 from qmix.errors import QmixError, UsageError
 from qmix.files import write_whole
 from qmix.geometry import HALF_BYTES, MATRICES, Geometry
 from qmix.pool.experts import ExpertPool
-from qmix.precision.formats import DTYPES
 from qmix.store.opened import is_store
 from qmix.units import parse_bytes
 

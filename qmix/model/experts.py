@@ -14,23 +14,23 @@ from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
 from qmix.plan import PREFILL_CHUNK
 from qmix.pool.experts import ExpertPool
-from qmix.pool.prefetch import Lookahead
+from qmix.pool.prefetch import Prefetcher
 
 CHUNK = PREFILL_CHUNK  # tokens through an expert at once: a pass of more takes no more work space
 
 
 class PooledExperts(PoolExperts):
-    """Stands in for transformers' MixtralExperts of one layer. Without `lookahead`, reads wait for the router."""
+    """Stands in for transformers' MixtralExperts of one layer. Without `prefetcher`, reads wait for the router."""
 
     def __init__(
         self,
         layer: int,
         pool: ExpertPool,
         activation: Activation,
-        lookahead: Lookahead | None = None,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         super().__init__(layer, pool)
-        self.activation, self.lookahead = activation, lookahead
+        self.activation, self.prefetcher = activation, prefetcher
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -56,10 +56,10 @@ class PooledExperts(PoolExperts):
     def _get(self, hidden_states: torch.Tensor, chosen: list[int]) -> Iterator[tuple[int, Forward]]:
         if hidden_states.requires_grad:
             return one_by_one(self.pool, self.layer, chosen)
-        if self.lookahead is None:
+        if self.prefetcher is None:
             return self.pool.get(self.layer, chosen)
-        self.lookahead.chosen(self.layer, chosen)
-        return self.pool.get(self.layer, chosen, self.lookahead.coming(self.layer, hidden_states))
+        self.prefetcher.chosen(self.layer, chosen)
+        return self.pool.get(self.layer, chosen, self.prefetcher.coming(self.layer, hidden_states))
 
 
 def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from qmix.checkpoint.safetensors_header import ITEM_BYTES, build_header, read_header
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.disk.direct import read_fully
+from qmix.disk.faults import read_fully
 from qmix.errors import CheckpointError, SessionError
 from qmix.files import written_whole
 from qmix.model.kv_cache import PlannedCache

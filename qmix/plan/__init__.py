@@ -20,7 +20,7 @@ from qmix.plan.placement import arrange
 from qmix.plan.predict import Prediction, speed_of
 from qmix.plan.slots import SlotClass, least_slots, share_slots
 from qmix.plan.traffic import decode_load, prefill_load
-from qmix.store.expert_frequency import Use, even_use
+from qmix.store.expert_frequency import ExpertFrequency, uniform_frequency
 from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
 
@@ -138,14 +138,14 @@ def make_plan(
     *,
     gpus: Sequence[int] = (),
     rates: Rates = TYPICAL,
-    use: Use | None = None,
+    use: ExpertFrequency | None = None,
 ) -> Plan:
     """The plan of a store under `ram` bytes and those of each GPU, for `batch` sequences of `context` tokens.
 
     `interpreter` is what Python takes without GPUs. Of several ways to use the GPUs, `rates` decide; experts are
     preferred by `use`, else evenly. Raises DoesNotFitError with the smallest `ram` that works.
     """
-    demand = Demand(layout, context, batch, attention, use or even_use(layout.geometry))
+    demand = Demand(layout, context, batch, attention, use or uniform_frequency(layout.geometry))
     host = _Host(demand, ram, interpreter)
     found = arrange(demand, gpus, host.slots, rates)
     if found is None:
@@ -224,9 +224,9 @@ class _Host:
         )
 
 
-def predict(plan: Plan, layout: StoreLayout, rates: Rates, use: Use | None = None) -> Prediction:
+def predict(plan: Plan, layout: StoreLayout, rates: Rates, use: ExpertFrequency | None = None) -> Prediction:
     """The plan's speed: decode at half the context, and one chunk of a prompt."""
-    demand = Demand(layout, plan.context, plan.batch, "sdpa", use or even_use(layout.geometry))
+    demand = Demand(layout, plan.context, plan.batch, "sdpa", use or uniform_frequency(layout.geometry))
     found = Arrangement(plan.layer_devices.count("cpu"), _holdings(plan, demand), plan.slots_by_size, demand)
     tokens = min(PREFILL_CHUNK, plan.context)
     decode = decode_load(found, StepUse.of(demand, plan.batch))

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.plan.device_work import device_record_bytes
-from qmix.store.expert_frequency import Use, by_use
+from qmix.store.expert_frequency import ExpertFrequency, by_frequency
 from qmix.store.layout import StoreLayout
 
 PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
@@ -47,7 +47,7 @@ class Demand:
     context: int
     batch: int
     attention: str
-    use: Use
+    use: ExpertFrequency
 
     @property
     def geometry(self) -> Geometry:
@@ -82,7 +82,7 @@ class Demand:
 
     @cached_property
     def order(self) -> list[tuple[int, int]]:
-        return by_use(self.layout, self.use)
+        return by_frequency(self.layout, self.use)
 
     @cached_property
     def record_bytes(self) -> list[int]:

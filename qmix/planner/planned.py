@@ -7,12 +7,13 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmix.engine.resolve import Subject, plan_for
 from qmix.errors import DoesNotFitError
 from qmix.machine.rates import Machine
 from qmix.models.published import PUBLISHED
 from qmix.plan import Plan, predict
+from qmix.plan.here import plan_for
 from qmix.plan.predict import Prediction
+from qmix.plan.target import PlanTarget
 from qmix.units import format_bytes
 
 MIB = 2**20
@@ -22,7 +23,7 @@ MIB = 2**20
 class Planned:
     """`precision` is as `--precision` takes it, None where the model decides."""
 
-    subject: Subject
+    subject: PlanTarget
     machine: Machine
     plan: Plan
     prediction: Prediction
@@ -69,7 +70,7 @@ class Planned:
 
 
 def plan_on(
-    subject: Subject,
+    subject: PlanTarget,
     machine: Machine,
     context: int | None,
     *,
@@ -94,7 +95,7 @@ def check_disk(planned: Planned) -> None:
         )
 
 
-def nearest(subject: Subject, machine: Machine, smallest: int, context: int | None, **options: Any) -> Planned:
+def nearest(subject: PlanTarget, machine: Machine, smallest: int, context: int | None, **options: Any) -> Planned:
     """The plan with the least memory that works, to the next MiB; disk as large as it takes."""
     enough = replace(machine, ram=math.ceil(smallest / MIB) * MIB, disk=None)
     return plan_on(subject, enough, context, **options)

@@ -9,17 +9,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from qmix.machine.rates import Machine, Rates
+from qmix.machine.rates import Machine, Rates, rate_text
 from qmix.plan import Plan
 from qmix.plan.predict import Speed
 from qmix.planner.planned import Planned
-from qmix.units import format_bytes, format_flops
+from qmix.units import format_bytes
 
 GPU_COLOURS = ("green", "cyan", "blue", "magenta")
 COLOURS = {"ram": "yellow", "disk": "red"}
 LETTERS = {"ram": "r", "disk": "."}
-FLOP_RATES = ("matmul", "gpu_matmul")
-SECONDS = ("layer_seconds", "read_seconds")
 
 
 def device_table(plan: Plan) -> Table:
@@ -141,13 +139,6 @@ def rates_text(rates: Rates, gpus: bool) -> str:
     parts = [f"{source}: {', '.join(found)}" for source, found in groups.items()]
     advice = "; `qmix doctor` measures this machine" if "typical" in groups and "measured" not in groups else ""
     return "; ".join(parts) + advice
-
-
-def rate_text(rates: Rates, name: str) -> str:
-    value = getattr(rates, name)
-    if name in SECONDS:
-        return f"{1e3 * value:.2g} ms"
-    return format_flops(value) if name in FLOP_RATES else f"{format_bytes(value)}/s"
 
 
 def compare_table(title: str, names: Sequence[str], found: Sequence[Planned | str]) -> Table:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from qmix.geometry import Geometry
-from qmix.store.expert_frequency import Use, even_use
+from qmix.store.expert_frequency import ExpertFrequency, uniform_frequency
+from qmix.store.profile import POLICIES as NAMES
 
 Key = tuple[int, int]  # layer, expert
 
@@ -51,9 +52,9 @@ class LeastFrequentlyUsed:
     begins with the expected `use`, by default even.
     """
 
-    def __init__(self, geometry: Geometry, use: Use | None = None, decay: float = DECAY) -> None:
+    def __init__(self, geometry: Geometry, use: ExpertFrequency | None = None, decay: float = DECAY) -> None:
         self._decay = decay
-        self._prior = use or even_use(geometry)
+        self._prior = use or uniform_frequency(geometry)
         self._visits = [0] * geometry.num_layers
         self._rates: dict[Key, tuple[float, int]] = {}  # probability, and the visit at which it was right
 
@@ -79,7 +80,7 @@ class UsesPerTime(LeastFrequentlyUsed):
     goes first, because its turn is farthest away.
     """
 
-    def __init__(self, geometry: Geometry, use: Use | None = None, decay: float = DECAY) -> None:
+    def __init__(self, geometry: Geometry, use: ExpertFrequency | None = None, decay: float = DECAY) -> None:
         super().__init__(geometry, use, decay)
         self._layers = geometry.num_layers
 
@@ -91,12 +92,9 @@ class UsesPerTime(LeastFrequentlyUsed):
 class Policy(Protocol):
     """Makes an Eviction for a model whose experts are expected to be used so, evenly if nothing is known."""
 
-    def __call__(self, geometry: Geometry, use: Use | None = None) -> Eviction: ...
+    def __call__(self, geometry: Geometry, use: ExpertFrequency | None = None) -> Eviction: ...
 
 
-POLICIES: dict[str, Policy] = {
-    "lru": lambda geometry, use=None: LeastRecentlyUsed(),
-    "lfu": LeastFrequentlyUsed,
-    "uses-per-time": UsesPerTime,
-}
+MAKERS: tuple[Policy, ...] = (lambda geometry, use=None: LeastRecentlyUsed(), LeastFrequentlyUsed, UsesPerTime)
+POLICIES: dict[str, Policy] = dict(zip(NAMES, MAKERS, strict=True))
 DEFAULT_POLICY = "uses-per-time"

@@ -23,7 +23,7 @@ from qmix.pool.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
 from qmix.pool.slots import SlotMemory
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
-from qmix.store.expert_frequency import by_use
+from qmix.store.expert_frequency import by_frequency
 from qmix.store.opened import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
@@ -93,7 +93,7 @@ class ExpertPool:
         known, else first layer first."""
         layout, free = self.store.layout, {nbytes: self._slots.free(nbytes) for nbytes in self.slots}
         waiting: deque[Key] = deque()
-        for key in by_use(layout, self.store.use) if self.store.use else layout.experts:
+        for key in by_frequency(layout, self.store.use) if self.store.use else layout.experts:
             if key in self.elsewhere or key in self._resident or not free[self._nbytes[key]]:
                 continue
             free[self._nbytes[key]] -= 1
@@ -150,7 +150,7 @@ class ExpertPool:
         self.policy.used(layer, experts)
         return self._stream(layer, ready, begun, waiting, coming)
 
-    def look_ahead(self, layer: int, coming: Sequence[Key]) -> None:
+    def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read, while `layer` computes, what later layers will probably ask for, soonest first."""
         self._check_running()
         self._collect()

@@ -24,7 +24,7 @@ FEW_TOKENS = 8  # with more, nearly every expert of a layer is asked for
 EMBEDDING = -1  # the "layer" before the first
 
 
-class Lookahead:
+class Prefetcher:
     """Guesses for a model with `norms` [L, H] (of the experts' inputs) and `gates` [L, E, H].
 
     Experts that lie `elsewhere` than in a pool are not among them. `right` and `guesses` count by depth, for reports.

@@ -13,17 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd, prod
 
-from qmix.checkpoint.safetensors_header import ITEM_BYTES
+from qmix.checkpoint.safetensors_header import DTYPES, ITEM_BYTES
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.packing import BLOCK, PACK_ROWS
 from qmix.units import quoted
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
 FOUR_BITS = ("nf4", "fp4")
-DTYPES = {"bf16": "BF16", "fp16": "F16"}  # the two half precisions, as users and as safetensors name them
-BLOCK = 64  # weights that share an absmax
-PACK_ROWS = 32  # rows interleaved in the packed layout
 KERNEL_WEIGHTS = 2**19  # in a matrix, from where on qmix's own products pay
 
 

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import MATRICES
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.packing import BLOCK, PACK_ROWS
 from qmix.precision.bitsandbytes import cpu_library
 from qmix.precision.bitsandbytes import functional as bnb
-from qmix.precision.formats import BLOCK, FOUR_BITS, KERNEL_WEIGHTS, PACK_ROWS, fits_kernels
+from qmix.precision.formats import FOUR_BITS, KERNEL_WEIGHTS, fits_kernels
 from qmix.precision.record import RecordLayout
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32

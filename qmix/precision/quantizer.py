@@ -8,7 +8,8 @@ import torch
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.errors import CheckpointError
 from qmix.kernels.cpu.quantize import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
-from qmix.precision.formats import BLOCK, fits_kernels, parts
+from qmix.kernels.packing import BLOCK
+from qmix.precision.formats import fits_kernels, parts
 
 LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 

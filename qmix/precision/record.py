@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qmix.checkpoint.safetensors_header import aligned
+from qmix.disk import PAGE
 from qmix.geometry import Geometry
 from qmix.precision.formats import Part, parts
 
-PAGE = 4096  # what O_DIRECT asks of offsets and sizes
 LINE = 64  # a cache line, and the kernels' vectors
 
 

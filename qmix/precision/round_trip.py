@@ -26,7 +26,8 @@ from qmix.kernels.cpu.blocks import (
     widen,
 )
 from qmix.kernels.cpu.compiled import compiled
-from qmix.precision.formats import BLOCK, check_precision
+from qmix.kernels.packing import BLOCK
+from qmix.precision.formats import check_precision
 from qmix.precision.quantizer import LARGEST_SCALE, not_finite, too_large
 
 BLOCKS = tuple(2**power for power in range(5, 13))  # weights that may share a scale

@@ -10,12 +10,12 @@ from pathlib import Path
 import msgspec
 
 from qmix.checkpoint import open_checkpoint
-from qmix.engine.resolve import layout_for, open_source
 from qmix.errors import CheckpointError, QmixError
 from qmix.files import decode_json
 from qmix.progress import Progress
 from qmix.store.quantize import quantize
 from qmix.store.request import Message, Request
+from qmix.store.sources import layout_for, open_source
 
 REPORT_SECONDS = 0.1
 

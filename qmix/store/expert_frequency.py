@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from qmix.geometry import Geometry
 from qmix.store.layout import StoreLayout
 
-Use = Sequence[Sequence[float]]  # [layer][expert]: the share of a layer's tokens that are routed to an expert
+ExpertFrequency = Sequence[
+    Sequence[float]
+]  # [layer][expert]: the share of a layer's tokens that are routed to an expert
 
 
-def even_use(geometry: Geometry) -> tuple[tuple[float, ...], ...]:
+def uniform_frequency(geometry: Geometry) -> tuple[tuple[float, ...], ...]:
     """Every expert used as often as any other."""
     share = geometry.experts_per_token / geometry.num_experts
     return ((share,) * geometry.num_experts,) * geometry.num_layers
 
 
-def by_use(layout: StoreLayout, use: Use) -> list[tuple[int, int]]:
+def by_frequency(layout: StoreLayout, use: ExpertFrequency) -> list[tuple[int, int]]:
     """All (layer, expert), the most used first.
 
     Equals a layer after the other, so that all layers get their share; and so that any first part of them has the same

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from qmix.checkpoint.safetensors_header import TensorInfo, aligned, build_header
+from qmix.checkpoint.safetensors_header import DTYPES, TensorInfo, aligned, build_header
+from qmix.disk import PAGE
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
-from qmix.precision.formats import DTYPES, FOUR_BITS, Part, check_precision
-from qmix.precision.record import LINE, PAGE, RecordLayout, record_layout
+from qmix.precision.formats import FOUR_BITS, Part, check_precision
+from qmix.precision.record import LINE, RecordLayout, record_layout
 from qmix.units import quoted
 
 DENSE_FILE = "dense.safetensors"
@@ -157,3 +158,11 @@ def part_name(expert: int, matrix: str, part: str) -> str:
 def _file(name: str, placed: Sequence[tuple[str, str, tuple[int, ...], int]], size: int) -> FileLayout:
     header, tensors = build_header(placed, size, PAGE)
     return FileLayout(name, header, tensors, len(header) + size)
+
+
+def precision_of(layout: StoreLayout) -> str:
+    """Of the experts: `nf4`, or `nf4 (40 experts), int8 (8 experts)`."""
+    counts = Counter(precision for row in layout.precisions for precision in row)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{precision} ({count} experts)" for precision, count in counts.most_common())

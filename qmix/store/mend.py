@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qmix.checkpoint import Checkpoint, open_checkpoint
-from qmix.disk.direct import UncachedFile, disk_advice
-from qmix.engine.resolve import open_source
+from qmix.disk.direct import UncachedFile
+from qmix.disk.faults import disk_advice
 from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
 from qmix.files import read_json, write_whole
 from qmix.models import EMBEDDED
@@ -24,6 +24,7 @@ from qmix.progress import OnProgress, Progress, ignore
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import CONFIG, MANIFEST, ORIGIN, PROFILE, Manifest, Origin, layout_of, read_manifest
 from qmix.store.quantize import WeightRun, write_error
+from qmix.store.sources import open_source
 from qmix.store.verify import MISSING, STRANGE, Damage, Verification, parts_of, recheck, small_digest, verify_store
 from qmix.store.writer import Unit, UnitWriter, places, small_files
 

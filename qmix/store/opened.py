@@ -26,10 +26,11 @@ import msgspec
 import xxhash
 
 from qmix.checkpoint.reader import TOKENIZER_FILES, TOKENIZERS
+from qmix.checkpoint.safetensors_header import DTYPES
 from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError, mending
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, read_json
 from qmix.geometry import Geometry
-from qmix.precision.formats import DTYPES, PRECISIONS
+from qmix.precision.formats import PRECISIONS
 from qmix.store.layout import FileLayout, StoreLayout
 from qmix.store.profile import Profile, Table, check_profile, read_profile, write_profile
 

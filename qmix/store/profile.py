@@ -21,11 +21,10 @@ from typing import Any
 
 import msgspec
 
-from qmix.disk.direct import write_advice
+from qmix.disk.faults import write_advice
 from qmix.errors import QmixError, UsageError
 from qmix.files import read_versioned, written_whole
 from qmix.geometry import Geometry
-from qmix.pool.eviction import POLICIES
 from qmix.precision.formats import PRECISIONS
 from qmix.precision.record import record_layout
 from qmix.store.allocation import Allocator, Precisions, too_small
@@ -36,6 +35,7 @@ SUM_TOLERANCE = 0.02  # of a layer's shares
 AUTO = "auto"  # the precision that asks for the profile's own
 
 Table = tuple[tuple[float, ...], ...]  # [layer][expert]
+POLICIES = ("lru", "lfu", "uses-per-time")  # of `qmix.pool.eviction`, by name
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from qmix.checkpoint.fingerprint import WeightDigest, fingerprint_of, read_finge
 from qmix.checkpoint.reader import Checkpoint, Weight
 from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
-from qmix.disk.direct import FULL, DirectMemory, copied, disk_advice
+from qmix.disk.direct import DirectMemory, copied
+from qmix.disk.faults import FULL, disk_advice
 from qmix.errors import CheckpointError, StoreError
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer

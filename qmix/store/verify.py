@@ -22,12 +22,12 @@ import xxhash
 
 from qmix.checkpoint.reader import TOKENIZERS
 from qmix.checkpoint.safetensors_header import read_header
+from qmix.disk import PAGE
 from qmix.disk.direct import DirectMemory, UncachedFile
 from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import PIECE_BYTES, Read, Reader
 from qmix.errors import CheckpointError, StoreError
 from qmix.files import JSON_LIMIT, read_bounded, read_json
-from qmix.precision.record import PAGE
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store.layout import DENSE_FILE, FileLayout, StoreLayout, layer_file
 from qmix.store.opened import (

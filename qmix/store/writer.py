@@ -22,7 +22,8 @@ import xxhash
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.reader import TOKENIZERS, Checkpoint
 from qmix.checkpoint.safetensors_header import TensorInfo
-from qmix.disk.direct import DirectMemory, UncachedFile, require_space
+from qmix.disk.direct import DirectMemory, UncachedFile
+from qmix.disk.space import require_space
 from qmix.errors import CheckpointError, StoreError
 from qmix.files import JSON_LIMIT, read_bounded, sync, write_whole
 from qmix.store.journal import Entry, Journal, Subject

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import click
-from rich import box
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import (
@@ -22,18 +20,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress import Progress as RichProgress
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
-from qmix.machine.rates import SLOW_FOUR_BIT
 from qmix.progress import Progress
 from qmix.units import format_bytes
 
 if TYPE_CHECKING:  # it imports torch, which a plan does without
-    from qmix.bench.report import Report, Row
-    from qmix.compare.fidelity import Fidelity
-    from qmix.engine.stream import Result
-    from qmix.machine.probes import Rate
+    pass
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
 THINKING_PATIENCE = 0.5  # seconds without a first token before a line says what is going on
@@ -157,96 +151,6 @@ class ThinkingLine:
 def say(line: str) -> None:
     """One line to stderr."""
     click.echo(line, err=True)
-
-
-def statistics(result: Result) -> str:
-    """The one line behind an answer."""
-    reused = f" after {result.reused_tokens} kept" if result.reused_tokens else ""
-    return (
-        f"{result.prefilled_tokens} prompt tokens{reused} in {result.ttft_s:.2f} s ({result.prompt_rate:.1f} tok/s), "
-        f"{result.completion_tokens} new at {result.rate:.2f} tok/s, "
-        f"{100 * result.hit_rate:.1f}% of experts in memory, "
-        f"{format_bytes(result.bytes_read)} read, peak {format_bytes(result.peak_memory)} "
-        f"of {format_bytes(result.budget)}, seed {result.seed}"
-    )
-
-
-def bench_table(report: Report) -> Table:
-    """A row for each workload; stays readable on 60 columns."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("test", no_wrap=True)
-    for name in ("tok/s", "TTFT", "TPOT", "hit\nrate", "read a\ntoken", "of\nbound"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in report.rows:
-        decimals = _decimals(row.rate)
-        cells = (
-            f"{row.rate:.{decimals}f} ± {row.rate_sd:.{decimals}f}",
-            format_seconds(row.ttft_s),
-            "" if row.tpot_s is None else format_seconds(row.tpot_s),
-            f"{100 * row.hit_rate:.1f}%",
-            format_bytes(row.bytes_per_token),
-            f"{100 * row.share_of_bound:.3g}%",
-        )
-        table.add_row(row.workload.name, *cells)
-    return table
-
-
-def fidelity_table(rows: Sequence[Fidelity]) -> Table:
-    """A row for each variant, the reference first."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("experts", overflow="fold")
-    for name in ("bytes", "perplexity", "mean KL", "+/-", "99% below", "worst KL", "same top 1"):
-        table.add_column(name, justify="right", overflow="fold")
-    for index, row in enumerate(rows):
-        divergences = (row.kl_mean, row.kl_error, row.kl_p99, row.kl_worst)
-        shown = [f"{value:.3g}" for value in divergences] if index else [""] * len(divergences)
-        agreement = f"{100 * row.top1:.2f}%" if index else ""
-        table.add_row(row.name, format_bytes(row.expert_bytes), f"{row.perplexity:.4g}", *shown, agreement)
-    return table
-
-
-def bench_conditions(report: Report) -> Table:
-    """What the rows are to be read with."""
-    plan, ceilings = report.plan, report.ceilings
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column()
-
-    def row(name: str, value: str) -> None:
-        table.add_row(name, Text(value))
-
-    row("model", f"{report.model}, experts {report.precision}, the rest {report.dtype}")
-    row("memory", f"{format_bytes(plan.ram)} budget, peak {format_bytes(report.peak_memory)}")
-    row("experts", f"{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
-    row("machine", f"{report.cpu}, {report.threads} {'thread' if report.threads == 1 else 'threads'}")
-    if not report.fast_kernels:
-        row("", f"no fast 4-bit kernel for this model here: 4-bit products are {SLOW_FOUR_BIT:.0f} times slower")
-    row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
-    row("memory read", _rate(ceilings.memory_read))
-    if ceilings.disk_read is not None:
-        row("disk read", _rate(ceilings.disk_read))
-    row("matmul", _rate(ceilings.matmul, "FLOP"))
-    for measured in report.rows:
-        row("bound", _bound(measured))
-    return table
-
-
-def _rate(rate: Rate, unit: str = "B") -> str:
-    median, *spread = (f"{format_bytes(value)[:-1]}{unit}/s" for value in (rate.median, *rate.spread))
-    return f"{median} ({' to '.join(spread)}): {rate.how}"
-
-
-def _bound(row: Row) -> str:
-    after = f" after a prompt of {row.workload.prompt_tokens}" if row.workload.decode_steps else ""
-    read = f"; reads {format_bytes(row.least_bytes_per_token)} a token" if row.least_bytes_per_token else ""
-    return (
-        f"{row.workload.name}{after}: {row.bound_rate:.{_decimals(row.bound_rate)}f} tok/s, set by {row.bound_by}{read}"
-    )
-
-
-def _decimals(value: float) -> int:
-    """That show four digits of a number above zero."""
-    return max(0, 3 - math.floor(math.log10(value)))
 
 
 def format_seconds(seconds: float) -> str:

@@ -57,7 +57,7 @@ class PretendPool(ExpertPool):
         for expert in experts:
             yield expert, self._computes
 
-    def look_ahead(self, layer: int, coming: Sequence[Key]) -> None:
+    def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         pass
 
 
@@ -140,7 +140,7 @@ def stand_ins() -> Iterator[None]:
         for name, replacement in (
             ("qmix.precision.dense.half_product", _half_product),
             ("qmix.model.attention._kernel_takes", lambda *_: False),
-            ("qmix.pool.prefetch.Lookahead.coming", lambda *_: []),  # guesses are of values
+            ("qmix.pool.prefetch.Prefetcher.coming", lambda *_: []),  # guesses are of values
             ("qmix.model.kv_cache.anonymous_memory", _memory),
             ("qmix.model.gpu.dense.anonymous_memory", _memory),
         ):

@@ -20,7 +20,7 @@ from qmix.checkpoint.torch_dtypes import HALF
 from qmix.errors import QmixError
 from qmix.geometry import CONFIG_KEYS, Geometry
 from qmix.machine.rates import Rates
-from qmix.model.build import empty_model, furnish
+from qmix.model.build import empty_model, load_weights
 from qmix.model.gpu.dense import dense_memory, typed
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
@@ -91,14 +91,14 @@ class Rehearsal:
         self.pool: ExpertPool
         self.cache: PlannedCache
 
-    def furnish(self) -> None:
+    def load_weights(self) -> None:
         """All that is there before the first step."""
         spread = self.spread
         elsewhere = spread.residents if spread else frozenset()
         self.pool = pretend.PretendPool(self.store, self.plan.slots_by_size, elsewhere)
         host = Device(HOST, torch.device(HOST))
         dense = typed(self.store, dense_memory(self.store, spread.of_tensor if spread else lambda name: host))
-        furnish(self.model, self.store, self.pool, dense, self.spread)
+        load_weights(self.model, self.store, self.pool, dense, self.spread)
         homes = [device.device for device in spread.layers] if spread else None
         dtype = HALF[self.layout.dtype]
         self.cache = PlannedCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
@@ -148,7 +148,7 @@ def rehearsal(
         if kind == pretend.KIND:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(made.bytes)
-        made.furnish()
+        made.load_weights()
         yield made
 
 

@@ -16,7 +16,6 @@ import torch
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.opener import Runner
-from qmix.engine.resolve import layout_for
 from qmix.geometry import Geometry
 from qmix.machine.rates import Rates
 from qmix.model.gpu.devices import HOST
@@ -27,6 +26,7 @@ from qmix.plan.slots import MIN_SLOTS
 from qmix.store.layout import StoreLayout, parse_precisions
 from qmix.store.opened import Store
 from qmix.store.quantize import quantize
+from qmix.store.sources import layout_for
 from qmix.units import format_bytes
 from qmix.verify.rehearsal import Verification, verify, verify_on_gpus
 

@@ -12,28 +12,27 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from calibration.corpus import Passage
-from calibration.routing import Routing, RoutingRecorder
+from calibration.routing import RoutingRecorder, RoutingStatistics
 from calibration.run import calibrate
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.layerwise import LayerwisePass
-from qmix.engine.layerwise import Routing as Routed
+from qmix.engine.layerwise import LayerwisePass, RouterOutput
 from qmix.geometry import Geometry
 
 SMALL = Geometry(2, 4, 2, 1, 1, 2, 3, 1, 8, 16)  # hidden 2, two layers of three experts, one a token
 GATES = torch.tensor([[[1.0, 0], [0, 1], [-1, -1]], [[1, 0], [0, 1], [-1, -1]]])
 
 
-def routed(*experts: int) -> Routed:
+def routed(*experts: int) -> RouterOutput:
     """Each token to one expert, which gets half of the probability and the others a quarter each."""
     chosen = torch.tensor(experts)[:, None]
     logits = torch.zeros(len(experts), 3).scatter_(1, chosen, math.log(2))
-    return Routed(logits, torch.ones(len(experts), 1), chosen)
+    return RouterOutput(logits, torch.ones(len(experts), 1), chosen)
 
 
 @pytest.fixture
-def small() -> Routing:
+def small() -> RoutingStatistics:
     """Tokens 0, 1 in one sequence and language, 2 in another; the norms' scales undo what the states were scaled by."""
     norms = torch.tensor([[2.0, 2.0], [1.0, 1.0]])
     recorder = RoutingRecorder(SMALL, norms, GATES, [[5, 6], [7]], ["en", "fr"])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from calibration.sensitivity import KINDS, Kind, SensitivityMeter
-from qmix.engine.layerwise import Routing
+from qmix.engine.layerwise import RouterOutput
 from qmix.geometry import Geometry
 from qmix.precision.round_trip import round_trip
 
@@ -28,7 +28,7 @@ MATRICES = [{"w1": random(128, 64), "w3": random(128, 64), "w2": random(64, 128)
 
 def measured(kinds=KINDS, samples: int = TOKENS, states=STATES, stream=STREAM, weights=WEIGHTS, chosen=CHOSEN):
     meter = SensitivityMeter(SMALL, F.silu, kinds, samples)
-    meter.routed(0, stream, states, Routing(LOGITS, weights, chosen))
+    meter.routed(0, stream, states, RouterOutput(LOGITS, weights, chosen))
     for index in range(3):
         if (chosen == index).any():
             meter.expert(0, index, MATRICES[index])

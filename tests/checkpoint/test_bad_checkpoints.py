@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.resolve import open_source
 from qmix.errors import CheckpointError, UsageError
 from qmix.geometry import CONFIG_KEYS, config_from_params
+from qmix.store.sources import open_source
 
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 Q0 = "model.layers.0.self_attn.q_proj.weight"

@@ -15,11 +15,12 @@ from stores import files_of, interrupt_store, make_store
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine import resolve as prepare
-from qmix.engine.resolve import COMPARING, layout_for, prepare_store
+from qmix.engine.resolve import COMPARING, prepare_store
 from qmix.errors import CheckpointError, StoreError
 from qmix.progress import Progress
 from qmix.store.opened import open_store
 from qmix.store.quantize import quantize
+from qmix.store.sources import layout_for
 
 SPEC = "nf4,0.*=int8,*.2=half"
 SHARD = "model-00002-of-00003.safetensors"
@@ -124,7 +125,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_makes_no_store(
 def test_the_process_that_quantises_refuses_another_checkpoint_than_was_looked_at(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, looked_at = prepare._quantize_in_child, {}
+    real, looked_at = prepare.quantize_in_child, {}
 
     def swapped(opened, *rest) -> None:
         looked_at.update(opened.seen)
@@ -133,11 +134,11 @@ def test_the_process_that_quantises_refuses_another_checkpoint_than_was_looked_a
             shard.replace(checkpoint / shard.name)
         real(opened, *rest)
 
-    monkeypatch.setattr(prepare, "_quantize_in_child", swapped)
+    monkeypatch.setattr(prepare, "quantize_in_child", swapped)
     with pytest.raises(Exception, match="was changed since it was looked at; run the same command again"):
         prepare_store(checkpoint, SPEC)
     assert looked_at
-    monkeypatch.setattr(prepare, "_quantize_in_child", real)
+    monkeypatch.setattr(prepare, "quantize_in_child", real)
     assert prepare_store(checkpoint, SPEC).fingerprint == open_checkpoint(LocalSource(checkpoint)).fingerprint
 
 
@@ -150,7 +151,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(directory)
         quantize(opened, directory, layout_for(opened, precision, dtype, clip), on_progress)
 
-    monkeypatch.setattr(prepare, "_quantize_in_child", here)
+    monkeypatch.setattr(prepare, "quantize_in_child", here)
     return made
 
 

@@ -26,8 +26,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding,
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.resolve import open_source
 from qmix.errors import CheckpointError
+from qmix.store.sources import open_source
 
 
 def write_pickles(directory: Path, weights: dict, config: dict, **files: Callable[[str], bool]) -> Path:

@@ -57,7 +57,7 @@ def test_a_store_larger_than_the_disk_that_was_found_is_warned_of(monkeypatch):
     import qmix.machine.found
     from qmix.commands.plan import plan
 
-    monkeypatch.setattr("qmix.engine.resolve.interpreter_memory", lambda kernels: 5 * 10**8)
+    monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda kernels: 5 * 10**8)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(qmix.machine.found.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9))
     of_this = ("mixtral-8x22b", "--ram", "64GiB", "--gpu", "none")

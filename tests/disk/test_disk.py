@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qmix.disk.direct import DIRECT_BYTES, DirectMemory, UncachedFile, copied
+from qmix.disk import PAGE
+from qmix.disk.direct import DirectMemory, UncachedFile, copied
 
 # offset and size: whole pages; inside one page; across one border; odd ends on both sides; the end of the file
 RANGES = [(0, 8192), (4096, 4096), (5000, 100), (4000, 200), (3, 12_290), (8191, 8194), (20_000, 5_001)]
@@ -127,4 +128,4 @@ def test_errors_of_the_disk_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def _takes_direct(file: UncachedFile) -> bool:
-    return file._directly(os.pwrite, DirectMemory(DIRECT_BYTES).at(0, DIRECT_BYTES), 0) > 0
+    return file._directly(os.pwrite, DirectMemory(PAGE).at(0, PAGE), 0) > 0

@@ -132,7 +132,7 @@ def test_greedy_texts_are_transformers_own_when_experts_are_half(tiny, tmp_path)
 
 def test_draws_come_from_what_generate_draws_from(store):
     """The same processors in the same order, from the model's defaults and the options."""
-    from qmix.engine.sampler import TokenChooser
+    from qmix.engine.sampler import Sampler
 
     with Runner(store, plan_of(store, 1, 64, 48)) as runner:
         seen = []
@@ -142,7 +142,7 @@ def test_draws_come_from_what_generate_draws_from(store):
             sampling = Sampling(max_new_tokens=1, **{"seed": 1} | options)
             prompt = runner.tokenizer("Click")["input_ids"]
             runner.complete(prompt, sampling)
-            mine = TokenChooser(runner.model, sampling, prompt)._processors
+            mine = Sampler(runner.model, sampling, prompt)._processors
             theirs = seen[-2]
             described = [[(type(one).__name__, vars(one)) for one in each] for each in (mine, theirs)]
             assert str(described[0]) == str(described[1])

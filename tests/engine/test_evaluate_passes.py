@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from qmix.engine.passes import Query, Segment, make_pass, spans
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.evaluate.card import CARD, CARD_AVERAGE, card_rows
-from qmix.evaluate.sizing import MOST_TOKENS, plan_scoring, token_bytes
 from qmix.geometry import Geometry
+from qmix.plan.scoring import MOST_TOKENS, plan_scoring, token_bytes
 from qmix.plan.slots import least_slots
 from qmix.store.layout import StoreLayout, parse_precisions
 
@@ -86,7 +86,7 @@ def test_tokens_sort_as_numbers():
 
 @pytest.fixture
 def layout(monkeypatch) -> StoreLayout:
-    monkeypatch.setattr("qmix.evaluate.sizing.interpreter_memory", lambda kernels: 500 * 2**20)
+    monkeypatch.setattr("qmix.plan.scoring.interpreter_memory", lambda kernels: 500 * 2**20)
     return StoreLayout(BIG, parse_precisions("nf4", BIG), "bf16")
 
 
@@ -127,7 +127,7 @@ def test_a_small_job_takes_no_more_than_it_needs(layout):
 def test_no_plan_exceeds_its_budget_and_the_smallest_does(precision, gib, longest, rows):
     layout = StoreLayout(BIG, parse_precisions(precision, BIG), "bf16")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qmix.evaluate.sizing.interpreter_memory", lambda kernels: 500 * 2**20)
+        patch.setattr("qmix.plan.scoring.interpreter_memory", lambda kernels: 500 * 2**20)
         with pytest.raises(DoesNotFitError) as refused:
             plan_scoring(layout, longest, max(rows, longest), 10 * GIB)
         smallest = refused.value.smallest

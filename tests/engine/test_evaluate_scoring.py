@@ -11,7 +11,7 @@ from stores import make_store
 from calibration.corpus import alternating, bundled
 from qmix.engine.passes import TOKEN, Query, make_pass, spans
 from qmix.engine.scoring import Score, Scorer
-from qmix.evaluate.sizing import ScoringPlan
+from qmix.plan.scoring import ScoringPlan
 from qmix.text.tokenizer import load_tokenizer
 
 RNG = torch.Generator().manual_seed(0)

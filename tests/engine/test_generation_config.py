@@ -16,7 +16,7 @@ from qmix.chat.session import Session
 from qmix.engine.batch_runner import BatchRunner, Request
 from qmix.engine.generation_config import IGNORED, REFUSED, Honoured, parse_generation_config
 from qmix.engine.opener import Runner
-from qmix.engine.sampler import TokenChooser
+from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
 from qmix.errors import StoreError
 from qmix.plan import make_plan
@@ -161,7 +161,7 @@ def test_one_prompt_and_many_are_put_through_the_same_processors(own, name, opti
         own.complete(prompt, sampling)
     finally:
         del own.model._get_logits_processor
-    assert described(TokenChooser(own.model, sampling, prompt)._processors) == seen[0]
+    assert described(Sampler(own.model, sampling, prompt)._processors) == seen[0]
 
 
 def described(processors) -> str:
@@ -298,5 +298,5 @@ def test_whatever_is_taken_chooses_a_token_and_all_else_is_one_line(runner, part
     runner.model.generation_config = config
     logits = 10 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
     for options in ({}, {"temperature": 0.7}, {"ignore_eos": True}):
-        chooser = TokenChooser(runner.model, Sampling(max_new_tokens=3, seed=seed, **options), [5, 6, 7])
-        assert 0 <= chooser.choose([5, 6, 7], logits).token < VOCABULARY
+        sampler = Sampler(runner.model, Sampling(max_new_tokens=3, seed=seed, **options), [5, 6, 7])
+        assert 0 <= sampler.sample([5, 6, 7], logits).token < VOCABULARY

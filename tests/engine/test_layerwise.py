@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
-from qmix.engine.resolve import layout_for
 from qmix.engine.variants import Quantised, Stored
 from qmix.errors import DoesNotFitError, StoreError
+from qmix.store.sources import layout_for
 
 RNG = torch.Generator().manual_seed(0)
 SEQUENCES = [torch.randint(3, 4000, (length,), generator=RNG).tolist() for length in (70, 1, 33, 600)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.scheduler import Continuation, Scheduler, Stretches
+from qmix.engine.scheduler import Continuation, KVAllocator, Scheduler
 
 
 def test_the_first_stretch_that_is_long_enough_is_taken_and_neighbours_are_joined():
-    stretches = Stretches(10)
+    stretches = KVAllocator(10)
     assert [stretches.take(size) for size in (4, 3, 3, 1)] == [0, 4, 7, None]
     stretches.give_back(0, 4)
     stretches.give_back(7, 3)
@@ -21,7 +21,7 @@ def test_the_first_stretch_that_is_long_enough_is_taken_and_neighbours_are_joine
 @given(st.data())
 def test_stretches_never_overlap_and_all_come_back(data):
     capacity = data.draw(st.integers(1, 60))
-    stretches, taken = Stretches(capacity), {}
+    stretches, taken = KVAllocator(capacity), {}
     for size in data.draw(st.lists(st.integers(1, 20), max_size=60)):
         start = stretches.take(size)
         if start is None:

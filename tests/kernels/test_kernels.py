@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numba.core.caching import CompileResultCacheImpl
 
-from qmix.kernels.cpu.compiled import compiled
-from qmix.kernels.cpu.quantize import BLOCK, quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 from qmix.kernels.cpu import blocks
+from qmix.kernels.cpu.compiled import compiled
+from qmix.kernels.cpu.quantize import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
+from qmix.kernels.packing import BLOCK
 from qmix.precision.bitsandbytes import functional as bnb
 
 KINDS = ("nf4", "fp4")

@@ -14,7 +14,7 @@ from qmix.engine.opener import Runner
 from qmix.errors import StoreError, UsageError
 from qmix.machine.rates import Rates
 from qmix.model.build import build_model
-from qmix.model.gpu.experts import DeviceExperts, Routing
+from qmix.model.gpu.experts import DeviceExperts, TokensByExpert
 from qmix.model.gpu.model import spread_for
 from qmix.model.kv_cache import PlannedCache
 
@@ -132,7 +132,7 @@ def test_an_expert_away_from_its_layer_is_refused(tmp_path):
 
 
 def test_routing_by_hand():
-    routing = Routing([[3, 0], [0, 1], [3, 1]])
+    routing = TokensByExpert([[3, 0], [0, 1], [3, 1]])
     # pairs 0..5 go to 3 0 0 1 3 1
     assert {expert: routing.pairs(expert) for expert in routing.spans} == {0: [1, 2], 1: [3, 5], 3: [0, 4]}
     assert routing.count(3) == 2

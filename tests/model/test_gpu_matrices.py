@@ -7,10 +7,11 @@ import torch
 
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import Geometry
+from qmix.kernels.packing import BLOCK
 from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, device_expert, put_in_order
 from qmix.plan.device_work import device_record_bytes
 from qmix.precision.bitsandbytes import functional as bnb
-from qmix.precision.formats import BLOCK, parts
+from qmix.precision.formats import parts
 from qmix.precision.matmul import Expert
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.precision.record import record_layout

@@ -18,7 +18,7 @@ from qmix.plan import make_plan, predict
 from qmix.plan.demand import Demand
 from qmix.plan.device_work import device_record_bytes
 from qmix.plan.placement import GPU_RESERVE_BYTES, JOB, arrange
-from qmix.store.expert_frequency import by_use, even_use
+from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout, parse_precisions
 
 MIB, GIB = 2**20, 2**30
@@ -126,7 +126,7 @@ def test_a_plan_is_the_same_every_time():
 
 def test_bytes_of_a_small_gpu_by_hand():
     store = layout(SMALL, "half")
-    demand = Demand(store, 100, 1, "sdpa", even_use(SMALL))
+    demand = Demand(store, 100, 1, "sdpa", uniform_frequency(SMALL))
     # q, o: 256 x 256; k, v: 128 x 256; gate 4 x 256; two norms
     assert demand.layer_dense == 2 * (2 * 256 * 256 + 2 * 128 * 256 + 4 * 256 + 2 * 256)
     assert demand.embeddings == 2 * 1000 * 256
@@ -139,8 +139,8 @@ def test_bytes_of_a_small_gpu_by_hand():
 
 def test_the_most_used_experts_come_first_and_equals_go_round_the_layers():
     store = layout(SMALL)
-    assert by_use(store, SKEWED)[:5] == [(3, 0), (0, 0), (2, 3), (4, 0), (4, 1)]
-    assert by_use(store, even_use(SMALL))[:6] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (0, 1)]
+    assert by_frequency(store, SKEWED)[:5] == [(3, 0), (0, 0), (2, 3), (4, 0), (4, 1)]
+    assert by_frequency(store, uniform_frequency(SMALL))[:6] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (0, 1)]
 
 
 def test_the_most_used_experts_lie_on_the_gpu_then_in_memory():
@@ -152,7 +152,7 @@ def test_the_most_used_experts_lie_on_the_gpu_then_in_memory():
         if found and len(found.residents) >= 8:
             break
     assert found
-    tiers = [found.placement[layer][expert] for layer, expert in by_use(store, SKEWED)]
+    tiers = [found.placement[layer][expert] for layer, expert in by_frequency(store, SKEWED)]
     resident = len(found.residents)
     assert 8 <= resident <= 9
     assert tiers == ["gpu:0"] * resident + ["ram"] * 2 + ["disk"] * (18 - resident)

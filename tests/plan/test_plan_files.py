@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from qmix.engine.resolve import Subject
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.machine.rates import Machine
 from qmix.plan import file as plan_file
 from qmix.plan.file import read_plan
+from qmix.plan.target import PlanTarget
 from qmix.planner.planned import plan_on
 from qmix.store.layout import StoreLayout, parse_precisions
 
@@ -27,7 +27,7 @@ USE = ((0.9, 0.5, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5))
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """What Python takes, without measuring it."""
-    monkeypatch.setattr("qmix.engine.resolve.interpreter_memory", lambda **options: 10**8)
+    monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda **options: 10**8)
 
 
 def layout(precision: str = "nf4") -> StoreLayout:
@@ -35,7 +35,7 @@ def layout(precision: str = "nf4") -> StoreLayout:
 
 
 def write(path: Path, gpus=(), use=None, **options) -> Path:
-    planned = plan_on(Subject("org/small", layout(), "abc", use), Machine(4 * GIB, gpus), 100, **options)
+    planned = plan_on(PlanTarget("org/small", layout(), "abc", use), Machine(4 * GIB, gpus), 100, **options)
     path.write_text(json.dumps(planned.to_json()))
     return path
 
@@ -44,7 +44,7 @@ def write(path: Path, gpus=(), use=None, **options) -> Path:
 def test_a_plan_is_read_back_as_it_was_written(tmp_path, gpus, monkeypatch):
     monkeypatch.setattr(plan_file, "found_gpus", lambda: gpus)
     path = write(tmp_path / "plan.json", gpus, batch=3, use=USE)
-    made = plan_on(Subject("org/small", layout(), "abc", USE), Machine(4 * GIB, gpus), 100, batch=3).plan
+    made = plan_on(PlanTarget("org/small", layout(), "abc", USE), Machine(4 * GIB, gpus), 100, batch=3).plan
     assert read_plan(path).plan_of(layout(), "abc") == made
     assert read_plan(path).plan_of(layout()) == made  # where the weights are not known
 

@@ -171,7 +171,7 @@ def test_records_that_wait_for_a_slot_do_not_hold_up_those_of_another_size(mixed
 def test_looking_ahead_leaves_most_slots_of_each_size_to_what_is_asked_for(mixed):
     small, large = mixed.layout.record_counts
     pool = ExpertPool(mixed, {small: 4, large: 3})
-    pool.look_ahead(-1, [(0, 3), (0, 0), (0, 1)])
+    pool.prefetch(-1, [(0, 3), (0, 0), (0, 1)])
     settled(pool)
     assert set(pool._resident) == {(0, 0)}
     pool.close()
@@ -212,7 +212,7 @@ def test_what_is_expected_to_be_used_stays_before_there_was_any_use(store):
     pool = make_pool(replace(store, profile=profile), 3)
     pool.fill()
     assert set(pool._resident) == {(1, 1), (1, 2), (0, 0)}
-    pool.look_ahead(-1, [])
+    pool.prefetch(-1, [])
     ask(pool, 0, 3)  # layer 0 has just passed
     assert set(pool._resident) == {(1, 1), (1, 2), (0, 3)}
     pool.close()
@@ -275,7 +275,7 @@ def test_a_read_ahead_that_is_still_under_way_is_waited_for(store, monkeypatch):
 
     monkeypatch.setattr(DirectFile, "read_into", late)
     pool = make_pool(store, 8)
-    pool.look_ahead(-1, [(0, 1)])
+    pool.prefetch(-1, [(0, 1)])
     Timer(0.1, gate.set).start()
     assert ask(pool, 0, 1) == [1]
     assert (pool.counters.misses, pool.counters.ahead, pool.counters.hidden) == (1, 1, 0)
@@ -285,7 +285,7 @@ def test_a_read_ahead_that_is_still_under_way_is_waited_for(store, monkeypatch):
 
 def test_a_wrong_guess_costs_its_read_but_no_slot(store):
     pool = make_pool(store, 4)
-    pool.look_ahead(-1, [(0, 1)])
+    pool.prefetch(-1, [(0, 1)])
     settled(pool)
     assert ask(pool, 0, 0, 2, 3) == [0, 2, 3]
     assert ask(pool, 1, 0, 1, 2, 3) == [0, 1, 2, 3]
@@ -296,7 +296,7 @@ def test_a_wrong_guess_costs_its_read_but_no_slot(store):
 
 def test_looking_ahead_leaves_most_slots_to_what_is_asked_for(store):
     pool = make_pool(store, 4)
-    pool.look_ahead(-1, [(0, 0), (0, 1), (0, 2)])
+    pool.prefetch(-1, [(0, 0), (0, 1), (0, 2)])
     assert len(pool._ahead) <= 1
     assert ask(pool, 1, 0, 1, 2, 3) == [0, 1, 2, 3]
     pool.close()
@@ -318,7 +318,7 @@ def test_a_damaged_record_read_ahead_is_reported_when_it_is_asked_for(store, tmp
     content[damaged.layout.record_offset(1, 2) + 100] ^= 1
     file.write_bytes(content)
     pool = make_pool(damaged, 4)
-    pool.look_ahead(0, [(1, 2)])
+    pool.prefetch(0, [(1, 2)])
     settled(pool)
     assert ask(pool, 1, 3) == [3]
     with pytest.raises(StoreError, match=r"the record of expert 2 \(bytes \d+ to \d+\) is damaged"):

@@ -12,7 +12,7 @@ from qmix.geometry import Geometry
 from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan
 from qmix.plan.slots import least_slots, share_slots
-from qmix.store.expert_frequency import by_use, even_use
+from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout, parse_precisions
 
 MIB, GIB = 2**20, 2**30
@@ -69,7 +69,7 @@ def test_each_size_has_two_slots_or_as_many_as_records():
 
 def test_equally_used_records_of_each_size_come_in_equal_shares():
     # of six small ones each is a sixth of its kind, of two large ones each is a half
-    order = by_use(layout(SMALL, "nf4,*.3=half"), even_use(SMALL))
+    order = by_frequency(layout(SMALL, "nf4,*.3=half"), uniform_frequency(SMALL))
     small, large = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2)], [(0, 3), (1, 3)]
     assert order == [small[0], small[1], large[0], small[2], small[3], small[4], large[1], small[5]]
 

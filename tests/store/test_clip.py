@@ -17,14 +17,16 @@ from stores import files_of, interrupt_store, make_store, refusal
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.resolve import layout_for, prepare_store
+from qmix.engine.resolve import prepare_store
 from qmix.errors import CheckpointError, StoreError, UsageError
 from qmix.kernels.cpu.blocks import CLIP, TINY, VALUES, midpoints_of
-from qmix.kernels.cpu.quantize import BLOCK, quantize_4bit_flat, quantize_4bit_packed
+from qmix.kernels.cpu.quantize import quantize_4bit_flat, quantize_4bit_packed
+from qmix.kernels.packing import BLOCK
 from qmix.model.kv_file import kv_identity
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.round_trip import round_trip
 from qmix.store.opened import open_store, sealed
+from qmix.store.sources import layout_for
 
 KINDS = ("nf4", "fp4")
 DTYPES = (torch.bfloat16, torch.float32)

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_geometry import CONFIG_8X22B
 
+from qmix.disk import PAGE
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.precision.formats import PRECISIONS, chunk_rows, fits_kernels, parts
-from qmix.precision.record import PAGE, record_layout
+from qmix.precision.record import record_layout
 from qmix.store.layout import StoreLayout, parse_precisions, part_name
 
 TINY = Geometry.from_config(TINY_CONFIG)  # hidden 64, intermediate 128, 2 layers of 4 experts

@@ -156,7 +156,7 @@ def test_the_store_brings_the_models_own_small_files(tmp_path: Path, tiny: Path)
 def test_progress_counts_the_checkpoints_bytes_up_to_all_of_them(tmp_path: Path) -> None:
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
-    from qmix.engine.resolve import layout_for
+    from qmix.store.sources import layout_for
 
     checkpoint = open_checkpoint(LocalSource(make_checkpoint(tmp_path / "m", shards=3)))
     seen: list[Progress] = []

@@ -17,10 +17,10 @@ from stores import files_of, interrupt_store, journaled, make_store, refusal
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.hub import HubRepo
 from qmix.checkpoint.source import HubSource, LocalSource
-from qmix.engine.resolve import layout_for
 from qmix.progress import Progress
 from qmix.store import quantize as quantizing
 from qmix.store.opened import ORIGIN
+from qmix.store.sources import layout_for
 
 SPEC = "nf4,0.*=int8,*.2=half"
 CONFIG = TINY_CONFIG | {"intermediate_size": 96}

@@ -14,11 +14,11 @@ from stores import files_of, interrupt_store, make_store, refusal
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.resolve import layout_for
 from qmix.errors import StoreError
 from qmix.progress import Progress
 from qmix.store import quantize as quantizing
 from qmix.store.opened import open_store, partial_directory
+from qmix.store.sources import layout_for
 from qmix.units import format_bytes
 
 SPEC = "nf4,0.*=int8,*.2=half"

@@ -113,13 +113,13 @@ def test_activations_move_once_per_crossing_and_what_layers_share_once_per_devic
 
 def broken(monkeypatch, spoil, geometry=FEW_LAYERS, gpus=(4, 4)):
     """What verifying finds after `spoil` has changed the furnished model."""
-    furnish = Rehearsal.furnish
+    load_weights = Rehearsal.load_weights
 
     def furnish_and_spoil(self):
-        furnish(self)
+        load_weights(self)
         self.spoiled = spoil(self)
 
-    monkeypatch.setattr(Rehearsal, "furnish", furnish_and_spoil)
+    monkeypatch.setattr(Rehearsal, "load_weights", furnish_and_spoil)
     return verify(*planned(geometry, 16, *gpus))
 
 

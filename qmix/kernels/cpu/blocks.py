@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qmix.precision.formats import BLOCK
+from qmix.kernels.packing import BLOCK
 
 Array = npt.NDArray[Any]
 Midpoints = tuple[np.float32, ...]

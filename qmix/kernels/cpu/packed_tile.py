@@ -53,7 +53,7 @@ from qmix.kernels.cpu.vectors import (
     spread,
     times,
 )
-from qmix.precision.formats import BLOCK, PACK_ROWS
+from qmix.kernels.packing import BLOCK, PACK_ROWS
 
 PARTS = PACK_ROWS // LANES  # vectors of sums of a group
 # Rows of x in a tile, times the vectors of a group: 24 registers of 32, or 8 of 16.

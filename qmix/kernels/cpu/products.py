@@ -33,7 +33,7 @@ from qmix.kernels.cpu.packed_tile import (
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, INT8, INT8_WIDE, PAIRED, ROWS, TOKENS, dot_tile
 from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
-from qmix.precision.formats import BLOCK
+from qmix.kernels.packing import BLOCK
 
 STRIP = 2048  # columns at once: six rows of x, 24 kB, stay in the first cache
 PACKED_STRIP = 1024  # twelve rows of x, as much

@@ -38,7 +38,7 @@ from qmix.kernels.cpu.blocks import (
     widen,
 )
 from qmix.kernels.cpu.compiled import compiled
-from qmix.precision.formats import BLOCK, PACK_ROWS
+from qmix.kernels.packing import BLOCK, PACK_ROWS
 
 # Blocks of a row read before going to the next. Rows a multiple of 4096 bytes apart share a few sets of the first
 # cache: one block at a time, the 32 rows evict each other's prefetched lines (twice as slow at 14336 columns).

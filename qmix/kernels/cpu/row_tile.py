@@ -43,7 +43,7 @@ from qmix.kernels.cpu.vectors import (
     load,
     times,
 )
-from qmix.precision.formats import PACK_ROWS
+from qmix.kernels.packing import PACK_ROWS
 
 BF16, BF16_WIDE, FP16, INT8, INT8_WIDE = range(5)  # what a matrix holds, and the step it takes
 PAIRED = (BF16, INT8)

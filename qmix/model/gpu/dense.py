@@ -10,12 +10,12 @@ import xxhash
 
 from qmix.checkpoint.safetensors_header import aligned
 from qmix.checkpoint.torch_dtypes import HALF
+from qmix.disk import PAGE
 from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import StoreError, mending
 from qmix.model.gpu.devices import HOST, Device
 from qmix.plan.device_work import ALIGNMENT
-from qmix.precision.record import PAGE
 from qmix.store.opened import Store
 
 STAGING_BYTES = READ_THREADS * PIECE_BYTES  # main memory that they pass through

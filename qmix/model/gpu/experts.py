@@ -23,7 +23,7 @@ from qmix.model.refusals import PoolExperts
 from qmix.plan.device_work import device_record_bytes
 from qmix.pool.eviction import Key
 from qmix.pool.experts import ExpertPool
-from qmix.pool.prefetch import Lookahead
+from qmix.pool.prefetch import Prefetcher
 from qmix.precision.matmul import Expert
 from qmix.store.layout import StoreLayout
 
@@ -34,7 +34,7 @@ def read_numbers(top_k_index: torch.Tensor) -> list[list[int]]:
     return numbers
 
 
-class Routing:
+class TokensByExpert:
     """Who goes where in one step: the T * k pairs of a token and one of its experts, numbered token by token."""
 
     def __init__(self, chosen: list[list[int]]) -> None:
@@ -57,7 +57,7 @@ class Routing:
 class Rows:
     """x [T, H] on a device, and which of its rows go to which expert."""
 
-    def __init__(self, hidden: torch.Tensor, routing: Routing, top_k: int, device: Device) -> None:
+    def __init__(self, hidden: torch.Tensor, routing: TokensByExpert, top_k: int, device: Device) -> None:
         self.hidden, self.routing, self.top_k = hidden, routing, top_k
         self.pairs = device.upload(torch.tensor(routing.order)) if len(hidden) > 1 else None
 
@@ -124,7 +124,7 @@ class DeviceExperts(PoolExperts):
         self.device, self.residents = device, residents
         self.host, self.precisions = Device(HOST, torch.device(HOST)), pool.store.layout.precisions[layer]
         self.activation, self.loader, self.rates, self.read_routing = activation, loader, rates, read_routing
-        self.lookahead: Lookahead | None = None
+        self.prefetcher: Prefetcher | None = None
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -133,7 +133,7 @@ class DeviceExperts(PoolExperts):
         if self.layer == 0:  # once a pass: it takes a microsecond
             self.check_caller()
         tokens, top_k = top_k_index.shape
-        routing = Routing(self.read_routing(top_k_index))
+        routing = TokensByExpert(self.read_routing(top_k_index))
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
         away = [expert for expert in routing.spans if expert not in self.residents]
         loader = self.loader if away and self._copying_pays(away, routing) else None
@@ -152,7 +152,7 @@ class DeviceExperts(PoolExperts):
         chosen = outputs.view(tokens, top_k, -1).float()
         return torch.bmm(top_k_weights.unsqueeze(1), chosen).squeeze(1).to(hidden_states.dtype)
 
-    def _copying_pays(self, away: Sequence[int], routing: Routing) -> bool:
+    def _copying_pays(self, away: Sequence[int], routing: TokensByExpert) -> bool:
         if self.loader is None:
             return False
         largest = max((self.loader.sizes[self.precisions[expert]] for expert in away), key=lambda size: size.record)
@@ -164,12 +164,12 @@ class DeviceExperts(PoolExperts):
         if hidden.requires_grad:
             return one_by_one(self.pool, self.layer, away)
         coming: list[Key] = []
-        if self.lookahead is not None:
-            self.lookahead.chosen(self.layer, chosen)
-            coming = self.lookahead.coming(self.layer, hidden)
+        if self.prefetcher is not None:
+            self.prefetcher.chosen(self.layer, chosen)
+            coming = self.prefetcher.coming(self.layer, hidden)
         if away:
             return self.pool.get(self.layer, away, coming)
-        self.pool.look_ahead(self.layer, coming)
+        self.pool.prefetch(self.layer, coming)
         return iter(())
 
     def _on_host(self, records: Iterator[tuple[int, Expert]], rows: Rows, outputs: torch.Tensor) -> None:

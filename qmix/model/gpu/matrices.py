@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from qmix.checkpoint.safetensors_header import aligned
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import MATRICES
+from qmix.kernels.packing import BLOCK, PACK_ROWS
 from qmix.plan.device_work import ALIGNMENT
 from qmix.precision.bitsandbytes import functional  # noqa: F401 -- registers torch.ops.bitsandbytes
-from qmix.precision.formats import BLOCK, PACK_ROWS, fits_kernels
+from qmix.precision.formats import fits_kernels
 from qmix.precision.record import RecordLayout
 
 

@@ -18,7 +18,7 @@ from qmix.geometry import HALF_BYTES, Geometry
 from qmix.machine.found import default_budget, interpreter_memory
 from qmix.plan import PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
 from qmix.plan.slots import least_slots, share_slots
-from qmix.store.expert_frequency import by_use, even_use
+from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
 
@@ -73,7 +73,7 @@ def plan_scoring(
     ahead = {nbytes: min(count, SLOTS_AHEAD) for nbytes, count in every.items()}
     kept = next((slots for slots in (every, ahead) if room - _bytes(slots) >= enough), least)
     tokens = min(wanted, (room - _bytes(kept)) // each)
-    order = [layout.record(*key).nbytes for key in by_use(layout, even_use(layout.geometry))]
+    order = [layout.record(*key).nbytes for key in by_frequency(layout, uniform_frequency(layout.geometry))]
     slots = share_slots(order, least, room - tokens * each)
     tokens = min(wanted, (room - _bytes(slots)) // each)
     return ScoringPlan(budget, tokens, longest, slots, fixed + tokens * each + _bytes(slots))

@@ -14,7 +14,7 @@ from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.machine.found import default_budget, interpreter_memory
 from qmix.plan import PREFILL_CHUNK, Plan, make_plan
-from qmix.store.expert_frequency import Use
+from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
 
 MAX_BATCH = PREFILL_CHUNK // 2  # the other half of a pass is for prompts
@@ -43,7 +43,7 @@ def plan_lines(
     ram: int | None = None,
     batch: int | None = None,
     held: int = 0,
-    use: Use | None = None,
+    use: ExpertFrequency | None = None,
 ) -> Plan:
     """The plan of a store on this machine for lines that need so many tokens each; `batch` sequences, if it is given.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from checkpoints import TINY_CONFIG
 
-from qmix.batch.sizing import MAX_BATCH, choose_plan, context_of, token_cost
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.plan import Plan, make_plan
+from qmix.plan.batching import MAX_BATCH, choose_plan, context_of, token_cost
 from qmix.store.layout import StoreLayout, parse_precisions
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}

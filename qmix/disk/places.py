@@ -1,0 +1,17 @@
+"""Where qmix keeps files of its own, by the conventions of the system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_directory() -> Path:
+    """The user's cache directory for qmix: stores made from checkpoints, and measurements."""
+    return Path(platformdirs.user_cache_dir("qmix"))
+
+
+def state_directory() -> Path:
+    """The user's directory for what qmix found out about this machine."""
+    return Path(platformdirs.user_state_dir("qmix"))

@@ -1,0 +1,86 @@
+"""Resolve what names a model: a store, an embedded model, a directory, or `org/name[@revision]` on the Hub.
+
+Loads no torch, so that a plan and a refusal come at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qmix.checkpoint import Checkpoint, hub
+from qmix.checkpoint.foreign import check_file, hub_snapshot
+from qmix.checkpoint.safetensors_header import DTYPES
+from qmix.checkpoint.source import HubSource, LocalSource, Source
+from qmix.disk.places import cache_directory
+from qmix.errors import UsageError
+from qmix.geometry import Geometry
+from qmix.models import EMBEDDED
+from qmix.models.published import PUBLISHED
+from qmix.precision.formats import FOUR_BITS
+from qmix.store.layout import StoreLayout, has_blocks, parse_precisions
+from qmix.store.opened import Store, is_store, open_store, partial_directory
+
+DEFAULT_PRECISION = "nf4"
+CHECKPOINTS = "checkpoints"  # in the cache: fingerprints of checkpoints that were read
+AS_IT_IS = "leave it out, or quantize its checkpoint"
+NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
+
+
+def open_source(model: str | Path, scratch: Path | None = None) -> Source:
+    """The files of a checkpoint: an embedded model, a directory, or `org/name[@revision]` on the hub.
+
+    With `scratch`, weight files from the hub pass through there and are deleted when used. Raises UsageError
+    where the name is none of these.
+    """
+    if not str(model):
+        raise UsageError("the model's name is empty; leave it out for the embedded one")
+    embedded = EMBEDDED.get(str(model))
+    path = embedded or Path(model).expanduser()
+    if is_store(path):
+        raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
+    if path.is_dir():
+        return LocalSource(hub_snapshot(path), cache_directory() / CHECKPOINTS)
+    check_file(path)
+    if str(model) in PUBLISHED:
+        known = PUBLISHED[str(model)].hub_id
+        raise UsageError(f"{model}: is known by its sizes only, for plans; its weights are {known} on the hub")
+    if hub.parse(str(model)) is None:
+        raise UsageError(f"{model}: no such directory, nor a hub id (org/name), nor one of {', '.join(EMBEDDED)}")
+    return HubSource(hub.HubRepo.open(str(model)), scratch)
+
+
+def layout_for(
+    checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, option: str = "--precision"
+) -> StoreLayout:
+    """The layout of a checkpoint's store.
+
+    Raises UsageError for a precision, which `option` gave, or a dtype that is none, and where there is nothing to clip.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
+    precisions = precisions_of(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, option)
+    if clip and not has_blocks(precisions):
+        raise UsageError(f"--clip: {precision} {NOTHING_TO_CLIP}")
+    return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype, clip)
+
+
+def precisions_of(spec: str, geometry: Geometry, option: str = "--precision") -> tuple[tuple[str, ...], ...]:
+    try:
+        return parse_precisions(spec, geometry)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from None
+
+
+def named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
+    """The store that `model` names, None where it names no store. Raises StoreError if it is unfinished."""
+    path = Path(model).expanduser()
+    if not str(model) or str(model) in EMBEDDED or not (is_store(path) or partial_directory(path).is_dir()):
+        return None
+    store = open_store(path)
+    if precision is not None and precisions_of(precision, store.geometry) != store.layout.precisions:
+        raise UsageError(f"--precision {precision}: the store {store.directory} has another; {AS_IT_IS}")
+    if dtype and dtype != store.layout.dtype:
+        raise UsageError(f"--dtype {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
+    if clip and not store.layout.clip:
+        raise UsageError(f"--clip: the store {store.directory} was made without; {AS_IT_IS}")
+    return store
