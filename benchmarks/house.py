@@ -150,7 +150,7 @@ def traced(package: Path) -> Iterator[Walk]:
         yield walk
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]  # what it takes back
+        threading.setprofile(None)
 
 
 def walks() -> tuple[Walk, Walk]:
