@@ -34,7 +34,9 @@ def test_every_path_and_link_exists(page):
 
 
 def test_what_does_not_exist_is_found():
-    text = "`qmix/gone.py`, `qmix/errors.py` [a](gone.md) [b](README.md#gone) [c](#try-it) [d](https://example.org/x.md)"
+    text = (
+        "`qmix/gone.py`, `qmix/errors.py` [a](gone.md) [b](README.md#gone) [c](#try-it) [d](https://example.org/x.md)"
+    )
     assert missing(ROOT / "README.md", text) == ["qmix/gone.py", "gone.md", "README.md#gone"]
 
 
@@ -42,6 +44,12 @@ def test_the_index_names_every_page():
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     named = {path for path, _ in LINK.findall(index)}
     assert {path.name for path in (ROOT / "docs").iterdir()} - {"index.md"} == named
+
+
+def test_the_architecture_page_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|", page.partition("## Rooms")[2].partition("## ")[0], re.MULTILINE)
+    assert sorted(rows) == sorted(path.parent.name for path in (ROOT / "qmix").glob("*/__init__.py"))
 
 
 def test_the_readme_is_short():

@@ -6,12 +6,16 @@ top ──▶ middle ──▶ ground        middle.handed calls back into top
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+pytest.importorskip("grimp")  # it and import-linter come with the extra `dev`
+pytest.importorskip("importlinter")
 
 import house
 
@@ -79,3 +83,15 @@ def test_the_layers_are_read_lowest_first(tmp_path):
     )
     rank = house.layer_order(tmp_path / "pyproject.toml")
     assert rank == {"one": 0, "two": 0, "left": 1, "right": 1, "top": 2}
+
+
+def test_the_architecture_page_has_the_layers_of_pyproject():
+    page = (house.ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| [^|`]+ \| (`.+) \|$", page.partition("## Layers")[2].partition("## ")[0], re.MULTILINE)
+    rank = house.layer_order(house.ROOT / "pyproject.toml")
+    shown = [room for row in reversed(rows) for room in re.findall(r"`(\w+)`", row)]
+    assert sorted(shown) == sorted(rank)
+    jobs = {room for room in rank if rank[room] == rank["batch"]}
+    assert set(re.findall(r"`(\w+)`", rows[1])) == jobs
+    lowest = [min(rank[room] for room in re.findall(r"`(\w+)`", row)) for row in rows]
+    assert lowest == sorted(lowest, reverse=True)
