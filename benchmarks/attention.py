@@ -1,10 +1,10 @@
-"""Attention of a decode step: qmix's beside sdpa's forms and beside reading keys and values once.
+"""Time attention in a decode step: qmix's kernel, torch's sdpa in several forms, and reading keys and values once.
 
     python benchmarks/attention.py --context 4096
 
-One layer, one sequence, bf16, on slices of preallocated caches. All take turns in one process, over as many layers'
-caches as come to 256 MB, so that no cache of the processor holds the next. The ceiling is the time in which as many
-threads add up the bytes of the same keys and values.
+One layer, one sequence, bf16, on slices of preallocated caches. All contestants alternate in one process, over the
+caches of as many layers as fill 256 MB, so that no processor cache holds the next one. The ceiling is the time that the
+same number of threads need to sum the bytes of the same keys and values.
 """
 
 from __future__ import annotations

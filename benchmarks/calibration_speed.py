@@ -1,9 +1,9 @@
-"""What calibrating takes beside reading: an expert measured in every format, routing replayed, bytes spread out.
+"""Time the parts of a calibration: measuring an expert in every format, replaying routing, and distributing bytes.
 
-python benchmarks/calibration_speed.py
+    python benchmarks/calibration_speed.py
 
-Sizes are those of one expert of 8x7B, or with `--hidden 6144 --inner 16384` of 8x22B; routing and errors are random,
-in the shape of 8x22B. The floor of a measurement is its products alone, as torch does them.
+Sizes are those of one expert of 8x7B, or with `--hidden 6144 --inner 16384` of 8x22B. Routing and errors are random, in
+the shape of 8x22B. The floor of a measurement is the time of the expert's products in torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The next turn of a long conversation: its KV cache read back from a file, beside the conversation computed again.
+"""Time the next turn of a long conversation: KV cache read back from a file, and conversation computed again.
 
-python benchmarks/chat_resume.py [MODEL] --tokens 1500 --rounds 5 --ram 1GiB
+    python benchmarks/chat_resume.py [MODEL] --tokens 1500 --rounds 5 --ram 1GiB
 
-MODEL is a store, a checkpoint or `tiny`. Both ways end with the first token of the same new turn; they take turns in
-each round. The file is read through the page cache, from which it is dropped before each reading.
+MODEL is a store, a checkpoint or `tiny`. Both ways end with the first token of the same new turn, and alternate in each
+round. The file is read through the page cache, and dropped from it before each read.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Measure what `--clip` changes on given texts: KL from half precision and perplexity, token by token.
 
-    python benchmarks/clip_unseen.py texts/*.txt          # of unseen_texts.py; KIND-*.txt count together
+    python benchmarks/clip_unseen.py texts/*.txt          # from unseen_texts.py; files KIND-*.txt count together
 
-Differences are paired: both see the same tokens. Neighbouring tokens are not independent, so the standard errors are
-those of sums over blocks of 256 tokens. They tell how texts vary, for this model's weights; not how models do.
+Differences are paired: both variants see the same tokens. Neighbouring tokens are not independent, so the standard
+errors are those of sums over blocks of 256 tokens. They describe how texts vary for this model's weights, not how
+models vary.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The CPU kernels by instruction set and by threads, each with its ceiling in the same process.
+"""Time the CPU kernels by instruction set and number of threads, each with its ceiling in the same process.
 
     python benchmarks/cpu_paths.py --kinds nf4,bf16 --tokens 1,16,128 --threads 1,2
 
-Runs benchmarks/kernels.py in processes held to each path that this processor has, taking turns for some rounds, and
-prints the median of each figure: GB/s of weights for few rows of x, GFLOP/s for many. The ceiling of a few is reading,
-that of many torch's product in bf16 as that path's instructions allow it.
+Runs benchmarks/kernels.py in processes restricted to each instruction set of this processor, in alternation, and prints
+the median of each figure: GB/s of weights for few rows of x, GFLOP/s for many. The ceiling for few rows is reading
+memory; for many it is torch's bf16 product with the same instructions.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Decode speed on the embedded model: qmix beside transformers' own bf16 model, in one process, in alternation.
+"""Compare decode speed on the embedded model with transformers' own bf16 model, in one process, in alternation.
 
     python benchmarks/decode_tiny.py --tokens 128 --rounds 5
 
-Both run transformers' generate, greedily, on the same prompt; the time per token after the first is compared.
+Both run transformers' generate, greedily, on the same prompt. The time per token after the first is compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drafting from repetitions on the embedded model, on text that repeats itself and on text that does not.
+"""Time drafting from repetitions on the embedded model, on text that repeats itself and on text that does not.
 
 python benchmarks/draft_tiny.py --tokens 128 --rounds 5
 """

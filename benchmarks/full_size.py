@@ -1,11 +1,11 @@
-"""qmix beside its peers at the geometry of 8x7B and 8x22B: the whole comparison, with the ceilings of the same run.
+"""Compare qmix with llama.cpp and transformers at the geometry of 8x7B and 8x22B, with the ceilings of the same run.
 
     python benchmarks/full_size.py DIRECTORY --peer PEER/bin/python
     python benchmarks/full_size.py DIRECTORY --peer PEER/bin/python --stage disk --layers 12 --rounds 3
 
-Models that DIRECTORY lacks are written there first; with --discard each is deleted when no later stage needs it. PEER
-is an environment with llama-cpp-python, gguf and numpy. Engines take turns, each in a process and a cgroup of its own
-with the page cache counted (this takes root), and ceilings are measured between them. Stages:
+Models that DIRECTORY lacks are written there first. With --discard, each is deleted when no later stage needs it. PEER
+is an environment with llama-cpp-python, gguf and numpy. Engines alternate, each in its own process and cgroup with the
+page cache counted (this needs root). Ceilings are measured between the runs. Stages:
 
 resident   everything in memory: a prompt of 512 tokens, then decode; llama.cpp
 disk       memory for half of the store: a prompt of 128 tokens, then 100 tokens; llama.cpp's mapping

@@ -1,4 +1,4 @@
-"""What `full_size.py` shows of its runs: a row for each, and how near it came to what could be had."""
+"""Format the runs of `full_size.py`: a row for each, with its ratio to the ceilings."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Write a synthetic model as GGUF, for llama.cpp: the same weights as its checkpoint or store has.
+"""Write a synthetic model as GGUF for llama.cpp, with the same weights as its checkpoint or store.
 
     PYTHONPATH=. PEER/bin/python benchmarks/gguf_writer.py STORE OUT.gguf --dense bf16
 
-STORE is a store or checkpoint that synthetic_store.py or synthetic.py wrote; only its config is read. PEER is an
-environment with gguf and llama-cpp-python, whose own quantiser does the rounding. Experts are Q4_0, gates and norms
-F32. Dense weights are BF16, or with `--dense q4_0` what llama-quantize makes of them in its Q4_0 where there are 8
-experts: Q4_0, but Q8_0 for k and v, Q6_K for the head. A pattern that matrices repeat is quantised once: no block
-crosses a row, and rolls are of whole blocks.
+STORE is a store or checkpoint written by synthetic_store.py or synthetic.py; only its config is read. PEER is an
+environment with gguf and llama-cpp-python, whose quantiser does the rounding. Experts are Q4_0, gates and norms F32.
+Dense weights are BF16. With `--dense q4_0` they have the types that llama-quantize gives them in its Q4_0 with 8
+experts: Q4_0, but Q8_0 for k and v, Q6_K for the head. A pattern that several matrices repeat is quantised once. This
+is exact, because no block crosses a row and rolls are of whole blocks.
 """
 
 from __future__ import annotations

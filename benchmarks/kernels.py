@@ -1,10 +1,10 @@
-"""qmix's products beside torch's and bitsandbytes', each with its ceiling in the same run.
+"""Time qmix's products and those of torch and bitsandbytes, each with its ceiling in the same run.
 
     python benchmarks/kernels.py --shape 14336x4096 --tokens 1,4,16,128
 
-For each kind of matrix as many are made as fill 256 MB, so that none is found in a cache, and each product takes
-the next. Few rows of x are bound by reading the matrix: their ceiling is the sum of its bytes as int64, by torch with
-the same threads. Many are bound by arithmetic: theirs is torch's product in bf16.
+For each kind of matrix, enough are made to fill 256 MB, and each product takes the next, so that none is in a cache.
+Few rows of x are bound by reading the matrix: their ceiling is summing its bytes as int64 in torch with the same
+threads. Many rows are bound by arithmetic: their ceiling is torch's bf16 product.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""llama.cpp on a GGUF: prefill a prompt, decode greedily, print one JSON line.
+"""Run llama.cpp on a GGUF: prefill a prompt, decode greedily, print one JSON line.
 
     PEER/bin/python benchmarks/llamacpp_peer.py MODEL.gguf --prompt ids.json --tokens 20
 
 PEER is an environment with llama-cpp-python. The prompt is a JSON list of token ids, in a file or as the argument
-itself. Weights are mapped from the file; `--repack` lets llama.cpp copy them into memory in an order its kernels like
-better, which under a memory limit thrashes. Times in seconds, memory in bytes; the first token comes with the prefill.
+itself. Weights are mapped from the file. With `--repack`, llama.cpp copies them into memory in the order that its
+kernels prefer, which thrashes under a memory limit. Times are in seconds, memory in bytes. The prefill includes the
+first token.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Run a command with its memory, page cache included, held to a number of bytes by a cgroup (v1 or v2). Needs root.
+"""Run a command in a cgroup (v1 or v2) that limits its memory, page cache included. Needs root.
 
     python benchmarks/memory_cap.py 8GiB COMMAND [ARGUMENT ...]
     python benchmarks/memory_cap.py none COMMAND [ARGUMENT ...]          the page cache dropped, memory only counted
 
-The machine's page cache is dropped first: pages that another group has loaded would not count. Passes on the command's
-output and exit status; last on stderr, one JSON line with the group's own count of its peak.
+The machine's page cache is dropped first, because pages that another group has loaded would not count. Passes on the
+command's output and exit status. Prints one JSON line to stderr at the end, with the group's count of its peak.
 """
 
 from __future__ import annotations

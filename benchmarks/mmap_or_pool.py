@@ -1,10 +1,10 @@
-"""Expert records through a mapping of their file, and through a pool's slots: which is used, and why.
+"""Compare two ways to reach expert records: a mapping of their file, and a pool's slots.
 
     python benchmarks/mmap_or_pool.py STORE
 
-A record that is not in memory is fetched and multiplied with one token; one that is there is only multiplied. As a
-mapping the file's own pages are used, as they are faulted in or asked for beforehand; in the pool it is read past the
-page cache into a slot on huge pages, multiplied in place. Contestants take turns on records drawn at random.
+A record that is not in memory is fetched and multiplied with one token; a record in memory is only multiplied. The
+mapping uses the file's own pages, faulted in on access or populated beforehand. The pool reads past the page cache
+into a slot on huge pages and multiplies in place. The contestants alternate on records drawn at random.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Predicted against measured peak memory and decode speed of a store, over several budgets.
+"""Compare predicted with measured peak memory and decode speed of a store, over several budgets.
 
     python benchmarks/plan_accuracy.py STORE --context 1536 --budgets 8
     python benchmarks/plan_accuracy.py tiny --rounds 3
 
-The machine's rates are measured first, on the disk that the store lies on, as `qmix doctor` does; with --kept they are
-those that it kept. Each budget is a process of its own.
+The machine's rates are measured first, on the disk that holds the store, as `qmix doctor` does. With --kept, the rates
+that `qmix doctor` kept are used. Each budget is a process of its own.
 """
 
 from __future__ import annotations

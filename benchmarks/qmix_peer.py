@@ -1,11 +1,11 @@
-"""qmix on a store: prefill a prompt, decode greedily, print one JSON line; the counterpart of llamacpp_peer.py.
+"""Run qmix on a store: prefill a prompt, decode greedily, print one JSON line. The counterpart of llamacpp_peer.py.
 
     python benchmarks/qmix_peer.py STORE --prompt-tokens 128 --tokens 100 --ram 6GiB [--batch 32]
 
-Prompts are parts of the tour that the synthetic model continues greedily, those of a batch far from each other. Times
-in seconds, memory in bytes; the first token comes with the prefill, that of a batch with all of its prompts. Counts are
-those of the decode steps alone, `belady_bytes` the fewest that any cache of as many slots could have read for them, had
-it known the routing beforehand.
+Prompts are parts of the tour that the synthetic model continues greedily; those of a batch are far from each other.
+Times are in seconds, memory in bytes. The prefill includes the first token, and for a batch all its prompts. Counts
+are those of the decode steps only. `belady_bytes` is the least that any cache with as many slots could have read for
+them, if it had known the routing beforehand.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Quantise a whole checkpoint beside what the disk and the cores could do at best; all take turns, round after round.
+"""Quantise a whole checkpoint, in alternation with the limits of the disk and the cores, for several rounds.
 
     python benchmarks/synthetic.py CHECKPOINT --layers 3
     python benchmarks/quantize_full.py CHECKPOINT --rounds 3
 
-The ceilings: the shards read and nothing else; as many bytes as the store has written and synced; both at once, for
-they share one disk where scratch lies beside the checkpoint; every weight quantised out of memory by a thread a core.
-qmix runs as its command does, in a process of its own; its time is without the interpreter's start and imports.
+The ceilings are: reading the shards and nothing else; writing and syncing as many bytes as the store has; both at once,
+because they share one disk if scratch is beside the checkpoint; quantising every weight from memory with one thread per
+core. qmix runs as its command does, in its own process; its time excludes the interpreter's start and imports.
 """
 
 from __future__ import annotations

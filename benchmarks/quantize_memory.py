@@ -1,4 +1,4 @@
-"""Quantise a checkpoint in a process of its own: its anonymous memory above the imports, and its rate.
+"""Quantise a checkpoint in a process of its own, and measure its anonymous memory above the imports, and its rate.
 
 python benchmarks/synthetic.py /tmp/experts --layers 1 --hidden 6144 --intermediate 16384 --experts 2 --heads 48
 python benchmarks/quantize_memory.py /tmp/experts

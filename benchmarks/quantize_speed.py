@@ -1,11 +1,11 @@
-"""Quantisation speed: qmix's kernels beside bitsandbytes' quantize_4bit, in one process, in alternation.
+"""Compare the speed of qmix's quantiser with bitsandbytes' quantize_4bit, in one process, in alternation.
 
     python benchmarks/quantize_speed.py --kind nf4 --layout packed
 
-One bf16 matrix of normal numbers. qmix is given chunks of 512 rows by a pool of threads and makes the layout
-asked for; bitsandbytes is timed without its own packing. The ceiling is the time in which as many threads read
-the matrix's bytes and do no more, measured on an array that no cache holds. The results must be identical. What
-choosing scales costs (--clip) is timed beside them.
+One bf16 matrix of normal numbers. qmix receives chunks of 512 rows from a pool of threads and produces the given
+layout; bitsandbytes is timed without its own packing. The ceiling is the time that the same number of threads need to
+read the matrix's bytes, measured on an array that no cache holds. The results must be identical. The cost of choosing
+scales (--clip) is timed too.
 """
 
 from __future__ import annotations

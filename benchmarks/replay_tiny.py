@@ -1,4 +1,4 @@
-"""Routing of the embedded model, recorded and replayed: hit rate by pool size, beside the best possible.
+"""Record the routing of the embedded model and replay it: hit rate by pool size, and the best possible.
 
 python benchmarks/replay_tiny.py --tokens 200
 """

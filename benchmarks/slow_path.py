@@ -1,8 +1,8 @@
-"""Time shapes that no kernel takes: 4-bit products with the fast kernel, and by dequantising a few rows at a time.
+"""Time 4-bit products with the fast kernel, and by dequantising a few rows at a time, as for shapes without a kernel.
 
     python benchmarks/slow_path.py
 
-Both in one process, in turns, on the matrices of 8x7B's experts; the kernel is set aside for the slow side.
+Both alternate in one process, on the matrices of 8x7B's experts; the kernel is switched off for the slow side.
 """
 
 from __future__ import annotations

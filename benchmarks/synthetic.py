@@ -1,10 +1,10 @@
-"""Write a synthetic Mixtral checkpoint of any geometry, shard by shard, without ever holding it in memory.
+"""Write a synthetic Mixtral checkpoint of any geometry, shard by shard, without holding it in memory.
 
     python benchmarks/synthetic.py OUT --layers 1 --hidden 6144 --intermediate 16384 --experts 2 --heads 48 --kv-heads 8
     python benchmarks/synthetic.py OUT --model 8x22b --layers 1
 
 Its greedy text and its routing are known beforehand: see synthetic_weights.py. The tokenizer is the embedded model's,
-which has names for few of its tokens: give prompts as token ids, `SyntheticModel.of(OUT).prompt(start, count)`.
+which has names for few of its tokens. Give prompts as token ids: `SyntheticModel.of(OUT).prompt(start, count)`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Write the store of a synthetic model, without its checkpoint: the bytes that `qmix quantize` would write of it.
+"""Write the store of a synthetic model without its checkpoint, with the same bytes as `qmix quantize` would write.
 
     python benchmarks/synthetic_store.py OUT --layers 24
     python benchmarks/synthetic_store.py OUT --model 8x22b --layers 56 --distinct-layers 28 --precision nf4
 
-With --distinct-layers D, layer l has the expert weights of layer l mod D, and its file is a hard link to that one's:
-all layers are there, on the disk space of D. Gates and attention are every layer's own. Only what a store says of its
-source, name and fingerprint, is not what `qmix quantize` writes.
+With --distinct-layers D, layer l has the expert weights of layer l mod D, and its file is a hard link to that layer's
+file: all layers exist, on the disk space of D. Each layer has its own gate and attention. Only the source's name and
+fingerprint differ from what `qmix quantize` writes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The weights of a synthetic Mixtral whose greedy text and routing are known beforehand, in any engine and precision.
 
-Embeddings are large and all layers together move the hidden state by about an eighth of it, so what a layer sees is the
-token's own embedding, more or less. The head's row for a token is the embedding of the one before it on a *tour*, one
-long cycle through the ordinary tokens of the vocabulary: greedy decoding follows it. With a tour of a, b, c:
+Embeddings are large, and all layers together change the hidden state by about an eighth of it, so the input of a layer
+is approximately the token's own embedding. The head's row for a token is the embedding of its predecessor on a *tour*,
+one long cycle through the ordinary tokens of the vocabulary. So greedy decoding follows the tour. With a tour a, b, c:
 
     embeddings  a: [A, 1]   b: [A, 2]   c: [C, 3]     first half: the topic, second half: the token itself
     head rows   b: [A, 1]   c: [A, 2]   a: [C, 3]     so after a comes b
@@ -11,8 +11,9 @@ The tour stays on a topic for 32 tokens. A layer's gate weighs topic against tok
 experts about as often as in Mixtral-8x7B: 45 to 50% of them in the first layer, 62 to 67% in the middle, 44 to 54% in
 the last (Mixtral of Experts, 2024, table 5; 46% would be chance).
 
-All other matrices are patterns of normal numbers, each rolled by rows and columns of its own: real bytes, and quickly
-made. Needs numpy and what of qmix is plain Python, so that it also runs where a peer is installed and torch is not.
+All other matrices are patterns of normal numbers, each rolled by its own number of rows and columns: real bytes that
+are fast to make. Needs only numpy and qmix modules in plain Python, so that it also runs in a peer's environment,
+without torch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""transformers' own bf16 model of a checkpoint, what does not fit in memory offloaded to disk by accelerate.
+"""Run transformers' own bf16 model of a checkpoint, with the weights that do not fit offloaded to disk by accelerate.
 
     python benchmarks/transformers_peer.py CHECKPOINT --prompt ids.json --tokens 20 --ram 8GiB
 
 The prompt is a JSON list of token ids, in a file or as the argument itself. `--ram` is for weights (accelerate's
-max_memory), not for the whole process. Prints one JSON line; times in seconds, memory in bytes; the first token comes
-with the prefill.
+max_memory), not for the whole process. Prints one JSON line. Times are in seconds, memory in bytes. The prefill
+includes the first token.
 """
 
 from __future__ import annotations

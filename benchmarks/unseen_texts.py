@@ -1,12 +1,13 @@
-"""Texts that no choice was made on: nothing in them was trained, calibrated or tuned on.
+"""Extract texts that no choice was made on: nothing in them was used for training, calibration or tuning.
 
     apt-get download gimp-help-{de,en,es,fr,it} manpages manpages-{de,es,fr,it}     # Debian 12; free licences
     for package in *.deb; do dpkg -x "$package" root; done
     python benchmarks/unseen_texts.py root texts
 
-writes texts/KIND-LANGUAGE.txt, documents apart by lines of `---`, for `qmix compare --text` and clip_unseen.py. Kinds
-are the GIMP manual (help pages, as `tiny` was trained on, but of none of its sources), manual pages, and the help
-topics of the Python that runs this, in English alone. Documents are drawn at random, the same each time.
+writes texts/KIND-LANGUAGE.txt, with documents separated by lines of `---`, for `qmix compare --text` and
+clip_unseen.py. Kinds are the GIMP manual (help pages, as `tiny` was trained on, but from none of its sources), manual
+pages, and the help topics of the Python that runs this script, in English only. Documents are drawn at random, the
+same each time.
 """
 
 from __future__ import annotations
