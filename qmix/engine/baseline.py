@@ -2,7 +2,7 @@
 
 A generation with a model of a few kilobytes imports every module and starts every thread pool that a real run
 does; what is then resident is the part of a budget that no plan can save. With the argument `kernels`, the products
-and the attention of large models are among it.
+and the attention of large models are among it; with `whole`, transformers is imported as a library's user imports it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import sys
 
 import prompt_toolkit  # noqa: F401 -- what a chat reads its lines with
 import torch
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from qmix.geometry import Geometry
 from qmix.machine.found import give_back_freed_memory, peak_memory
-from qmix.model.kv_cache import PlannedCache
+from qmix.model.lean import import_libraries
 from qmix.models import EMBEDDED
-from qmix.precision.bitsandbytes import functional as bnb
-from qmix.text.tokenizer import load_tokenizer
 
 
 def main() -> None:
+    if "whole" not in sys.argv:
+        import_libraries()
+    from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+
+    from qmix.model.kv_cache import PlannedCache
+    from qmix.precision.bitsandbytes import functional as bnb
+    from qmix.text.tokenizer import load_tokenizer
+
     give_back_freed_memory()
     config = MixtralConfig(
         vocab_size=64,
@@ -46,7 +51,7 @@ def main() -> None:
             generation_config=options,
             cache=cache,
         )
-    if sys.argv[1:] == ["kernels"]:
+    if "kernels" in sys.argv:
         _load_kernels()
     print(peak_memory())
 

@@ -149,13 +149,15 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
     """Return resident bytes of Python with all that a run imports and warms up, before any weights.
 
     With `kernels`, the products and the attention of large models are among it, compiled before. Measured in a process
-    of its own, and kept in the cache directory until anything that is installed changes.
+    of its own, which imports transformers as this one does, and kept in the cache directory until anything that is
+    installed changes.
     """
     path = interpreter_path(cache, kernels)
     known = read_state(path, InterpreterMemory)
     if known is not None:
         return known.bytes
-    command = [sys.executable, "-m", "qmix.engine.baseline", *(["kernels"] if kernels else [])]
+    options = [*(["kernels"] if kernels else []), *(["whole"] if transformers_is_whole() else [])]
+    command = [sys.executable, "-m", "qmix.engine.baseline", *options]
     for _ in range(1 + kernels):  # the first run compiles them, and takes more for it
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
@@ -172,9 +174,15 @@ def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
     """Return where the measurement is kept; the name follows from all that it depends on."""
     cores = len(os.sched_getaffinity(0))  # each has a thread
     paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # where a command starts changes nothing
-    identity = [__version__, sys.version, sys.executable, cores, current().name, kernels, installed(paths)]
+    conditions = [cores, current().name, kernels, transformers_is_whole()]
+    identity = [__version__, sys.version, sys.executable, *conditions, installed(paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return (cache or cache_directory()) / f"interpreter-{key}.json"
+
+
+def transformers_is_whole() -> bool:
+    """Return whether this process has transformers with the parts of torch that `qmix.model.lean` leaves out."""
+    return "torch.distributed.tensor" in sys.modules
 
 
 def forget_interpreter_memory(cache: Path | None = None) -> None:

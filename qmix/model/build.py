@@ -16,6 +16,8 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from transformers import MixtralConfig
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
+from transformers.models.mixtral import modeling_mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint.torch_dtypes import HALF
@@ -97,8 +99,26 @@ def empty_mixtral(
     config._experts_implementation = "eager"  # of transformers' own experts: generate() changes others for a GPU's sake
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
-    with _refusals(where), init_empty_weights(include_buffers=True):
+    with _refusals(where), no_init_weights(), _rotary_on_cpu(), init_empty_weights(include_buffers=True):
         return MixtralForCausalLM(config)
+
+
+@contextmanager
+def _rotary_on_cpu() -> Iterator[None]:
+    """Let transformers' Mixtral make its rotary embedding on the CPU, whatever device it is built on.
+
+    On `meta`, torch computes it by decompositions, which load its compiler: a second and 45 MB.
+    """
+
+    def on_cpu(config: MixtralConfig) -> MixtralRotaryEmbedding:
+        with torch.device("cpu"):
+            return MixtralRotaryEmbedding(config)
+
+    modeling_mixtral.MixtralRotaryEmbedding = on_cpu
+    try:
+        yield
+    finally:
+        modeling_mixtral.MixtralRotaryEmbedding = MixtralRotaryEmbedding
 
 
 def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
