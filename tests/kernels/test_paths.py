@@ -51,8 +51,10 @@ def test_products_and_attention_on_every_path(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OTHERS)
 def test_all_kernels_on_every_path(path):
-    files = ("test_products", "test_attention", "test_matmul", "test_model", "test_kernels", "test_round_trip")
-    assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in files))
+    kernels = ("test_products", "test_attention", "test_kernels")
+    users = ("precision/test_matmul", "precision/test_round_trip", "model/test_model")
+    names = (*(f"kernels/{name}" for name in kernels), *users)
+    assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in names))
 
 
 @pytest.mark.parametrize("path", OTHERS)

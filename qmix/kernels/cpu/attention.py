@@ -4,8 +4,7 @@ A piece of work is a block of 512 positions of one token and key head, for all q
 their softmax about the block's own maximum, and the weighted sum of values, all in fp32. A second pass puts the blocks
 of each query head together in their order. Blocks are the same whatever the number of threads, and so are results.
 
-The first call compiles the kernel, once for an installation. Numba caches it under this file's date: after a change
-in row_tile.py or vectors.py, touch this file.
+The first call compiles the kernel, once for an installation.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu import team
+from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, PAIRED, ROWS, TOKENS, dot_tile
 from qmix.kernels.cpu.vectors import (
@@ -317,7 +317,7 @@ def _blocks(holds: int) -> int:
                     column += vectors * LANES
             piece = next_piece(block)
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)
 
 
 @cache
@@ -346,4 +346,4 @@ def _combined() -> int:
                 put_half(sums[column] * share, out + (row * width + column) * 2, fp16)
             row = next_piece(block)
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)

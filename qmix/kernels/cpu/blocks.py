@@ -16,7 +16,7 @@ largest magnitude is found among bit patterns: without the sign they order as in
 above all finite numbers, so one maximum yields the absmax and tells whether every weight is finite.
 
 Kernels compose these functions, which Numba inlines: a call would count references to its arrays, which costs more
-than a block. Numba caches a kernel under the date of its own file: after a change here, touch those that import it.
+than a block.
 
 Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functional.py.
 """

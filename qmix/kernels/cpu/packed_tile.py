@@ -9,8 +9,6 @@ avx2       low and high bytes of the 16 bf16 values are looked up apart, then in
 portable   from a table in memory, one by one
 
 Many rows of x go over weights that were looked up once into the first cache (`widen_block`, `block_tile`).
-
-Numba caches what calls this under the calling file's date: after a change here, touch products.py.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic

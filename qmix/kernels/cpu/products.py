@@ -21,6 +21,7 @@ import torch
 from numba import carray, njit
 
 from qmix.kernels.cpu import team
+from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.packed_tile import (
     BLOCK_TOKENS,
     PACKED_GROUPS,
@@ -136,7 +137,7 @@ def _row_major(holds: int) -> int:
             _put_sums(sums, rows, first, last, out, fp16)
             first = next_piece(block) * GROUP
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)
 
 
 @cache
@@ -172,7 +173,7 @@ def _packed(kind: str) -> int:
                 first += groups * GROUP
             piece = next_piece(block) * wide * GROUP
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)
 
 
 @cache
@@ -204,4 +205,4 @@ def _packed_blocks(kind: str) -> int:
             _put_sums(sums, rows, first, first + GROUP, out, fp16)
             first = next_piece(block) * GROUP
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)

@@ -4,8 +4,6 @@ Two ways to multiply ("steps"), of which a product takes one throughout:
 
 pairs   32 columns at a time: x in bf16, the weights as bf16, vdpbf16ps adds two products to each sum
 wide    a register of fp32 at a time: x in fp32, the weights widened to fp32
-
-Numba caches what calls this under the calling file's date: after a change here, touch products.py.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic

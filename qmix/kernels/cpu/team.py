@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from numba import cfunc, types
 
 
 def run(kernel: int, *arguments: int) -> None:
@@ -28,15 +27,6 @@ def run(kernel: int, *arguments: int) -> None:
         _ALONE(kernel)(block)
     else:
         parallel(kernel, block, 0, 0)  # 0 threads: as many as the caller has been given
-
-
-def compiled(function: Callable[..., None]) -> int:
-    """The address of a kernel, compiled or taken from Numba's cache on disk, where there is one."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, error_model="numpy")(function).address
-    except RuntimeError:  # neither this directory nor the user's own cache can be written
-        return cfunc(signature, error_model="numpy")(function).address
 
 
 _ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
