@@ -20,7 +20,7 @@ from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from command import COMMAND, LIMIT_SECONDS
 
 from qmix.progress import Progress
-from qmix.terminal.tables import ProgressDisplay
+from qmix.terminal.progress import JobDisplay, ProgressDisplay
 
 PROMPT = "To install a package,"
 LONG = ("generate", PROMPT, "-m", "tiny", "--seed", "1", "--ignore-eos", "--max-new-tokens", "2000")
@@ -223,13 +223,43 @@ def test_sigterm_ends_it(generating):
     assert generating.wait(LIMIT_SECONDS) == -signal.SIGTERM
 
 
-def test_patience_counts_from_the_first_call(capsys, monkeypatch):
+@dataclass
+class Clock:
+    now: float = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("qmix.terminal.progress.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def test_patience_counts_from_the_first_call(capsys, clock):
     """What is over soon is not shown; what is not over after a while is."""
-    clock = iter([100.0, 101.0, 102.5, 103.0, 103.0, 103.0])
-    monkeypatch.setattr("qmix.terminal.tables.time.monotonic", lambda: next(clock))
     display = ProgressDisplay("loading x", patience=2.0)
-    for done in (1, 2):
+    for clock.now, done in ((100.0, 1), (101.0, 2)):
         display(Progress(done * 10**6, 4 * 10**6))
     assert capsys.readouterr().err == ""
+    clock.now = 102.5
     display(Progress(3 * 10**6, 4 * 10**6))
     assert capsys.readouterr().err == "loading x: 3 MB of 4 MB, 75%\n"
+
+
+def test_a_log_gets_the_first_line_one_each_ten_seconds_and_the_last(capsys, clock):
+    with ProgressDisplay("reading x") as display:
+        for clock.now, done, note in ((100, 0, ""), (105, 1, ""), (110, 10, "waiting"), (112, 11, "")):
+            display(Progress(done * 10**6, 2000 * 10**6, note))
+    assert capsys.readouterr().err.splitlines() == [
+        "reading x: 0 B of 2 GB, 0%",
+        "reading x: 10 MB of 2 GB, 0%, 1 MB/s, 33 min left (waiting)",
+        "reading x: 11 MB of 2 GB, 1%, 917 kB/s, 36 min left",
+    ]
+
+
+def test_a_log_of_requests_gets_a_line_each_ten_seconds(capsys, clock):
+    clock.now = 100.0
+    with JobDisplay("batch") as display:
+        for clock.now in (101.0, 109.0, 111.0, 112.0):
+            display.show(1, 2, ["1 of 2 lines", "9 tok/s", ""], count="1/2 lines", rate="9 tok/s", left="")
+    assert capsys.readouterr().err == "batch: 1 of 2 lines, 9 tok/s\n"
