@@ -1,7 +1,7 @@
-"""A matrix as it comes back from being quantised, without the codes in between: what calibration weighs errors by.
+"""Quantise and dequantise a matrix in one step, without codes in between. Calibration measures errors with it.
 
-The numbers are those that a store's records stand for, at any size of block: a scale is the block's absmax rounded to
-bf16, as records hold it. Source of the arithmetic: bitsandbytes 0.50, see `blocks`.
+The results equal the values of a store's records, at any block size: a scale is the block's absmax rounded to bf16, as
+in records. Source of the arithmetic: bitsandbytes 0.50, see `qmix.kernels.cpu.blocks`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from qmix.precision.formats import check_precision
 from qmix.precision.quantizer import LARGEST_SCALE, not_finite, too_large
 
 BLOCKS = tuple(2**power for power in range(5, 13))  # weights that may share a scale
-PIECE = 2**18  # weights that a thread takes at once: in its own cache even as fp32
+PIECE = 2**18  # weights that a thread takes at once: they fit its own cache even as fp32
 
 
 def round_trip(
     weights: torch.Tensor, precision: str, block: int = BLOCK, clip: bool = False, name: str = "weights"
 ) -> torch.Tensor:
-    """`weights` [R, C], bf16, fp16 or fp32, in the values that `precision` has for them, rounded to their own type.
+    """Return the values of `weights` [R, C], bf16, fp16 or fp32, in `precision`, rounded to their own type.
 
-    nf4 and fp4 take `block` consecutive weights of the flattened matrix together, 32 to 4096, a power of two; int8
-    takes rows; half gives `weights` itself. With `clip` 4-bit blocks take their scales of least squared error. The work
-    is spread over as many threads as torch has.
-    Raises CheckpointError, naming `name`, where a weight is NaN, infinite, or its absmax too large for bf16.
+    nf4 and fp4 have a scale for `block` consecutive weights of the flattened matrix, a power of two from 32 to 4096;
+    int8 has one for each row; half returns `weights` itself. With `clip`, 4-bit blocks take the scale with the least
+    squared error. The work runs on as many threads as torch has.
+    Raises CheckpointError, naming `name`, if a weight is NaN or infinite, or an absmax is too large for bf16.
     """
     check_precision(precision)
     if block not in BLOCKS:
@@ -52,7 +52,7 @@ def round_trip(
 
 
 def _piece(source: torch.Tensor, found: torch.Tensor, precision: str, unit: int, clip: bool) -> float:
-    """Whole units of consecutive weights, the last perhaps short; returns the largest magnitude."""
+    """Convert whole units of consecutive weights, the last perhaps short; return the largest magnitude."""
     if source.dtype == torch.float16:
         wide = torch.empty(source.shape)
         largest = _piece(source.float(), wide, precision, unit, clip)

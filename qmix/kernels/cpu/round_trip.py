@@ -1,4 +1,4 @@
-"""Weights replaced by the values that their codes stand for, in one pass: the kernels of `precision.round_trip`.
+"""Replace weights by the values that their codes stand for, in one pass: the kernels of `precision.round_trip`.
 
 Weights are fp32 or bf16 bit patterns. Source of the arithmetic: bitsandbytes 0.50, see `blocks`.
 """
@@ -23,7 +23,7 @@ from qmix.kernels.cpu.compiled import compiled
 
 @compiled
 def round_trip_blocks(weights: Array, block: int, steps: Steps, ratios: Array | None, out: Array) -> np.float32:
-    """Bit patterns [n], in blocks, to those of the values that they take; returns the largest magnitude."""
+    """Write the values that bit patterns [n] take in blocks, as bit patterns; return the largest magnitude."""
     half = out.itemsize == 2
     errors = np.empty(block, np.float32)
     top = np.uint32(0)  # a bit pattern, which keeps a NaN
@@ -39,7 +39,7 @@ def round_trip_blocks(weights: Array, block: int, steps: Steps, ratios: Array | 
             inverse = np.float32(1) / max(scale, TINY)
             for j in range(block):
                 values[j] = narrowed(nearest(widen(row, j).view(np.float32) * inverse, steps) * rounded, half)
-        else:  # the last block, which bitsandbytes treats otherwise
+        else:  # the last block, which bitsandbytes divides instead of multiplying
             for j in range(row.size):
                 values[j] = narrowed(nearest(widen(row, j).view(np.float32) / scale, steps) * rounded, half)
     return np.uint32(top).view(np.float32)
@@ -47,7 +47,7 @@ def round_trip_blocks(weights: Array, block: int, steps: Steps, ratios: Array | 
 
 @compiled
 def round_trip_rows(weights: Array, out: Array) -> np.float32:
-    """Bit patterns [R, C] to those of the values that int8 has for them; returns the largest magnitude."""
+    """Write the values that bit patterns [R, C] take in int8, as bit patterns; return the largest magnitude."""
     half = out.itemsize == 2
     top = np.uint32(0)
     for r in range(weights.shape[0]):
