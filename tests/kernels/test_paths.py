@@ -1,4 +1,4 @@
-"""Kernels on every path that this processor can run: the same tests in processes held to its instructions."""
+"""The kernels' tests on every CPU path of this processor, in processes held to its instructions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFTEN = [
 
 
 def pytest_on(path: str, *arguments: str) -> str:
-    """Run pytest in a process held to `path`; returns its last line."""
+    """Run pytest in a process held to `path`; return its last line."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=TESTS.parents[1],
@@ -43,7 +43,7 @@ def test_the_best_path_is_taken_where_none_is_chosen():
 
 @pytest.mark.parametrize("path", OFTEN)
 def test_products_and_attention_on_every_path(path):
-    """4-bit and half products of every remainder, batch invariance, and attention, against fp64."""
+    """4-bit and half products of every remainder, batch invariance, and attention, compared with fp64."""
     chosen = "four_bit_products_of_any_packed_shape and nf4 or half_products_of_any_shape and bf16"
     assert "3 passed" in pytest_on(path, "tests/kernels/test_products.py", "-k", f"{chosen} or neither_threads")
 

@@ -1,4 +1,4 @@
-"""Commands on a real terminal, interrupted, and cut off from those who listen."""
+"""Commands on a real terminal, interrupted, and with closed pipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def on_terminal(*argv: str | Path, columns: int = 100, **environment: str) -> pe
 
 
 def end(terminal: pexpect.spawn) -> str:
-    """What else it shows until it ends."""
+    """Return the rest of the output up to the end of the process."""
     terminal.expect(pexpect.EOF)
     terminal.close()
     return terminal.before
@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], bool], terminal: pexpect.spawn) -> None:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A generation that a Ctrl-C ended: the pieces of text that came before, and what came after."""
+    """A generation ended by Ctrl-C: the pieces of text before it, and the output after it."""
 
     pieces: list[str]
     rest: str
@@ -121,21 +121,21 @@ def test_a_plan_stays_within_a_narrow_terminal(qmix, columns):
 
 @pytest.fixture(scope="module")
 def large(tiny, tmp_path_factory) -> Path:
-    """133 MB of weights: some time passes between the first and the last. The name looks like markup."""
+    """Return a checkpoint of 133 MB, which takes some time to quantise. Its name looks like markup."""
     sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 3, "num_local_experts": 8}
     directory = tmp_path_factory.mktemp("large") / "[" / "x]"
     return write_checkpoint(directory, random_weights(TINY_CONFIG | sizes), TINY_CONFIG | sizes, 3, tokenizer=tiny)
 
 
 def begun(directory: Path) -> bool:
-    """Whether a tenth or so of the large store is written."""
+    """Return whether about a tenth of the large store is written."""
     written = directory.glob("*.safetensors") if directory.is_dir() else ()
     return sum(path.stat().st_blocks * 512 for path in written) > 4e6
 
 
 @pytest.fixture(scope="module")
 def resumed(large, tmp_path_factory) -> Iterator[list[str]]:
-    """What a terminal shows of a quantization that is interrupted, then of the same command again."""
+    """Return the terminal output of an interrupted quantisation, and that of the same command again."""
     store = tmp_path_factory.mktemp("stores") / "store"
     partial = store.with_name("store.partial")
     first = on_terminal("quantize", large, store)
@@ -179,7 +179,7 @@ def test_the_bar_shows_bytes_rate_and_time_left_on_any_width(resumed):
 
 
 def test_ctrl_c_while_a_model_is_made_ready_leaves_nobody_writing(commands, first_use, large, tmp_path):
-    """The quantizer is held still: the command waits for it to end, so that the next one finds its way free."""
+    """The quantising process is suspended: the command waits for it to end, so that the next one can start."""
     (tmp_path / "qmix").mkdir()
     for measured in (first_use.cache / "qmix").glob("interpreter-*.json"):
         shutil.copy(measured, tmp_path / "qmix")
@@ -203,7 +203,7 @@ def test_ctrl_c_while_a_model_is_made_ready_leaves_nobody_writing(commands, firs
 
 @pytest.fixture
 def generating(qmix) -> Iterator[subprocess.Popen]:
-    """A long generation with pipes instead of a terminal, in the midst of its answer."""
+    """Yield a long generation with pipes instead of a terminal, during its answer."""
     pipe = subprocess.PIPE
     with subprocess.Popen([*COMMAND, *LONG], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
         assert process.stdout.read(5)
@@ -236,7 +236,7 @@ def clock(monkeypatch) -> Clock:
 
 
 def test_patience_counts_from_the_first_call(capsys, clock):
-    """What is over soon is not shown; what is not over after a while is."""
+    """Short work is not shown; longer work is."""
     display = ProgressDisplay("loading x", patience=2.0)
     for clock.now, done in ((100.0, 1), (101.0, 2)):
         display(Progress(done * 10**6, 4 * 10**6))
