@@ -21,7 +21,7 @@ from qmix.units import quoted
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
 FOUR_BITS = ("nf4", "fp4")
-KERNEL_WEIGHTS = 2**19  # of the smallest matrix for which qmix's own products pay
+KERNEL_WEIGHTS = 2**19  # weights of the smallest matrix for which qmix's own products pay
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,10 +247,8 @@ def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[A
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         _, codes, weights = arguments
         with cgutils.for_range(b, ir.Constant(I64, BLOCK // 2)) as pair:
-            place, to = (
-                b.add(codes, times(b, pair.index, PACK_ROWS)),
-                b.add(weights, times(b, pair.index, 8 * PACK_ROWS)),
-            )
+            place = b.add(codes, times(b, pair.index, PACK_ROWS))
+            to = b.add(weights, times(b, pair.index, 8 * PACK_ROWS))
             for part, columns in enumerate(_columns(b, kind.literal_value, place)):
                 for column, vector in enumerate(columns):
                     b.store(vector, at(b, to, 4 * (PACK_ROWS * column + LANES * part), SUMS), align=4)

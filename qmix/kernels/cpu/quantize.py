@@ -161,11 +161,8 @@ def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, l
     _require_output(codes, np.uint8, ((n + 1) // 2,))
     _require_output(absmax, np.float32, (-(-n // BLOCK),))
     bits, words = _bits(weights), codes[: full // 2].reshape(blocks, BLOCK // 2)
-    whole, how = (
-        bits[:full].reshape(blocks, BLOCK),
-        (midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4"),
-    )
-    finite = _flat(whole, *how, words, absmax)
+    how = midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4"
+    finite = _flat(bits[:full].reshape(blocks, BLOCK), *how, words, absmax)
     if not finite or n == full:
         return finite
     return _short_block(bits[full:], kind, clip, codes[full // 2 :], absmax[blocks:])
