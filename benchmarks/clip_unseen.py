@@ -26,7 +26,7 @@ from qmix.compare.fidelity import Scores, score
 from qmix.engine.layerwise import LayerwisePass
 from qmix.engine.variants import Quantised
 from qmix.store.sources import layout_for, open_source
-from qmix.terminal.tables import ProgressDisplay
+from qmix.terminal.progress import ProgressDisplay
 
 BLOCK = 256  # tokens that are taken as one draw
 KINDS = ("nf4", "fp4")

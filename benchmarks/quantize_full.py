@@ -51,7 +51,7 @@ CEILINGS = ("read", "write", "quantise")
 CHILD = """
 import json, sys, time
 from pathlib import Path
-import cli, numba, torch, qmix.checkpoint, qmix.engine.resolve, qmix.store.quantize, qmix.terminal.tables
+import cli, numba, torch, qmix.checkpoint, qmix.engine.resolve, qmix.store.quantize, qmix.terminal.progress
 anonymous = int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 times, started = time.process_time(), time.perf_counter()
 cli.qmix.main(["quantize", *sys.argv[1:]], standalone_mode=False)

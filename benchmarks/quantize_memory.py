@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 IMPORTS = (
-    "import torch, numba, qmix.checkpoint, qmix.engine.resolve, qmix.store.quantize, qmix.terminal.tables, time; "
+    "import torch, numba, qmix.checkpoint, qmix.engine.resolve, qmix.store.quantize, qmix.terminal.progress, time; "
     "time.sleep(1)"
 )
 LOOK_SECONDS = 0.01

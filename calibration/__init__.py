@@ -1,15 +1,10 @@
-"""What is learned from running a model on text, for the plan and the pool to use.
+"""Run a model on text and measure what the plan, the quantiser and the pool use.
 
-corpus       the texts themselves: those that come with the package, or a user's own file
-run          a checkpoint calibrated, in one pass of them
-routing      what is recorded of where tokens go
-sensitivity  what quantising each expert costs
-report       what was found, put together for people
-trace        which experts a run routed to
-replay       a trace through caches of any size: each policy of the pool, and the best that any cache could do
-stack        how one walk along a trace tells that of every size
-pictures     use of experts, hit rates, error against bytes: in a terminal
-plot         the same as one figure in a file
-chart        lines and marks on a terminal
-palette      names, colours and scales that both kinds of picture have
+corpus       texts: the bundled ones, or a user's file
+run          one pass of the texts through a checkpoint
+routing      the record of which experts each token takes
+sensitivity  the error from quantising each expert
+report       the findings, put together for a terminal and for a file
+tables       the map of expert use and tables, on a terminal
+plot         maps and curves in one figure, in a file
 """

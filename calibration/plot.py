@@ -1,24 +1,13 @@
-"""What a calibration found, as one picture in a file. Imports matplotlib, an optional extra."""
+"""A calibration's findings as one picture in a file. Imports matplotlib, an optional extra."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.palette import (
-    CHOSEN,
-    MIXED,
-    POLICY_COLOURS,
-    POLICY_NAMES,
-    UNIFORM,
-    ErrorScale,
-    Point,
-    Use,
-    shares,
-    steps_between,
-    unit_of,
-)
+from calibration.tables import Point, Use, shares, unit_of
 from qmix.pool.replay import BELADY, STATIC, Replay
 from qmix.terminal.figure import save
 
@@ -26,6 +15,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
+# Colours that the colour-blind tell apart (M. Okabe and K. Ito, "Color universal design", 2008).
+POLICY_COLOURS = {
+    "lru": "#d55e00",
+    "lfu": "#e69f00",
+    "uses-per-time": "#0072b2",
+    STATIC: "#009e73",
+    BELADY: "#808080",
+}
+POLICY_NAMES = {
+    "lru": "least recently used",
+    "lfu": "decayed frequency",
+    "uses-per-time": "uses per time",
+    STATIC: "most used, for good",
+    BELADY: "best possible",
+}
+MIXED, UNIFORM, CHOSEN = "#0072b2", "#808080", "#d55e00"
 WIDTH, CHARTS_HEIGHT = 12.0, 4.2  # inches
 LAYER_HEIGHT, LEAST_HEIGHT = 0.105, 2.2  # of the maps, inches
 DASHES = {BELADY: (0, (5, 2)), STATIC: (0, (1, 1.5))}
@@ -43,11 +48,11 @@ def draw(
     chosen: Point | None = None,
     by_language: Mapping[str, Use] | None = None,
 ) -> None:
-    """Maps of use above, hit rates and errors below, for the model of that `name`.
+    """Draw maps of use above, hit rates and errors below, for the model `name`.
 
-    `use`, and that of each language, are [layers][experts] counts, or anything in proportion; `frontier` are the best
-    mixtures of precisions, `uniform` single ones by name. Raises QmixError where the file cannot be written; ask
-    `qmix.terminal.figure.check_target` before the work.
+    `use`, and that of each language, are [layers][experts] counts, or anything in proportion to them; `frontier` are
+    the best mixtures of precisions, `uniform` single ones by name. Raises QmixError where the file cannot be written;
+    call `qmix.terminal.figure.check_target` before the work.
     """
     from matplotlib.figure import Figure
 
@@ -69,7 +74,7 @@ def draw(
 
 
 def _use_map(figure: SubFigure, use: Use) -> None:
-    """Layers down, experts across, viridis by share."""
+    """Draw layers down, experts across, coloured by share."""
     axes = figure.subplots()
     percent = [[100 * share for share in row] for row in shares(use)]
     mesh = axes.pcolormesh(percent, cmap="viridis", edgecolors="white", linewidth=0.3)
@@ -80,15 +85,15 @@ def _use_map(figure: SubFigure, use: Use) -> None:
 
 
 def _language_maps(figure: SubFigure, use: Use, by_language: Mapping[str, Use]) -> None:
-    """A map for each language of what its shares are more (orange) or less (violet) than those of all text."""
+    """Draw a map for each language: its shares above (orange) or below (violet) those of all text."""
     whole = shares(use)
-    apart = {
+    differences = {
         language: [[100 * (a - b) for a, b in zip(*rows, strict=True)] for rows in zip(shares(own), whole, strict=True)]
         for language, own in by_language.items()
     }
-    most = max(abs(value) for rows in apart.values() for row in rows for value in row) or 1.0
-    panels = figure.subplots(1, len(apart), sharey=True, squeeze=False)[0]
-    for axes, (language, rows) in zip(panels, apart.items(), strict=True):
+    most = max(abs(value) for rows in differences.values() for row in rows for value in row) or 1.0
+    panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
+    for axes, (language, rows) in zip(panels, differences.items(), strict=True):
         mesh = axes.pcolormesh(rows, cmap="PuOr_r", vmin=-most, vmax=most, edgecolors="white", linewidth=0.3)
         _map_axes(axes, len(use), len(use[0]))
         axes.set_title(language, fontsize=10)
@@ -106,7 +111,7 @@ def _map_axes(axes: Axes, layers: int, experts: int) -> None:
 
 
 def _hit_rates(axes: Axes, replay: Replay) -> None:
-    """A line for each policy, the recommended one thick and on top."""
+    """Draw a line for each policy, the recommended one thick and on top."""
     first = replay.recommended()
     for curve in replay.curves:
         axes.plot(
@@ -122,39 +127,49 @@ def _hit_rates(axes: Axes, replay: Replay) -> None:
     axes.set_xticks(quarters, [f"{size}\n{25 * part}%" for part, size in enumerate(quarters)])
     axes.set(xlabel=f"experts in memory, of {replay.records}", ylabel="requests found in memory, %")
     axes.set(xlim=(0, replay.records), ylim=(0, 101))
-    axes.set_title(f"Hit rate by pool size: {POLICY_NAMES[first]} finds most", fontsize=10)
+    axes.set_title(f"Hit rate by pool size; best policy: {POLICY_NAMES[first]}", fontsize=10)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     _lighten(axes)
 
 
 def _errors(axes: Axes, frontier: Sequence[Point], uniform: Mapping[str, Point], chosen: Point | None) -> None:
-    """Logarithmic down to about the least error of a single precision, then straight to 0."""
+    """Draw errors on a logarithmic scale down to the power of ten below the least single one, then linearly to 0.
+
+    Nearer to 0 the mixtures' errors fall through decades that do not matter.
+    """
+    from matplotlib.ticker import SymmetricalLogLocator
+
     named = {**uniform, **({"chosen": chosen} if chosen else {})}
-    scale = ErrorScale.of([error for _, error in frontier], [error for _, error in named.values()])
-    sizes = sorted(size for size, _ in [*frontier, *named.values()])
-    factor, unit = unit_of(sizes[-1])
-    places = [(size / factor, scale.place(error)) for size, error in sorted(frontier)]
+    errors = [error for _, error in [*frontier, *named.values()]]
+    most = max(errors)
+    factor, unit = unit_of(max(size for size, _ in [*frontier, *named.values()]))
+    least = min((error for _, error in named.values() if error > 0), default=1.0)
+    linear = 10.0 ** math.floor(math.log10(least))
+    axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
+    steps = (1, 2, 5) if most < 100 * linear else (1,)
+    axes.yaxis.set_major_locator(SymmetricalLogLocator(linthresh=linear, base=10, subs=steps))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.margins(x=0.12)
+    places = [(size / factor, error) for size, error in sorted(frontier)]
     axes.plot(*zip(*places, strict=True), color=MIXED, linewidth=2, label="best mixture of precisions")
-    across = steps_between(sizes[0] / factor, sizes[-1] / factor, 5)
-    room = 0.08 * (scale.decades + scale.below) or 0.1
-    low, high = -scale.below - room, scale.decades + 3 * room
-    axes.set(xlim=(across[0], across[-1]), ylim=(low, high), xlabel=f"bytes of all experts, {unit}", ylabel=scale.label)
-    axes.set_yticks([scale.place(value) for value in scale.ticks], [f"{value:g}" for value in scale.ticks])
-    axes.set_title("Error against bytes: mixtures of precisions and single ones", fontsize=10)
     for name, (size, error) in named.items():
         colour, marker = (CHOSEN, "D") if name == "chosen" else (UNIFORM, "o")
-        axes.plot(size / factor, scale.place(error), marker, color=colour, markersize=6, zorder=4)
-    _labels(axes, {name: (size / factor, scale.place(error)) for name, (size, error) in named.items()})
+        axes.plot(size / factor, error, marker, color=colour, markersize=6, zorder=4)
+    axes.set(xlabel=f"bytes of all experts, {unit}", ylabel=f"error, logarithmic down to {linear:g}")
+    bottom = -0.3 * linear if min(errors) < linear else 0.8 * min(errors)
+    axes.set_ylim(bottom, most * (most / linear) ** 0.3 or linear)  # room for labels above the largest error
+    axes.set_title("Error against bytes: mixtures of precisions and single ones", fontsize=10)
+    _labels(axes, {name: (size / factor, error) for name, (size, error) in named.items()})
     axes.legend(loc="upper right", frameon=False, fontsize=9)
     _lighten(axes)
 
 
 def _labels(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """A name beside each point; one that would lie on the name below it is moved above it."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    """Write a name beside each point; one that would lie on the name below it is moved above it."""
+    to_share = axes.transScale + axes.transLimits  # of the panel's width and height
     start, height = 0.0, float("-inf")  # of the last label, in points
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        at = PANEL_POINTS[0] * (x - left) / (right - left), PANEL_POINTS[1] * (y - low) / (high - low)
+        at = [share * size for share, size in zip(to_share.transform((x, y)), PANEL_POINTS, strict=True)]
         start = max(start, at[0] + LABEL_POINTS) if at[1] < height + LABEL_POINTS else at[0] + LABEL_POINTS
         height = max(at[1] + LABEL_POINTS / 3, height + LABEL_POINTS)
         colour = CHOSEN if name == "chosen" else UNIFORM

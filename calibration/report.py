@@ -10,10 +10,10 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from calibration.pictures import UseMap, error_chart, error_table, hit_chart, hit_table, language_table
 from calibration.plot import draw as draw_picture
 from calibration.routing import RoutingStatistics
 from calibration.run import UNKNOWN, Calibration
+from calibration.tables import UseMap, error_table, hit_table, language_table
 from qmix.pool.replay import BELADY
 from qmix.units import format_bytes
 
@@ -32,12 +32,11 @@ def report(found: Calibration, pool: Pool | None) -> list[RenderableType]:
     use = routing.total.tolist()
     languages = {name: table.tolist() for name, table in routing.counts.items() if name != UNKNOWN}
     point = (chosen.nbytes, chosen.error) if chosen else None
-    frontier = found.allocator.frontier()
     parts: list[RenderableType] = [UseMap(use)]
     if len(languages) > 1:
         parts.append(language_table(use, languages))
-    parts += [Text("\n".join(_sentences(found, pool))), hit_chart(found.replay), hit_table(found.replay)]
-    parts += [error_chart(frontier, found.uniform, point), error_table(found.uniform, point)]
+    parts += [Text("\n".join(_sentences(found, pool))), hit_table(found.replay)]
+    parts.append(error_table(found.allocator.frontier(), found.uniform, point))
     return [part for each in parts for part in (each, Text())][:-1]
 
 

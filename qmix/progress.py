@@ -1,4 +1,4 @@
-"""How far a long piece of work is; what shows it is up to the caller."""
+"""Progress of a long piece of work, reported to a callback that the caller chooses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Bytes of the checkpoint done and in all; `note` says what is being waited for, if anything."""
+    """Bytes done and bytes in all; `note` names what the work waits for, if anything."""
 
     done: int
     total: int
@@ -19,11 +19,11 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore(progress: Progress) -> None:
-    """Shows nothing."""
+    """Show nothing."""
 
 
 def counted(total: int, on_progress: OnProgress, note: str) -> Callable[[int], None]:
-    """Return what adds up the bytes that it is told of, and reports them."""
+    """Return a function that adds the bytes it is given to a sum and reports the sum."""
     done = 0
 
     def count(nbytes: int) -> None:

@@ -157,11 +157,10 @@ def _serve() -> None:
     from transformers import MixtralForCausalLM  # noqa: F401
 
     from qmix.commands import shared
-    from qmix.terminal import tables as terminal
-    from qmix.terminal import work_display
+    from qmix.terminal import progress
 
     never = float("inf")  # lines that a slow machine would show besides
-    shared.LOADING_PATIENCE = terminal.LINE_SECONDS = work_display.LINE_SECONDS = never
+    shared.LOADING_PATIENCE = progress.LINE_SECONDS = never
     for name in sys.argv[1:]:
         import_module(name)
     for line in sys.stdin:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qmix.batch.run import Summary
-from qmix.terminal.work_display import WorkDisplay, time_left
+from qmix.terminal.progress import JobDisplay, time_left
 from qmix.units import format_bytes
 
 
-class BatchDisplay(WorkDisplay):
+class BatchDisplay(JobDisplay):
     """Called with a summary after each pass."""
 
     def __init__(self, title: str) -> None:
@@ -16,9 +16,10 @@ class BatchDisplay(WorkDisplay):
 
     def __call__(self, summary: Summary) -> None:
         self._total = max(self._total, summary.tokens_left)  # what was left at first
-        told = [f"{summary.done} of {summary.lines} lines", f"{100 * summary.done // summary.lines}%"]
         count, rate = f"{summary.done}/{summary.lines} lines", f"{summary.rate:.1f} tok/s"
-        self.show(summary.done, summary.lines, count, told, rate, self._time_left(summary))
+        left = self._time_left(summary)
+        told = [f"{summary.done} of {summary.lines} lines", f"{100 * summary.done // summary.lines}%", rate, left]
+        self.show(summary.done, summary.lines, told, count=count, rate=rate, left=left)
 
     def _time_left(self, summary: Summary) -> str:
         """By what the finished lines could have needed; unknown until there is one."""

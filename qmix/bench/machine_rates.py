@@ -1,7 +1,7 @@
-"""The rates that predictions rest on, measured on this machine: see `qmix.machine.rates.Rates`.
+"""Measure the rates that predictions use on this machine: see `qmix.machine.rates.Rates`.
 
-Each is measured the way the engine meets it: reading with all cores, records with O_DIRECT, 4-bit products over more
-weights than caches hold, and what a layer and a read take besides their bytes, from the embedded model.
+Each is measured under the engine's conditions: memory reads with all cores, records with O_DIRECT, 4-bit products over
+more weights than caches hold, and the overhead of a layer and of a read on the embedded model.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from qmix.plan import Plan, make_plan
 from qmix.precision.matmul import FourBitMatrix
 from qmix.store.opened import Store
 
-SCRATCH_BYTES = 2**30  # written for the disk's sake; larger than a disk's own cache
+SCRATCH_BYTES = 2**30  # in the scratch file: more than a disk's own cache
 CHUNK = 16 * 2**20
 ROWS, COLUMNS = 14336, 4096  # a matrix of 8x7B
 POOL_BYTES = 600 * 2**20  # of 4-bit matrices: far more than caches hold
-SLOW_MATRICES = 1  # where no kernel takes them, a product is seconds
+SLOW_MATRICES = 1  # without a kernel a product takes seconds
 TOKENS = 48  # decoded by the embedded model, after as many to warm up
 CONTEXT = 1024
-PROMPT = list(range(5, 645))  # a layer's own time grows a little with what it attends to
+PROMPT = list(range(5, 645))  # a layer's overhead grows a little with the context
 GPU_BYTES = 2**28
 GPU_SIZE = 8192
 
 
 def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, float]:
-    """All rates of this machine, with the disk that `directory` lies on. Raises QmixError."""
+    """Return all rates of this machine, with the disk of `directory`. Raises QmixError."""
     tell("reading memory")
     room = min(MEMORY_BYTES, available_memory() // 4) // PAGE * PAGE
-    found = {"memory_read": max(memory_read(room).rounds)}  # what else runs only makes a round slower
+    found = {"memory_read": max(memory_read(room).rounds)}  # other processes only make a round slower
     tell("multiplying")
     found["matmul"] = max(matmul().rounds)
     found["four_bit_read"] = four_bit_read()
@@ -56,29 +56,29 @@ def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) ->
     found |= overheads(Rates().with_measured(found))
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         tell(f"gpu:{index}")
-        if product_fault(f"cuda:{index}"):  # doctor's report says why
+        if product_fault(f"cuda:{index}"):  # doctor reports the reason
             continue
         rates = gpu_rates(torch.device("cuda", index))
-        found |= {name: min(rate, found.get(name, rate)) for name, rate in rates.items()}  # the slowest decides
+        found |= {name: min(rate, found.get(name, rate)) for name, rate in rates.items()}  # of the slowest GPU
     return found
 
 
-def four_bit_read(kind: str = "nf4") -> float:
-    """Bytes/s of packed matrices multiplied with one token, without the kernel too."""
+def four_bit_read() -> float:
+    """Return bytes/s of packed nf4 matrices multiplied with one token, with or without a fast kernel."""
     per_matrix = ROWS * COLUMNS // 2 + ROWS * COLUMNS // 64 * 2
-    fast = FourBitMatrix(kind, *_parts(anonymous_memory(per_matrix)), ROWS, COLUMNS).kernel is not None
+    fast = FourBitMatrix("nf4", *_parts(anonymous_memory(per_matrix)), ROWS, COLUMNS).kernel is not None
     count = max(1, min(POOL_BYTES, available_memory() // 4) // per_matrix) if fast else SLOW_MATRICES
     memory = anonymous_memory(count * per_matrix)
     memory.random_(0, 64)  # scales stay finite: the high byte of a bf16 below 64 is a number below 2**0
-    matrices = [FourBitMatrix(kind, *_parts(part), ROWS, COLUMNS) for part in memory.split(per_matrix)]
+    matrices = [FourBitMatrix("nf4", *_parts(part), ROWS, COLUMNS) for part in memory.split(per_matrix)]
     x = torch.randn(1, COLUMNS).bfloat16()
     with torch.inference_mode():
-        matrices[0].multiply(x)  # compiles and wakes
+        matrices[0].multiply(x)  # compiles the kernel and wakes the threads
         return max(_rate(count * per_matrix, [matrix.multiply for matrix in matrices], x))
 
 
 def _parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and absmax of a packed matrix in so many bytes."""
+    """Return views of the codes and the absmax of a packed matrix that fills `memory`."""
     codes = memory[: ROWS * COLUMNS // 2].view(ROWS, COLUMNS // 2)
     return codes, memory[ROWS * COLUMNS // 2 :].view(torch.bfloat16).view(COLUMNS // 64, ROWS)
 
@@ -92,7 +92,7 @@ def _rate(nbytes: int, products: list[Callable[[torch.Tensor], object]], x: torc
 
 
 def disk_read(directory: Path) -> float:
-    """Bytes/s of O_DIRECT reads at random places of a scratch file in a directory, which is deleted."""
+    """Return bytes/s of O_DIRECT reads at random places of a scratch file, which is deleted afterwards."""
     directory.mkdir(parents=True, exist_ok=True)
     size = min(SCRATCH_BYTES, free_disk(directory) // 4) // CHUNK * CHUNK
     with scratch_file(directory / ".qmix-doctor") as (path, _):
@@ -105,7 +105,7 @@ def disk_read(directory: Path) -> float:
 
 
 def _write_scratch(path: Path, size: int) -> None:
-    """Bytes that no disk can make smaller, past the page cache and on the disk when it returns."""
+    """Write incompressible bytes past the page cache, and wait until they are on the disk."""
     file = UncachedFile(path, os.O_RDWR)
     try:
         noise = torch.randint(0, 256, (CHUNK,), dtype=torch.uint8).numpy()
@@ -117,10 +117,10 @@ def _write_scratch(path: Path, size: int) -> None:
 
 
 def overheads(rates: Rates) -> dict[str, float]:
-    """What a layer and a read take in decode besides their bytes, from the embedded model.
+    """Return the overhead of a layer and of a read in decode, measured on the embedded model.
 
-    All of it in memory, a token takes the layers' own time and the products'; with a pool of a third of the experts,
-    the reads' besides.
+    With all experts in memory, a token takes the layers' overhead and the time of reading weights; with a pool of a
+    third of the experts, it also takes that of disk reads.
     """
     store = prepare_store("tiny")
     plan = make_plan(store.layout, 2**40, CONTEXT, 0)
@@ -135,7 +135,7 @@ def overheads(rates: Rates) -> dict[str, float]:
 
 
 def _decoded(store: Store, plan: Plan) -> tuple[float, float]:
-    """Seconds a token, and records missed in it: what a run usually takes, not what it could."""
+    """Return seconds per token and records missed per token: the median of several runs."""
     with Runner(store, plan) as runner:
         greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_new_tokens": TOKENS, "seed": 0}
         runner.complete(PROMPT, **greedy)
@@ -144,7 +144,7 @@ def _decoded(store: Store, plan: Plan) -> tuple[float, float]:
 
 
 def gpu_rates(device: torch.device) -> dict[str, float]:
-    """Copying from pinned memory, reading its own, and products in half precision."""
+    """Return a GPU's rates: copies from pinned memory, reads of its own memory, products in half precision."""
     host = torch.empty(GPU_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty(GPU_BYTES, dtype=torch.uint8, device=device)
     words = there.view(torch.int32)
@@ -157,7 +157,7 @@ def gpu_rates(device: torch.device) -> dict[str, float]:
 
 
 def _device_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Median of a few, each waited for."""
+    """Return the median seconds of `work`, synchronised after each run."""
     work()
     torch.cuda.synchronize(device)
     found = []

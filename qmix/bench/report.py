@@ -1,4 +1,4 @@
-"""What a benchmark found: samples, rows of a table, and the conditions. Loads no torch."""
+"""The report of a benchmark: samples, rows of a table, and conditions. Loads no torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # it imports torch
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One repetition. `bytes_read` and the hit rate are those of the timed part, `cost` the least for it:
-    of the whole prompt, or of one token."""
+    """One repetition. `bytes_read` and the hit rate are those of the timed part.
+
+    `cost` is the least cost of that part: of the whole prompt, or of one token.
+    """
 
     ttft_s: float
     tpot_s: float | None
@@ -27,13 +29,13 @@ class Sample:
 
     @property
     def seconds(self) -> float:
-        """What `cost` took: the prompt's first token, or a token after it."""
+        """Seconds that `cost` took: to the first token of a prompt, or for each token after it."""
         return self.ttft_s if self.tpot_s is None else self.tpot_s
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A workload's samples with their bounds. Rates in tokens/s, times in seconds, means over the repetitions."""
+    """A workload's samples and bounds. Rates are in tokens/s, times in seconds; all are means over the repetitions."""
 
     workload: Workload
     samples: tuple[Sample, ...]
@@ -41,7 +43,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are timed in one repetition."""
+        """Tokens timed in one repetition."""
         return self.workload.decode_steps or self.workload.prompt_tokens
 
     @property
@@ -50,7 +52,7 @@ class Row:
 
     @property
     def rate_sd(self) -> float:
-        """Standard deviation over the repetitions; 0 of a single one."""
+        """Standard deviation over the repetitions; 0 for a single one."""
         return statistics.stdev(sample.rate for sample in self.samples) if len(self.samples) > 1 else 0.0
 
     @property
@@ -71,13 +73,13 @@ class Row:
 
     @property
     def least_bytes_per_token(self) -> float:
-        """What `bytes_per_token` would be of a pool that knew the future."""
+        """`bytes_per_token` of a pool that knows the future."""
         unit = 1 if self.workload.decode_steps else self.tokens
         return statistics.mean(sample.cost.disk_bytes for sample in self.samples) / unit
 
     @property
     def bound_rate(self) -> float:
-        """Tokens/s if every repetition had taken the least time."""
+        """Tokens/s if every repetition took the least time."""
         unit = 1 if self.workload.decode_steps else self.tokens
         return unit / statistics.mean(bound.seconds for bound in self.bounds)
 
@@ -108,8 +110,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Rows, what they are compared with, and the conditions. Memory in bytes; `fast_kernels`: none of
-    the model's 4-bit matrices was dequantised to be multiplied."""
+    """Rows, the ceilings they are compared with, and the conditions. Memory is in bytes.
+
+    `fast_kernels` is True if no 4-bit matrix of the model was dequantised to be multiplied.
+    """
 
     model: str
     precision: str

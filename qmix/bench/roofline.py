@@ -1,6 +1,6 @@
-"""What a benchmark's workloads must at least read and compute, and how soon a machine could do that.
+"""The roofline of a benchmark's workloads: the least to read and compute, and the least time a machine needs for it.
 
-Pure arithmetic; loads no torch. Bytes, floating-point operations (a multiplication and an addition are two), seconds.
+Pure arithmetic; loads no torch. Units are bytes, seconds, and floating-point operations (a multiply-add is two).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from qmix.pool.replay import belady_hits, requests
 from qmix.pool.stack import Array
 from qmix.store.layout import StoreLayout
 
-SHORT_PROMPT = 16  # tokens before those that a decode workload times
+SHORT_PROMPT = 16  # tokens of prompt in a decode workload, not timed
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`pp512`: a prompt of 512 tokens until its first new one. `tg128`: 128 decode steps after a short prompt."""
+    """`pp512` is a prompt of 512 tokens up to the first new one, `tg128` 128 decode steps after a short prompt."""
 
     prompt_tokens: int
     decode_steps: int = 0
@@ -32,21 +32,21 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and answer together; the prompt alone gives the first new one."""
+        """Tokens of prompt and answer together; the first new token comes from the prompt, before any decode step."""
         return self.prompt_tokens + 1 + self.decode_steps
 
 
 def workloads(prompts: Sequence[str], new: Sequence[str]) -> list[Workload]:
-    """From lists as typed, `512,1024`; 0 leaves a kind out. Raises UsageError."""
+    """Return the workloads of lists as typed, `512,1024`; 0 omits a kind. Raises UsageError."""
     found = [Workload(count) for count in _counts("--prompt-tokens", prompts)]
     found += [Workload(SHORT_PROMPT, count) for count in _counts("--new-tokens", new)]
     if not found:
-        raise UsageError("--prompt-tokens 0 --new-tokens 0: leave nothing to measure; give one of them")
+        raise UsageError("--prompt-tokens 0 --new-tokens 0: nothing to measure; give a number above 0 for one of them")
     return found
 
 
 def _counts(option: str, texts: Sequence[str]) -> list[int]:
-    counts: dict[int, None] = {}  # each once, in the order given
+    counts: dict[int, None] = {}  # without duplicates, in order
     for text in ",".join(texts).split(","):
         if not (text.strip().isascii() and text.strip().isdigit() and len(text.strip()) < 10):
             raise UsageError(f"{option}: {text!r} is not a number of tokens; write it like 512, or 512,1024")
@@ -56,7 +56,7 @@ def _counts(option: str, texts: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least to be read from disk and from memory, in bytes, and to be computed, in floating-point operations."""
+    """The least to read from disk and from memory, in bytes, and to compute, in floating-point operations."""
 
     disk_bytes: float
     memory_bytes: float
@@ -65,16 +65,16 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The least time that a cost takes, and what sets it: "disk", "memory" or "compute"."""
+    """The least time of a cost, and its bottleneck: "disk", "memory" or "compute"."""
 
     seconds: float
     by: str
 
 
 def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float) -> Bound:
-    """The least seconds of a cost, where disk, memory and arithmetic wait for nothing: the longest of the three.
+    """Return the least time of a cost if disk, memory and arithmetic overlap fully: the longest of the three.
 
-    Rates in bytes/s and FLOP/s; `disk_read` may be None where nothing is read from disk.
+    Rates are in bytes/s and FLOP/s; `disk_read` may be None if the cost has no disk bytes.
     """
     times = {
         "disk": cost.disk_bytes / disk_read if disk_read else 0.0,
@@ -87,10 +87,10 @@ def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float
 
 
 def decode_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int]) -> Cost:
-    """Of one token, the mean over a workload's decode steps, of which `trace` is the routing.
+    """Return the cost of one token, the mean over a workload's decode steps, whose routing is `trace`.
 
-    `slots` says how many by the bytes of their records. A token's arithmetic is left out: it takes less time than
-    reading the weights that it is done with.
+    `slots` are numbers of slots by record size in bytes. The arithmetic of a token is left out: it takes less time than
+    reading its weights.
     """
     passes = workload.decode_steps
     seen = mean_position(workload.prompt_tokens, passes, layout.geometry.sliding_window)
@@ -100,7 +100,7 @@ def decode_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Ma
 
 
 def prefill_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int]) -> Cost:
-    """Of a whole prompt, of which `trace` is the routing: a step for each layer of each chunk."""
+    """Return the cost of a whole prompt, whose routing is `trace`: a step for each layer of each chunk."""
     chunks = len(trace) // layout.geometry.num_layers
     memory = _requested_bytes(layout, trace) + chunks * dense_read(layout)
     read = least_read_bytes(layout, trace, slots)
@@ -110,10 +110,10 @@ def prefill_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: M
 def least_read_bytes(
     layout: StoreLayout, trace: Array, slots: Mapping[int, int], start: Sequence[int] | None = None
 ) -> int:
-    """Bytes that any pool with so many slots for records of each size must read: what Belady's optimum reads.
+    """Return the bytes that Belady's optimum reads: no pool with `slots` by record size reads less.
 
-    `start` are the records, layer * experts + expert, of which it holds the best before the first step; with all of
-    them, unless others are given, the count is the least whatever was in memory before.
+    Before the first step it holds the best of the records `start`, layer * experts + expert. The default, all records,
+    gives the least for any pool content.
     """
     layers, experts = layout.geometry.num_layers, layout.geometry.num_experts
     sizes, total = _sizes(layout, trace), 0
@@ -129,7 +129,7 @@ def _requested_bytes(layout: StoreLayout, trace: Array) -> int:
 
 
 def _sizes(layout: StoreLayout, trace: Array) -> Array:
-    """Bytes of the records that a trace [steps, k] asks for; 0 where it asks for none."""
+    """Return the bytes of the records that a trace [steps, k] requests; 0 where it requests none."""
     geometry = layout.geometry
     sizes = [
         [layout.record(layer, expert).nbytes for expert in range(geometry.num_experts)]
@@ -140,9 +140,9 @@ def _sizes(layout: StoreLayout, trace: Array) -> Array:
 
 
 def dense_read(layout: StoreLayout) -> int:
-    """Bytes of dense weights that one pass reads: all of them, but of the embedding table one row.
+    """Return the bytes of dense weights that one pass reads: all of them, but only one row of the embedding table.
 
-    Tied, the table is the head as well, and read whole.
+    A tied table is also the head, and read whole.
     """
     geometry = layout.geometry
     table = geometry.vocab_size * geometry.hidden_size * HALF_BYTES
@@ -151,13 +151,13 @@ def dense_read(layout: StoreLayout) -> int:
 
 
 def mean_position(prompt_tokens: int, decode_steps: int, window: int | None = None) -> float:
-    """Positions of the KV cache that a decode step reads, its own included, on average; `window` of them at most."""
+    """Return the mean number of KV cache positions, at most `window`, that a decode step reads, its own included."""
     seen = (prompt_tokens + step for step in range(1, decode_steps + 1))
     return sum(min(position, window or position) for position in seen) / decode_steps
 
 
 def prefill_flops(geometry: Geometry, tokens: int) -> int:
-    """Of a prompt: projections, router, the experts routed to, causal attention, and the head for the last token."""
+    """Return the FLOP of a prompt: projections, router, routed experts, causal attention, the last token's head."""
     hidden, q_rows = geometry.hidden_size, geometry.num_heads * geometry.head_dim
     attention = 2 * hidden * (q_rows + geometry.num_kv_heads * geometry.head_dim)  # q and o, k and v
     experts = geometry.experts_per_token * 3 * hidden * geometry.intermediate_size

@@ -1,8 +1,8 @@
-"""Speed of a model on this machine under a budget, beside the least time that disk, memory and cores would take.
+"""Measure the speed of a model under a memory budget and compare it with the least time of disk, memory and cores.
 
-Prompts are random token ids, other ones in each repetition; answers are greedy and go on past the end of text. `pp`
-is timed from the prompt to its first new token, `tg` from that to the last. The least time counts what the very run
-needed: its routing is recorded, and Belady's optimum over it, from the best start, is what had to be read.
+Prompts are random token ids, different in each repetition; answers are greedy and continue past the end of text. `pp`
+is timed from the prompt to its first new token, `tg` from there to the last. The least time is that of the same run:
+its routing is recorded, and the least bytes to read are those of Belady's optimum from the best start.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from qmix.store.layout import StoreLayout, precision_of
 from qmix.store.opened import Store
 from qmix.version import __version__
 
-WARM_UP_STEPS = 16  # decode steps that are not timed
-DISK_BYTES = 64 * 2**20  # taken by a slice of disk reads
-PRODUCT_BYTES = 4 * 2 * MATMUL_SIZES[0] ** 2  # taken by a slice of products: three matrices, and one repacked
+WARM_UP_STEPS = 16  # decode steps before timing
+DISK_BYTES = 64 * 2**20  # memory for a slice of disk reads
+PRODUCT_BYTES = 4 * 2 * MATMUL_SIZES[0] ** 2  # memory for a slice of products: three matrices, and one repacked
 Probe = DiskProbe | MatmulProbe | MemoryProbe
 STACK = ("torch", "bitsandbytes", "transformers")
 
@@ -57,10 +57,10 @@ def prepare(
     plan: PlanFile | None = None,
     on_progress: OnProgress = ignore,
 ) -> tuple[Store, Plan]:
-    """A model's store, made first if there is none, and the plan for these workloads; no weights are loaded.
+    """Return a model's store, quantised first if there is none, and the plan for these workloads. Loads no weights.
 
-    Without `context` it is what the longest workload takes. `plan` is in place of `ram` and `context`. Raises
-    QmixError as `qmix.load` does.
+    The default `context` is that of the longest workload. `plan` replaces `ram` and `context`. Raises QmixError as
+    `qmix.load` does.
     """
     check_attention(attention)
 
@@ -81,7 +81,7 @@ def prepare(
 
 
 def check_context(workloads: Sequence[Workload], context: int, which: str, advice: str) -> None:
-    """Raises UsageError where a workload takes a longer context than there is."""
+    """Raise UsageError if a workload takes more than `context` tokens."""
     for workload in workloads:
         if workload.context > context:
             needed = f"{workload.name}: takes a context of {workload.context}"
@@ -97,9 +97,9 @@ def measure(
 ) -> BenchReport:
     """Time each workload after a warm-up.
 
-    `machine` is `qmix.machine.probes.probe_in_child()`, taken before the runner took its memory. Where the plan leaves
-    room for it, and for the disk where it is needed, ceilings are measured anew before, between and after the
-    repetitions, and their medians are what the rows are compared with.
+    `machine` is the result of `qmix.machine.probes.probe_in_child()`, measured before the runner takes its memory. If
+    the plan leaves room, ceilings are measured again before, between and after the repetitions (the disk's only if the
+    run reads from it), and the rows are compared with their medians.
     """
     check_context(workloads, runner.plan.context, "the runner's is", "load the model with a larger one")
     store, samples = runner.store, []
@@ -127,7 +127,7 @@ def measure(
 
 @dataclass(slots=True)
 class _Watch:
-    """Runs workloads and notes the routing, and for each forward pass where it begins."""
+    """Runs workloads, and records the routing and the start of each forward pass."""
 
     runner: Runner
     steps: list[list[Key]]
@@ -164,9 +164,9 @@ class _Watch:
 
 @contextmanager
 def _probed(runner: Runner) -> Iterator[dict[str, Probe]]:
-    """Probes that take no memory beyond the plan's, by the name of the ceiling that they measure.
+    """Yield probes that need no memory beyond the plan's, by the name of their ceiling.
 
-    Between runs the work space of a step is free; half of it is left to the allocator.
+    Between runs the work space of a step is free; they use half of it and leave the rest to the allocator.
     """
     probes: dict[str, Probe] = {}
     room = runner.plan.work // 2
@@ -221,7 +221,7 @@ def _bounds(samples: Sequence[Sample], machine: Ceilings) -> tuple[Bound, ...]:
 
 
 def random_prompt(runner: Runner, tokens: int, seed: int) -> list[int]:
-    """Token ids of the model's vocabulary, special ones left out."""
+    """Return random token ids of the model's vocabulary without special tokens."""
     special = set(runner.tokenizer.all_special_ids)
     known = min(len(runner.tokenizer), runner.store.geometry.vocab_size)
     return random.Random(seed).choices([token for token in range(known) if token not in special], k=tokens)

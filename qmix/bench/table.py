@@ -1,4 +1,4 @@
-"""Tables of a benchmark's report."""
+"""Tables for a benchmark's report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # it imports torch
 
 
 def bench_table(report: BenchReport) -> Table:
-    """A row for each workload; stays readable on 60 columns."""
+    """Return a row for each workload; readable from 60 columns on."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("test", no_wrap=True)
     for name in ("tok/s", "TTFT", "TPOT", "hit\nrate", "read a\ntoken", "of\nbound"):
@@ -39,7 +39,7 @@ def bench_table(report: BenchReport) -> Table:
 
 
 def bench_conditions(report: BenchReport) -> Table:
-    """What the rows are to be read with."""
+    """Return the conditions of the rows."""
     plan, ceilings = report.plan, report.ceilings
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -78,5 +78,5 @@ def _bound(row: Row) -> str:
 
 
 def _decimals(value: float) -> int:
-    """That show four digits of a number above zero."""
+    """Return the decimals that show four digits of a number above zero."""
     return max(0, 3 - math.floor(math.log10(value)))

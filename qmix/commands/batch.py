@@ -102,7 +102,8 @@ def _answer(
     from qmix.commands.texts import tokenizer_of
     from qmix.engine.resolve import prepare_store
     from qmix.store.sources import open_source
-    from qmix.terminal.tables import ProgressDisplay, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
     if plan is not None:

@@ -51,7 +51,8 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.opener import Runner
     from qmix.machine.probes import probe_in_child
-    from qmix.terminal.tables import ProgressDisplay, print_table, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import print_table, say
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store, plan = prepare(name, tests, attention=attn, plan=given, on_progress=making, **options)

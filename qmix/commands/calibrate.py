@@ -59,7 +59,8 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     from qmix.machine.found import default_budget, interpreter_memory
     from qmix.store.profile import check_budget, write_profile
     from qmix.store.sources import layout_for
-    from qmix.terminal.tables import ProgressDisplay, print_table, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import print_table, say
 
     dtype = layout_for(checkpoint, None, options["dtype"]).dtype
     if budget is not None:

@@ -55,7 +55,8 @@ def chat(
         from qmix.chat.loop import Chat, Screen
         from qmix.chat.session import Session
         from qmix.engine.statistics import statistics
-        from qmix.terminal.tables import ThinkingLine, say
+        from qmix.terminal.progress import ThinkingLine
+        from qmix.terminal.tables import say
 
         session = Session(runner, settings, text or "")
         if resume is not None:

@@ -65,7 +65,8 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.machine.found import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
     from qmix.store.sources import DEFAULT_PRECISION, layout_for
-    from qmix.terminal.tables import ProgressDisplay, print_table, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import print_table, say
 
     if stores or options["profile"]:  # which must be of the same weights
         with ProgressDisplay(f"reading {name}") as display:

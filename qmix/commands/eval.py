@@ -85,7 +85,8 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.evaluate.engine import Engine
     from qmix.evaluate.results import Results, identity
     from qmix.machine.found import default_budget, own_memory
-    from qmix.terminal.tables import ProgressDisplay, print_table, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import print_table, say
 
     loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
     showing = partial(EvaluationDisplay, f"evaluating {name}")
@@ -106,7 +107,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
 def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
     """The model's store, made once the budget is known to do for all that there is to do."""
     from qmix.engine.resolve import prepare_store
-    from qmix.terminal.tables import ProgressDisplay
+    from qmix.terminal.progress import ProgressDisplay
 
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
         context, longest = options["context"], layout.geometry.max_position

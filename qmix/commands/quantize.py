@@ -56,7 +56,8 @@ def quantize(model: str, store: Path | None, source: str | None, **options: Any)
 
 def _mend(store: Path, source: str | None) -> None:
     from qmix.store.mend import mend
-    from qmix.terminal.tables import ProgressDisplay, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import say
 
     with ProgressDisplay(f"verifying {store}") as reading, ProgressDisplay(f"mending {store}") as mending:
         done = mend(store, source, reading, mending)
@@ -82,7 +83,8 @@ def _make(
     from qmix.store.opened import is_store, partial_directory
     from qmix.store.quantize import quantize as run
     from qmix.store.sources import layout_for, open_source
-    from qmix.terminal.tables import ProgressDisplay, say
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import say
 
     profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)

@@ -150,7 +150,7 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     name = model_or_default(model)
     quiet_libraries()
     from qmix.engine.opener import load
-    from qmix.terminal.tables import ProgressDisplay
+    from qmix.terminal.progress import ProgressDisplay
 
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:

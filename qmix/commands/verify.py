@@ -24,7 +24,7 @@ def verify(store: Path, as_json: bool) -> None:
     """
     quiet_libraries()
     from qmix.store.verify import verify_store
-    from qmix.terminal.tables import ProgressDisplay
+    from qmix.terminal.progress import ProgressDisplay
 
     with ProgressDisplay(f"verifying {store}") as display:
         found = verify_store(store, display)

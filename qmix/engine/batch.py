@@ -23,7 +23,6 @@ from qmix.plan import PREFILL_CHUNK
 from qmix.pool.experts import ExpertPool
 
 PASS_TOKENS = PREFILL_CHUNK  # in a pass at most, as the plan reckons with
-MAX_BATCH = 256  # sequences at once: half of a pass is left to prompts
 
 OnLogits = Callable[[Continuation, torch.Tensor], bool]
 

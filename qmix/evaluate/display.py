@@ -10,14 +10,14 @@ from rich import box
 from rich.table import Table
 
 from qmix.evaluate.card import CARD, CardRow, card_rows
-from qmix.terminal.work_display import WorkDisplay, time_left
+from qmix.terminal.progress import JobDisplay, time_left
 from qmix.units import format_bytes
 
 if TYPE_CHECKING:
     from qmix.evaluate.engine import Work
 
 
-class EvaluationDisplay(WorkDisplay):
+class EvaluationDisplay(JobDisplay):
     """Called with the work after each layer or pass."""
 
     def __init__(self, title: str) -> None:
@@ -30,8 +30,8 @@ class EvaluationDisplay(WorkDisplay):
         rate = f"{tokens / seconds:.0f} tok/s" if seconds else ""
         left = time_left(work.tokens_left * seconds / tokens) if tokens and work.tokens_left else ""
         count = f"{work.done}/{work.requests} requests"
-        told = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens"]
-        self.show(work.tokens, work.tokens + work.tokens_left, count, told, rate, left)
+        told = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens", rate, left]
+        self.show(work.tokens, work.tokens + work.tokens_left, told, count=count, rate=rate, left=left)
 
 
 def result_tables(content: Mapping[str, Any]) -> list[Table]:

@@ -1,3 +1,3 @@
-"""Compiled code that multiplies, quantises and attends: `cpu` for processors.
+"""Compiled kernels for products, quantisation and attention: `cpu` for processors.
 
 May import only errors, so that a kernel can be read, tested and timed alone."""

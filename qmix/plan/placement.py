@@ -95,7 +95,7 @@ class _Holdings:
         usable = int((budget - GPU_RESERVE_BYTES) / (1 + GPU_RESERVE_SHARE))
         dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
         for uploads in (False, True):  # no record is copied where all of them stay
-            work = self._work(first, last, uploads)
+            work = self._work(last, uploads)
             room = usable - dense - cache - work
             if room < 0:
                 continue
@@ -119,7 +119,7 @@ class _Holdings:
             )
         return self._runs[first, last]
 
-    def _work(self, first: int, last: int, uploads: bool) -> int:
+    def _work(self, last: int, uploads: bool) -> int:
         demand = self.demand
         return device_work_bytes(
             demand.geometry,

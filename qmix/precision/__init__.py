@@ -1,15 +1,11 @@
-"""How an expert's weights are held: nf4, fp4, int8 and half.
+"""Precisions of expert weights: nf4, fp4, int8 and half.
 
-formats     which parts a matrix becomes and how many bytes they take (no torch)
-blocks      one block of weights, in numba: its scale, its codes, their values
-kernels     the quantisers, in numba
-quantizer   rows of a checkpoint in, parts out
-round_trip  a matrix as it comes back from being quantised, at any size of block
-encode      an expert's matrices in half precision to one in any precision, in memory
-matmul      parts in, products out
-dense       projections that stay in half precision
-products    qmix's own products, in numba: what is read, by whom, in which order
-row_tile, packed_tile, vectors   their innermost loops, in LLVM's vectors
-paths       the instruction sets that they are built for, and the one in use
-team        torch's threads for them
+formats       the parts of a matrix in each precision, and their bytes (no torch)
+record        the order of an expert's parts in its record (no torch)
+quantizer     a matrix quantised by row chunks
+encode        an expert quantised in memory
+round_trip    a matrix quantised and dequantised, at any block size
+matmul        products with quantised matrices
+dense         linear layers that stay in half precision
+bitsandbytes  the library, imported quietly
 """

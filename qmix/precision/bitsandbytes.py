@@ -1,11 +1,11 @@
-"""bitsandbytes, imported without a word, without a look-up on a hub, and without torch's compiler.
+"""Import bitsandbytes without warnings, without a request to a hub, and without torch's compiler.
 
-Its CPU backend tries to fetch a kernel through the `kernels` package when it is imported, and logs a warning where
-that fails; its fallbacks are wrapped in `torch.compile`, which loads the whole compiler (1.5 s, 44 MB) though nothing
-here calls them. The kernels that qmix uses are in bitsandbytes' own library.
+When imported, its CPU backend tries to fetch a kernel through the `kernels` package and logs a warning if that fails.
+It also wraps its fallbacks in `torch.compile`, which loads the whole compiler (1.5 s, 44 MB), though qmix never calls
+them: the kernels that qmix uses are in bitsandbytes' own library.
 
-Where torch has CUDA, that is another library than the one bitsandbytes loads: its CUDA library has none of the CPU's
-4-bit products. `cpu_library` is the CPU's, whatever torch has.
+Where torch has CUDA, bitsandbytes loads its CUDA library, which lacks the CPU's 4-bit products. `cpu_library` is the
+CPU library in either case.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
-    """What stands in for torch.compile: the function as it is."""
+    """Return the function unchanged: a stand-in for torch.compile."""
     return function if function is not None else lambda wrapped: wrapped
 
 
@@ -54,7 +54,7 @@ __all__ = ["cpu_library", "functional"]
 
 @cache
 def cpu_library() -> ctypes.CDLL | None:
-    """Return bitsandbytes' library of CPU kernels; None where the package has none, or it cannot be loaded."""
+    """Return bitsandbytes' library of CPU kernels; None if the package has none or it cannot be loaded."""
     from bitsandbytes.consts import DYNAMIC_LIBRARY_SUFFIX, PACKAGE_DIR  # after `functional`: it loads the package
 
     try:

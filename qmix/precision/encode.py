@@ -1,4 +1,4 @@
-"""An expert's matrices in half precision to one in any precision, in memory: what a store's record would hold."""
+"""Quantise an expert in memory, to the bytes that a store's record would have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qmix.precision.matmul import Expert
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.precision.record import record_layout
 
-CHUNK_WEIGHTS = 2**22  # quantised at once: what is made on the way stays small
+CHUNK_WEIGHTS = 2**22  # quantised at once, which bounds the scratch memory
 
 
 def encoded(
@@ -24,9 +24,9 @@ def encoded(
     name: str = "expert",
     clip: bool = False,
 ) -> Expert:
-    """The expert of `matrices`, w1, w3 and w2 as [rows, cols], quantised as a store's would be.
+    """Return the expert of `matrices`, w1, w3 and w2 as [rows, cols], quantised as in a store.
 
-    Raises CheckpointError, naming the expert, where a weight is NaN, infinite, or too large for what holds it.
+    Raises CheckpointError, naming the expert, if a weight is NaN, infinite, or too large for the precision.
     """
     layout = record_layout(geometry, precision, dtype)
     record = np.zeros(layout.nbytes, np.uint8)

@@ -1,9 +1,8 @@
-"""Which parts a matrix becomes in each precision, and their bytes: arithmetic only, no torch.
+"""The parts of a matrix in each precision, and their bytes. Arithmetic only, no torch.
 
-nf4, fp4   bitsandbytes' 4-bit codes in blocks of 64 weights, absmax of a block in bf16: 4.25 bits a weight.
-           Where the shape allows it both lie in the layout that bitsandbytes' CPU kernel multiplies
-           ("packed"): codes of 32 rows interleaved, absmax as [columns / 64, rows]. Else in bitsandbytes'
-           ordinary order.
+nf4, fp4   bitsandbytes' 4-bit codes in blocks of 64 weights, a block's absmax in bf16: 4.25 bits a weight.
+           Where the shape allows it, both have the layout of bitsandbytes' CPU kernel ("packed"): codes of 32 rows
+           interleaved, absmax as [columns / 64, rows]. Other shapes have bitsandbytes' default order ("flat").
 int8       bitsandbytes' row-wise codes, weight = code * row_max / 127, row_max in fp32.
 half       the weights themselves in bf16 or fp16.
 """
@@ -22,12 +21,12 @@ from qmix.units import quoted
 
 PRECISIONS = ("nf4", "fp4", "int8", "half")
 FOUR_BITS = ("nf4", "fp4")
-KERNEL_WEIGHTS = 2**19  # in a matrix, from where on qmix's own products pay
+KERNEL_WEIGHTS = 2**19  # weights of the smallest matrix for which qmix's own products pay
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of a quantised matrix; `dtype` as safetensors writes it."""
+    """One tensor of a quantised matrix; `dtype` is safetensors' name."""
 
     name: str
     dtype: str
@@ -39,32 +38,32 @@ class Part:
 
 
 def check_precision(precision: str) -> str:
-    """`precision` itself; raises UsageError where there is no such one."""
+    """Return `precision`; raise UsageError if it is unknown."""
     if precision not in PRECISIONS:
         raise UsageError(f"{quoted(precision)} is not a precision; choose one of {', '.join(PRECISIONS)}")
     return precision
 
 
 def fits_kernels(rows: int, cols: int) -> bool:
-    """Whether the fast CPU kernels take a matrix of this shape.
+    """Return whether the fast CPU kernels take a matrix of this shape.
 
-    The packed 4-bit kernel needs whole groups of 32 rows and blocks that end with a row; torch's int8 kernel
-    reads past the end of rows that are no multiple of 32 long (torch 2.13).
+    The packed 4-bit kernel needs whole groups of 32 rows and whole blocks in a row; torch's int8 kernel reads past the
+    end of a row whose length is not a multiple of 32 (torch 2.13).
     """
     return rows % PACK_ROWS == 0 and cols % BLOCK == 0
 
 
 def uses_kernels(geometry: Geometry) -> bool:
-    """Return whether a run with this model loads qmix's products, and with them Numba: 100 MB and a quarter second.
+    """Return whether a run with this model loads qmix's products and with them Numba, which takes 100 MB and 0.25 s.
 
-    Matrices too small to pay for that are left to bitsandbytes' kernels, where it has any for this processor.
+    Smaller matrices use bitsandbytes' kernels, if it has any for this processor.
     """
     largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
     return largest >= KERNEL_WEIGHTS or not current().pairs
 
 
 def parts(precision: str, dtype: str, rows: int, cols: int) -> tuple[Part, ...]:
-    """The tensors of a [rows, cols] matrix; `dtype` ("bf16" or "fp16") is what `half` means here."""
+    """Return the tensors of a [rows, cols] matrix; `dtype`, "bf16" or "fp16", is the type of `half`."""
     if precision == "half":
         return (Part("weight", DTYPES[dtype], (rows, cols)),)
     if precision == "int8":
@@ -76,7 +75,7 @@ def parts(precision: str, dtype: str, rows: int, cols: int) -> tuple[Part, ...]:
 
 
 def chunk_rows(precision: str, rows: int, cols: int, max_weights: int) -> int:
-    """Rows to quantise at once: about `max_weights` weights, and never a block or a group of rows split."""
+    """Return the rows to quantise at once: about `max_weights` weights in whole blocks and groups of rows."""
     step = 1
     if precision in FOUR_BITS:
         step = PACK_ROWS if fits_kernels(rows, cols) else BLOCK // gcd(BLOCK, cols)

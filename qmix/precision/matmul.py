@@ -1,12 +1,12 @@
-"""Products with quantised matrices, read in place from a record's bytes.
+"""Multiply with quantised matrices, read in place from a record's bytes.
 
-Each class holds views into a buffer and offers `multiply(x)`: x [T, cols] to [T, rows], in x's type, and
-`dequantize(start, stop)`: those rows in fp32, the definition that every kernel is tested against. Where no fast
-kernel takes the shape, or the CPU has none, rows are dequantised a few at a time and multiplied in fp32. The
-buffer is a pool slot, whose content changes: nothing is worked out from it beforehand.
+Each class has views of a buffer and two methods: `multiply(x)` returns [T, rows] for x [T, cols], in x's type, and
+`dequantize(start, stop)` returns those rows in fp32, the definition that every kernel is tested against. Where no fast
+kernel takes the shape, or the CPU has none, rows are dequantised a few at a time and multiplied in fp32. The buffer is
+a pool slot, whose content changes, so nothing is computed from it in advance.
 
-The fastest kernel for a few rows of x is another than for many, and rounds differently. A matrix made `invariant`
-takes one for all, so that a row's product does not depend on the rows beside it.
+The fastest kernel for a few rows of x is not the fastest for many, and rounds differently. An `invariant` matrix uses
+one kernel for both, so that a row's product does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from qmix.precision.formats import FOUR_BITS, KERNEL_WEIGHTS, fits_kernels
 from qmix.precision.record import RecordLayout
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
-OURS, THEIRS = "qmix", "bitsandbytes"  # whose kernel multiplies a packed matrix
-FEW_TOKENS = 32  # rows of x from which torch's product in bf16 is as fast as qmix's
+OURS, THEIRS = "qmix", "bitsandbytes"  # owners of kernels for packed matrices
+FEW_TOKENS = 32  # from this many rows of x on, torch's product in bf16 is as fast as qmix's
 
 
 class Matrix:
-    """A [rows, cols] matrix in some precision."""
+    """A [rows, cols] matrix in one of the precisions."""
 
     def __init__(self, rows: int, cols: int, invariant: bool = False) -> None:
         self.rows, self.cols, self.invariant = rows, cols, invariant
 
     @property
     def uses_ours(self) -> bool:
-        """Whether qmix's own products, which are invariant, are taken."""
+        """True if qmix's own products, which are invariant, multiply this matrix."""
         return self.invariant or self.rows * self.cols >= KERNEL_WEIGHTS
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) in fp32."""
+        """Return rows [start, stop) in fp32."""
         raise NotImplementedError
 
     def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Yield the matrix a few rows at a time, dequantised and rounded to `dtype`; none is large."""
+        """Yield the matrix a few rows at a time, dequantised and rounded to `dtype`."""
         step = max(1, SLOW_PATH_WEIGHTS // self.cols // PACK_ROWS) * PACK_ROWS
         for start in range(0, self.rows, step):
             yield self.dequantize(start, min(start + step, self.rows)).to(dtype)
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the whole matrix, dequantised and rounded to `dtype`, in memory of its own."""
+        """Return the whole matrix, dequantised and rounded to `dtype`, in new memory."""
         whole, row = torch.empty((self.rows, self.cols), dtype=dtype), 0
         for piece in self.pieces(dtype):
             whole[row : row + len(piece)] = piece
@@ -62,13 +62,13 @@ class Matrix:
         return whole
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x @ self.T without a kernel: [T, cols] to [T, rows], a few rows of the matrix at a time."""
+        """Return x @ self.T, [T, rows] for x [T, cols], without a kernel: a few rows of the matrix at a time."""
         out = torch.empty((len(x), self.rows), dtype=x.dtype)
         wide, step = x.float(), max(1, SLOW_PATH_WEIGHTS // self.cols)
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
             weights = self.dequantize(start, stop)
-            if self.invariant:  # each row by itself, at an address of its own: the library's sums follow alignment
+            if self.invariant:  # each row by itself and copied: the library's order of additions depends on alignment
                 for row, token in zip(out, wide, strict=True):
                     row[start:stop] = weights @ token.clone()
             else:
@@ -77,12 +77,12 @@ class Matrix:
 
 
 def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
-    """x [..., cols] @ weight.T, both in the same half precision, by whichever kernel is the faster.
+    """Return x [..., cols] @ weight.T, both in the same half precision, by the faster kernel.
 
-    With `invariant` by qmix's own whatever the sizes; by torch's wherever x or the weight requires a gradient.
+    With `invariant` that is always qmix's own. If x or the weight requires a gradient it is torch's.
 
-    torch multiplies a single row in fp16 at the speed of reading the weight and all others at a sixth of qmix's
-    speed; in bf16 it is good at many rows.
+    In fp16 torch multiplies a single row at the speed of reading the weight, and more rows at a sixth of qmix's speed;
+    in bf16 it is fast with many rows.
     """
     tokens = x.numel() // weight.shape[1]
     ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
@@ -128,13 +128,13 @@ class Int8Matrix(Matrix):
             return multiply_rows(x, self.codes, self.row_max / 127)
         if not fits_kernels(self.rows, self.cols):
             return super().multiply(x)
-        # the kernel is fast in bf16 only, and its scales would be bf16 too: ours stay in fp32, applied after it
+        # the kernel is fast only in bf16, with bf16 scales: ours stay in fp32 and are applied after it
         sums = torch._weight_int8pack_mm(x.bfloat16(), self.codes, self._ones)
         return (sums * (self.row_max / 127)).to(x.dtype)
 
 
 class FourBitMatrix(Matrix):
-    """bitsandbytes' nf4 or fp4, packed for its CPU kernel where the shape allows, else in ordinary order."""
+    """bitsandbytes' nf4 or fp4, packed for its CPU kernel where the shape allows it, else flat."""
 
     def __init__(
         self, kind: str, codes: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int, invariant: bool = False
@@ -185,7 +185,7 @@ class FourBitMatrix(Matrix):
 
 
 class Expert:
-    """One expert's three matrices, lying in a buffer; calling it is the expert's forward."""
+    """One expert's three matrices in a buffer; a call is the expert's forward."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class Expert:
         )
 
     def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """down(activation(gate(x)) * up(x)): [T, hidden] to [T, hidden]."""
+        """Return down(activation(gate(x)) * up(x)), [T, hidden] for x [T, hidden]."""
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 
 
@@ -218,12 +218,12 @@ def _matrix(precision: str, tensors: list[torch.Tensor], rows: int, cols: int, i
 
 @cache
 def code_table(kind: str) -> torch.Tensor:
-    """The 16 values of nf4 or fp4, in fp32."""
+    """Return the 16 values of nf4 or fp4, in fp32."""
     return bnb.get_4bit_type(kind, device="cpu")
 
 
 def has_kernels(kinds: Collection[str], shapes: Iterable[tuple[int, int]]) -> bool:
-    """Return whether matrices of these shapes in these precisions are multiplied by kernels in this process."""
+    """Return whether this process has kernels for matrices of all these shapes and precisions."""
     return all(
         fits_kernels(rows, cols) and four_bit_kernel(kind, rows * cols >= KERNEL_WEIGHTS) is not None
         for kind in FOUR_BITS
@@ -233,10 +233,9 @@ def has_kernels(kinds: Collection[str], shapes: Iterable[tuple[int, int]]) -> bo
 
 
 def four_bit_kernel(kind: str, ours: bool) -> str | None:
-    """Return whose kernel multiplies packed matrices: OURS, THEIRS, or None where rows are dequantised.
+    """Return the owner of the kernel for packed matrices, OURS or THEIRS; None where rows are dequantised.
 
-    With `ours`, and on paths for which bitsandbytes has no kernel, only qmix's own will do, which needs nothing of
-    bitsandbytes.
+    qmix's own is used with `ours`, and on CPU paths for which bitsandbytes has no kernel.
     """
     if ours or not current().pairs:
         return OURS
@@ -247,8 +246,9 @@ def four_bit_kernel(kind: str, ours: bool) -> str | None:
 def packed_kernel(kind: str) -> Callable[..., None] | None:
     """Return bitsandbytes' product of bf16 rows with the packed layout; None on a CPU without AVX512-BF16.
 
-    Called in the library itself: through `torch.ops.bitsandbytes.gemv_4bit`, which does no more, a small product
-    takes 32 microseconds instead of 5. Arguments: T, rows, cols, x, codes, absmax, out, block, x's row stride, out's.
+    It is called in the library directly: through `torch.ops.bitsandbytes.gemv_4bit`, which adds nothing, a small
+    product takes 32 microseconds instead of 5. Arguments: T, rows, cols, x, codes, absmax, out, block, x's row stride,
+    out's row stride.
     """
     try:
         library = cpu_library()

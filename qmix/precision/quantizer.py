@@ -1,4 +1,4 @@
-"""Rows of a checkpoint in, the bytes of a record's parts out."""
+"""Quantise a matrix of a checkpoint by row chunks, to the bytes of a record's parts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LARGEST_SCALE = torch.finfo(torch.bfloat16).max
 class MatrixQuantizer:
     """Quantises one [rows, cols] matrix by row chunks, in any order and from several threads.
 
-    A chunk's codes (or half-precision weights) are returned to be written; the scales, small, are gathered
-    here until the last chunk is done. `name` is the tensor's, for errors. With `clip` the scales of 4-bit blocks are
-    those of least squared error among some near the absmax.
+    `quantize` returns a chunk's codes (or half-precision weights) for writing; the scales, which are small, are kept
+    until the last chunk is done. `name` is the tensor's, for errors. With `clip`, each 4-bit block takes the scale with
+    the least squared error among some near its absmax.
     """
 
     def __init__(self, precision: str, dtype: str, rows: int, cols: int, name: str, clip: bool = False) -> None:
@@ -30,9 +30,9 @@ class MatrixQuantizer:
         self._scales = np.empty(scales[0].shape if scales else 0, np.float32)
 
     def quantize(self, chunk: torch.Tensor, start: int) -> tuple[int, np.ndarray]:
-        """Rows [start, start + len(chunk)): the offset in bytes inside the first part, and its uint8 bytes.
+        """Quantise rows [start, start + len(chunk)); return their offset in the first part, in bytes, and uint8 bytes.
 
-        Raises CheckpointError where a weight is NaN, infinite, or too large for what holds it.
+        Raises CheckpointError if a weight is NaN, infinite, or too large for the precision.
         """
         if self.precision == "half":
             return start * self.cols * 2, self._to_half(chunk)
@@ -60,7 +60,7 @@ class MatrixQuantizer:
         return offset, codes.view(np.uint8).reshape(-1)
 
     def scales(self) -> np.ndarray | None:
-        """The second part's uint8 bytes: row maxima in fp32, or absmax rounded to bf16; None for half."""
+        """Return the second part's uint8 bytes: row maxima in fp32, or absmax rounded to bf16; None for half."""
         if self.precision == "half":
             return None
         if self.precision == "int8":
@@ -78,18 +78,18 @@ class MatrixQuantizer:
 
 
 def too_large(name: str, dtype: str) -> CheckpointError:
-    """What to say of a tensor with values that `dtype` cannot hold."""
+    """Return the error for a tensor with values that `dtype` cannot hold."""
     advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
     return CheckpointError(f"tensor {name!r} has values too large for {dtype}; {advice}")
 
 
 def not_finite(name: str) -> CheckpointError:
-    """What to say of a tensor that holds what is no number."""
+    """Return the error for a tensor with NaN or infinite values."""
     return CheckpointError(f"tensor {name!r} holds NaN or infinite weights; the checkpoint is damaged, fetch it again")
 
 
 def _for_kernels(chunk: torch.Tensor) -> np.ndarray:
-    """bf16 as its bit patterns, anything else as fp32."""
+    """Return bf16 as its bit patterns, any other type as fp32."""
     chunk = chunk.contiguous()
     if chunk.dtype == torch.bfloat16:
         return chunk.view(torch.uint16).numpy()

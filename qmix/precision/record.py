@@ -1,4 +1,4 @@
-"""The inside of an expert record: three matrices' parts, one behind the other. Arithmetic only, no torch."""
+"""The layout of an expert record: the parts of three matrices, one after another. Arithmetic only, no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qmix.disk import PAGE
 from qmix.geometry import Geometry
 from qmix.precision.formats import Part, parts
 
-LINE = 64  # a cache line, and the kernels' vectors
+LINE = 64  # bytes of a cache line and of a kernel's vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class PlacedPart:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """The inside of an expert record in one precision; `nbytes` is a multiple of 4096."""
+    """The layout of an expert record in one precision; `nbytes` is a multiple of 4096."""
 
     precision: str
     parts: tuple[PlacedPart, ...]
@@ -31,7 +31,7 @@ class RecordLayout:
 
 
 def record_layout(geometry: Geometry, precision: str, dtype: str) -> RecordLayout:
-    """Parts of one expert in record order: w1, w3, w2, each with its scales behind its codes."""
+    """Return the layout of a record: w1, w3, w2, each with its codes before its scales."""
     placed, position = [], 0
     for matrix, (rows, cols) in geometry.expert_matrices.items():
         for part in parts(precision, dtype, rows, cols):

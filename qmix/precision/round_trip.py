@@ -1,7 +1,7 @@
-"""A matrix as it comes back from being quantised, without the codes in between: what calibration weighs errors by.
+"""Quantise and dequantise a matrix in one step, without codes in between. Calibration measures errors with it.
 
-The numbers are those that a store's records stand for, at any size of block: a scale is the block's absmax rounded to
-bf16, as records hold it. Source of the arithmetic: bitsandbytes 0.50, see `blocks`.
+The results equal the values of a store's records, at any block size: a scale is the block's absmax rounded to bf16, as
+in records. Source of the arithmetic: bitsandbytes 0.50, see `qmix.kernels.cpu.blocks`.
 """
 
 from __future__ import annotations
@@ -12,37 +12,25 @@ from functools import partial
 import numpy as np
 import torch
 
-from qmix.kernels.cpu.blocks import (
-    TINY,
-    Array,
-    Steps,
-    chosen_scale,
-    largest_magnitude,
-    narrowed,
-    nearest,
-    ratios_of,
-    steps_of,
-    to_bf16,
-    widen,
-)
-from qmix.kernels.cpu.compiled import compiled
+from qmix.kernels.cpu.blocks import ratios_of, steps_of
+from qmix.kernels.cpu.round_trip import round_trip_blocks, round_trip_rows
 from qmix.kernels.packing import BLOCK
 from qmix.precision.formats import check_precision
 from qmix.precision.quantizer import LARGEST_SCALE, not_finite, too_large
 
 BLOCKS = tuple(2**power for power in range(5, 13))  # weights that may share a scale
-PIECE = 2**18  # weights that a thread takes at once: in its own cache even as fp32
+PIECE = 2**18  # weights that a thread takes at once: they fit its own cache even as fp32
 
 
 def round_trip(
     weights: torch.Tensor, precision: str, block: int = BLOCK, clip: bool = False, name: str = "weights"
 ) -> torch.Tensor:
-    """`weights` [R, C], bf16, fp16 or fp32, in the values that `precision` has for them, rounded to their own type.
+    """Return the values of `weights` [R, C], bf16, fp16 or fp32, in `precision`, rounded to their own type.
 
-    nf4 and fp4 take `block` consecutive weights of the flattened matrix together, 32 to 4096, a power of two; int8
-    takes rows; half gives `weights` itself. With `clip` 4-bit blocks take their scales of least squared error. The work
-    is spread over as many threads as torch has.
-    Raises CheckpointError, naming `name`, where a weight is NaN, infinite, or its absmax too large for bf16.
+    nf4 and fp4 have a scale for `block` consecutive weights of the flattened matrix, a power of two from 32 to 4096;
+    int8 has one for each row; half returns `weights` itself. With `clip`, 4-bit blocks take the scale with the least
+    squared error. The work runs on as many threads as torch has.
+    Raises CheckpointError, naming `name`, if a weight is NaN or infinite, or an absmax is too large for bf16.
     """
     check_precision(precision)
     if block not in BLOCKS:
@@ -64,7 +52,7 @@ def round_trip(
 
 
 def _piece(source: torch.Tensor, found: torch.Tensor, precision: str, unit: int, clip: bool) -> float:
-    """Whole units of consecutive weights, the last perhaps short; returns the largest magnitude."""
+    """Convert whole units of consecutive weights, the last perhaps short; return the largest magnitude."""
     if source.dtype == torch.float16:
         wide = torch.empty(source.shape)
         largest = _piece(source.float(), wide, precision, unit, clip)
@@ -73,47 +61,5 @@ def _piece(source: torch.Tensor, found: torch.Tensor, precision: str, unit: int,
     pattern = torch.uint16 if source.dtype == torch.bfloat16 else torch.uint32
     bits, out = source.view(pattern).numpy(), found.view(pattern).numpy()
     if precision == "int8":
-        return float(_rows(bits.reshape(-1, unit), out.reshape(-1, unit)))
-    return float(_blocks(bits, unit, steps_of(precision), ratios_of(clip), out))
-
-
-@compiled
-def _blocks(weights: Array, block: int, steps: Steps, ratios: Array | None, out: Array) -> np.float32:
-    """Bit patterns [n], in blocks, to those of the values that they take; returns the largest magnitude."""
-    half = out.itemsize == 2
-    errors = np.empty(block, np.float32)
-    top = np.uint32(0)  # a bit pattern, which keeps a NaN
-    for start in range(0, weights.size, block):
-        row, values = weights[start : start + block], out[start : start + block]
-        absmax = largest_magnitude(row, row.size)
-        top = max(top, np.float32(absmax).view(np.uint32))
-        scale = absmax if row.size == block else max(absmax, TINY)
-        if ratios is not None:
-            scale = chosen_scale(row, scale, ratios, steps, errors)
-        rounded = to_bf16(scale)
-        if row.size == block:
-            inverse = np.float32(1) / max(scale, TINY)
-            for j in range(block):
-                values[j] = narrowed(nearest(widen(row, j).view(np.float32) * inverse, steps) * rounded, half)
-        else:  # the last block, which bitsandbytes treats otherwise
-            for j in range(row.size):
-                values[j] = narrowed(nearest(widen(row, j).view(np.float32) / scale, steps) * rounded, half)
-    return np.uint32(top).view(np.float32)
-
-
-@compiled
-def _rows(weights: Array, out: Array) -> np.float32:
-    """Bit patterns [R, C] to those of the values that int8 has for them; returns the largest magnitude."""
-    half = out.itemsize == 2
-    top = np.uint32(0)
-    for r in range(weights.shape[0]):
-        row, values = weights[r], out[r]
-        row_max = largest_magnitude(row, row.size)
-        top = max(top, np.float32(row_max).view(np.uint32))
-        scale = np.float32(127) * (np.float32(1) / row_max)
-        scale = np.float32(0) if np.isinf(scale) else scale
-        unit = row_max / np.float32(127)
-        for j in range(row.size):
-            code = np.int32(np.rint(widen(row, j).view(np.float32) * scale))  # there is no negative zero
-            values[j] = narrowed(np.float32(code) * unit, half)
-    return np.uint32(top).view(np.float32)
+        return float(round_trip_rows(bits.reshape(-1, unit), out.reshape(-1, unit)))
+    return float(round_trip_blocks(bits, unit, steps_of(precision), ratios_of(clip), out))

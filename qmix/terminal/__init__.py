@@ -1,3 +1,3 @@
-"""Draw tables, progress and figures for people.
+"""Lines, tables, progress and figures for people.
 
 May import only the ground: errors, units, progress and files."""

@@ -1,4 +1,4 @@
-"""Pictures in files: what a name must be like, and the writing. Imports matplotlib, an optional extra, to write."""
+"""Save figures as PNG or SVG. Imports matplotlib, an optional extra, only to write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ DPI = 150
 
 
 def check_target(path: Path, example: str) -> Path:
-    """Raises UsageError, before any work is done, where matplotlib is missing or the name is not like `example`.png."""
+    """Return `path`; raise UsageError if its name does not end in .png or .svg, or matplotlib is not installed.
+
+    Call it before the work. `example` is a name without suffix for the message.
+    """
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot {path}: write it like {example}.png or {example}.svg")
     if importlib.util.find_spec("matplotlib") is None:
@@ -26,7 +29,10 @@ def check_target(path: Path, example: str) -> Path:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Raises QmixError where the file cannot be written. Text in an SVG stays text."""
+    """Write a figure in the format of the file's suffix. Text in an SVG stays text.
+
+    Raises QmixError where the file cannot be written.
+    """
     from matplotlib import rc_context
 
     try:

@@ -1,4 +1,4 @@
-"""`qmix bench`: what it prints, and that its figures agree with one another."""
+"""`qmix bench`: its output, and the consistency of its figures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def smallest(commands, first_use) -> int:
 
 @pytest.fixture(scope="module")
 def tight(commands, first_use, smallest) -> Finished:
-    """A budget in which two experts fit."""
+    """Return a benchmark under a budget for two experts."""
     argv = ("bench", "tiny", "-p", "24,5", "-n", "9", "-r", "2", "--ram", str(smallest), "--json")
     return commands(*argv, XDG_CACHE_HOME=str(first_use.cache))
 

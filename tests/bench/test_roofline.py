@@ -1,4 +1,4 @@
-"""The least that a benchmark's workloads must read and compute, worked out by hand."""
+"""The least to read and compute for a benchmark's workloads, computed by hand."""
 
 from __future__ import annotations
 

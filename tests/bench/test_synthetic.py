@@ -1,4 +1,4 @@
-"""Synthetic models: their greedy text and routing are what they are said to be, in every form they are written in."""
+"""Synthetic models have the documented greedy text and routing in every file format."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_layers_with_the_same_experts_are_hard_links(tmp_path):
 
 
 def assert_same_store(quantized: Path, model: SyntheticModel, precision: str, tmp_path: Path) -> None:
-    """Byte for byte, but for what they say of their source."""
+    """Assert equal bytes, except for the description of the source."""
     write_store(tmp_path / "direct", model, precision)
     ours, theirs = files_of(tmp_path / "direct"), files_of(quantized)
     del theirs[ORIGIN]

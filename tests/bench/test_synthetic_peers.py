@@ -1,4 +1,4 @@
-"""What compares qmix with its peers: the memory limit, and the files that the peers run."""
+"""Comparisons of qmix with its peers: the memory limit, and the peers' model files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def peer():
 
 
 def test_a_gguf_holds_the_same_weights(peer, tmp_path):
-    """Within half a step of Q4_0, whose scale is an eighth of a block's largest weight; q's rows in rotary pairs."""
+    """Weights agree within half a step of Q4_0, an eighth of a block's largest weight; q has rows in rotary pairs."""
     from gguf_writer import write_gguf
 
     gguf, _ = peer

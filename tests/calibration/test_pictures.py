@@ -1,4 +1,4 @@
-"""What a calibration shows: in a terminal, to the character, and in files."""
+"""A calibration on a terminal, to the character, and in files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from calibration.chart import Axis, Chart, Line, Mark
-from calibration.palette import ErrorScale, apart, shares, steps_between, unit_of, viridis
-from calibration.pictures import UseMap, error_chart, error_table, hit_chart, hit_table, language_table
 from calibration.plot import draw
+from calibration.tables import (
+    UseMap,
+    distance,
+    error_table,
+    hit_table,
+    language_table,
+    shares,
+    unit_of,
+    viridis,
+)
 from qmix.errors import QmixError, UsageError
 from qmix.pool.replay import Curve, Replay
 from qmix.terminal.figure import check_target
@@ -69,7 +76,7 @@ def test_the_map_of_use_in_colours():
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_pictures_of_a_large_model_keep_to_the_terminals_width(width):
     use = [[layer + expert + 1 for expert in range(8)] for layer in range(56)]
-    lines = shown(UseMap(use), hit_chart(REPLAY), hit_table(REPLAY), error_chart(FRONTIER, UNIFORM), width=width)
+    lines = shown(UseMap(use), hit_table(REPLAY), error_table(FRONTIER, UNIFORM), width=width)
     assert max(map(len, lines)) <= width
     assert sum(line.lstrip().startswith(("55 ", "0 ")) for line in lines[:60]) == 2
 
@@ -89,80 +96,35 @@ def test_languages_beside_all_text():
     ]
 
 
-def test_lines_and_marks_to_the_character():
-    chart = Chart(
-        "A title",
-        Axis("slots", 0, 8, [(0, "0"), (4, "4"), (8, "8")]),
-        Axis("found", 0, 1, [(0, "0%"), (1, "100%")]),
-        [Line("low", "l", "#ff0000", [(0, 0), (8, 0)]), Line("rising", "r", "#00ff00", [(0, 0), (4, 1), (8, 1)])],
-        [Mark("here", "o", "#0000ff", (2, 0.0))],
-        rows=5,
-    )
-    assert shown(chart, width=24) == [
-        "A title",
-        "found",
-        "100% ┤       rrrrrrrrrrr",
-        "     │     rrr",
-        "     │    rr",
-        "     │  rr here",
-        "  0% ┤rrllolllllllllllll",
-        "     └┴───────┴────────┴",
-        "      0       4        8",
-        "      slots",
-        "l low   r rising",
-    ]
-    dots = shown(chart, width=24, colour=True)
-    assert "\x1b[38;2;255;0;0m⣀" in dots[6]  # two dots at the foot of a cell
-    assert "\x1b[38;2;0;255;0m⠉" in dots[2]
-
-
 def test_hit_rates_by_pool_size():
-    chart = shown(hit_chart(REPLAY))
-    assert chart[0] == "Hit rate by pool size: uses per time finds most"
-    assert chart[-3:] == [
-        "      experts in memory, of 8",
-        "r least recently used   f decayed frequency",
-        "s most used, for good   b best possible   u uses per time",
-    ]
-    table = [line.split() for line in shown(hit_table(REPLAY), width=80)]
-    assert table[2] == ["2", "25%", "0.0%", "20.0%", "25.0%", "*", "10.0%", "50.0%"]
-    assert table[3] == ["4", "50%", "50.0%", "40.0%", "60.0%", "*", "30.0%", "75.0%"]
+    lines = shown(hit_table(REPLAY), width=80)
+    assert lines[0] == "Hit rate by pool size"
+    assert lines[-1] == "* best policy of a run; over all sizes: uses per time"
+    table = [line.split() for line in lines]
+    assert table[3] == ["2", "25%", "0.0%", "20.0%", "25.0%", "*", "10.0%", "50.0%"]
+    assert table[4] == ["4", "50%", "50.0%", "40.0%", "60.0%", "*", "30.0%", "75.0%"]
 
 
 def test_error_against_bytes():
-    lines = shown(error_chart(FRONTIER, UNIFORM, CHOSEN))
-    assert lines[:2] == ["Error against bytes of experts", "error, logarithmic down to 0.001"]
-    assert [line.split("┤")[0].strip() for line in lines if "┤" in line] == ["0.1", "0.01", "0.001", "0"]
-    assert "◆ chosen" in next(line for line in lines if "0.01 ┤" in line)
-    assert next(line for line in lines if " 0 ┤" in line).rstrip().endswith("o half")  # its error is 0
-    assert lines[-2:] == ["       bytes of all experts, GiB", "* best mixture of precisions"]
-    assert [line.split() for line in shown(error_table(UNIFORM, CHOSEN))[2:]] == [
-        ["nf4", "4", "0.1"],
-        ["chosen", "6", "0.01"],
-        ["int8", "8", "0.002"],
-        ["half", "16", "0"],
+    uniform = {**UNIFORM, "nf4/256": (3 * GIB, 0.2)}  # smaller than any mixture
+    assert shown(error_table(FRONTIER, uniform, CHOSEN)) == [
+        "Error against bytes of experts",
+        "experts   GiB   error   best mixture",
+        "─" * 36,
+        "nf4/256     3     0.2",
+        "nf4         4     0.1            0.1",
+        "chosen      6    0.01            0.1",
+        "int8        8   0.002          0.001",
+        "half       16       0              0",
     ]
 
 
-def test_an_error_scale_is_logarithmic_and_ends_in_zero():
-    scale = ErrorScale.of([0.1, 0.01, 1e-9, 0.0], [0.1, 0.002, 0.0])
-    assert (scale.least, scale.most) == (0.001, 0.1)  # 1e-9 lies far below the least of the single ones
-    assert [scale.place(error) for error in (0.1, 0.01, 0.001, 0.0005, 0.0)] == pytest.approx([2, 1, 0, -0.2, -0.4])
-    assert scale.ticks == [0.0, 0.001, 0.01, 0.1]
-    above = ErrorScale.of([0.2, 0.1], [0.2])
-    assert (above.to_zero, above.below, above.ticks) == (False, 0.0, [0.1, 0.2])
-    nothing = ErrorScale.of([0.0], [0.0])
-    assert nothing.place(0.0) < nothing.place(nothing.least) == 0
-
-
 def test_scales():
-    assert steps_between(6.2, 25.5, 5) == [5, 10, 15, 20, 25, 30]
-    assert steps_between(3, 3, 5) == [3, 4]
     assert [unit_of(size)[1] for size in (5, 2**20, 3 * GIB)] == ["B", "MiB", "GiB"]
     assert viridis(0) == (0x44, 0x01, 0x54)
     assert viridis(1) == (0xFD, 0xE7, 0x25)
     assert shares([[1, 3], [0, 0]]) == [[0.25, 0.75], [0, 0]]
-    assert apart([1, 0], [0, 1]) == 1
+    assert distance([1, 0], [0, 1]) == 1
 
 
 def test_one_picture_of_everything(tmp_path):
@@ -171,7 +133,8 @@ def test_one_picture_of_everything(tmp_path):
     svg = path.read_text(encoding="utf-8")
     words = set(re.findall(r"<text[^>]*>([^<]+)</text>", svg))
     assert words >= {"layer", "expert", "en", "de", "bytes of all experts, GiB", "nf4", "int8", "half", "chosen"}
-    assert words >= {"Hit rate by pool size: uses per time finds most", "experts in memory, of 8", "best possible"}
+    assert words >= {"Hit rate by pool size; best policy: uses per time", "experts in memory, of 8", "best possible"}
+    assert words >= {"error, logarithmic down to 0.001", "0.1", "0.01", "0.001", "0"}
     assert any("which experts are used" in word for word in words)
 
 

@@ -1,4 +1,4 @@
-"""Grouped attention against transformers' own and against fp64, and that it copies no keys or values."""
+"""Grouped attention compared with transformers' own and with fp64; it copies no keys or values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # largest relativ
 
 
 class Heads(torch.nn.Module):
-    """What attention functions look at in their module."""
+    """A module with the attributes that attention functions read."""
 
     is_causal = True
 
@@ -35,7 +35,7 @@ def inputs(batch: int, heads: int, groups: int, tokens: int, positions: int):
 
 
 def causal_mask(batch: int, tokens: int, positions: int, padding: int) -> torch.Tensor:
-    """True where a query may look; the first `padding` positions of the first sequence are hidden."""
+    """Return a mask, True where a query sees a position; the first sequence begins with `padding` hidden ones."""
     mask = torch.ones(batch, 1, tokens, positions, dtype=torch.bool).tril(positions - tokens)
     mask[0, :, :, :padding] = False
     return mask
@@ -70,7 +70,7 @@ def test_keys_and_values_are_used_where_they_lie(monkeypatch, tokens):
 
 
 def caches(batch: int, groups: int, positions: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Keys and values [batch, groups, positions, width], in part of a cache whose other positions are NaN."""
+    """Return keys and values [batch, groups, positions, width], part of a cache whose other positions are NaN."""
     both = torch.full((2, batch + 1, groups, positions + 3, width), torch.nan, dtype=dtype)
     part = both[:, :batch, :, :positions]
     part[:] = torch.randn(part.shape, generator=torch.Generator().manual_seed(positions))
@@ -78,7 +78,7 @@ def caches(batch: int, groups: int, positions: int, width: int, dtype: torch.dty
 
 
 def eager(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scaling: float):
-    """In fp64, with the positions `hidden` [B, S] left out: the result and what fp32 may be wrong by."""
+    """Return attention in fp64 without the positions `hidden` [B, S], and the error that fp32 may have."""
     shared = query.shape[1] // key.shape[1]
     keys, values = (tensor.double().repeat_interleave(shared, 1) for tensor in (key, value))
     scores = query.double() @ keys.mT * scaling

@@ -1,4 +1,4 @@
-"""The quantisers against bitsandbytes, bit for bit: ties, denormal numbers and fp4's two zeros included."""
+"""Quantisers equal bitsandbytes to the bit, including ties, denormal numbers and fp4's two zeros."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def bits(weights: torch.Tensor) -> np.ndarray:
-    """What the kernels take."""
+    """Return weights as the kernels take them."""
     return weights.view(torch.uint16).numpy() if weights.dtype == torch.bfloat16 else weights.numpy()
 
 
@@ -81,7 +81,7 @@ def normal(*shape: int, seed: int = 0, scale: float = 0.02) -> torch.Tensor:
 
 
 def in_blocks(values: torch.Tensor, absmax: float) -> torch.Tensor:
-    """[rows, 64], rows a multiple of 32: in every block `absmax` and 63 of the values not above it."""
+    """Return [rows, 64], rows a multiple of 32: each block has `absmax` and 63 of the values not above it."""
     values = values[values.abs() <= absmax]
     rows = -(-len(values) // (63 * 32)) * 32
     blocks = torch.full((rows, BLOCK), absmax, dtype=values.dtype)
@@ -93,7 +93,7 @@ def in_blocks(values: torch.Tensor, absmax: float) -> torch.Tensor:
 
 
 def example() -> torch.Tensor:
-    """The module's example: absmax 2 everywhere."""
+    """Return the module's example: absmax 2 everywhere."""
     weights = torch.zeros(32, 64)
     weights[:, 63] = 2.0
     weights[0, :4] = torch.tensor([-2.0, 0.0, 0.5, 1.0])
@@ -151,7 +151,7 @@ def test_normal_weights(kind: str, dtype: torch.dtype, scale: float) -> None:
     [2.0**-133, 2.0**-127, 9.9e-39, 1e-38, 1.18e-38, 1e-30, 0.0173, 1.0, 1.9921875, 3.0, 448.0, 3.3e38],
 )
 def test_every_bfloat16_number(kind: str, absmax: float) -> None:
-    """All bf16 numbers up to some absmax: zeros, denormals and every tie there is."""
+    """All bf16 numbers up to an absmax: zeros, denormals and every tie."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     weights = in_blocks(every, torch.tensor(absmax).bfloat16().item())
     assert_flat_equals(weights, kind)
@@ -159,7 +159,7 @@ def test_every_bfloat16_number(kind: str, absmax: float) -> None:
 
 
 def near_midpoints(kind: str, absmax: np.float32) -> torch.Tensor:
-    """absmax, and each midpoint times absmax with its two neighbours: 46 fp32 numbers."""
+    """Return absmax, and each midpoint times absmax with its two neighbours: 46 fp32 numbers."""
     middle = np.array(blocks.midpoints_of(kind)) * absmax
     below, above = np.nextafter(middle, np.float32(-np.inf)), np.nextafter(middle, np.float32(np.inf))
     return torch.from_numpy(np.concatenate([[absmax], below, middle, above]))
@@ -168,7 +168,7 @@ def near_midpoints(kind: str, absmax: np.float32) -> torch.Tensor:
 @both_kinds
 @pytest.mark.parametrize("n", [46, 64])
 def test_float32_numbers_next_to_a_midpoint(kind: str, n: int) -> None:
-    """Where the last bit of a scale decides: full blocks are multiplied by the inverse, short ones divided."""
+    """Here the last bit of a scale decides: full blocks are multiplied by the inverse, short ones divided."""
     random = np.random.default_rng(0)
     for absmax in np.exp2(random.uniform(-140, 120, 400)).astype(np.float32):
         near = near_midpoints(kind, absmax)

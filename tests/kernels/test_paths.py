@@ -1,4 +1,4 @@
-"""Kernels on every path that this processor can run: the same tests in processes held to its instructions."""
+"""The kernels' tests on every CPU path of this processor, in processes held to its instructions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFTEN = [
 
 
 def pytest_on(path: str, *arguments: str) -> str:
-    """Run pytest in a process held to `path`; returns its last line."""
+    """Run pytest in a process held to `path`; return its last line."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=TESTS.parents[1],
@@ -43,7 +43,7 @@ def test_the_best_path_is_taken_where_none_is_chosen():
 
 @pytest.mark.parametrize("path", OFTEN)
 def test_products_and_attention_on_every_path(path):
-    """4-bit and half products of every remainder, batch invariance, and attention, against fp64."""
+    """4-bit and half products of every remainder, batch invariance, and attention, compared with fp64."""
     chosen = "four_bit_products_of_any_packed_shape and nf4 or half_products_of_any_shape and bf16"
     assert "3 passed" in pytest_on(path, "tests/kernels/test_products.py", "-k", f"{chosen} or neither_threads")
 
@@ -51,8 +51,10 @@ def test_products_and_attention_on_every_path(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OTHERS)
 def test_all_kernels_on_every_path(path):
-    files = ("test_products", "test_attention", "test_matmul", "test_model", "test_kernels", "test_round_trip")
-    assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in files))
+    kernels = ("test_products", "test_attention", "test_kernels")
+    users = ("precision/test_matmul", "precision/test_round_trip", "model/test_model")
+    names = (*(f"kernels/{name}" for name in kernels), *users)
+    assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in names))
 
 
 @pytest.mark.parametrize("path", OTHERS)
@@ -67,7 +69,7 @@ def test_a_process_held_to_a_path_is_built_for_it(path):
 
 
 def test_a_path_that_is_none_or_cannot_run_here_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="'sse9' is no CPU path; choose one of avx512bf16, avx512, avx2, portable"):
+    with pytest.raises(UsageError, match="'sse9' is not a CPU path; choose one of avx512bf16, avx512, avx2, portable"):
         environment("sse9")
     monkeypatch.setattr("qmix.kernels.cpu.paths.supported", lambda: (PATHS["portable"],))
     with pytest.raises(UsageError, match="cannot run the CPU path avx2; choose one of portable"):
@@ -84,7 +86,7 @@ def test_the_command_line_takes_the_path_from_its_variable(first_use, path):
 def test_a_path_that_is_none_is_refused_by_every_command(qmix):
     done = qmix("generate", "x", QMIX_CPU="sse9")
     assert done.status == 2
-    assert done.err.startswith("qmix: 'sse9' is no CPU path; choose one of ")
+    assert done.err.startswith("qmix: 'sse9' is not a CPU path; choose one of ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The kernels against the dequantised matrix in fp32, on shapes of every remainder, and whatever the threads."""
+"""Products compared with the dequantised matrix in fp32, for shapes of every remainder and any number of threads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def random_bytes(*shape: int) -> torch.Tensor:
 
 
 def assert_product(got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rounding: float) -> None:
-    """Each item within one rounding of the result, and fp32's of the sum, of x @ weight.T in fp64."""
+    """Assert that `got` is x @ weight.T in fp64 within one rounding of the result and fp32's of the sum."""
     want = x.double() @ weight.double().T
     sums = x.double().abs() @ weight.double().abs().T
     assert got.dtype == x.dtype
@@ -109,7 +109,7 @@ def test_four_bit_products_are_bitsandbytes_own(kind):
 
 
 def test_a_product_by_hand():
-    """(1 - 4 - 508) / 2 = -255.5, of which bf16 keeps eight bits, and 6 * 2; three columns, fewer than any vector."""
+    """(1 - 4 - 508) / 2 = -255.5, rounded to eight bits in bf16, and 6 * 2; three columns, fewer than any vector."""
     x, codes = torch.tensor([[1.0, 2.0, -4.0]]).bfloat16(), torch.tensor([[1, -2, 127], [0, 3, 0]], dtype=torch.int8)
     assert products.multiply_rows(x, codes, torch.tensor([0.5, 2.0])).tolist() == [[-256.0, 12.0]]
 
@@ -159,7 +159,7 @@ def test_without_torchs_openmp_kernels_run_on_one_thread(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 5, 200])
 def test_large_matrices_take_the_kernels(tokens):
-    """At sizes from which records use them; 200 rows take whatever is faster then."""
+    """Sizes from which records use them; 200 rows take the faster kernel."""
     x = randn(tokens, 1024).bfloat16()
     half = HalfMatrix(randn(512, 1024, seed=1).bfloat16(), 512, 1024)
     int8 = Int8Matrix(random_bytes(512, 1024).view(torch.int8), randn(512).abs(), 512, 1024)
@@ -193,7 +193,7 @@ def test_a_kernel_is_compiled_once_for_an_installation(tmp_path):
 
 
 def test_the_embedded_models_run_loads_no_kernels():
-    """Numba's 100 MB are a quarter of what it takes; its one large matrix, the head, is not worth them."""
+    """Numba's 100 MB are a quarter of the run's memory; its one large matrix, the head, does not justify them."""
     code = (
         "import sys, qmix; runner = qmix.load('tiny', ram='1GiB'); "
         "print(runner.complete('Click the', max_new_tokens=2).completion_tokens, 'numba' in sys.modules)"

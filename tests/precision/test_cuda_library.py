@@ -1,4 +1,4 @@
-"""4-bit products on the CPU where bitsandbytes has loaded its CUDA library, which has none of the CPU's kernels."""
+"""4-bit products on the CPU when bitsandbytes has loaded its CUDA library, which lacks the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_pairs = pytest.mark.skipif(not current().pairs, reason="a CPU path without
 
 @pytest.fixture
 def cuda_library(monkeypatch) -> Iterator[None]:
-    """bitsandbytes with another library than the CPU's: of the C library it finds no function of its own."""
+    """Give bitsandbytes a library without its functions, the C library, instead of the CPU's."""
     for function in (matmul.packed_kernel, bitsandbytes_quiet.cpu_library):
         function.cache_clear()
     monkeypatch.setattr(functional, "lib", BNBNativeLibrary(ctypes.CDLL(None)))
@@ -42,7 +42,7 @@ def cuda_library(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture
 def no_library(monkeypatch) -> Iterator[None]:
-    """A bitsandbytes without any library for the CPU."""
+    """Take away bitsandbytes' library for the CPU."""
     matmul.packed_kernel.cache_clear()
     monkeypatch.setattr(matmul, "cpu_library", lambda: None)
     yield
@@ -57,7 +57,7 @@ def matrix(kind: str, rows: int, cols: int, invariant: bool = False) -> FourBitM
 
 
 def assert_fast(each: FourBitMatrix, monkeypatch, kernel: str) -> None:
-    """Multiplied by `kernel`, with the values of the dequantised matrix, and without dequantising."""
+    """Assert that `kernel` multiplies, without dequantising, with the values of the dequantised matrix."""
     x = torch.randn(5, each.cols, generator=torch.Generator().manual_seed(4)).bfloat16()
     want = x.float() @ each.dequantize(0, each.rows).T
     with monkeypatch.context() as patch:
@@ -104,13 +104,13 @@ def test_a_trial_finds_the_kernels_beside_the_cuda_library():
 
 
 def shown(trial: machine_profile.FourBitTrial, tmp_path, capsys) -> str:
-    """The row of the 4-bit kernel, unfolded."""
+    """Return the row of the 4-bit kernel, unfolded."""
     print_table(report_table(doctor.examine(tmp_path, Rates(), trial)))
     return " ".join(capsys.readouterr().out.partition("4-bit kernel")[2].partition("\nmemory")[0].split())
 
 
 def test_doctor_and_plans_tell_what_was_tried_and_not_what_the_flags_promise(monkeypatch, tmp_path, capsys):
-    """The CPU's flags say yes; nothing multiplies, and so the answer is no."""
+    """The CPU's flags promise a kernel, but none multiplies: the answer is no."""
     path = tmp_path / "machine.json"
     monkeypatch.setattr(machine_profile, "supported", lambda: [PATHS["avx512bf16"]])
     assert machine_profile.four_bit_products(path) == FourBitProducts(fast=True, tried=False)
@@ -153,7 +153,7 @@ def test_a_kernel_with_wrong_values_is_no_kernel(monkeypatch, tmp_path, capsys):
 
 
 def test_a_trial_with_other_versions_counts_for_nothing(monkeypatch, tmp_path):
-    """Installing a torch with CUDA changes what multiplies; reading the disk stays what it was."""
+    """A torch with CUDA changes the product's kernel, but not the rate of the disk."""
     path = tmp_path / "machine.json"
     trial = machine_profile.FourBitTrial("avx2", None, None, True, 1e9, 1.0)
     machine_profile.keep({"disk_read": 2e9, "four_bit_read": 3e9}, trial, path)

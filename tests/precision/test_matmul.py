@@ -1,4 +1,4 @@
-"""Products with records in place: against bitsandbytes' own dequantisation, with and without fast kernels."""
+"""Products with records in place, compared with bitsandbytes' own dequantisation, with and without fast kernels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights(sizes: Geometry) -> dict[str, torch.Tensor]:
 
 
 def filled_expert(precision: str, sizes: Geometry, matrices: dict[str, torch.Tensor]) -> Expert:
-    """A record of these matrices, as the quantiser writes it."""
+    """Return an expert whose record the quantiser wrote from these matrices."""
     layout = record_layout(sizes, precision, "bf16")
     buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
     for name, matrix in matrices.items():
@@ -41,7 +41,7 @@ def filled_expert(precision: str, sizes: Geometry, matrices: dict[str, torch.Ten
 
 
 def theirs(precision: str, matrix: torch.Tensor) -> torch.Tensor:
-    """What bitsandbytes makes of a matrix and back again, with its scales rounded as a store keeps them."""
+    """Return a matrix quantised and dequantised by bitsandbytes, with scales rounded as in a store."""
     if precision == "half":
         return matrix.float()
     if precision == "int8":
@@ -100,7 +100,7 @@ def test_an_expert_by_hand():
 
 
 def test_a_slots_new_content_is_what_counts(monkeypatch):
-    """Views are made once for a slot; whatever is read into it later must be used whole."""
+    """Views are made once for a slot; a product must use all of the content that is read into it later."""
     shape = geometry(64, 128)
     for precision in PRECISIONS:
         first, second = weights(shape), {name: -2 * matrix for name, matrix in weights(shape).items()}

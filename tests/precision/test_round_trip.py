@@ -1,4 +1,4 @@
-"""What a matrix comes back as, against records of stores and against bitsandbytes at other sizes of block."""
+"""Round trips compared with records of stores, and with bitsandbytes at other block sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The sign of a zero included."""
+    """Assert equal bits, so that the sign of a zero counts."""
     assert found.dtype == expected.dtype
     assert torch.equal(bits(found), bits(expected))
 
@@ -45,7 +45,10 @@ def geometry(hidden: int, inner: int) -> Geometry:
 
 
 def by_bitsandbytes(weights: torch.Tensor, kind: str, block: int) -> torch.Tensor:
-    """As one row, for no block may be longer than a row on a CPU; and of fp4's two zeros one is negative there."""
+    """Return a matrix quantised and dequantised by bitsandbytes, with all zeros positive (one of fp4's is not).
+
+    It is passed as one row: on a CPU no block may be longer than a row.
+    """
     codes, state = bnb.quantize_4bit(weights.float().view(-1), blocksize=block, quant_type=kind)
     state.absmax = state.absmax.bfloat16().float()
     return (bnb.dequantize_4bit(codes, state).view(weights.shape) + 0.0).to(weights.dtype)
@@ -110,7 +113,7 @@ def test_any_block_is_what_bitsandbytes_gives(
     exponents=st.floats(0, 20),
 )
 def test_any_weights_are_what_bitsandbytes_gives(kind, dtype, block, shape, seed, exponents) -> None:
-    """Magnitudes spread over `exponents` powers of two, a few zeros of either sign among them."""
+    """Magnitudes spread over `exponents` powers of two, with a few zeros of either sign."""
     spread = normal(*shape, seed=seed + 1, scale=exponents).exp2()
     weights = normal(*shape, seed=seed) * spread
     weights.view(-1)[::7] *= 0

@@ -1,4 +1,4 @@
-"""Commands on a real terminal, interrupted, and cut off from those who listen."""
+"""Commands on a real terminal, interrupted, and with closed pipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from command import COMMAND, LIMIT_SECONDS
 
 from qmix.progress import Progress
-from qmix.terminal.tables import ProgressDisplay
+from qmix.terminal.progress import JobDisplay, ProgressDisplay
 
 PROMPT = "To install a package,"
 LONG = ("generate", PROMPT, "-m", "tiny", "--seed", "1", "--ignore-eos", "--max-new-tokens", "2000")
@@ -40,7 +40,7 @@ def on_terminal(*argv: str | Path, columns: int = 100, **environment: str) -> pe
 
 
 def end(terminal: pexpect.spawn) -> str:
-    """What else it shows until it ends."""
+    """Return the rest of the output up to the end of the process."""
     terminal.expect(pexpect.EOF)
     terminal.close()
     return terminal.before
@@ -56,7 +56,7 @@ def wait_until(condition: Callable[[], bool], terminal: pexpect.spawn) -> None:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """A generation that a Ctrl-C ended: the pieces of text that came before, and what came after."""
+    """A generation ended by Ctrl-C: the pieces of text before it, and the output after it."""
 
     pieces: list[str]
     rest: str
@@ -121,21 +121,21 @@ def test_a_plan_stays_within_a_narrow_terminal(qmix, columns):
 
 @pytest.fixture(scope="module")
 def large(tiny, tmp_path_factory) -> Path:
-    """133 MB of weights: some time passes between the first and the last. The name looks like markup."""
+    """Return a checkpoint of 133 MB, which takes some time to quantise. Its name looks like markup."""
     sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 3, "num_local_experts": 8}
     directory = tmp_path_factory.mktemp("large") / "[" / "x]"
     return write_checkpoint(directory, random_weights(TINY_CONFIG | sizes), TINY_CONFIG | sizes, 3, tokenizer=tiny)
 
 
 def begun(directory: Path) -> bool:
-    """Whether a tenth or so of the large store is written."""
+    """Return whether about a tenth of the large store is written."""
     written = directory.glob("*.safetensors") if directory.is_dir() else ()
     return sum(path.stat().st_blocks * 512 for path in written) > 4e6
 
 
 @pytest.fixture(scope="module")
 def resumed(large, tmp_path_factory) -> Iterator[list[str]]:
-    """What a terminal shows of a quantization that is interrupted, then of the same command again."""
+    """Return the terminal output of an interrupted quantisation, and that of the same command again."""
     store = tmp_path_factory.mktemp("stores") / "store"
     partial = store.with_name("store.partial")
     first = on_terminal("quantize", large, store)
@@ -179,7 +179,7 @@ def test_the_bar_shows_bytes_rate_and_time_left_on_any_width(resumed):
 
 
 def test_ctrl_c_while_a_model_is_made_ready_leaves_nobody_writing(commands, first_use, large, tmp_path):
-    """The quantizer is held still: the command waits for it to end, so that the next one finds its way free."""
+    """The quantising process is suspended: the command waits for it to end, so that the next one can start."""
     (tmp_path / "qmix").mkdir()
     for measured in (first_use.cache / "qmix").glob("interpreter-*.json"):
         shutil.copy(measured, tmp_path / "qmix")
@@ -203,7 +203,7 @@ def test_ctrl_c_while_a_model_is_made_ready_leaves_nobody_writing(commands, firs
 
 @pytest.fixture
 def generating(qmix) -> Iterator[subprocess.Popen]:
-    """A long generation with pipes instead of a terminal, in the midst of its answer."""
+    """Yield a long generation with pipes instead of a terminal, during its answer."""
     pipe = subprocess.PIPE
     with subprocess.Popen([*COMMAND, *LONG], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
         assert process.stdout.read(5)
@@ -223,13 +223,43 @@ def test_sigterm_ends_it(generating):
     assert generating.wait(LIMIT_SECONDS) == -signal.SIGTERM
 
 
-def test_patience_counts_from_the_first_call(capsys, monkeypatch):
-    """What is over soon is not shown; what is not over after a while is."""
-    clock = iter([100.0, 101.0, 102.5, 103.0, 103.0, 103.0])
-    monkeypatch.setattr("qmix.terminal.tables.time.monotonic", lambda: next(clock))
+@dataclass
+class Clock:
+    now: float = 0.0
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("qmix.terminal.progress.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def test_patience_counts_from_the_first_call(capsys, clock):
+    """Short work is not shown; longer work is."""
     display = ProgressDisplay("loading x", patience=2.0)
-    for done in (1, 2):
+    for clock.now, done in ((100.0, 1), (101.0, 2)):
         display(Progress(done * 10**6, 4 * 10**6))
     assert capsys.readouterr().err == ""
+    clock.now = 102.5
     display(Progress(3 * 10**6, 4 * 10**6))
     assert capsys.readouterr().err == "loading x: 3 MB of 4 MB, 75%\n"
+
+
+def test_a_log_gets_the_first_line_one_each_ten_seconds_and_the_last(capsys, clock):
+    with ProgressDisplay("reading x") as display:
+        for clock.now, done, note in ((100, 0, ""), (105, 1, ""), (110, 10, "waiting"), (112, 11, "")):
+            display(Progress(done * 10**6, 2000 * 10**6, note))
+    assert capsys.readouterr().err.splitlines() == [
+        "reading x: 0 B of 2 GB, 0%",
+        "reading x: 10 MB of 2 GB, 0%, 1 MB/s, 33 min left (waiting)",
+        "reading x: 11 MB of 2 GB, 1%, 917 kB/s, 36 min left",
+    ]
+
+
+def test_a_log_of_requests_gets_a_line_each_ten_seconds(capsys, clock):
+    clock.now = 100.0
+    with JobDisplay("batch") as display:
+        for clock.now in (101.0, 109.0, 111.0, 112.0):
+            display.show(1, 2, ["1 of 2 lines", "9 tok/s", ""], count="1/2 lines", rate="9 tok/s", left="")
+    assert capsys.readouterr().err == "batch: 1 of 2 lines, 9 tok/s\n"

@@ -1,3 +1,3 @@
-"""CPU kernels in Numba: one set of vector operations for each instruction set, and the loops above them.
+"""CPU kernels in Numba: vector operations for each instruction set, and the loops above them.
 
 May import only errors and `qmix.kernels`."""

@@ -1,11 +1,10 @@
-"""Attention of single query tokens to long KV caches, at about the speed of reading the cache.
+"""Attention of single query tokens over long KV caches, at about the speed of reading the cache.
 
 A piece of work is a block of 512 positions of one token and key head, for all query heads that share it: scores,
-their softmax about the block's own maximum, and the weighted sum of values, all in fp32. A second pass puts the blocks
-of each query head together in their order. Blocks are the same whatever the number of threads, and so are results.
+their softmax relative to the block's own maximum, and the weighted sum of values, all in fp32. A second pass combines
+the blocks of each query head in order. Blocks and results are the same for any number of threads.
 
-The first call compiles the kernel, once for an installation. Numba caches it under this file's date: after a change
-in row_tile.py or vectors.py, touch this file.
+The first call compiles the kernel, once for an installation.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu import team
+from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, PAIRED, ROWS, TOKENS, dot_tile
 from qmix.kernels.cpu.vectors import (
@@ -53,18 +53,18 @@ from qmix.kernels.cpu.vectors import (
 )
 
 BLOCK = 512  # positions in a piece of work
-STRIP = 64  # positions whose values, 16 kB, stay in the first cache while all columns are summed
-AHEAD = 4096  # bytes of keys and of values fetched ahead
+STRIP = 64  # positions whose values, 16 kB, stay in the L1 cache while all columns are summed
+AHEAD = 4096  # bytes of keys and of values to prefetch
 WIDTH = 4  # vectors of columns in a tile of values: with TOKENS heads, 24 or 12 sums
 
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, scaling: float
 ) -> torch.Tensor:
-    """query [B, G, R, D], key and value [B, G, S, D], bias [B or 1, S] in fp32 or None, to [B, G, R, D].
+    """Return the attention [B, G, R, D] of query [B, G, R, D] to key and value [B, G, S, D].
 
-    bf16 or fp16 throughout, D a multiple of 16; key and value with contiguous rows of D one after another. `bias` is
-    added to the scaled scores; a sequence in which it hides every position gets zeros.
+    All are bf16 or all fp16; D is a multiple of 16, and the rows of key and value are contiguous, one after another.
+    `bias`, fp32 [B or 1, S] or None, is added to the scaled scores; a sequence without a visible position gets zeros.
     """
     positions = key.shape[2]
     bias_at = bias_step = 0
@@ -82,11 +82,12 @@ def attend(
 def attend_rows(
     query: torch.Tensor, rows: torch.Tensor, group_strides: tuple[int, int], longest: int, scaling: float
 ) -> torch.Tensor:
-    """query [T, G, R, D], each row of it over positions of its own, to [T, G, R, D].
+    """Return the attention [T, G, R, D] of query [T, G, R, D], where each row has a cache of its own.
 
-    `rows`, int64 [T, 4], has the addresses of a row's first key and first value in the first group, how many positions
-    it sees, at most `longest`, and the address of so many fp32 numbers to add to its scaled scores, or 0. Groups lie
-    `group_strides` bytes apart, positions one after another. A row's result does not depend on the other rows.
+    `rows`, int64 [T, 4], has for each row: the address of its first key in the first group, that of its first value,
+    its number of positions, at most `longest`, and the address of that many fp32 numbers to add to its scaled scores,
+    or 0. Groups are `group_strides` bytes apart, and positions follow one another. A row's result does not depend on
+    the other rows.
     """
     tokens, groups, heads, width = query.shape
     blocks = -(-longest // BLOCK)
@@ -103,7 +104,7 @@ def attend_rows(
 
 
 def _lanes_to_one(b: Builder, lanes: Value, combine: Callable[[Value, Value], Value]) -> Value:
-    """All lanes as one, halves with halves."""
+    """Return all lanes combined into one number, halves with halves."""
     count = LANES
     while count > 1:
         count //= 2
@@ -117,9 +118,9 @@ def _larger(b: Builder, left: Value, right: Value) -> Value:
 
 
 def _exp(b: Builder, x: Value) -> Value:
-    """e to the power of LANES numbers up to 0, to 2e-7 of it and 0 below 2**-126; NaN for NaN.
+    """Return e**x for LANES numbers up to 0, with a relative error of 2e-7; 0 below 2**-126, NaN for NaN.
 
-    2**n * 2**f, with f from -0.5 to 0.5 and Taylor's series for 2**f.
+    It is 2**n * 2**f, with f from -0.5 to 0.5 and the Taylor series of 2**f.
     """
     x = b.fmul(x, fill(SUMS, math.log2(math.e)))
     n = call(b, f"llvm.rint.v{LANES}f32", SUMS, x)
@@ -137,9 +138,10 @@ def _exp(b: Builder, x: Value) -> Value:
 def _softmax(
     context: object, scores: Any, step: Any, groups: Any, scale: Any, bias: Any, result: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Scores of one head to weights e**(score * scale + bias - maximum); their sum and the maximum go to `result`.
+    """Replace the scores of one head by e**(score * scale + bias - maximum).
 
-    `scores` and `bias` are addresses of `groups` times 32 fp32 each; those of the scores lie `step` bytes apart.
+    Their sum and the maximum go to `result`. `scores` and `bias` are addresses of `groups` times 32 fp32 each; groups
+    of scores are `step` bytes apart.
     """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
@@ -173,7 +175,7 @@ def _softmax(
 
 @intrinsic
 def _fetch(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """The 64 bytes at an address into the first cache, to be read."""
+    """Prefetch the 64 bytes at an address into L1, to be read."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         prefetch(b, at(b, arguments[0], 0, I8))
@@ -183,7 +185,7 @@ def _fetch(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 def _heads_by_vectors(b: Builder, holds: int, heads: int, vectors: int, arguments: Sequence[Value]) -> None:
-    """The code of one value_tile; `heads` and `vectors` are Python's."""
+    """Emit the code of one value_tile; `heads` and `vectors` are Python integers."""
     weights, values, stride, positions, sums, sums_stride = arguments
     totals = [[cgutils.alloca_once(b, SUMS) for _ in range(vectors)] for _ in range(heads)]
     clear(b, totals)
@@ -208,9 +210,10 @@ def value_tile(
     context: object, holds: Any, heads: Any, vectors: Any, weights: Any, values: Any, stride: Any, positions: Any,
     sums: Any, sums_stride: Any,
 ) -> tuple[Any, Callable[..., Any]]:  # fmt: skip
-    """Add to fp32 sums, 1 to TOKENS heads of 1 or WIDTH vectors, the values of up to 32 positions by heads' weights.
+    """Add the values of up to 32 positions, times each head's weights, to fp32 sums.
 
-    Weights are fp32 [heads, 32]. `holds` is a literal; strides are bytes a row.
+    There are 1 to TOKENS heads and 1 or WIDTH vectors of columns. Weights are fp32 [heads, 32]. `holds` is a literal;
+    strides are bytes per row.
     """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
@@ -226,7 +229,7 @@ def value_tile(
 
 @intrinsic
 def _pointer(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """An address as a pointer to fp32."""
+    """Return an address as a pointer to fp32."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         return at(b, arguments[0], 0, FLOAT)
@@ -236,7 +239,7 @@ def _pointer(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def _integers(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """An address as a pointer to int64."""
+    """Return an address as a pointer to int64."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         return at(b, arguments[0], 0, ir.IntType(64))
@@ -317,7 +320,7 @@ def _blocks(holds: int) -> int:
                     column += vectors * LANES
             piece = next_piece(block)
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)
 
 
 @cache
@@ -346,4 +349,4 @@ def _combined() -> int:
                 put_half(sums[column] * share, out + (row * width + column) * 2, fp16)
             row = next_piece(block)
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)

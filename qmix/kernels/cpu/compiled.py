@@ -1,16 +1,67 @@
-"""Functions compiled by numba, which takes a tenth of a gigabyte with the first of them."""
+"""Compile functions with Numba and keep their machine code on disk.
+
+Numba checks cached machine code against the file of the compiled function alone, but the code also contains helpers,
+tiles and constants of other files. Here all files of `qmix.kernels` count: an edit of any of them compiles anew.
+
+The first compilation takes 100 MB of memory.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from numba import njit
+import llvmlite
+from numba import njit, types
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.ccallback import CFunc
+
+from qmix.kernels.cpu.paths import current
+
+KERNEL_SIGNATURE = (types.CPointer(types.int64),), types.void
+
+
+class _CachedFiles(CompileResultCacheImpl):
+    """The files of one function's machine code: one set for each CPU path, valid for one state of the sources."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.locator.get_source_stamp = source_digest
+
+    def get_filename_base(self, fullname: str, abiflags: str) -> str:
+        return f"{super().get_filename_base(fullname, abiflags)}-{current().name}"
+
+
+class _KernelCache(FunctionCache):
+    _impl_class = _CachedFiles
+
+
+@cache
+def source_digest() -> str:
+    """Return a digest of all files of `qmix.kernels` and of llvmlite's version; Numba checks its own."""
+    digest = hashlib.sha256(llvmlite.__version__.encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call, without the GIL, and kept on disk where a directory can be written."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # neither the function's own directory nor the user's cache
-        return njit(nogil=True, error_model="numpy")(function)
+    """Return `function` compiled: at its first call, to run without the GIL, cached where a directory is writable."""
+    return _with_cache(njit(nogil=True, error_model="numpy")(function), function)
+
+
+def compiled_address(kernel: Callable[..., None]) -> int:
+    """Return the address of a kernel of one int64 pointer, compiled now or read from the cache."""
+    callback = _with_cache(CFunc(kernel, KERNEL_SIGNATURE, {}, {"error_model": "numpy"}), kernel)
+    callback.compile()
+    return callback.address
+
+
+def _with_cache(compilable: Any, function: Callable[..., Any]) -> Any:
+    with suppress(RuntimeError):  # neither the function's own directory nor the user's cache is writable
+        compilable._cache = _KernelCache(function)
+    return compilable

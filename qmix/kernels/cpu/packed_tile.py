@@ -1,16 +1,14 @@
-"""A few rows of x times groups of 32 interleaved rows of the packed 4-bit layout, with every sum in a register.
+"""Tiles of a packed 4-bit product: a few rows of x times groups of 32 interleaved rows, every sum in a register.
 
 32 bytes hold two columns; byte j has column j % 2 of row j // 2 in its low half, and of row 16 + j // 2 in its high
-half. Looked up, a pair of bf16 weights of each row lies in 32 bits, as vdpbf16ps takes it; without that instruction a
-shift makes the first weight fp32, a mask the second. A block's sums are scaled by its absmax.
+half. After the look-up each row has a pair of bf16 weights in 32 bits, the operand of vdpbf16ps. Without that
+instruction a shift makes the first weight fp32, and a mask the second. A block's sums are scaled by its absmax.
 
 avx512     bytes widen to words, whose lowest five bits choose from a table of 32 words with equal halves
 avx2       low and high bytes of the 16 bf16 values are looked up apart, then interleaved
-portable   from a table in memory, one by one
+portable   each code is looked up in a table in memory
 
-Many rows of x go over weights that were looked up once into the first cache (`widen_block`, `block_tile`).
-
-Numba caches what calls this under the calling file's date: after a change here, touch products.py.
+For many rows of x a block is looked up once, into the L1 cache (`widen_block`), and used for all (`block_tile`).
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -55,11 +53,11 @@ from qmix.kernels.cpu.vectors import (
 )
 from qmix.kernels.packing import BLOCK, PACK_ROWS
 
-PARTS = PACK_ROWS // LANES  # vectors of sums of a group
+PARTS = PACK_ROWS // LANES  # vectors of sums in a group
 # Rows of x in a tile, times the vectors of a group: 24 registers of 32, or 8 of 16.
 PACKED_TOKENS = 12 if current().registers == 32 else max(1, 8 // PARTS)
-# Groups side by side, so that few rows of x make as many independent sums: each waits for its own last addition.
-# Sixteen registers hold one group's and what it is looked up with; two were spilled.
+# Groups side by side, so that few rows of x still make many independent sums: each waits for its own last addition.
+# Sixteen registers hold one group's sums and its look-up tables; two groups spilled.
 PACKED_GROUPS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2} if current().registers == 32 else {}
 BLOCK_TOKENS = 12 if current().registers == 32 else max(1, 12 // PARTS)  # rows of x in a tile over widened weights
 AHEAD = 1024  # bytes of each group's codes fetched ahead: one row of x takes 1.7 ms an expert; 2.4 at 3072, 1.8 at 6144
@@ -69,7 +67,7 @@ Sums = list[list[list[Value]]]  # places of vectors: [tokens][groups][PARTS]
 
 
 def _packed_by_tokens(b: Builder, kind: str, tokens: int, groups: int, arguments: Sequence[Value]) -> None:
-    """The code of one four_bit_tile; `tokens` and `groups` are Python's."""
+    """Emit the code of one four_bit_tile; `tokens` and `groups` are Python integers."""
     codes, group_stride, absmax, stride, x, x_stride, blocks, sums = arguments
     totals = _places(b, tokens, groups)
     step = _add_pairs if current().pairs else _add_columns
@@ -99,7 +97,7 @@ def _add_pairs(b: Builder, kind: str, places: list[Value], x: list[Value], total
 
 
 def _add_columns(b: Builder, kind: str, places: list[Value], x: list[Value], totals: Sums) -> None:
-    """Add the same a column after the other, all in fp32."""
+    """Add the same products one column after the other, all in fp32."""
     parts = [[spread(b, load(b, row, 4 * column, FLOAT)) for column in range(2)] for row in x]
     for group, place in enumerate(places):
         for vector, columns in enumerate(_columns(b, kind, place)):
@@ -110,7 +108,7 @@ def _add_columns(b: Builder, kind: str, places: list[Value], x: list[Value], tot
 
 
 def _columns(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]:
-    """Return two columns of 32 rows in fp32, PARTS vectors of rows, in the order that `_in_order` undoes."""
+    """Return two columns of 32 rows in fp32, as PARTS vectors; `_in_order` restores the order of rows."""
     if current().name == "portable":
         return _looked_up(b, kind, place)
     columns = []
@@ -133,16 +131,16 @@ def _words(b: Builder, kind: str, place: Value) -> list[Value]:
 
 
 def _nibbles(b: Builder, codes: Value) -> tuple[Value, Value]:
-    """Return the low and the high half of each byte; words are shifted, since there is no shift of bytes."""
+    """Return the low and the high half of each byte. Words are shifted: the processor cannot shift bytes."""
     words = b.lshr(b.bitcast(codes, ir.VectorType(I16, PACK_ROWS // 2)), fill(ir.VectorType(I16, PACK_ROWS // 2), 4))
     mask = fill(codes.type, 15)
     return b.and_(codes, mask), b.and_(b.bitcast(words, codes.type), mask)
 
 
 def _two_look_ups(b: Builder, kind: str, index: Value) -> list[Value]:
-    """Return the bf16 bit patterns of 32 codes: low bytes and high bytes are looked up apart and interleaved.
+    """Return the bf16 bit patterns of 32 codes: low and high bytes are looked up apart, then interleaved.
 
-    They interleave within each 16 bytes only: rows 0-3 and 8-11 are in the first vector, 4-7 and 12-15 in the second.
+    They interleave only within 16 bytes: rows 0-3 and 8-11 are in the first vector, 4-7 and 12-15 in the second.
     """
     table = _table(kind)
     low, high = (
@@ -164,7 +162,7 @@ def _two_look_ups(b: Builder, kind: str, index: Value) -> list[Value]:
 
 
 def _looked_up(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]:
-    """Return two columns of 32 rows by a table of 16 numbers in memory, in any processor's instructions."""
+    """Return two columns of 32 rows, looked up in a table of 16 numbers in memory; runs on any processor."""
     table = cgutils.global_constant(b.module, f"{kind}_values", ir.Constant(ir.ArrayType(FLOAT, 16), _floats(kind)))
     table.linkage = "private"
     columns = []
@@ -184,7 +182,7 @@ def _looked_up(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]
 
 
 def _in_order(b: Builder, vectors: list[Value]) -> list[Value]:
-    """Return a group's vectors with rows in their own order, from the order that `_columns` has them in."""
+    """Return a group's vectors with the rows in order again after `_columns`."""
     if LANES != 8:
         return vectors
     ordered = []
@@ -196,7 +194,7 @@ def _in_order(b: Builder, vectors: list[Value]) -> list[Value]:
 
 
 def _add_scaled(b: Builder, kind: str, totals: Sums, absmax: Value, stride: Value, sums: Value) -> None:
-    """Add a block's sums, times its absmax, to those of the tile."""
+    """Add a block's sums, times its absmax, to the sums of the tile."""
     groups = len(totals[0])
     prefetch(b, at(b, absmax, times(b, stride, 3), I8))
     bits = [load(b, absmax, 2 * LANES * part, ir.VectorType(I16, LANES)) for part in range(PARTS * groups)]
@@ -209,7 +207,7 @@ def _add_scaled(b: Builder, kind: str, totals: Sums, absmax: Value, stride: Valu
 
 
 def _table(kind: str) -> list[int]:
-    """The 16 values by code as bf16 bit patterns: nf4's rounded, fp4's (up to 12) exact."""
+    """Return the 16 values by code as bf16 bit patterns: nf4's rounded, fp4's (up to 12) exact."""
     values = np.array(VALUES[kind], np.float32)
     bits = (values[np.argsort(FP4_CODES)] if kind == "fp4" else values).view(np.uint32)
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).tolist()
@@ -227,8 +225,8 @@ def four_bit_tile(
 ) -> tuple[Any, Callable[..., Any]]:  # fmt: skip
     """Add, to fp32 sums [tokens, groups * 32], the products of groups of 32 interleaved rows of the packed layout with
     1 to PACKED_TOKENS rows of x, over `blocks` blocks of 64 columns. x is bf16 where the path has pairs, else fp32.
-    `kind`, "nf4" or "fp4", is a literal; strides are bytes a row, and a group. There is one group, or as many as
-    PACKED_GROUPS has for so few rows of x.
+    `kind`, "nf4" or "fp4", is a literal; strides are bytes per row and per group. There is one group, or as many as
+    PACKED_GROUPS gives for that number of rows of x.
     """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
@@ -244,15 +242,13 @@ def four_bit_tile(
 
 @intrinsic(prefer_literal=True)
 def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[Any, Callable[..., Any]]:
-    """Look up the weights of 64 columns of a group, unscaled, into fp32 [64, 32]: what `block_tile` multiplies."""
+    """Look up the weights of 64 columns of a group, unscaled, into fp32 [64, 32], for `block_tile`."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         _, codes, weights = arguments
         with cgutils.for_range(b, ir.Constant(I64, BLOCK // 2)) as pair:
-            place, to = (
-                b.add(codes, times(b, pair.index, PACK_ROWS)),
-                b.add(weights, times(b, pair.index, 8 * PACK_ROWS)),
-            )
+            place = b.add(codes, times(b, pair.index, PACK_ROWS))
+            to = b.add(weights, times(b, pair.index, 8 * PACK_ROWS))
             for part, columns in enumerate(_columns(b, kind.literal_value, place)):
                 for column, vector in enumerate(columns):
                     b.store(vector, at(b, to, 4 * (PACK_ROWS * column + LANES * part), SUMS), align=4)
@@ -262,7 +258,7 @@ def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[A
 
 
 def _block_by_tokens(b: Builder, kind: str, tokens: int, arguments: Sequence[Value]) -> None:
-    """The code of one block_tile; `tokens` is Python's."""
+    """Emit the code of one block_tile; `tokens` is a Python integer."""
     weights, absmax, stride, x, sums = arguments
     totals = _places(b, tokens, 1)
     clear(b, chain.from_iterable(totals))
@@ -275,7 +271,7 @@ def _block_by_tokens(b: Builder, kind: str, tokens: int, arguments: Sequence[Val
         def number(t: int) -> Value:
             return spread(b, load(b, numbers, 4 * BLOCK * t, FLOAT))
 
-        # the fewer operands are held in registers beside the sums, the others are loaded one by one
+        # registers hold the operand with fewer vectors beside the sums; the other one is loaded vector by vector
         if tokens < PARTS:
             held = [number(t) for t in range(tokens)]
             products = (
@@ -296,8 +292,9 @@ def _block_by_tokens(b: Builder, kind: str, tokens: int, arguments: Sequence[Val
 def block_tile(
     context: object, kind: Any, tokens: Any, weights: Any, absmax: Any, stride: Any, x: Any, sums: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Add, to fp32 sums [tokens, 32], the products of a block that `widen_block` left with 1 to BLOCK_TOKENS rows of
-    x, fp32 [tokens, 64]. Every sum is added up as four_bit_tile does it in fp32.
+    """Add, to fp32 sums [tokens, 32], the products of a block from `widen_block` with 1 to BLOCK_TOKENS rows of x.
+
+    x is fp32 [tokens, 64]. Every sum has the order of additions of four_bit_tile in fp32.
     """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:

@@ -1,8 +1,8 @@
-"""Instruction sets that the CPU kernels are built for, and the one in use.
+"""CPU paths: the instruction sets that kernels are built for, and the one in use.
 
-The kernels are generated once for each path; LLVM then compiles them for the processor. Without a choice the best
-path of this processor is taken. Another is chosen, for tests and reports, by Numba's own setting NUMBA_CPU_NAME, which
-`environment` gives together with torch's, oneDNN's and MKL's, so that all of a process keeps to the same instructions.
+Kernels are generated once for each path; LLVM then compiles them for the processor. By default a process uses the best
+path of its processor. Tests and reports choose another by Numba's own setting NUMBA_CPU_NAME, which `environment`
+returns together with those of torch, oneDNN and MKL, so that the whole process keeps to the same instructions.
 
 avx512bf16   products of pairs of bf16 with fp32 sums (Cooper Lake, Sapphire Rapids, Zen 4)
 avx512       AVX-512 F, BW, DQ and VL, sums in fp32 (Skylake-X, Ice Lake, 11th generation)
@@ -25,10 +25,10 @@ from qmix.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class CpuPath:
-    """A set of instructions.
+    """An instruction set.
 
-    `lanes` fp32 numbers fill one of its `registers`; `needs` are Linux's names of its features, `llvm` is LLVM's of a
-    processor which has these and no more; `limits` are environment variables that hold other libraries to it.
+    `lanes` fp32 numbers fill one of its `registers`. `needs` are Linux's names of its features, `llvm` is LLVM's name
+    of a processor that has these and no more, and `limits` are environment variables that hold other libraries to it.
     """
 
     name: str
@@ -40,7 +40,7 @@ class CpuPath:
 
     @property
     def pairs(self) -> bool:
-        """True if products of pairs of bf16 are one instruction (vdpbf16ps)."""
+        """True if one instruction multiplies pairs of bf16 (vdpbf16ps)."""
         return self.name == "avx512bf16"
 
 
@@ -76,7 +76,7 @@ def supported() -> tuple[CpuPath, ...]:
 
 
 def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
-    """Return the first core's instruction sets as Linux names them; none elsewhere and on other architectures."""
+    """Return the first core's instruction sets by Linux's names; none on other systems and architectures."""
     try:
         with Path(cpuinfo).open(encoding="utf-8", errors="replace") as lines:
             found = next((line for line in lines if line.startswith("flags")), "")
@@ -88,11 +88,11 @@ def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
 def environment(name: str) -> dict[str, str]:
     """Return the environment variables that hold a new process to the path `name`.
 
-    They work if they are set before Numba and torch are loaded. Raises UsageError for an unknown path, and for one
-    whose instructions this processor lacks.
+    Set them before Numba and torch are loaded. Raises UsageError for an unknown path, and for one that this processor
+    cannot run.
     """
     if name not in PATHS:
-        raise UsageError(f"{name!r} is no CPU path; choose one of {', '.join(PATHS)}")
+        raise UsageError(f"{name!r} is not a CPU path; choose one of {', '.join(PATHS)}")
     path = PATHS[name]
     if path not in supported():
         known = ", ".join(path.name for path in supported())

@@ -1,11 +1,11 @@
-"""Products of a few or many rows of x with matrices as they lie in memory; few take little longer than reading them.
+"""Multiply rows of x with matrices in place. A few rows take little longer than reading the matrix.
 
 A piece of work is a group of 32 rows of the matrix, multiplied with all rows of x while it lies in a core's own
-cache. Every sum runs over the columns in one order, whatever the number of rows of x and of threads: a token's
-products do not depend on what else is computed.
+cache. Every sum runs over the columns in one order, for any number of rows of x and of threads: a token's products do
+not depend on what else is computed.
 
-half, int8   row-major [rows, columns], any numbers of both
-nf4, fp4     the packed layout of bitsandbytes' CPU kernel, see `kernels`
+half, int8   row-major [rows, columns], any number of both
+nf4, fp4     the packed layout of bitsandbytes' CPU kernel, see `quantize`
 
 The first product of a kind compiles its kernel, once for an installation.
 """
@@ -21,6 +21,7 @@ import torch
 from numba import carray, njit
 
 from qmix.kernels.cpu import team
+from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.packed_tile import (
     BLOCK_TOKENS,
     PACKED_GROUPS,
@@ -35,14 +36,14 @@ from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, INT8, INT8_W
 from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
 from qmix.kernels.packing import BLOCK
 
-STRIP = 2048  # columns at once: six rows of x, 24 kB, stay in the first cache
-PACKED_STRIP = 1024  # twelve rows of x, as much
+STRIP = 2048  # columns at once: six rows of x, 24 kB, stay in the L1 cache
+PACKED_STRIP = 1024  # the same for twelve rows of x
 
 
 def multiply_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T, in x's type: x [T, columns] in bf16 or fp16, weight [rows, columns] contiguous.
+    """Return x @ weight.T in x's type: x [T, columns] in bf16 or fp16, weight [rows, columns] contiguous.
 
-    Weights are in x's type, or int8 with the factor of each row in `scales`, fp32 [rows]. Sums are in fp32.
+    Weights are in x's type, or int8 with each row's factor in `scales`, fp32 [rows]. Sums are in fp32.
     """
     rows, columns = weight.shape
     holds = _holds(weight.dtype)
@@ -54,9 +55,9 @@ def multiply_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | 
 
 
 def multiply_packed(x: torch.Tensor, kind: str, codes: int, absmax: int, rows: int, columns: int) -> torch.Tensor:
-    """x [T, columns] times a packed matrix, its codes and absmax given by their addresses: [T, rows], in x's type."""
+    """Return x [T, columns] times a packed matrix, [T, rows] in x's type; `codes` and `absmax` are addresses."""
     out = torch.empty((len(x), rows), dtype=x.dtype)
-    half = x.to(torch.bfloat16)  # on every path: they differ in the order of their sums only
+    half = x.to(torch.bfloat16)  # on every path: paths differ only in the order of their sums
     kernel, as_read = _packed, half if current().pairs else half.float()
     if not current().pairs and len(x) > PACKED_TOKENS:
         kernel, as_read = _packed_blocks, as_read.view(len(x), columns // BLOCK, BLOCK).transpose(0, 1)
@@ -67,10 +68,10 @@ def multiply_packed(x: torch.Tensor, kind: str, codes: int, absmax: int, rows: i
 
 
 def prepare(precisions: Iterable[str], dtype: torch.dtype) -> None:
-    """Have ready what multiplies experts in these precisions and dense weights of this type.
+    """Load the kernels for experts in these precisions and for dense weights of this type.
 
-    Compiles what is not on disk yet, some two seconds a kernel and up to 80 MB more than it takes from then on: so
-    a process that is to stay within a budget lets another do this first.
+    Compiles those that are not on disk yet. That takes two seconds a kernel and up to 80 MB more than later runs need,
+    so a process with a memory budget lets another one do it first.
     """
     _row_major(_holds(dtype))
     for precision in precisions:
@@ -92,13 +93,13 @@ def _holds(dtype: torch.dtype) -> int:
 
 @njit(inline="always")
 def _put_sums(sums: Any, rows: int, first: int, last: int, out: int, fp16: int) -> None:
-    """Columns [first, last) of `out`, [T, rows] in half precision, from fp32 sums [T, last - first or more]."""
+    """Round fp32 sums [T, last - first or more] into columns [first, last) of `out`, [T, rows] in half precision."""
     for t in range(len(sums)):
         for r in range(last - first):
             put_half(sums[t, r], out + (t * rows + first + r) * 2, fp16)
 
 
-# Numba takes the variables of an enclosing function for constants, which the tiles need.
+# Numba treats the variables of an enclosing function as constants, which the tiles need.
 
 
 @cache
@@ -136,7 +137,7 @@ def _row_major(holds: int) -> int:
             _put_sums(sums, rows, first, last, out, fp16)
             first = next_piece(block) * GROUP
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)
 
 
 @cache
@@ -172,14 +173,14 @@ def _packed(kind: str) -> int:
                 first += groups * GROUP
             piece = next_piece(block) * wide * GROUP
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)
 
 
 @cache
 def _packed_blocks(kind: str) -> int:
-    """Return the kernel in fp32 for many rows of x, which lie [columns / 64, T, 64].
+    """Return the kernel in fp32 for many rows of x, laid out as [columns / 64, T, 64].
 
-    A block of weights is looked up once.
+    Each block of weights is looked up once.
     """
 
     def kernel(block: Any) -> None:
@@ -204,4 +205,4 @@ def _packed_blocks(kind: str) -> int:
             _put_sums(sums, rows, first, first + GROUP, out, fp16)
             first = next_piece(block) * GROUP
 
-    return team.compiled(kernel)
+    return compiled_address(kernel)

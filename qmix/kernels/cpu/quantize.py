@@ -1,12 +1,12 @@
-"""Quantisation on a CPU: codes and scales equal, bit for bit, to those of bitsandbytes.
+"""Quantise on a CPU; codes and scales equal those of bitsandbytes to the bit.
 
-How a block's codes are found is told in `blocks`; here they are put where they belong.
+`blocks` finds a block's codes; the kernels here put them in their layout.
 
 Two layouts of a matrix [rows, cols]:
 
-flat    bitsandbytes' ordinary one, rows joined end to end. Byte i holds weights 2i (high nibble) and 2i + 1
+flat    bitsandbytes' default, rows joined end to end. Byte i holds weights 2i (high nibble) and 2i + 1
         (low nibble). absmax [rows * cols / 64].
-packed  what bitsandbytes' CPU matrix product reads, 32 rows interleaved. Of the 32 bytes for two columns,
+packed  the layout of bitsandbytes' CPU product, 32 rows interleaved. Of the 32 bytes for two columns,
         byte j holds column j % 2 of rows j // 2 (low nibble) and 16 + j // 2 (high nibble). absmax is
         transposed, [cols / 64, rows].
 
@@ -14,8 +14,8 @@ packed  what bitsandbytes' CPU matrix product reads, 32 rows interleaved. Of the
     row 0            1  2          flat    12 ...
     row 16           3  4          packed  31 42 ...
 
-The kernels run on one thread, without the GIL, in 16 kB of scratch memory: callers give each thread a chunk of
-rows. Weights are float32, or bfloat16 as uint16 bit patterns, which a shift widens exactly.
+A kernel runs on one thread, without the GIL, in 16 kB of scratch memory; callers give each thread a chunk of rows.
+Weights are float32, or bfloat16 as uint16 bit patterns, which a shift widens exactly.
 
 Source of the arithmetic: bitsandbytes 0.50, backends/default/ops.py and functional.py.
 """
@@ -40,14 +40,14 @@ from qmix.kernels.cpu.blocks import (
 from qmix.kernels.cpu.compiled import compiled
 from qmix.kernels.packing import BLOCK, PACK_ROWS
 
-# Blocks of a row read before going to the next. Rows a multiple of 4096 bytes apart share a few sets of the first
-# cache: one block at a time, the 32 rows evict each other's prefetched lines (twice as slow at 14336 columns).
+# Blocks of a row to read before the next row. Rows a multiple of 4096 bytes apart share a few sets of the L1 cache:
+# with one block at a time, the 32 rows evict each other's prefetched lines (twice as slow at 14336 columns).
 STRIP = 8
 
 
 @njit(inline="always")
 def _interleave(pairs: Array, words: Array) -> None:
-    """The packed bytes [32, 16] of a group's block, two to a word, from its codes [32, 32], two columns to a pair."""
+    """Write the packed words [32, 16] of a group's block, two bytes each, from its pairs of codes [32, 32]."""
     for p in range(BLOCK // 2):
         for r in range(PACK_ROWS // 2):
             words[p, r] = pairs[r, p] | (pairs[r + PACK_ROWS // 2, p] << 4)
@@ -57,7 +57,7 @@ def _interleave(pairs: Array, words: Array) -> None:
 def _packed(
     weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
 ) -> bool:
-    """weights [R, C/64, 64], codes [R/32, C/64, 32, 16] of two bytes, absmax [C/64, R]"""
+    """Quantise weights [R, C/64, 64] to codes [R/32, C/64, 32, 16] of two bytes and absmax [C/64, R]."""
     scratch = np.empty((STRIP, PACK_ROWS, BLOCK), np.uint8)
     pairs = scratch.view(np.uint16)  # [8, 32, 32]
     errors = np.empty(BLOCK, np.float32)
@@ -84,7 +84,7 @@ def _packed(
 def _flat(
     weights: Array, midpoints: Midpoints, steps: Steps, ratios: Array | None, fp4: bool, codes: Array, absmax: Array
 ) -> bool:
-    """weights [B, 64], codes [B, 32], absmax [B]"""
+    """Quantise weights [B, 64] to codes [B, 32] and absmax [B]."""
     scratch = np.empty(BLOCK, np.uint8)
     pairs = scratch.view(np.uint16)  # [32]
     errors = np.empty(BLOCK, np.float32)
@@ -105,7 +105,7 @@ def _flat(
 
 @compiled
 def _scale_of_short_block(weights: Array, ratios: Array | None, steps: Steps) -> np.float32:
-    """weights [1 to 63]"""
+    """Return the scale of weights [1 to 63]."""
     scale = max(largest_magnitude(weights, weights.size), TINY)
     if ratios is not None:
         scale = chosen_scale(weights, scale, ratios, steps, np.empty(BLOCK, np.float32))
@@ -114,7 +114,7 @@ def _scale_of_short_block(weights: Array, ratios: Array | None, steps: Steps) ->
 
 @compiled
 def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
-    """weights [R, C], codes [R, C], row_max [R]"""
+    """Quantise weights [R, C] to codes [R, C] and row_max [R]."""
     for r in range(weights.shape[0]):
         row = weights[r]
         row_max[r] = largest_magnitude(row, row.size)
@@ -130,11 +130,11 @@ def _int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
 
 
 def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array, clip: bool = False) -> bool:
-    """Quantise rows into the packed layout, with `clip` by the scales of least squared error.
+    """Quantise rows into the packed layout; with `clip` scales have the least squared error.
 
     weights uint16 or float32 [rows, cols], rows a multiple of 32, cols of 64; codes uint8 [rows * cols / 2];
-    absmax float32 [cols / 64, rows], which may be some columns of a wider array. All else C-contiguous.
-    Returns False if a weight is NaN or infinite; codes and absmax then hold nothing of use.
+    absmax float32 [cols / 64, rows], which may be some columns of a wider array. The others are C-contiguous.
+    Returns False if a weight is NaN or infinite; codes and absmax are then undefined.
     Raises ValueError for any other shape, dtype or order.
     """
     rows, cols = weights.shape
@@ -147,11 +147,11 @@ def quantize_4bit_packed(weights: Array, kind: str, codes: Array, absmax: Array,
 
 
 def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, last: bool, clip: bool = False) -> bool:
-    """Quantise consecutive weights into the flat layout, with `clip` by the scales of least squared error.
+    """Quantise consecutive weights into the flat layout; with `clip` scales have the least squared error.
 
     weights uint16 or float32 [n], codes uint8 [(n + 1) // 2], absmax float32 [ceil(n / 64)]; n is a multiple
-    of 64 unless these are the `last` weights of their tensor. All C-contiguous.
-    Returns False if a weight is NaN or infinite; codes and absmax then hold nothing of use.
+    of 64 unless these are the `last` weights of their tensor. All are C-contiguous.
+    Returns False if a weight is NaN or infinite; codes and absmax are then undefined.
     Raises ValueError for any other shape, dtype or order.
     """
     (n,) = weights.shape
@@ -161,18 +161,15 @@ def quantize_4bit_flat(weights: Array, kind: str, codes: Array, absmax: Array, l
     _require_output(codes, np.uint8, ((n + 1) // 2,))
     _require_output(absmax, np.float32, (-(-n // BLOCK),))
     bits, words = _bits(weights), codes[: full // 2].reshape(blocks, BLOCK // 2)
-    whole, how = (
-        bits[:full].reshape(blocks, BLOCK),
-        (midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4"),
-    )
-    finite = _flat(whole, *how, words, absmax)
+    how = midpoints_of(kind), steps_of(kind), ratios_of(clip), kind == "fp4"
+    finite = _flat(bits[:full].reshape(blocks, BLOCK), *how, words, absmax)
     if not finite or n == full:
         return finite
     return _short_block(bits[full:], kind, clip, codes[full // 2 :], absmax[blocks:])
 
 
 def _short_block(bits: Array, kind: str, clip: bool, codes: Array, absmax: Array) -> bool:
-    """As bitsandbytes has it: divided by the clamped absmax, which is stored; an odd weight paired with 0."""
+    """Quantise a last block as bitsandbytes does: divide by the clamped absmax, store it, pair an odd weight with 0."""
     weights = (bits.astype(np.uint32) << (16 if bits.itemsize == 2 else 0)).view(np.float32)
     if not np.isfinite(weights).all():
         return False
@@ -190,7 +187,7 @@ def quantize_int8_rows(weights: Array, codes: Array, row_max: Array) -> bool:
 
     weights uint16 or float32 [rows, cols], codes int8 [rows, cols], row_max float32 [rows], all C-contiguous.
     A row of zeros gets zeros, and so does one so small (below 3.8e-37) that 127 / row_max overflows.
-    Returns False if a weight is NaN or infinite; codes and row_max then hold nothing of use.
+    Returns False if a weight is NaN or infinite; codes and row_max are then undefined.
     Raises ValueError for any other shape, dtype or order.
     """
     rows, cols = weights.shape
@@ -211,6 +208,6 @@ def _require_output(array: Array, dtype: type, shape: tuple[int, ...], contiguou
 
 
 def _require(condition: bool, message: str) -> None:
-    """The kernels check no bounds: whatever does not fit must be refused before."""
+    """Raise ValueError unless `condition` holds: kernels check no bounds."""
     if not condition:
         raise ValueError(message)

@@ -1,11 +1,9 @@
-"""A few rows of x times a few rows of a row-major matrix, with every sum in a register.
+"""Tiles of a row-major product: a few rows of x times a few rows of the matrix, every sum in a register.
 
-Two ways to multiply ("steps"), of which a product takes one throughout:
+There are two ways to multiply ("steps"). A product uses one throughout:
 
 pairs   32 columns at a time: x in bf16, the weights as bf16, vdpbf16ps adds two products to each sum
 wide    a register of fp32 at a time: x in fp32, the weights widened to fp32
-
-Numba caches what calls this under the calling file's date: after a change here, touch products.py.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -45,7 +43,7 @@ from qmix.kernels.cpu.vectors import (
 )
 from qmix.kernels.packing import PACK_ROWS
 
-BF16, BF16_WIDE, FP16, INT8, INT8_WIDE = range(5)  # what a matrix holds, and the step it takes
+BF16, BF16_WIDE, FP16, INT8, INT8_WIDE = range(5)  # a matrix's type, and its step
 PAIRED = (BF16, INT8)
 GROUP = PACK_ROWS  # rows whose sums lie side by side
 ROWS = 4  # of a tile
@@ -55,7 +53,7 @@ _ITEM = {BF16: I16, BF16_WIDE: I16, FP16: I16, INT8: I8, INT8_WIDE: I8}
 
 
 def _weights(b: Builder, holds: int, raw: Value) -> Value:
-    """Items of a row as the operand of its step."""
+    """Return items of a row as the operand of its step."""
     if holds == BF16:
         return b.bitcast(raw, PAIRS)
     if holds == BF16_WIDE:
@@ -67,7 +65,7 @@ def _weights(b: Builder, holds: int, raw: Value) -> Value:
 
 
 def _tail(b: Builder, row: Value, offset: Value, item: ir.Type, lanes: int, count: Value) -> Value:
-    """The last `count` items of a row, then zeros; no byte behind the row is read."""
+    """Return the last `count` items of a row, then zeros; no byte behind the row is read."""
     vector = ir.VectorType(item, lanes)
     place = cgutils.alloca_once(b, vector)
     b.store(ir.Constant(vector, None), place)
@@ -80,9 +78,9 @@ def _tail(b: Builder, row: Value, offset: Value, item: ir.Type, lanes: int, coun
 
 
 def _sums(b: Builder, vectors: Sequence[Value]) -> Value:
-    """The sums of the numbers of 1 or 4 vectors, side by side; halves are added to halves in either case.
+    """Return the sums of the numbers of 1 or 4 vectors, side by side; each step adds halves to halves.
 
-    Four are folded together: what is left of each after a step shares a vector with what is left of the others.
+    Four vectors are folded together: after each step the remainders of two share one vector.
     """
     parts, lanes = list(vectors), LANES
     while lanes > 1:
@@ -93,7 +91,7 @@ def _sums(b: Builder, vectors: Sequence[Value]) -> Value:
 
 
 def _fold(b: Builder, left: Value, right: Value, lanes: int, count: int) -> Value:
-    """Vectors of runs of 2 * `lanes` numbers to one of runs of `lanes`: each run's halves added. 1 or 2 vectors."""
+    """Add the halves of each run of 2 * `lanes` numbers in 1 or 2 vectors; return one vector of runs of `lanes`."""
     places = range(0, count * left.type.count, 2 * lanes)
     low, high = ([start + half + i for start in places for i in range(lanes)] for half in (0, lanes))
     taken = (ir.Constant(ir.VectorType(I32, len(places) * lanes), half) for half in (low, high))
@@ -101,7 +99,7 @@ def _fold(b: Builder, left: Value, right: Value, lanes: int, count: int) -> Valu
 
 
 def _rows_by_tokens(b: Builder, holds: int, rows: int, tokens: int, arguments: Sequence[Value]) -> None:
-    """The code of one dot_tile; `rows` and `tokens` are Python's."""
+    """Emit the code of one dot_tile; `rows` and `tokens` are Python integers."""
     weights, stride, x, x_stride, columns, sums = arguments
     pairs = holds in PAIRED
     lanes, x_item = (2 * LANES, BFloat()) if pairs else (LANES, FLOAT)
@@ -140,7 +138,7 @@ def dot_tile(
 ) -> tuple[Any, Callable[..., Any]]:  # fmt: skip
     """Add to fp32 sums [tokens, 32] the products of 1 or ROWS rows of a row-major matrix with 1 to TOKENS rows of x.
 
-    `holds` is a literal; x is bf16 where it is one of PAIRED, else fp32. `stride` and `x_stride` are bytes a row.
+    `holds` is a literal. x is bf16 if `holds` is in PAIRED, else fp32. `stride` and `x_stride` are bytes per row.
     """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:

@@ -1,12 +1,12 @@
-"""Kernels run by torch's own team of threads.
+"""Run kernels on torch's own OpenMP thread team.
 
-Two pools of threads that wait for work by spinning take the cores from each other. So nothing here starts a thread:
-a kernel is handed to GOMP_parallel of the very OpenMP library that torch's products use, and wakes the threads that
-torch.set_num_threads gave to the calling thread. That costs some two microseconds.
+Two thread pools that spin while they wait take the cores from each other. So this module starts no thread: it passes a
+kernel to GOMP_parallel of the same OpenMP library that torch uses, which wakes the threads that torch.set_num_threads
+gave to the calling thread. That takes about two microseconds.
 
-A kernel takes one address, of int64 arguments whose first is a counter that starts at zero. Each thread draws from it
-the number of the next piece of work until none is left: a thread that is held up holds up nobody, and as each piece
-is computed by one thread in one way, results do not depend on how many there are.
+A kernel takes one address, of int64 arguments. The first is a counter that starts at zero, from which each thread
+draws the number of its next piece of work until none is left. A delayed thread delays no other. One thread computes
+each piece in one way, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,26 +17,16 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from numba import cfunc, types
 
 
 def run(kernel: int, *arguments: int) -> None:
-    """Call the kernel at the address `kernel`, on as many threads as torch would take, without the GIL."""
+    """Call the kernel at the address `kernel` on as many threads as torch uses, without the GIL."""
     block = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
     parallel = _parallel()
     if parallel is None or torch.get_num_threads() == 1:
         _ALONE(kernel)(block)
     else:
-        parallel(kernel, block, 0, 0)  # 0 threads: as many as the caller has been given
-
-
-def compiled(function: Callable[..., None]) -> int:
-    """The address of a kernel, compiled or taken from Numba's cache on disk, where there is one."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, error_model="numpy")(function).address
-    except RuntimeError:  # neither this directory nor the user's own cache can be written
-        return cfunc(signature, error_model="numpy")(function).address
+        parallel(kernel, block, 0, 0)  # 0 threads: the caller's number
 
 
 _ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -44,7 +34,7 @@ _ALONE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def _parallel() -> Callable[..., None] | None:
-    """GOMP_parallel as torch's kernels find it; None where torch uses another runtime (macOS)."""
+    """Return GOMP_parallel as torch's kernels find it; None where torch uses another runtime (macOS)."""
     try:  # looked up through the library that needs it, so that no second copy is loaded under another name
         function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):

@@ -1,8 +1,8 @@
-"""Vectors in LLVM code that Numba calls, for the tiles of the products.
+"""Vector operations in LLVM code, for the tiles of the products.
 
 A vector of sums fills one register of the path in use (`paths`); only `add_pairs` needs AVX512-BF16. Addresses are
-int64, in bytes, and nothing is checked: callers pass what lies in memory. Functions with a builder `b` emit code; the
-intrinsics are called from Numba's.
+int64, in bytes, and are not checked. Functions with a builder `b` emit code; the intrinsics are called from functions
+that Numba compiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -20,7 +20,7 @@ from qmix.kernels.cpu.paths import current
 
 LANES = current().lanes  # sums in a vector
 
-Builder = Any  # llvmlite's IRBuilder and values, which Numba hands over untyped
+Builder = Any  # llvmlite's IRBuilder and values, which Numba passes untyped
 Value = Any
 
 
@@ -50,7 +50,7 @@ def fill(vector: ir.VectorType, value: float) -> ir.Constant:
 
 
 def at(b: Builder, address: Value, offset: Value | int, item: ir.Type) -> Value:
-    """A pointer to an item at `address` + `offset` bytes."""
+    """Return a pointer to an item at `address` + `offset` bytes."""
     offset = ir.Constant(I64, offset) if isinstance(offset, int) else offset
     return b.inttoptr(b.add(address, offset), item.as_pointer())
 
@@ -69,7 +69,7 @@ def call(b: Builder, name: str, result: ir.Type, *arguments: Value) -> Value:
 
 
 def prefetch(b: Builder, pointer: Value) -> None:
-    """Into the first cache, to be read."""
+    """Prefetch a cache line into L1, to be read."""
     call(b, "llvm.prefetch.p0", VOID, pointer, *(ir.Constant(I32, flag) for flag in (0, 3, 1)))
 
 
@@ -82,15 +82,16 @@ def add_wide(b: Builder, sums: Value, x: Value, weights: Value) -> Value:
 
 
 def bf16_to_float(b: Builder, bits: Value) -> Value:
-    """LANES bf16 bit patterns as fp32."""
+    """Return LANES bf16 bit patterns as fp32."""
     return b.bitcast(b.shl(b.zext(bits, NUMBERS), fill(NUMBERS, 16)), SUMS)
 
 
 def fp16_to_float(b: Builder, bits: Value) -> Value:
-    """LANES fp16 bit patterns as fp32.
+    """Return LANES fp16 bit patterns as fp32.
 
-    Without an instruction for it LLVM would call a function a number, which Numba's linker does not find: exponent and
-    fraction are shifted into place and multiplied by 2**112, exact for subnormals too; infinities and NaNs get theirs.
+    Where the processor has no instruction for it, LLVM would call a library function that Numba's linker does not find.
+    There exponent and fraction are shifted into place and multiplied by 2**112, which is exact for subnormals too;
+    infinities and NaNs get fp32's largest exponent.
     """
     if current().name != "portable":
         return b.fpext(b.bitcast(bits, ir.VectorType(HALF, LANES)), SUMS)
@@ -104,7 +105,7 @@ def fp16_to_float(b: Builder, bits: Value) -> Value:
 
 
 def float_to_fp16(b: Builder, value: Value) -> Value:
-    """One fp32 as an fp16 bit pattern, to nearest, halves to even; by integers where there is no instruction."""
+    """Return one fp32 as an fp16 bit pattern, rounded half to even; by integers where there is no instruction."""
     if current().name != "portable":
         return b.bitcast(b.fptrunc(value, HALF), I16)
 
@@ -115,11 +116,11 @@ def float_to_fp16(b: Builder, value: Value) -> Value:
     magnitude = b.and_(bits, number(0x7FFFFFFF))
     odd = b.and_(b.lshr(magnitude, number(13)), number(1))
     normal = b.lshr(b.add(b.add(magnitude, number(((15 - 127) << 23) + 0xFFF)), odd), number(13))
-    # added to 0.5, whose last place is 2**-24 as that of a subnormal fp16, the sum is rounded to it
+    # 0.5 and a subnormal fp16 both have 2**-24 as their last place: adding 0.5 rounds to it
     half = ir.Constant(FLOAT, 0.5)
     subnormal = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, FLOAT), half), I32), number(0x3F000000))
     small = b.icmp_unsigned("<", magnitude, number(113 << 23))
-    large = b.icmp_unsigned(">=", magnitude, number(0x477FF000))  # 65520, halfway to what would follow 65504
+    large = b.icmp_unsigned(">=", magnitude, number(0x477FF000))  # 65520, halfway from 65504 to the number after it
     is_nan = b.fcmp_unordered("uno", value, value)
     finite = b.select(small, subnormal, b.select(large, number(0x7C00), normal))
     sign = b.lshr(b.and_(bits, number(0x80000000)), number(16))
@@ -127,13 +128,13 @@ def float_to_fp16(b: Builder, value: Value) -> Value:
 
 
 def spread(b: Builder, number: Value) -> Value:
-    """A 32-bit integer or an fp32 in all lanes."""
+    """Return a 32-bit integer or an fp32 in all lanes."""
     one = b.insert_element(ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined), number, ir.Constant(I32, 0))
     return b.shuffle_vector(one, one, fill(NUMBERS, 0))
 
 
 def clear(b: Builder, lines: Iterable[Iterable[Value]]) -> None:
-    """Zero in every vector of sums."""
+    """Set every vector of sums to zero."""
     for place in chain.from_iterable(lines):
         b.store(fill(SUMS, 0.0), place)
 
@@ -144,7 +145,7 @@ def equal(b: Builder, value: Value, number: int) -> Value:
 
 @intrinsic
 def next_piece(context: object, counter: Any) -> tuple[Any, Callable[..., Any]]:
-    """The int64 that `counter` points to, which is one more afterwards, for all threads."""
+    """Return the int64 that `counter` points to, and increment it atomically."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         return b.atomic_rmw("add", arguments[0], ir.Constant(I64, 1), "monotonic")
@@ -154,7 +155,7 @@ def next_piece(context: object, counter: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def float_at(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """The fp32 at an address."""
+    """Return the fp32 at an address."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         return load(b, arguments[0], 0, FLOAT)
@@ -164,7 +165,7 @@ def float_at(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def put_half(context: object, value: Any, address: Any, fp16: Any) -> tuple[Any, Callable[..., Any]]:
-    """Round an fp32 to fp16 or bf16, to nearest, halves to even, and store it."""
+    """Round an fp32 to fp16 or bf16, half to even, and store it."""
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         value, address, fp16 = arguments

@@ -20,8 +20,6 @@ from qmix.store.opened import Store
 
 STAGING_BYTES = READ_THREADS * PIECE_BYTES  # main memory that they pass through
 
-Fill = Callable[[Store, dict[str, torch.Tensor]], None]
-
 
 def dense_memory(store: Store, where: Callable[[str], Device]) -> dict[str, torch.Tensor]:
     """Memory for every dense weight by published name, uint8, in one block on each device."""

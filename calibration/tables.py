@@ -1,4 +1,4 @@
-"""What a calibration found, in a terminal: use of experts, hit rates by pool size, error against bytes.
+"""A calibration's findings on a terminal: the map of expert use, and tables.
 
 Readable from 60 columns on, and without colours.
 """
@@ -14,34 +14,23 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from calibration.chart import Axis, Chart, Line, Mark
-from calibration.palette import (
-    CHOSEN,
-    MIXED,
-    POLICY_COLOURS,
-    POLICY_NAMES,
-    UNIFORM,
-    ErrorScale,
-    Point,
-    Use,
-    apart,
-    shares,
-    steps_between,
-    unit_of,
-    viridis,
-)
-from qmix.pool.replay import BELADY, STATIC, Replay
+from qmix.pool.replay import Replay
 
-LETTERS = {"lru": "r", "lfu": "f", "uses-per-time": "u", STATIC: "s", BELADY: "b"}
 SHADES = " ░▒▓█"
 MARGIN = len("layer ")
 CELL = 6  # columns of an expert's cell, at most
+# matplotlib's viridis, by eighths
+VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+Use = Sequence[Sequence[float]]  # [layers][experts]
+Point = tuple[int, float]  # bytes of all experts, error
 
 
 class UseMap:
     """Layers down, experts across: the percentage of its layer's requests that went to each expert.
 
-    `use` [layers][experts] are counts, or anything in proportion.
+    `use` [layers][experts] holds counts, or anything in proportion to them.
     """
 
     def __init__(self, use: Use) -> None:
@@ -70,16 +59,17 @@ class UseMap:
 
 
 def language_table(use: Use, by_language: Mapping[str, Use]) -> Table:
-    """A row for each language: how much of its use is not the whole text's, and where it stands out most."""
-    table = _table("differs: requests that would have to go to other experts to be as those of all text")
-    table.title = Text("Languages beside all text", style="bold")
+    """Return a row for each language: how far its use is from that of all text, and where it differs most."""
+    table = _table(
+        "Languages beside all text", "differs: requests that would have to go to other experts to match all text"
+    )
     table.add_column("language")
     for name in ("differs", "most in layer", "prefers", "its use", "of all"):
         table.add_column(name, justify="right")
     whole = shares(use)
     for language, own in by_language.items():
         mine = shares(own)
-        distances = [apart(*pair) for pair in zip(mine, whole, strict=True)]
+        distances = [distance(*pair) for pair in zip(mine, whole, strict=True)]
         at = max(range(len(whole)), key=lambda layer: distances[layer])
         lead = {(i, j): b - whole[i][j] for i, row in enumerate(mine) for j, b in enumerate(row)}
         layer, expert = max(lead, key=lambda key: lead[key])
@@ -89,35 +79,13 @@ def language_table(use: Use, by_language: Mapping[str, Use]) -> Table:
     return table
 
 
-def hit_chart(replay: Replay) -> Chart:
-    """Hit rate over pool size, a line for each policy, the recommended one on top."""
-    ticks = [(replay.records * part / 4, str(round(replay.records * part / 4))) for part in range(5)]
-    first = replay.recommended()
-    order = sorted(replay.curves, key=lambda curve: (curve.policy == first, curve.policy == BELADY))
-    lines = [
-        Line(
-            POLICY_NAMES[curve.policy],
-            LETTERS[curve.policy],
-            POLICY_COLOURS[curve.policy],
-            [(size, hits / max(1, replay.requests)) for size, hits in zip(curve.slots, curve.hits, strict=True)],
-        )
-        for curve in order
-    ]
-    return Chart(
-        f"Hit rate by pool size: {POLICY_NAMES[first]} finds most",
-        Axis(f"experts in memory, of {replay.records}", 0, replay.records, ticks),
-        Axis("requests found in memory", 0.0, 1.0, [(part / 4, f"{25 * part}%") for part in range(5)]),
-        lines,
-    )
-
-
 def hit_table(replay: Replay) -> Table:
-    """The chart's numbers, a row for each pool size."""
-    table = _table("* most hits of the policies that a pool can follow")
+    """Return a row for each pool size: the share of requests that each policy finds in memory."""
+    table = _table("Hit rate by pool size", f"* best policy of a run; over all sizes: {_words(replay.recommended())}")
     table.add_column("slots", justify="right")
     table.add_column("share", justify="right")
     for curve in replay.curves:
-        table.add_column(curve.policy.replace("-", " "), justify="right")
+        table.add_column(_words(curve.policy), justify="right")
     for size in replay.curves[0].slots:
         best = replay.best(size)
         rates = {curve.policy: f"{replay.hit_rate(curve.policy, size):.1%}" for curve in replay.curves}
@@ -126,57 +94,54 @@ def hit_table(replay: Replay) -> Table:
     return table
 
 
-def error_chart(
-    frontier: Sequence[Point],
-    uniform: Mapping[str, Point],
-    chosen: Point | None = None,
-) -> Chart:
-    """Error over bytes: the best mixtures as a line, one precision throughout as marks; logarithmic, down to 0.
+def error_table(frontier: Sequence[Point], uniform: Mapping[str, Point], chosen: Point | None = None) -> Table:
+    """Return a row for each precision and for the chosen mixture, by size.
 
-    Of mixtures, what lies far below every mark is drawn near 0.
+    Each row has the error of the best mixture, one of `frontier`, that takes no more bytes.
     """
-    points = [*frontier, *uniform.values(), *([chosen] if chosen else [])]
-    sizes = sorted(size for size, _ in points)
-    factor, unit = unit_of(sizes[-1])
-    across = steps_between(sizes[0] / factor, sizes[-1] / factor, 5)
-    single = [error for _, error in (*uniform.values(), *([chosen] if chosen else []))]
-    scale = ErrorScale.of((error for _, error in frontier), single)
-    room = 0.05 * scale.decades or 0.1
-
-    def at(point: Point) -> tuple[float, float]:
-        return point[0] / factor, scale.place(point[1])
-
-    marks = [Mark("chosen", "◆", CHOSEN, at(chosen))] if chosen else []
-    marks += [Mark(name, "o", UNIFORM, at(point)) for name, point in uniform.items()]
-    return Chart(
-        "Error against bytes of experts",
-        Axis(f"bytes of all experts, {unit}", across[0], across[-1], [(value, f"{value:g}") for value in across]),
-        Axis(
-            scale.label,
-            -scale.below or -room,
-            scale.decades + room,
-            [(scale.place(value), f"{value:g}") for value in scale.ticks],
-        ),
-        [Line("best mixture of precisions", "*", MIXED, [at(point) for point in sorted(frontier)])],
-        marks,
-    )
-
-
-def error_table(uniform: Mapping[str, Point], chosen: Point | None = None) -> Table:
-    """The marks' numbers, smallest first."""
     factor, unit = unit_of(max(size for size, _ in uniform.values()))
-    table = _table()
+    table = _table("Error against bytes of experts")
     table.add_column("experts")
-    table.add_column(unit, justify="right")
-    table.add_column("error", justify="right")
+    for name in (unit, "error", "best mixture"):
+        table.add_column(name, justify="right")
     named = sorted({**uniform, **({"chosen": chosen} if chosen else {})}.items(), key=lambda item: item[1])
     for name, (size, error) in named:
-        table.add_row(Text(name, "bold" if name == "chosen" else ""), f"{size / factor:.4g}", f"{error:.3g}")
+        best = min((mixed for nbytes, mixed in frontier if nbytes <= size), default=None)
+        cells = (f"{size / factor:.4g}", f"{error:.3g}", "" if best is None else f"{best:.3g}")
+        table.add_row(Text(name, "bold" if name == "chosen" else ""), *cells)
     return table
 
 
+def shares(use: Use) -> list[list[float]]:
+    """Return each layer's use of its experts in parts of 1; zeros for a layer without requests."""
+    return [[count / (sum(row) or 1) for count in row] for row in use]
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the part of a layer's requests that must move for one distribution to become the other."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / 2
+
+
+def unit_of(most: float) -> tuple[int, str]:
+    """Return the largest binary unit that `most` bytes fill, and its name."""
+    return next((unit for unit in UNITS if most >= unit[0]), (1, "B"))
+
+
+def viridis(value: float) -> tuple[int, int, int]:
+    """Return red, green and blue for a value from 0 to 1."""
+    at = min(max(value, 0.0), 1.0) * (len(VIRIDIS) - 1)
+    index = min(int(at), len(VIRIDIS) - 2)
+    low, high = (tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in VIRIDIS[index : index + 2])
+    red, green, blue = (round(a + (b - a) * (at - index)) for a, b in zip(low, high, strict=True))
+    return red, green, blue
+
+
+def _words(policy: str) -> str:
+    return policy.replace("-", " ")
+
+
 def _cell(share: float, heat: float, width: int, plain: bool) -> tuple[str, str | Style]:
-    """An expert's share: a number where there is room, on its colour or behind its shade, by a `heat` from 0 to 1."""
+    """Return an expert's share, a number where there is room, on its colour or behind its shade; `heat` is 0 to 1."""
     number = f"{100 * share:.0f}"
     if not plain:
         return f"{number if width > 2 else '':^{width}}", _background(heat)
@@ -187,18 +152,19 @@ def _cell(share: float, heat: float, width: int, plain: bool) -> tuple[str, str 
 
 
 def _background(heat: float) -> Style:
-    """A colour of the scale, and black or white on it."""
+    """Return a colour of the scale, with black or white on it."""
     red, green, blue = viridis(heat)
     light = 0.299 * red + 0.587 * green + 0.114 * blue > 120
     return Style(color="#000000" if light else "#ffffff", bgcolor=Color.from_rgb(red, green, blue))
 
 
-def _table(caption: str | None = None) -> Table:
+def _table(title: str, caption: str | None = None) -> Table:
     return Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
+        title=Text(title, "bold"),
         title_justify="left",
         caption=caption,
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )

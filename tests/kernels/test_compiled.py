@@ -1,0 +1,74 @@
+"""The cache of machine code: used while the kernels' sources stay the same, and not after any edit of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import qmix
+from qmix.kernels.cpu.compiled import compiled, source_digest
+from qmix.kernels.cpu.paths import current
+
+PACKED_PRODUCT = """
+import torch
+from qmix.kernels.cpu.products import multiply_packed
+codes, absmax = torch.full((32 * 32,), 0xFF, dtype=torch.uint8), torch.ones(32, dtype=torch.bfloat16)
+x = torch.ones(1, 64).bfloat16()
+print(*{int(value) for value in multiply_packed(x, "nf4", codes.data_ptr(), absmax.data_ptr(), 32, 64)[0]})
+"""
+SHORT_BLOCK = """
+import numpy as np
+from qmix.kernels.cpu.quantize import quantize_4bit_flat
+codes, absmax = np.zeros(16, np.uint8), np.zeros(1, np.float32)
+quantize_4bit_flat(np.zeros(32, np.float32), "nf4", codes, absmax, True)
+print(absmax[0])
+"""
+
+
+@pytest.fixture
+def run(tmp_path) -> Callable[[str], tuple[str, dict[Path, int]]]:
+    """Run code on a copy of the package; return its line and the cached files with the times of their writing."""
+    skipped = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(qmix.__file__).parent, tmp_path / "qmix", ignore=skipped)
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    environment |= {"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def run(code: str) -> tuple[str, dict[Path, int]]:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "before", "after", "results"),
+    [
+        (PACKED_PRODUCT, "packed_tile", "1 / VALUES[kind][-1]", "3 / VALUES[kind][-1]", ("64", "192")),
+        (SHORT_BLOCK, "blocks", "TINY = np.float32(1e-38)", "TINY = np.float32(2)", ("1e-38", "2.0")),
+    ],
+    ids=["tile", "helper"],
+)
+def test_an_edited_source_compiles_its_kernels_anew(run, tmp_path, code, name, before, after, results):
+    source = tmp_path / f"qmix/kernels/cpu/{name}.py"
+    first, cached = run(code)
+    assert first == results[0]
+    assert cached
+    source.touch()  # its date does not matter
+    assert run(code) == (first, cached)
+    text = source.read_text()
+    assert text.count(before) == 1
+    source.write_text(text.replace(before, after))
+    assert run(code)[0] == results[1]
+
+
+def test_a_kernel_is_cached_apart_for_each_path():
+    files = compiled(lambda x: x)._cache._impl
+    assert files.filename_base.endswith("-" + current().name)
+    assert files.locator.get_source_stamp() == source_digest()
