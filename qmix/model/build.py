@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
@@ -19,14 +18,12 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.disk.files import DirectFile, anonymous_memory
-from qmix.disk.reads import Read, Reader
 from qmix.errors import StoreError, UsageError
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.attention import GROUPED_SDPA, register
+from qmix.model.dense import read_dense
 from qmix.model.experts import PooledExperts
-from qmix.model.gpu.dense import fill_from_disk, read_dense_to
 from qmix.model.gpu.devices import download
 from qmix.model.gpu.model import Spread
 from qmix.model.invariant import make_invariant
@@ -74,9 +71,7 @@ def build_model(
     Raises StoreError where a dense weight is damaged.
     """
     model = empty_model(store, attention)
-    load_weights(
-        model, store, pool, read_dense(store) if spread is None else read_dense_to(store, spread.of_tensor), spread
-    )
+    load_weights(model, store, pool, read_dense(store, None if spread is None else spread.of_tensor), spread)
     return model
 
 
@@ -182,22 +177,6 @@ def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tenso
         return nn.functional.silu
     activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[config.hidden_act]
     return activation
-
-
-def read_dense(store: Store) -> dict[str, torch.Tensor]:
-    """All dense weights by published name, read into one mapping and checked; one that is wrong is read once more."""
-    layout = store.layout.dense
-    start = len(layout.header)
-    memory = anonymous_memory(layout.size - start)
-    with DirectFile(store.path(layout)) as file, closing(Reader()) as reader:
-        reader.submit(Read(file, memory, start, lambda whole: None)).done.result()
-    dtype, tensors = HALF[store.layout.dtype], {}
-    for name, info in layout.tensors.items():
-        raw = memory[info.offset - start : info.offset - start + info.nbytes]
-        if xxhash.xxh3_64_hexdigest(raw.numpy().data) != store.dense_checksums.get(name):
-            fill_from_disk(store, {name: raw}, attempts=1)
-        tensors[name] = raw.view(dtype).view(info.shape)
-    return tensors
 
 
 def _natural_strides(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
