@@ -45,9 +45,8 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
         known = PUBLISHED[str(model)].hub_id
         raise UsageError(f"{model}: only usable with `plan`; to run it, use {known}")
     if hub.parse(str(model)) is None:
-        raise UsageError(
-            f"{model}: not found: expected a directory, a Hub id (org/name) or {' or '.join(f'`{name}`' for name in EMBEDDED)}"
-        )
+        embedded_names = " or ".join(f"`{name}`" for name in EMBEDDED)
+        raise UsageError(f"{model}: not found: expected a directory, a Hub id (org/name) or {embedded_names}")
     return HubSource(hub.HubRepo.open(str(model)), scratch)
 
 
