@@ -21,7 +21,7 @@ from qmix.disk.reads import PIECE_BYTES, Read, Reader
 from qmix.store.file import StoreFile
 from qmix.store.layout import DENSE_FILE, StoreLayout
 from qmix.store.manifest import Manifest
-from qmix.store.places import units_of
+from qmix.store.places import read_digest, units_of
 
 WINDOW_BYTES = 2 * PIECE_BYTES
 WINDOWS = 4  # in memory
@@ -82,17 +82,15 @@ def _part(file: str, unit: str, offset: int, nbytes: int, found: Manifest) -> Pa
 
 def recheck(path: Path, part: Part) -> str | None:
     """Read one part by itself, past the caches, and return what is wrong with it."""
-    digest, position, memory = xxhash.xxh3_64(), part.offset, DirectMemory(min(part.nbytes, PIECE_BYTES))
+    memory = DirectMemory(min(part.nbytes, PIECE_BYTES))
     try:
         with DirectFile(path) as file:
-            while position < part.end:
-                digest.update(file.read(memory, position, min(PIECE_BYTES, part.end - position)))
-                position = min(part.end, position + PIECE_BYTES)
+            found = read_digest(file, part.offset, part.nbytes, memory)
     except OSError as error:
         return error.strerror or str(error)
     except EOFError as error:
         return f"cut short, the file {error}"
-    return None if digest.hexdigest() == part.checksum else "wrong checksum"
+    return None if found == part.checksum else "wrong checksum"
 
 
 def sweep(directory: Path, parts: list[Part]) -> Iterator[tuple[Part, bool]]:

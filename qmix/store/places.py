@@ -9,6 +9,7 @@ import xxhash
 
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.safetensors_header import TensorInfo
+from qmix.disk.direct import DirectFile, DirectMemory
 from qmix.store.layout import FileLayout, StoreLayout, part_name
 
 
@@ -65,6 +66,16 @@ def _places(layout: StoreLayout) -> Iterator[tuple[str, Place]]:
             for matrix, key in zip(matrices, keys, strict=True):
                 mine = (part for item, part in zip(record.parts, parts, strict=True) if item.matrix == matrix)
                 yield key, Place(unit, record.precision, tuple(mine))
+
+
+def read_digest(file: DirectFile, offset: int, nbytes: int, memory: DirectMemory) -> str:
+    """Return the checksum of bytes of a file, read piece by piece. Raises OSError, and EOFError where it is shorter."""
+    digest, position, end = xxhash.xxh3_64(), offset, offset + nbytes
+    while position < end:
+        piece = file.read(memory, position, min(memory.nbytes, end - position))
+        digest.update(piece)
+        position += piece.nbytes
+    return digest.hexdigest()
 
 
 class RunningDigest:

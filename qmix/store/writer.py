@@ -15,8 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from qmix.disk.direct import DirectFile, DirectMemory
 from qmix.disk.space import require_space
 from qmix.errors import StoreError
@@ -25,7 +23,7 @@ from qmix.store.journal import Entry, Journal, Subject
 from qmix.store.layout import FileLayout, StoreLayout
 from qmix.store.manifest import FORMAT_VERSION, SMALL_FILES, file_digest, manifest, write_manifest
 from qmix.store.opened import partial_directory, put_profile
-from qmix.store.places import Place, RunningDigest, Unit
+from qmix.store.places import Place, RunningDigest, Unit, read_digest
 from qmix.store.profile import Profile
 from qmix.store.small_files import small_files
 
@@ -82,12 +80,7 @@ class UnitWriter:
 
     def digest(self, unit: Unit, memory: DirectMemory) -> str:
         """Return the checksum of a complete unit, read back from its file piece by piece."""
-        digest, position, end = xxhash.xxh3_64(), unit.offset, unit.offset + unit.nbytes
-        while position < end:
-            piece = self._files[unit.file.name].read(memory, position, min(memory.nbytes, end - position))
-            digest.update(piece)
-            position += piece.nbytes
-        return digest.hexdigest()
+        return read_digest(self._files[unit.file.name], unit.offset, unit.nbytes, memory)
 
     def unit_digested(self, unit: Unit, digest: str) -> None:
         """Note the checksum of a finished unit."""
