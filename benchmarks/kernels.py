@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qmix.checkpoint.torch_dtypes import TORCH
-from qmix.disk.files import anonymous_memory
 from qmix.kernels.cpu.products import multiply_packed, multiply_rows
 from qmix.precision import matmul
 from qmix.precision.formats import parts
+from qmix.precision.memory import anonymous_memory
 
 SET_BYTES = 256e6
 BOUND_BY_READING = 16  # rows of x, up to where the ceiling is the memory's

@@ -29,10 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qmix.disk import PAGE
-from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import READ_THREADS, Read, Reader
 from qmix.pool.eviction import Key
 from qmix.precision.matmul import Expert
+from qmix.precision.memory import anonymous_memory
+from qmix.store.file import StoreFile
 from qmix.store.opened import Store, open_store
 from qmix.units import format_bytes
 
@@ -78,12 +79,12 @@ class Slots:
     def __init__(self, store: Store, count: int) -> None:
         self.store, self.nbytes = store, max(store.layout.record_counts)
         self.memory = anonymous_memory(count * self.nbytes)
-        self.files = [DirectFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
+        self.files = [StoreFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
         self.reader = Reader()
 
     def read(self, key: Key, slot: int = 0) -> Expert:
         buffer = self.memory[slot * self.nbytes :][: self.store.layout.record(*key).nbytes]
-        read = Read(self.files[key[0]], buffer, self.store.layout.record_offset(*key), lambda record: None)
+        read = Read(self.files[key[0]], buffer.numpy().data, self.store.layout.record_offset(*key))
         self.reader.submit(read).done.result()
         return _expert(self.store, key, buffer)
 

@@ -38,9 +38,9 @@ from qmix.disk.direct import DirectMemory
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.store.layout import StoreLayout
-from qmix.store.quantize import CHUNK_WEIGHTS
+from qmix.store.places import places
 from qmix.store.sources import layout_for
-from qmix.store.writer import places
+from qmix.store.weight_run import CHUNK_WEIGHTS
 
 READ_BYTES, WRITE_BYTES = 16 * 2**20, 8 * 2**20  # of one request; what this was fastest with, of 4 to 32 MiB
 THREADS = 4  # that read or write; 8 were no faster

@@ -33,8 +33,9 @@ from qmix.disk.space import require_space
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.store.layout import FileLayout, StoreLayout, parse_precisions
-from qmix.store.opened import CONFIG, Store, file_digest, manifest, open_store
-from qmix.store.writer import small_files, write_manifest
+from qmix.store.manifest import CONFIG, file_digest, manifest, write_manifest
+from qmix.store.opened import Store, open_store
+from qmix.store.small_files import small_files
 
 CHUNK_WEIGHTS = 4 * 2**20
 

@@ -1,6 +1,6 @@
-"""The shape of a Mixtral: everything that follows from config.json alone.
+"""The sizes of a Mixtral, and everything that follows from them.
 
-Pure arithmetic; loads neither torch nor transformers, so that a plan can be made at once.
+Pure arithmetic; loads neither torch nor transformers, so that a plan is made at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ CONFIG_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Sizes of one Mixtral. `sliding_window` is None where attention sees the whole context."""
+    """Sizes of one Mixtral. `sliding_window` is None where attention sees the whole context.
+
+    Raises CheckpointError where the sizes contradict each other.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -68,7 +71,7 @@ class Geometry:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Geometry:
-        """From the contents of a Hugging Face config.json. Raises CheckpointError, naming `where`."""
+        """Return the geometry in a Hugging Face config. Raises CheckpointError naming `where`."""
         if config.get("model_type") != "mixtral":
             raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}; qmix runs Mixtral models only")
         if config.get("per_layer_config"):
@@ -86,13 +89,13 @@ class Geometry:
 
     @property
     def expert_matrices(self) -> dict[str, tuple[int, int]]:
-        """[rows, columns] of the three matrices of one expert, in record order."""
+        """Return [rows, columns] of the three matrices of one expert, in record order."""
         inner, hidden = self.intermediate_size, self.hidden_size
         return {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
 
     @property
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name, without its layer's prefix, to shape of a layer's weights that are not an expert's."""
+        """Return the shapes of a layer's dense weights, by name without the layer's prefix."""
         hidden, q_rows = self.hidden_size, self.num_heads * self.head_dim
         kv_rows = self.num_kv_heads * self.head_dim
         return {
@@ -107,13 +110,13 @@ class Geometry:
 
     @property
     def outer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape of the weights that belong to no layer, in the order in which a token meets them."""
+        """Return the shapes of the weights outside layers, by name, in the order in which a token meets them."""
         table = (self.vocab_size, self.hidden_size)
         tensors: dict[str, tuple[int, ...]] = {EMBEDDINGS: table, "model.norm.weight": (self.hidden_size,)}
         return tensors if self.tie_embeddings else tensors | {HEAD: table}
 
     def each_dense_tensor(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield published Hugging Face name and shape of every weight that is not an expert's."""
+        """Yield the published Hugging Face name and the shape of every dense weight."""
         first, *rest = self.outer_tensors.items()
         yield first
         for layer in range(self.num_layers):
@@ -122,28 +125,28 @@ class Geometry:
 
     @property
     def dense_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return it as a dictionary."""
+        """Return the shapes of all dense weights by published name."""
         return dict(self.each_dense_tensor())
 
     @property
     def num_records(self) -> int:
-        """Experts in the whole model, one record each."""
+        """Return the number of experts in the whole model, one record each."""
         return self.num_layers * self.num_experts
 
     @property
     def num_weights(self) -> int:
-        """Weights of the whole model: dense ones, and three for each expert."""
+        """Return the number of tensors in the whole model: dense ones, and three for each expert."""
         a_layer = len(self.layer_tensors) + len(MATRICES) * self.num_experts
         return len(self.outer_tensors) + self.num_layers * a_layer
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Key and value cache of one token over all layers, in half precision."""
+        """Return the bytes of one token's keys and values over all layers, in half precision."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * HALF_BYTES
 
 
 class _Config(msgspec.Struct):
-    """The keys of a Hugging Face config.json that give a Mixtral's shape; defaults are transformers'."""
+    """The keys of a Hugging Face config.json that give a Mixtral's sizes; defaults are transformers'."""
 
     hidden_size: int
     intermediate_size: int
@@ -166,7 +169,7 @@ class _Mixture(msgspec.Struct):
 
 
 class _Params(msgspec.Struct):
-    """A Mistral release's params.json."""
+    """The content of a Mistral release's params.json."""
 
     dim: int
     n_layers: int
@@ -185,7 +188,7 @@ class _Params(msgspec.Struct):
 
 
 def config_from_params(params: dict[str, Any], where: str = "params.json") -> dict[str, Any]:
-    """Return the Hugging Face config that says what a Mistral-release params.json says."""
+    """Return the Hugging Face config of a Mistral release's params.json. Raises CheckpointError naming `where`."""
     read = convert_json(params, _Params, where, CheckpointError, "is it of a Mixtral?")
     return {
         "architectures": ["MixtralForCausalLM"],

@@ -1,4 +1,4 @@
-"""Byte counts as people write them: GB = 1e9, GiB = 2**30; and what people typed, as messages quote it."""
+"""Byte counts and rates as people write them: GB = 1e9, GiB = 2**30."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import re
 
 from qmix.errors import UsageError
 
-LEAST_MEANT = 10**5  # bytes, bytes/s or FLOP/s: where a smaller number has no unit, it was left out
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-LONGEST = 40  # characters that are quoted of what was typed
-MOST = 2**62  # bytes: more than any machine addresses, and what an int64 holds
+LEAST_MEANT = 10**5  # bytes, bytes/s or FLOP/s; the unit of a smaller number was forgotten
+LONGEST = 40  # characters of typed text in a message
+MOST = 2**62  # bytes: more than any machine addresses, and an int64 holds it
 
 
 def parse_bytes(text: str | int) -> int:
-    """'12GiB', '500 MB', '1.5g' or a plain number to bytes. Raises UsageError."""
+    """Return the bytes of '12GiB', '500 MB', '1.5g' or a plain number. Raises UsageError."""
     if type(text) is int:
         value = text
     elif not isinstance(text, str):
@@ -36,13 +34,13 @@ def parse_bytes(text: str | int) -> int:
 
 
 def quoted(text: object) -> str:
-    """Return what was typed as a message shows it, cut short where it is long."""
+    """Return typed text as a message quotes it, cut where it is long."""
     shown = repr(text)
     return shown if len(shown) <= LONGEST + 2 else f"{shown[:LONGEST]}…"
 
 
 def format_bytes(count: float) -> str:
-    """Three digits and a decimal unit: 71.9 GB, 512 kB, 80 B."""
+    """Return a byte count with three digits and a decimal unit: 71.9 GB, 512 kB, 80 B."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= factor:
             scaled = count / factor
@@ -51,7 +49,7 @@ def format_bytes(count: float) -> str:
 
 
 def parse_rate(text: str) -> float:
-    """'25GB/s', '3.2 GB' or '900G' to bytes/s. Raises UsageError."""
+    """Return the bytes/s of '25GB/s', '3.2 GB' or '900G'. Raises UsageError."""
     bare = re.sub(r"\s*/\s*s\s*$", "", text).strip()
     try:
         return float(parse_bytes(bare))
@@ -61,7 +59,7 @@ def parse_rate(text: str) -> float:
 
 
 def parse_flops(text: str) -> float:
-    """'80TFLOP/s', '800 GFLOPS' or '80T' to FLOP/s. Raises UsageError."""
+    """Return the FLOP/s of '80TFLOP/s', '800 GFLOPS' or '80T'. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise UsageError(f"{quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
@@ -72,5 +70,5 @@ def parse_flops(text: str) -> float:
 
 
 def format_flops(rate: float) -> str:
-    """As 1.04 TFLOP/s."""
+    """Return a rate such as 1.04 TFLOP/s."""
     return format_bytes(rate)[:-1] + "FLOP/s"

@@ -45,7 +45,8 @@ from qmix.plan.target import PlanTarget as PlanSubject
 from qmix.planner.planned import plan_on
 from qmix.store.journal import Entry, Journal, Subject, encoded
 from qmix.store.layout import StoreLayout, parse_precisions
-from qmix.store.opened import MANIFEST, Store, open_store
+from qmix.store.manifest import MANIFEST
+from qmix.store.opened import Store, open_store
 from qmix.store.profile import Profile, check_profile, read_profile
 from qmix.store.writer import JOURNAL
 from qmix.text.prompt import PromptEncoder

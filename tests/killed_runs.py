@@ -116,12 +116,12 @@ def _arm(at: str, count: int) -> None:
 def _run(checkpoint: str, store: str, precision: str, kill: dict[str, Any]) -> None:
     from stores import make_store
 
-    from qmix.store import quantize
+    from qmix.store import weight_run
     from qmix.store import writer as store_writer
 
-    quantize.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = CHUNK_WEIGHTS, FLUSH_SECONDS
-    rows = quantize.WeightFile.rows
-    quantize.WeightFile.rows = lambda *args: time.sleep(CHUNK_SECONDS) or rows(*args)
+    weight_run.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = CHUNK_WEIGHTS, FLUSH_SECONDS
+    rows = weight_run.WeightFile.rows
+    weight_run.WeightFile.rows = lambda *args: time.sleep(CHUNK_SECONDS) or rows(*args)
     if "at" in kill:
         _arm(kill["at"], kill.get("count", 1))
     make_store(Path(checkpoint), Path(store), precision)

@@ -17,8 +17,7 @@ import torch
 
 from qmix.bench.roofline import dense_read
 from qmix.disk import PAGE
-from qmix.disk.direct import UncachedFile, copied
-from qmix.disk.files import anonymous_memory
+from qmix.disk.direct import DirectFile, copied
 from qmix.engine.opener import Runner
 from qmix.engine.resolve import prepare_store
 from qmix.files import scratch_file
@@ -28,6 +27,7 @@ from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, 
 from qmix.machine.rates import Rates
 from qmix.plan import Plan, make_plan
 from qmix.precision.matmul import FourBitMatrix
+from qmix.precision.memory import anonymous_memory
 from qmix.store.opened import Store
 
 SCRATCH_BYTES = 2**30  # in the scratch file: more than a disk's own cache
@@ -106,7 +106,7 @@ def disk_read(directory: Path) -> float:
 
 def _write_scratch(path: Path, size: int) -> None:
     """Write incompressible bytes past the page cache, and wait until they are on the disk."""
-    file = UncachedFile(path, os.O_RDWR)
+    file = DirectFile(path, os.O_RDWR)
     try:
         noise = torch.randint(0, 256, (CHUNK,), dtype=torch.uint8).numpy()
         for offset in range(0, size, CHUNK):

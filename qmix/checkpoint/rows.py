@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from safetensors import safe_open
 
 from qmix.checkpoint.reader import Weight, load_pickle
 from qmix.checkpoint.torch_dtypes import TORCH
-from qmix.disk.direct import DirectMemory, UncachedFile
+from qmix.disk.direct import DirectFile, DirectMemory
 from qmix.disk.faults import disk_advice
 from qmix.errors import CheckpointError
 
@@ -26,7 +25,7 @@ class WeightFile:
         self.path = path
         self._pickle = load_pickle(path) if path.suffix != ".safetensors" else None
         try:
-            self._file = UncachedFile(path, os.O_RDONLY) if self._pickle is None else None
+            self._file = DirectFile(path) if self._pickle is None else None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
 

@@ -79,7 +79,7 @@ def _make(
     from qmix.checkpoint.source import LocalSource
     from qmix.engine.resolve import fingerprint_of
     from qmix.engine.usable import check_usable
-    from qmix.store.in_child import INTERRUPTED
+    from qmix.store.child import INTERRUPTED
     from qmix.store.opened import is_store, partial_directory
     from qmix.store.quantize import quantize as run
     from qmix.store.sources import layout_for, open_source

@@ -1,5 +1,6 @@
 """Read and write files past the page cache, in parallel and by priority, and check free space first.
 
-May import only the ground: errors and units."""
+Imports only errors and units, and no torch."""
 
-PAGE = 4096  # bytes; O_DIRECT wants memory, offsets and sizes to be multiples of it
+PAGE = 4096  # bytes; O_DIRECT needs memory, offsets and sizes that are multiples of it
+HUGE_PAGE = 2 * 2**20

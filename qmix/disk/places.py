@@ -1,4 +1,4 @@
-"""Where qmix keeps files of its own, by the conventions of the system."""
+"""The user's directories for files of qmix, by the conventions of the system."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import platformdirs
 
 
 def cache_directory() -> Path:
-    """The user's cache directory for qmix: stores made from checkpoints, and measurements."""
+    """Return the user's cache directory for qmix: stores made from checkpoints, and measurements."""
     return Path(platformdirs.user_cache_dir("qmix"))
 
 
 def state_directory() -> Path:
-    """The user's directory for what qmix found out about this machine."""
+    """Return the user's directory for what qmix measured on this machine."""
     return Path(platformdirs.user_state_dir("qmix"))

@@ -1,8 +1,8 @@
-"""Reads in flight: records in pieces, several threads, what is waited for before what may be wanted later.
+"""Reads in flight: records in pieces, by several threads, demand before prefetch.
 
 A few threads take pieces of reads from two queues. Pieces of a read that somebody waits for ("demand") are always
-taken before those of one that only looks ahead, so that looking ahead uses the time in which the disk would be idle.
-Pieces end where a multiple of their size lies in the file: disks made of larger blocks read each block once then.
+taken before those of a read ahead of need, so that prefetch uses the time in which the disk would be idle. Pieces end
+where a multiple of their size lies in the file: a disk with larger blocks then reads each block once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from threading import Condition, Thread
 
-import torch
-
-from qmix.disk.files import DirectFile
+from qmix.disk.direct import DirectFile
 from qmix.errors import StoreError
 
 PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to share a record among threads
@@ -22,17 +20,21 @@ READ_THREADS = 4
 
 
 class Read:
-    """One read of `buffer` from `offset` of a file; `done` resolves when all of it is there and checked.
+    """One read of `buffer`, whole pages, from `offset` of a file; `done` resolves when all of it is there and checked.
 
-    `check` is called with the whole buffer by the thread that finishes last. Where it raises StoreError all is read
-    once more, past every cache; what it raises then, `done` raises.
+    `check` is called with the whole buffer by the thread that finishes last. Where it raises StoreError, all is read
+    once more, past every cache; `done` raises what it raises then.
     """
 
     def __init__(
-        self, file: DirectFile, buffer: torch.Tensor, offset: int, check: Callable[[memoryview], None]
+        self,
+        file: DirectFile,
+        buffer: memoryview,
+        offset: int,
+        check: Callable[[memoryview], None] = lambda whole: None,
     ) -> None:
         self.done: Future[None] = Future()
-        self.view, self.file, self.offset, self.check = buffer.numpy().data, file, offset, check
+        self.view, self.file, self.offset, self.check = buffer, file, offset, check
         first = PIECE_BYTES - offset % PIECE_BYTES
         self.waiting = deque([0, *range(first, len(self.view), PIECE_BYTES)])  # starts of pieces no thread has taken
         self.unfinished = len(self.waiting)
@@ -46,7 +48,7 @@ class Read:
             self.error = self.error or error
 
     def piece(self, start: int) -> memoryview:
-        """The part of the buffer for the piece that starts there."""
+        """Return the part of the buffer for the piece that starts there."""
         return self.view[start : start + PIECE_BYTES - (self.offset + start) % PIECE_BYTES]
 
     def settle(self) -> None:
@@ -63,7 +65,7 @@ class Read:
     def _check(self) -> None:
         try:
             self.check(self.view)
-        except StoreError:  # perhaps memory, a bus or a cached page was at fault, and the disk has it right
+        except StoreError:  # perhaps memory, a bus or a cached page was at fault, and the disk is right
             self.file.forget(self.offset, len(self.view))
             self.file.read_into(self.view, self.offset)
             self.check(self.view)
@@ -82,7 +84,7 @@ class Reader:
             thread.start()
 
     def close(self) -> None:
-        """Finish what was asked for and end the threads."""
+        """Finish all submitted reads and end the threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -90,21 +92,21 @@ class Reader:
             thread.join()
 
     def submit(self, read: Read, ahead: bool = False) -> Read:
-        """Read it: now, or `ahead` of need, when no demanded read has pieces left to take."""
+        """Begin a read: at once, or with `ahead` when no demanded read has pieces left to take."""
         with self._changed:
             (self._ahead if ahead else self._demand).append(read)
             self._changed.notify(read.unfinished)
         return read
 
     def hasten(self, read: Read) -> None:
-        """A read begun ahead is waited for now."""
+        """Make a read ahead of need a demanded one."""
         with self._changed:
             if read in self._ahead:
                 self._ahead.remove(read)
                 self._demand.append(read)
 
     def cancel(self, read: Read) -> int:
-        """Leave out the pieces that no thread has taken yet and give their bytes; `done` then raises CancelledError."""
+        """Drop the pieces that no thread has taken yet, and return their bytes; `done` then raises CancelledError."""
         with self._changed:
             left_out = len(read.waiting)
             nbytes = sum(len(read.piece(start)) for start in read.waiting)

@@ -11,7 +11,7 @@ from qmix.units import format_bytes
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """Return the path itself, or the nearest directory above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -19,7 +19,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def require_space(needs: Iterable[tuple[Path, int]]) -> None:
-    """Check bytes wanted under several paths against what is free; paths on one disk are added up.
+    """Compare the bytes needed under several paths with what is free; paths on one disk are added up.
 
     Raises StoreError naming the first path of a disk that is too small.
     """

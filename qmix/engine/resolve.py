@@ -14,11 +14,12 @@ from qmix.checkpoint.reader import check_tokenizer
 from qmix.disk.places import cache_directory
 from qmix.errors import REMAKE, HubError, StoreError
 from qmix.progress import OnProgress, counted, ignore
-from qmix.store.in_child import quantize_in_child
+from qmix.store.child import quantize_in_child
 from qmix.store.layout import StoreLayout
-from qmix.store.opened import MANIFEST, Store, is_store, open_store, read_manifest
+from qmix.store.manifest import MANIFEST, read_manifest
+from qmix.store.opened import Store, is_store, open_store
+from qmix.store.small_files import bring_small_files
 from qmix.store.sources import DEFAULT_PRECISION, layout_for, named_store, open_source
-from qmix.store.writer import bring_small_files
 
 IDENTITY_LENGTH = 12  # of the identity's digits, in a store's name
 SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 from msgspec import to_builtins
 
+from qmix.disk import PAGE
 from qmix.disk.space import existing_parent
 from qmix.files import scratch_file
 from qmix.kernels.cpu.paths import supported
@@ -27,7 +28,6 @@ from qmix.machine.rates import RATE_NAMES, Rates
 from qmix.version import __version__
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
-PAGE = 4096
 PRODUCT = 128  # rows and columns of what is multiplied on a GPU
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE_TRIAL = 32 * 2**20  # bytes taken to see whether they come in huge pages
@@ -118,7 +118,7 @@ def huge_pages(path: Path = HUGE_PAGES) -> str:
 
 def takes_huge_pages(counts: Path = Path("/proc/self/smaps_rollup")) -> bool | None:
     """Return whether memory taken as the pool's is comes in huge pages; None where the kernel does not tell."""
-    from qmix.disk.files import anonymous_memory
+    from qmix.precision.memory import anonymous_memory
 
     before = _huge_bytes(counts)
     memory = anonymous_memory(HUGE_TRIAL)

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from qmix.disk import PAGE
-from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import Read, Reader
 from qmix.errors import QmixError
 from qmix.machine.found import available_memory
+from qmix.precision.memory import anonymous_memory
+from qmix.store.file import StoreFile
 from qmix.store.opened import Store
 
 MEMORY_BYTES = 2**30  # read by the memory probe: far more than caches hold
@@ -162,7 +163,7 @@ class DiskProbe:
         self.rates: list[float] = []
         self._random = random.Random(seed)
         self._places = places
-        self._files = [DirectFile(path) for path in files]
+        self._files = [StoreFile(path) for path in files]
         self._reader = Reader()
 
     @classmethod
@@ -215,7 +216,7 @@ class DiskProbe:
         place = self._random.choice(self._places)
         length = min(place.nbytes, len(slot))
         offset = place.offset + self._random.randint(0, (place.nbytes - length) // PAGE) * PAGE
-        return self._reader.submit(Read(self._files[place.file], slot[:length], offset, lambda record: None))
+        return self._reader.submit(Read(self._files[place.file], slot[:length].numpy().data, offset))
 
 
 def probe(store: Store) -> Ceilings:

@@ -1,7 +1,7 @@
-"""transformers' MixtralForCausalLM over a pool of experts: what it says of itself, and what it refuses.
+"""transformers' MixtralForCausalLM over a pool of experts.
 
-Forward, `generate`, hooks and gradients are transformers' own and torch's. What goes by parameters is done here, since
-experts are none: it counts and saves them too, or says in one line what does the work.
+Forward, `generate`, hooks and gradients are transformers' own and torch's. Methods that go by parameters are replaced
+here, because experts are not parameters: they count and save experts too, or refuse in one line with an alternative.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qmix.pool.experts import ExpertPool
 
 
 class MixtralForCausalLM(transformers.MixtralForCausalLM):
-    """A furnished model. It is called as transformers' own is, because losses and pipelines go by a class's name.
+    """A loaded model. It has the name of transformers' class, because losses and pipelines go by a class's name.
 
     `parameters()` are the dense weights: attention, norms, routers, embeddings and head.
     """
@@ -27,7 +27,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
     _can_compile_fullgraph = False
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return how many weights the model has, experts included; those are never trainable."""
+        """Return the number of weights, experts included; experts are never trainable."""
         dense: int = super().num_parameters(only_trainable, exclude_embeddings)
         if only_trainable:
             return dense
@@ -36,9 +36,9 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
         return dense + geometry.num_records * expert
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes that are held: dense weights, the pool's slots, and experts on GPUs.
+        """Return the bytes in memory: dense weights, the pool's slots, and experts on GPUs.
 
-        That is less than all experts where some lie on the disk. The KV cache is its owner's.
+        Experts on the disk are not counted, nor is the KV cache.
         """
         dense: int = super().get_memory_footprint(return_buffers)
         on_devices = {id(part): part.nbytes for experts in self._experts for part in experts.device_tensors()}
@@ -53,16 +53,16 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
         max_shard_size: int | str = "50GB",
         **options: Any,
     ) -> None:
-        """Write the whole model as an ordinary checkpoint in half precision, quantised experts dequantised.
+        """Write the whole model as an ordinary checkpoint in half precision, with quantised experts dequantised.
 
-        It takes little memory beside the model's own, and some time: every expert is read. `MixtralForCausalLM` of
-        transformers opens it with `from_pretrained`. Raises QmixError.
+        It takes little memory beside the model's own, and time to read every expert. transformers' own
+        `MixtralForCausalLM.from_pretrained` opens it. Raises QmixError.
         """
         if state_dict is not None:
             refuse("save_pretrained: a state_dict cannot be written in the model's place", "leave it out")
         if push_to_hub:
             self.push_to_hub()
-        for name in ("token", "save_peft_format", "save_original_format"):  # say nothing about what is written here
+        for name in ("token", "save_peft_format", "save_original_format"):  # these do not affect what is written
             if options.get(name) in (None, True):
                 options.pop(name, None)
         given = [name for name, value in options.items() if value not in (None, False)]
@@ -72,28 +72,28 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
             write_checkpoint(self, self.pool, Path(save_directory), max_shard_size)
 
     def push_to_hub(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         refuse(
             "the model is not uploaded from here", "save_pretrained(DIRECTORY), then `hf upload REPOSITORY DIRECTORY`"
         )
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         refuse(
             "a model over a pool of experts is opened by qmix",
             "use qmix.load(MODEL), or from_pretrained of transformers.MixtralForCausalLM",
         )
 
     def resize_token_embeddings(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         refuse(
             "the vocabulary is the store's",
             "save_pretrained(DIRECTORY), resize that checkpoint with transformers, and open it with qmix.load",
         )
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         refuse(
             "transformers' continuous batching is not supported",
             "use `qmix batch`, which continues many prompts together",
@@ -102,22 +102,22 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
     continuous_batching_context_manager = generate_batch = init_continuous_batching
 
     def compile(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         refuse("torch.compile cannot compile the experts' kernels", "call the model itself: they are compiled")
 
     def to_empty(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError."""
         refuse("to_empty() would forget the dense weights", "open the store once more with qmix.load")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         self.pool.__reduce_ex__(protocol)
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raises UsageError, before any weight is changed."""
+        """Raise UsageError, before any weight is changed."""
         self._experts[0]._load_from_state_dict()
 
     def _apply(self, fn: Convert, recurse: bool = True) -> MixtralForCausalLM:
-        for experts in self._experts:  # all are asked before the first dense weight is converted
+        for experts in self._experts:  # checked before the first dense weight is converted
             experts.check_conversion(fn)
         applied: MixtralForCausalLM = super()._apply(fn, recurse)
         return applied

@@ -1,16 +1,15 @@
-"""transformers' Mixtral, built empty, with a store's dense weights put in and its experts replaced."""
+"""Build transformers' Mixtral from a store: its dense weights loaded, its experts replaced by the pool's."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
@@ -21,14 +20,12 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.disk.files import DirectFile, anonymous_memory
-from qmix.disk.reads import Read, Reader
 from qmix.errors import StoreError, UsageError
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.attention import GROUPED_SDPA, register
+from qmix.model.dense import read_dense
 from qmix.model.experts import PooledExperts
-from qmix.model.gpu.dense import fill_from_disk, read_dense_to
 from qmix.model.gpu.devices import download
 from qmix.model.gpu.model import Spread
 from qmix.model.invariant import make_invariant
@@ -38,13 +35,13 @@ from qmix.precision.dense import use_half_linear
 from qmix.precision.formats import uses_kernels
 from qmix.store.opened import Store
 
-MODEL_KEYS = frozenset(CONFIG_KEYS.values()) | {  # of config.json, that say what the model is
+MODEL_KEYS = frozenset(CONFIG_KEYS.values()) | {  # the keys of config.json that describe the model
     "hidden_act",
     "rms_norm_eps",
     "sliding_window",
     "tie_word_embeddings",
     "rope_parameters",
-    "rope_scaling",  # with the next two, what transformers 4 wrote in place of rope_parameters
+    "rope_scaling",  # with the next two, transformers 4's form of rope_parameters
     "rope_theta",
     "partial_rotary_factor",
     "bos_token_id",
@@ -55,7 +52,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 def check_attention(name: str) -> None:
-    """Raises UsageError where an attention implementation cannot run here."""
+    """Raise UsageError where an attention implementation cannot run here."""
     if name not in ATTENTION:
         raise UsageError(f"--attn {name!r}: choose one of {', '.join(ATTENTION)}")
     if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -67,23 +64,19 @@ def check_attention(name: str) -> None:
 def build_model(
     store: Store, pool: ExpertPool, attention: str = "sdpa", spread: Spread | None = None
 ) -> MixtralForCausalLM:
-    """The model in half precision, its experts drawn from the pool; ready to use, gradients off.
+    """Return the model in half precision with its experts in the pool; ready to use, gradients off.
 
-    Over a pool that is `invariant` the whole model is: a token's numbers then depend on its own sequence alone. With
-    `spread` it lies on several devices. `attention` is one of ATTENTION, or the name of a function that transformers
-    has been told of.
-
-    Raises StoreError where a dense weight is damaged.
+    Over an `invariant` pool the whole model is invariant: a token's numbers depend on its own sequence alone. With
+    `spread` the model lies on several devices. `attention` is one of ATTENTION, or the name of a function registered
+    with transformers. Raises StoreError where a dense weight is damaged.
     """
     model = empty_model(store, attention)
-    load_weights(
-        model, store, pool, read_dense(store) if spread is None else read_dense_to(store, spread.of_tensor), spread
-    )
+    load_weights(model, store, pool, read_dense(store, spread.of_tensor if spread else None), spread)
     return model
 
 
 def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
-    """transformers' model as the store's config says, all of it on torch's `meta` device.
+    """Return transformers' model for the store's config, all of it on torch's `meta` device.
 
     Raises StoreError where config.json cannot be used.
     """
@@ -93,13 +86,13 @@ def empty_model(store: Store, attention: str = "sdpa") -> MixtralForCausalLM:
 def empty_mixtral(
     content: dict[str, Any], dtype: str, attention: str = "sdpa", where: Path = Path("config.json")
 ) -> MixtralForCausalLM:
-    """The same from a config's content; errors name `where` it stands."""
+    """Return the same from a config's content. Raises StoreError naming `where`."""
     config = mixtral_config(content, where)
     config.dtype = HALF[dtype]
-    config._experts_implementation = "eager"  # of transformers' own experts: generate() changes others for a GPU's sake
+    config._experts_implementation = "eager"  # generate() changes any other for GPUs
     register()
     config._attn_implementation = GROUPED_SDPA if attention == "sdpa" else attention
-    with _refusals(where), no_init_weights(), _rotary_on_cpu(), init_empty_weights(include_buffers=True):
+    with _transformers_refusals(where), no_init_weights(), _rotary_on_cpu(), init_empty_weights(include_buffers=True):
         return MixtralForCausalLM(config)
 
 
@@ -122,16 +115,16 @@ def _rotary_on_cpu() -> Iterator[None]:
 
 
 def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
-    """Return transformers' config with what describes the model, and with nothing else that a file may hold.
+    """Return transformers' config with MODEL_KEYS only. Raises StoreError naming `where`.
 
-    Other keys are about training, other programs or how transformers is to run (`torchscript`, `use_cache`,
+    Other keys concern training, other programs or transformers' way to run (`torchscript`, `use_cache`,
     `attn_implementation`, `quantization_config`); as attributes of the config they would change what runs.
     """
     kept = deepcopy({key: value for key, value in content.items() if key in MODEL_KEYS})  # transformers changes it
-    with _refusals(where):
+    with _transformers_refusals(where):
         config = MixtralConfig(**kept)
         if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is no activation that transformers has")
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not an activation of transformers")
         if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
             raise ValueError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size}")
         return config
@@ -144,7 +137,7 @@ def load_weights(
     dense: dict[str, torch.Tensor],
     spread: Spread | None = None,
 ) -> None:
-    """Put experts and dense weights, given by published name and lying where they are to stay, into an empty model."""
+    """Put experts and dense weights into an empty model. `dense` is by published name, each on its device."""
     activation = activation_of(model.config)
     model.pool = pool
     for index, layer in enumerate(model.model.layers):
@@ -168,7 +161,7 @@ def load_weights(
 
 
 def _attach_prefetcher(model: MixtralForCausalLM, pool: ExpertPool) -> None:
-    """Let each layer, and the embeddings before the first, tell the pool what later layers will probably ask for."""
+    """Let the embeddings and each layer tell the pool which experts later layers will probably ask for."""
     norms = torch.stack([download(layer.post_attention_layernorm.weight) for layer in model.model.layers])
     gates = torch.stack([download(layer.mlp.gate.weight) for layer in model.model.layers])
     prefetcher = Prefetcher(norms, gates, pool.store.geometry.experts_per_token, elsewhere=pool.elsewhere)
@@ -182,67 +175,49 @@ def _attach_prefetcher(model: MixtralForCausalLM, pool: ExpertPool) -> None:
 
 
 def rotary_embedding(config: MixtralConfig, where: Path) -> MixtralRotaryEmbedding:
-    """Return the rotary embedding that a config describes. Raises StoreError where transformers takes no such one."""
-    with _refusals(where):
+    """Return a config's rotary embedding. Raises StoreError where transformers refuses it."""
+    with _transformers_refusals(where):
         return MixtralRotaryEmbedding(config)
 
 
 def check_frequencies(config: MixtralConfig, where: Path) -> None:
-    """Raise StoreError where a config's rope settings give no numbers. Looks at values: not for pretend tensors."""
+    """Raise StoreError where a config's rope settings give no finite numbers. Needs real tensors."""
     rotary = rotary_embedding(config, where)
-    with _refusals(where):
+    with _transformers_refusals(where):
         cos, sin = rotary(torch.zeros(1), torch.arange(2)[None])
         if not (cos.isfinite().all() and sin.isfinite().all()):
-            raise ValueError("its rope settings give frequencies that are no numbers")
+            raise ValueError("its rope settings give frequencies that are not finite")
 
 
 def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return an expert's activation."""
-    if config.hidden_act == "silu":  # every published Mixtral's; as a function it is done sooner than as a module
+    if config.hidden_act == "silu":  # every published Mixtral's; faster as a function than as a module
         return nn.functional.silu
     activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[config.hidden_act]
     return activation
 
 
-def read_dense(store: Store) -> dict[str, torch.Tensor]:
-    """All dense weights by published name, read into one mapping and checked; one that is wrong is read once more."""
-    layout = store.layout.dense
-    start = len(layout.header)
-    memory = anonymous_memory(layout.size - start)
-    with DirectFile(store.path(layout)) as file, closing(Reader()) as reader:
-        reader.submit(Read(file, memory, start, lambda whole: None)).done.result()
-    dtype, tensors = HALF[store.layout.dtype], {}
-    for name, info in layout.tensors.items():
-        raw = memory[info.offset - start : info.offset - start + info.nbytes]
-        if xxhash.xxh3_64_hexdigest(raw.numpy().data) != store.dense_checksums.get(name):
-            fill_from_disk(store, {name: raw}, attempts=1)
-        tensors[name] = raw.view(dtype).view(info.shape)
-    return tensors
-
-
 def _natural_strides(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """The last position, cut out of a chunk's hidden states, with the strides of a tensor of its own.
+    """Give the last position of a chunk's hidden states, [1, 1, H], the strides of a tensor of its own.
 
-    As it is cut, [1, 1, H] has the stride of the whole chunk, and torch 2.13 then multiplies it as a batch of one,
-    by way of a copy of the head's weight: 30 times slower, and as much memory again as the weight.
+    As a slice it has the stride of the whole chunk, and torch 2.13 then multiplies it as a batch of one after copying
+    the head's weight: 30 times slower, and as much memory again as the weight.
     """
     (hidden,) = arguments
     return (hidden.reshape(-1).view(hidden.shape),)
 
 
 def module_name(published: str) -> str:
-    """transformers 5 calls the mixture of experts `mlp`."""
+    """Return the name of a weight in transformers 5, which calls the mixture of experts `mlp`."""
     return published.replace(".block_sparse_moe.", ".mlp.")
 
 
 @contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Turn whatever transformers raises about the content of a file into one line that names it."""
+def _transformers_refusals(path: Path) -> Iterator[None]:
+    """Turn any exception from transformers about a file's content into a StoreError of one line."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = f"there is no {reason}" if isinstance(error, KeyError) else reason
-        raise StoreError(
-            f"{path}: transformers does not take it ({reason[:200]}); correct it or fetch it again"
-        ) from None
+        raise StoreError(f"{path}: transformers refuses it ({reason[:200]}); correct it or fetch it again") from None

@@ -1,10 +1,10 @@
-"""A model in qmix written as an ordinary checkpoint, in half precision and under the published names.
+"""Write a model as an ordinary checkpoint, in half precision and under the published names.
 
-Quantised experts are dequantised a few rows at a time as they are written, so that it takes no more memory than
-running the model. transformers' own `MixtralForCausalLM.from_pretrained` reads what is written; so does qmix.
+Quantised experts are dequantised a few rows at a time as they are written, so that writing takes no more memory than
+running the model. transformers' own `MixtralForCausalLM.from_pretrained` reads the checkpoint; so does qmix.
 
-Until all weights are on the disk they carry names that nothing reads. What makes a directory a checkpoint,
-`config.json`, is put in place last, after an earlier one was taken away.
+Until all weights are on the disk, their files have names that nothing reads. `config.json`, which makes a directory a
+checkpoint, is deleted before the shards are replaced, and written last.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One tensor of the checkpoint. `expert` is its (layer, expert, matrix), None for a dense weight."""
+    """One tensor of the checkpoint. `expert` is (layer, expert, matrix), None for a dense weight."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,16 +47,16 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
+        """Return its bytes in half precision."""
         return HALF_BYTES * torch.Size(self.shape).numel()
 
 
 def write_checkpoint(model: MixtralForCausalLM, pool: ExpertPool, directory: Path, max_shard_size: int | str) -> None:
-    """Write all weights of a model whose experts lie in `pool`, its config and its generation config.
+    """Write all weights of a model with its experts in `pool`, its config and its generation config.
 
-    Shards are at most `max_shard_size` bytes ("5GB", "512MiB") but for a tensor that is larger. Files of an earlier
-    checkpoint there are replaced. Raises UsageError where the directory is a store or a file, where the model has
-    other dense weights than its store or a generation config that transformers would refuse; QmixError where the disk
-    fails.
+    Shards are at most `max_shard_size` bytes ("5GB", "512MiB"), except for a larger tensor. An earlier checkpoint in
+    the directory is replaced. Raises UsageError where the directory is a store or a file, where the model has other
+    dense weights than its store, or a generation config that transformers would refuse; QmixError where the disk fails.
     """
     if directory.is_file() or is_store(directory):
         raise UsageError(f"{directory}: is a {'file' if directory.is_file() else 'store'}; give another directory")
@@ -86,7 +86,7 @@ def write_checkpoint(model: MixtralForCausalLM, pool: ExpertPool, directory: Pat
 
 
 def _put_in_place(directory: Path, files: list[str]) -> None:
-    """Give finished shards their names, in place of whatever checkpoint was there."""
+    """Rename finished shards to their names, and delete an earlier checkpoint's."""
     for name in (CONFIG, INDEX):
         (directory / name).unlink(missing_ok=True)
     for path in list(directory.iterdir()):
@@ -97,7 +97,7 @@ def _put_in_place(directory: Path, files: list[str]) -> None:
 
 
 def _plan(geometry: Geometry) -> list[Planned]:
-    """Every tensor of the checkpoint, a layer's experts beside its dense weights."""
+    """Return every tensor of the checkpoint, a layer's experts beside its dense weights."""
     tensors = []
     for name, shape in geometry.dense_tensors.items():
         tensors.append(Planned(name, shape))
@@ -110,10 +110,10 @@ def _plan(geometry: Geometry) -> list[Planned]:
 
 
 def _dense(model: MixtralForCausalLM, geometry: Geometry) -> dict[str, torch.Tensor]:
-    """The model's parameters as they are now, by published name."""
+    """Return the model's parameters as they are now, by published name."""
     found = {name.replace(".mlp.", ".block_sparse_moe."): weight for name, weight in model.named_parameters()}
     if geometry.tie_embeddings:
-        found.pop("lm_head.weight", None)  # of a model over several devices: a copy of the embeddings
+        found.pop("lm_head.weight", None)  # over several devices the head is a copy of the embeddings
     if {name: tuple(weight.shape) for name, weight in found.items()} != geometry.dense_tensors:
         strange = sorted(found.keys() ^ geometry.dense_tensors.keys())
         raise UsageError(
@@ -140,6 +140,7 @@ def _write_shard(out: BinaryIO, tensors: list[Planned], dense: dict[str, torch.T
 
 
 def _pieces(pool: ExpertPool, layer: int, expert: int, matrix: str) -> Iterator[torch.Tensor]:
+    """Yield one matrix of an expert, dequantised, a few rows at a time."""
     for _, found in pool.get(layer, [expert]):
         by_name = dict(zip(MATRICES, (found.gate, found.up, found.down), strict=True))
         yield from by_name[matrix].pieces(HALF[pool.store.layout.dtype])
@@ -150,7 +151,7 @@ def _write(out: BinaryIO, tensor: torch.Tensor) -> None:
 
 
 def _config(model: MixtralForCausalLM) -> str:
-    """config.json's content: the model's own, with the names that transformers looks a model up by."""
+    """Return the content of config.json: the model's own, with the keys by which transformers finds its class."""
     content = json.loads(model.config.to_json_string(use_diff=True))
     content |= {"architectures": ["MixtralForCausalLM"], "dtype": str(model.dtype).removeprefix("torch.")}
     return json.dumps(content, indent=2, sort_keys=True) + "\n"

@@ -17,9 +17,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qmix.disk.files import anonymous_memory
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.plan import PREFILL_CHUNK
+from qmix.precision.memory import anonymous_memory
 
 ROW_ATTENTION = "qmix_rows"  # its name among transformers' attention functions
 COLUMNS = 16  # of which the kernel wants a multiple: shorter heads are filled up with zeros

@@ -8,9 +8,9 @@ from math import prod
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qmix.disk.files import anonymous_memory
 from qmix.errors import UsageError
 from qmix.geometry import HALF_BYTES, Geometry
+from qmix.precision.memory import anonymous_memory
 
 
 class PlannedLayer(CacheLayerMixin):

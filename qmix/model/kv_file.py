@@ -61,7 +61,7 @@ def read_kv(path: Path, cache: PlannedCache, identity: str) -> list[int]:
     length = ids_bytes // ITEM_BYTES["I64"]
     with path.open("rb") as file:
         for part in (memoryview(ids_memory), *_parts(cache, length)):
-            read_fully(file.fileno(), part, start)
+            read_fully(lambda view, at: os.preadv(file.fileno(), [view], at), part, start)
             digest.update(part)
             start += part.nbytes
         if hasattr(os, "posix_fadvise"):

@@ -1,4 +1,6 @@
-"""Checkpoints that come with qmix, by model name."""
+"""Checkpoints that are part of qmix, and the sizes of published ones, by model name.
+
+Imports geometry and the rooms below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The geometry of published Mixtrals, so that a plan can be made with no network. Loads no torch."""
+"""The geometry of published Mixtrals, for plans without a network. Loads no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qmix.geometry import Geometry
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A model on the hub, and its sizes as its config.json has them."""
+    """A model on the Hub, and the sizes in its config.json."""
 
     hub_id: str
     geometry: Geometry

@@ -15,7 +15,6 @@ from typing import NoReturn
 import torch
 import xxhash
 
-from qmix.disk.files import DirectFile
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import Cancelled, StoreError, UsageError, mending
 from qmix.pool.counters import PoolCounters
@@ -24,6 +23,7 @@ from qmix.pool.slots import SlotMemory
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store.expert_frequency import by_frequency
+from qmix.store.file import StoreFile
 from qmix.store.opened import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
@@ -61,7 +61,7 @@ class ExpertPool:
         self._unused: set[Key] = set()  # resident by looking ahead, not yet asked for
         self._coming: frozenset[Key] = frozenset()
         self._views: dict[tuple[int, str], Expert] = {}
-        self._files = [DirectFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
+        self._files = [StoreFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
         self._reader = Reader()
         # one whose last pieces are read, and those that keep all threads busy: each further one takes the slot of a
         # record that a later layer will ask for
@@ -283,7 +283,7 @@ class ExpertPool:
                 )
 
         self.counters.bytes_read += len(buffer)
-        read = Read(self._files[layer], buffer, offset, check)
+        read = Read(self._files[layer], buffer.numpy().data, offset, check)
         return key, slot, self._reader.submit(read, ahead)
 
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qmix.disk.files import anonymous_memory
+from qmix.precision.memory import anonymous_memory
 
 
 class SlotMemory:

@@ -1,3 +1,3 @@
-"""Make, open, check and mend stores: the quantised form of a checkpoint on disk.
+"""Make, open, verify and mend stores: the quantised form of a checkpoint on disk.
 
-May import precisions, checkpoints and every room below them."""
+Imports precision, checkpoint and the rooms below them."""

@@ -1,9 +1,9 @@
-"""Which precision each expert gets, so that a number of bytes loses least: exact, and for every number at once.
+"""Choose each expert's precision so that the sum of errors is least within a number of bytes; exact.
 
-Each expert takes one of a few precisions, each with an error of its own; the sum of errors is to be least while the
-records' bytes stay within a budget: a multiple-choice knapsack (H. Kellerer, U. Pferschy and D. Pisinger, "Knapsack
-Problems", 2004, chapter 11). A record's bytes depend on its precision alone, so a state of the dynamic program is how
-many experts have which size, not how many bytes they take, and its optimum is exact. Of two experts with errors
+Each expert takes one of a few precisions with an error each, and the records' bytes must stay within a budget: a
+multiple-choice knapsack (H. Kellerer, U. Pferschy and D. Pisinger, "Knapsack Problems", 2004, chapter 11). A record's
+bytes depend on its precision alone, so a state of the dynamic program counts experts of each size, not bytes; its
+optimum is exact, for every budget at once. With two experts and the errors
 
                 nf4    int8
     first        5      1       1 byte in nf4, 2 in int8
@@ -30,7 +30,7 @@ Precisions = tuple[tuple[str, ...], ...]  # [layer][expert]
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Experts' precisions, the bytes of their records, and the sum of their errors."""
+    """Experts' precisions [layer][expert], the bytes of their records, and the sum of their errors."""
 
     precisions: Precisions
     nbytes: int
@@ -38,10 +38,7 @@ class Allocation:
 
 
 class Allocator:
-    """The best allocations of experts with `errors`, whose records take `sizes` bytes by precision.
-
-    Both must have the same precisions.
-    """
+    """The best allocations of experts by their `errors` and the bytes of a record, `sizes`; both by precision."""
 
     def __init__(self, errors: Errors, sizes: Mapping[str, int]) -> None:
         self._names = list(errors)
@@ -49,7 +46,7 @@ class Allocator:
         costs = np.array([[error for row in errors[name] for error in row] for name in self._names])  # [P, N]
         self._levels = sorted(set(sizes.values()))
         of_level = [[index for index, name in enumerate(self._names) if sizes[name] == size] for size in self._levels]
-        # of each size, and each expert, the precision that loses least
+        # for each size and expert, the precision with the least error
         self._best = np.array([np.array(some)[costs[some].argmin(0)] for some in of_level])  # [S, N]
         self._costs = np.take_along_axis(costs, self._best, 0)  # [S, N]
         self._sums, self._choices = _sums_and_choices(self._costs)
@@ -58,11 +55,11 @@ class Allocator:
 
     @property
     def smallest(self) -> int:
-        """Bytes below which nothing fits."""
+        """Return the bytes of the smallest allocation."""
         return self._states[0][0]
 
     def frontier(self) -> list[tuple[int, float]]:
-        """(bytes, error) of the allocations that no other beats in both, by bytes; their errors fall."""
+        """Return (bytes, error) of the allocations that no other beats in both; bytes rise, errors fall."""
         found: list[tuple[int, float]] = []
         for nbytes, error, _ in self._states:
             if not found or error < found[-1][1]:
@@ -70,7 +67,7 @@ class Allocator:
         return found
 
     def within(self, budget: int) -> Allocation:
-        """The least sum of errors in `budget` bytes, with the fewest bytes that reach it. Raises DoesNotFitError."""
+        """Return the allocation of least error in `budget` bytes, with the fewest bytes. Raises DoesNotFitError."""
         fitting = [entry for entry in self._states if entry[0] <= budget]
         if not fitting:
             raise too_small(budget, self.smallest)
@@ -83,12 +80,12 @@ class Allocator:
         return sum(state) <= self._costs.shape[1]
 
     def _bytes(self, state: tuple[int, ...]) -> int:
-        """Of records, `state` of which have the sizes above the smallest."""
+        """Return the bytes of all records; `state` counts those of each size above the smallest."""
         smallest = self._costs.shape[1] - sum(state)
         return sum(count * size for count, size in zip((smallest, *state), self._levels, strict=True))
 
     def _names_of(self, state: tuple[int, ...]) -> list[str]:
-        """Each expert's precision, followed back from the last."""
+        """Return each expert's precision, followed back from the last expert."""
         names = []
         for expert in range(self._costs.shape[1] - 1, -1, -1):
             level = int(self._choices[expert][state])
@@ -98,15 +95,15 @@ class Allocator:
 
 
 def too_small(budget: int, smallest: int) -> DoesNotFitError:
-    """What is wrong with a budget that no allocation fits."""
+    """Return the error for a budget that no allocation fits."""
     least = f"the experts take {format_bytes(smallest)} at the least; give {smallest} bytes or more"
     return DoesNotFitError(f"--budget {format_bytes(budget)}: {least}", smallest)
 
 
 def _sums_and_choices(costs: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-    """From costs [S, N]: the least sum for each state [N + 1, ...], and the last expert's size there, [N, N + 1, ...].
+    """Return each state's least sum [N + 1, ...] and its last expert's size [N, N + 1, ...], from costs [S, N].
 
-    A state has an axis for each size but the smallest: how many experts have it.
+    A state has an axis for each size but the smallest: the number of experts with that size.
     """
     sizes, experts = costs.shape
     shape = (experts + 1,) * (sizes - 1)

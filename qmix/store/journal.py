@@ -1,7 +1,7 @@
-"""Journal of what a long write has finished, one JSON line each: appended once the data it speaks of is on the disk.
+"""The journal of a long write: one JSON line for each finished weight or unit, appended once its data is on the disk.
 
-Every line ends with the XXH3 (64 bits) of what is before, `"sum": "..."`. A line that was cut off or changed is dropped
-with all that follow it: what they said is done again.
+Every line ends with the XXH3 (64 bits) of the rest of it, `"sum": "..."`. A line that was cut off or changed is dropped
+together with all lines behind it, and their work is done again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUM_BYTES = len(SUM % (b"0" * 16))
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """The subject of the write: a store of this format, with these precisions [layer][expert]."""
+    """The store that is being written: its format, and its precisions [layer][expert]."""
 
     format_version: int
     precision: tuple[tuple[str, ...], ...]
@@ -31,8 +31,9 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line: the subject, the identity of the checkpoint that the lines behind are of, a weight with the digest of
-    what was `read`, or a unit with its checksum."""
+    """One line: the subject, the identity of the checkpoint from here on, a weight with the digest of the bytes `read`,
+    or a unit with its checksum.
+    """
 
     subject: Subject | None = None
     checkpoint: str | None = None
@@ -43,16 +44,17 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Journal:
-    """An append-only file of entries, held by one process at a time; `entries` are those of earlier runs.
+    """An append-only file of entries, locked by one process at a time; `entries` are those of earlier runs.
 
-    `on_wait` is called once where another process holds it, and may raise; else this waits until that one ends.
+    Where another process holds the lock, `on_wait` is called once, and may raise; then this waits for the lock.
+    `is_current` is false if that process finished the store and moved the file.
     """
 
     def __init__(self, path: Path, on_wait: Callable[[], None]) -> None:
         self._file = path.open("a+b")
         try:
             self._lock(on_wait)
-            self.is_current = leads_to(path, self._file)  # or who had it finished, and moved it
+            self.is_current = leads_to(path, self._file)
             self.entries = self._read() if self.is_current else []
         except BaseException:
             self._file.close()
@@ -66,7 +68,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def _read(self) -> list[Entry]:
-        """Return the entries up to the first line that is not whole; the rest is cut off."""
+        """Return the entries up to the first damaged line, and cut off the rest."""
         found, end = [], 0
         self._file.seek(0)
         for line in self._file:
@@ -85,6 +87,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file and give up its lock."""
         self._file.close()
 
 

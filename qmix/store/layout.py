@@ -1,8 +1,8 @@
-"""Where every byte of a store lies: a pure function of geometry, precisions and dtype.
+"""The place of every byte of a store: a pure function of geometry, precisions and dtype.
 
-So any matrix can be written at its final offset as soon as it is read, in whatever order the shards bring
-them. An expert record is three matrices' parts, each aligned to 64 bytes (a cache line, the kernels'
-vectors); records and the payload itself are aligned to 4096, so that O_DIRECT reads a record in one piece.
+Any matrix can therefore be written at its final offset as soon as it is read, in whatever order the shards come. An
+expert record is three matrices' parts, each aligned to 64 bytes (a cache line, the kernels' vectors); records and the
+payload itself are aligned to 4096, so that O_DIRECT reads a record in one piece.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DENSE_FILE = "dense.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """One file of a store: its header bytes, where each tensor lies, and its whole size in bytes."""
+    """One file of a store: its header bytes, the place of each tensor, and its whole size in bytes."""
 
     name: str
     header: bytes
@@ -35,14 +35,15 @@ class FileLayout:
 
 
 def layer_file(layer: int) -> str:
+    """Return the name of a layer's file of expert records."""
     return f"experts-{layer:05d}.safetensors"
 
 
 def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ...]:
-    """The precision of every expert, [layer][expert], from `nf4` or `nf4,0.*=int8,*.3=half`.
+    """Return the precision of every expert, [layer][expert], from `nf4` or `nf4,0.*=int8,*.3=half`.
 
-    The first item is for all; each further one is LAYER.EXPERT=PRECISION, `*` standing for any, later ones
-    prevailing. Raises UsageError.
+    The first item applies to all experts. Each further one is LAYER.EXPERT=PRECISION, where `*` matches any; later
+    items override earlier ones. Raises UsageError.
     """
     default, *rules = [item.strip() for item in spec.split(",")]
     check_precision(default)
@@ -50,7 +51,7 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
     for rule in rules:
         pattern, equals, precision = rule.partition("=")
         if not equals:
-            raise UsageError(f"{quoted(rule)} is no rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+            raise UsageError(f"{quoted(rule)} is not a rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
         check_precision(precision)
         hits = [
             (layer, expert)
@@ -59,14 +60,14 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
             if fnmatch.fnmatchcase(f"{layer}.{expert}", pattern)
         ]
         if not hits:
-            raise UsageError(f"{quoted(rule)} names no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+            raise UsageError(f"{quoted(rule)} matches no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
         for layer, expert in hits:
             table[layer][expert] = precision
     return tuple(map(tuple, table))
 
 
 def has_blocks(precisions: Sequence[Sequence[str]]) -> bool:
-    """Whether any of the experts, [layer][expert], is in a precision whose weights share scales block by block."""
+    """Return whether any expert, [layer][expert], has a precision with one scale for each block of weights."""
     return any(precision in FOUR_BITS for row in precisions for precision in row)
 
 
@@ -74,7 +75,7 @@ def has_blocks(precisions: Sequence[Sequence[str]]) -> bool:
 class StoreLayout:
     """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16".
 
-    `clip` says how scales of 4-bit blocks are chosen (see `blocks`), which moves no byte.
+    `clip` selects how scales of 4-bit blocks are chosen (see `blocks`); it moves no byte.
     """
 
     geometry: Geometry
@@ -84,25 +85,27 @@ class StoreLayout:
 
     @cached_property
     def experts(self) -> list[tuple[int, int]]:
-        """(layer, expert) of all experts, first layer first."""
+        """Return (layer, expert) of all experts, first layer first."""
         return [(layer, expert) for layer, row in enumerate(self.precisions) for expert in range(len(row))]
 
     @cached_property
     def records(self) -> dict[str, RecordLayout]:
-        """The record layout of each precision in use."""
+        """Return the record layout of each precision in use."""
         used = sorted({precision for row in self.precisions for precision in row})
         return {precision: record_layout(self.geometry, precision, self.dtype) for precision in used}
 
     def record(self, layer: int, expert: int) -> RecordLayout:
+        """Return the record layout of one expert."""
         return self.records[self.precisions[layer][expert]]
 
     def record_offset(self, layer: int, expert: int) -> int:
-        """Where a record starts in its layer's file, in bytes."""
+        """Return the offset of a record in its layer's file, in bytes."""
         before = sum(self.record(layer, other).nbytes for other in range(expert))
         return len(self.layer(layer).header) + before
 
     @cached_property
     def dense(self) -> FileLayout:
+        """Return the layout of the file of dense weights."""
         placed, position = [], 0
         for name, shape in self.geometry.dense_tensors.items():
             position = aligned(position, LINE)
@@ -116,6 +119,7 @@ class StoreLayout:
         return {}
 
     def layer(self, layer: int) -> FileLayout:
+        """Return the layout of a layer's file of expert records."""
         if layer not in self._layers:
             placed, start = [], 0
             for expert in range(self.geometry.num_experts):
@@ -129,15 +133,17 @@ class StoreLayout:
 
     @property
     def files(self) -> list[FileLayout]:
+        """Return all weight files, the dense one first."""
         return [self.dense, *(self.layer(layer) for layer in range(self.geometry.num_layers))]
 
     @property
     def total_bytes(self) -> int:
+        """Return the bytes of all weight files."""
         return sum(file.size for file in self.files)
 
     @property
     def expert_bytes(self) -> dict[str, int]:
-        """Bytes of all records of each precision in use."""
+        """Return the bytes of all records by precision."""
         totals = dict.fromkeys(self.records, 0)
         for row in self.precisions:
             for precision in row:
@@ -146,12 +152,12 @@ class StoreLayout:
 
     @cached_property
     def record_counts(self) -> dict[int, int]:
-        """How many records there are of each size in bytes, the smallest first."""
+        """Return how many records there are of each size in bytes, the smallest first."""
         return dict(sorted(Counter(self.records[name].nbytes for row in self.precisions for name in row).items()))
 
 
 def part_name(expert: int, matrix: str, part: str) -> str:
-    """The name of a part in its layer's file, as `experts.3.w1.codes`."""
+    """Return the name of a part in its layer's file, such as `experts.3.w1.codes`."""
     return f"experts.{expert}.{matrix}.{part}"
 
 
@@ -161,7 +167,7 @@ def _file(name: str, placed: Sequence[tuple[str, str, tuple[int, ...], int]], si
 
 
 def precision_of(layout: StoreLayout) -> str:
-    """Of the experts: `nf4`, or `nf4 (40 experts), int8 (8 experts)`."""
+    """Return the experts' precisions for people: `nf4`, or `nf4 (40 experts), int8 (8 experts)`."""
     counts = Counter(precision for row in layout.precisions for precision in row)
     if len(counts) == 1:
         return next(iter(counts))

@@ -1,7 +1,7 @@
-"""A damaged store mended: only what is damaged is read from the checkpoint, quantised and written in its place.
+"""Mend a damaged store: read only the damaged weights from the checkpoint, quantise and write them in place.
 
-Each part is written where it belongs; a run that is killed leaves parts that were damaged before damaged, and touches
-no other. What is written has the checksums that the store was made with, or the run fails.
+A run that is killed leaves damaged parts damaged and touches no other. New parts have the checksums that the store was
+made with, or the run fails.
 """
 
 from __future__ import annotations
@@ -15,26 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from qmix.checkpoint import Checkpoint, open_checkpoint
-from qmix.disk.direct import UncachedFile
+from qmix.disk.direct import DirectFile
 from qmix.disk.faults import disk_advice
 from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
 from qmix.files import read_json, write_whole
 from qmix.models import EMBEDDED
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store.layout import StoreLayout
-from qmix.store.opened import CONFIG, MANIFEST, ORIGIN, PROFILE, Manifest, Origin, layout_of, read_manifest
-from qmix.store.quantize import WeightRun, write_error
+from qmix.store.manifest import CONFIG, MANIFEST, Manifest, layout_of, read_manifest, small_digest, small_digests
+from qmix.store.opened import ORIGIN, PROFILE, Origin
+from qmix.store.parts import parts_of, recheck
+from qmix.store.places import Unit, units_of
+from qmix.store.small_files import small_files
 from qmix.store.sources import open_source
-from qmix.store.verify import MISSING, STRANGE, Damage, Verification, parts_of, recheck, small_digest, verify_store
-from qmix.store.writer import Unit, UnitWriter, places, small_files
+from qmix.store.verify import MISSING, STRANGE, Damage, Verification, verify_store
+from qmix.store.weight_run import WeightRun, write_error
+from qmix.store.writer import UnitWriter
 
-ASIDE = ".aside"  # behind the name of a file that is no part of the store
+ASIDE = ".aside"  # suffix of a file that does not belong to the store
 NAME_IT = "name the checkpoint with --from"
 
 
 @dataclass(frozen=True)
 class Mended:
-    """The damage that was found, and mended; `units` were written anew from `source`."""
+    """The damage that was found and mended; `units` is how many were rewritten from `source`."""
 
     found: Verification
     units: int
@@ -44,9 +48,9 @@ class Mended:
 def mend(
     directory: Path, source: str | None = None, on_verify: OnProgress = ignore, on_mend: OnProgress = ignore
 ) -> Mended:
-    """Verify a store, and make anew what is damaged, from the checkpoint that it was made from.
+    """Verify a store and rewrite what is damaged from its checkpoint.
 
-    `source` is where that is now, if not where it was. Raises StoreError where the checkpoint is gone or is another.
+    `source` is the checkpoint's place if it has moved. Raises StoreError where the checkpoint is gone or is another.
     """
     with _held(directory):
         content, found = read_manifest(directory / MANIFEST)
@@ -71,7 +75,7 @@ def mend(
 
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    """Keep others from mending the same store."""
+    """Keep other processes from mending the same store."""
     try:
         file = (directory / MANIFEST).open("rb")
     except OSError as error:
@@ -85,15 +89,14 @@ def _held(directory: Path) -> Iterator[None]:
 
 
 def _config_is_well(directory: Path, content: dict[str, Any], found: Manifest) -> bool:
-    known = content["checksums"].get("config") if content["format_version"] == 1 else found.checksums.files.get(CONFIG)
     try:
-        return small_digest(content, (directory / CONFIG).read_bytes()) == known
+        return small_digest(content, (directory / CONFIG).read_bytes()) == small_digests(content, found).get(CONFIG)
     except OSError:
         return False
 
 
 def _checkpoint(directory: Path, found: Manifest, source: str | None) -> Checkpoint:
-    """Open the checkpoint of a store. Raises StoreError where it is gone, or is another by now."""
+    """Open the checkpoint of a store. Raises StoreError where it is gone or has become another."""
     location = source or _location(directory, found)
     try:
         checkpoint = open_checkpoint(open_source(location))
@@ -109,7 +112,7 @@ def _checkpoint(directory: Path, found: Manifest, source: str | None) -> Checkpo
 
 
 def _location(directory: Path, found: Manifest) -> str:
-    """Return where the checkpoint was when the store was made; an embedded model is where qmix is now."""
+    """Return the checkpoint's place when the store was made; an embedded model is where qmix is now."""
     path = directory / ORIGIN
     location = read_json(path, Origin, StoreError, NAME_IT).location if path.exists() else None
     if found.source.name in EMBEDDED and (location is None or not Path(location).is_dir()):
@@ -127,8 +130,8 @@ def _put_small_files_right(
     checkpoint: Checkpoint | None,
     source: str | None,
 ) -> list[Damage]:
-    """Copy small files again, set aside what is none of the store's; returns the damages of weight files."""
-    known = {CONFIG: content["checksums"].get("config"), **found.checksums.files}
+    """Copy damaged small files again, set strange files aside, and return the damages of weight files."""
+    known = small_digests(content, found)
     try:
         for name in [damage.file for damage in damages if damage.what == STRANGE or damage.file == PROFILE]:
             (directory / name).replace(directory / f"{name}{ASIDE}")
@@ -156,13 +159,13 @@ def _write_anew(
     damages: Sequence[Damage],
     on_progress: OnProgress,
 ) -> int:
-    """Bring the damaged parts from the checkpoint; returns how many.
+    """Rewrite the damaged parts from the checkpoint, and return how many.
 
     Raises StoreError where they come out other than the store was made with.
     """
     missing = {damage.file for damage in damages if damage.part is None and damage.why == MISSING}
     units = {damage.part.unit for damage in damages if damage.part is not None and damage.part.unit}
-    units |= {place.unit.name for place in places(layout).values() if place.unit.file.name in missing}
+    units |= {name for name, unit in units_of(layout).items() if unit.file.name in missing}
     with closing(_Patch(directory, layout, units, {damage.file for damage in damages})) as patch:
         run = WeightRun(checkpoint, patch, layout, on_progress)
         before, total = run.done, run.total
@@ -179,30 +182,27 @@ def _write_anew(
 
 
 class _Patch(UnitWriter):
-    """Writes some units of a finished store; `names` are the files that need it, or lack their header or length."""
+    """Rewrites some units of a finished store. `names` are the files with damaged parts, header or length."""
 
     def __init__(self, directory: Path, layout: StoreLayout, units: set[str], names: set[str]) -> None:
-        all_places = places(layout)
-        whole = {place.unit.name for place in all_places.values()} - units
-        super().__init__(
-            {key: "" for key, place in all_places.items() if place.unit.name in whole}, dict.fromkeys(whole, "")
-        )
+        all_units = units_of(layout)
+        whole = all_units.keys() - units
+        super().__init__({key: "" for name in whole for key in all_units[name].keys}, dict.fromkeys(whole, ""))
         try:
             for file in (file for file in layout.files if file.name in names):
-                opened = self._files[file.name] = UncachedFile(directory / file.name, os.O_RDWR | os.O_CREAT)
+                opened = self._files[file.name] = DirectFile(directory / file.name, os.O_RDWR | os.O_CREAT)
                 if os.fstat(opened.fd).st_size != file.size:
                     os.ftruncate(opened.fd, file.size)
                 self.write(file, file.header, 0)
                 os.fdatasync(opened.fd)
-            mine = {place.unit.name: place.unit for place in all_places.values() if place.unit.name in units}
-            for unit in mine.values():
-                self._blank(unit)
+            for name in all_units.keys() & units:
+                self._blank(all_units[name])
         except BaseException:
             self._release()
             raise
 
     def _blank(self, unit: Unit) -> None:
-        """Zero what lies between a unit's parts and behind them."""
+        """Zero the bytes between a unit's parts and behind them."""
         position = unit.offset
         for begin, end in [*((part.offset, part.offset + part.nbytes) for part in unit.parts), (unit.end, unit.end)]:
             if begin > position:

@@ -1,21 +1,18 @@
-"""A store: the directory that a checkpoint is turned into once, opened and checked.
+"""A store, the directory that a checkpoint is turned into once, opened and checked.
 
     qmix.json                   manifest: format version, source, precision of every expert, checksums, its own digest
     dense.safetensors           everything that is not an expert, in half precision
     experts-00000.safetensors   one layer's expert records, aligned for O_DIRECT
-    source.json                 where the checkpoint was that it is made from
+    source.json                 the place of the checkpoint that it was made from
     profile.json                how often each expert is used, if it was quantised with a profile
     config.json, tokenizer*     the model's own
 
-Checksums are XXH3 (64 bits) of a record's bytes and of a dense tensor's, SHA-256 of the model's own small files. All of
-these files but the weights are checked whenever a store is opened. generation_config.json and the chat template may be
-edited: they count as they are (`Store.digest`). The profile decides nothing but speed and has a checksum of its own.
+All of these files but the weights are checked whenever a store is opened. generation_config.json and the chat template
+may be edited: they count as they are (`Store.digest`). The profile affects speed only and has a checksum of its own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,59 +20,39 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import xxhash
 
-from qmix.checkpoint.reader import TOKENIZER_FILES, TOKENIZERS
-from qmix.checkpoint.safetensors_header import DTYPES
-from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError, mending
-from qmix.files import JSON_LIMIT, decode_json, read_bounded, read_json
+from qmix.checkpoint.reader import TOKENIZERS
+from qmix.errors import StoreError, UsageError, mending
+from qmix.files import JSON_LIMIT, read_bounded, read_json
 from qmix.geometry import Geometry
-from qmix.precision.formats import PRECISIONS
 from qmix.store.layout import FileLayout, StoreLayout
+from qmix.store.manifest import (
+    CONFIG,
+    EDITABLE,
+    MANIFEST,
+    SMALL_FILES,
+    digest_of,
+    file_digest,
+    layout_of,
+    read_manifest,
+    sealed,
+    small_digest,
+)
 from qmix.store.profile import Profile, Table, check_profile, read_profile, write_profile
 
-MANIFEST = "qmix.json"
 PROFILE = "profile.json"
 ORIGIN = "source.json"
-CONFIG = "config.json"
-SMALL_FILES = (CONFIG, *TOKENIZER_FILES)  # what answers depend on besides the weights
-EDITABLE = ("generation_config.json", "chat_template.jinja")  # of them, those that people adapt in a store
 WEIGHTS = "weights"  # the part of a store's digest that is not a small file
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 has no checksums of small files but the config's, and no digest of the manifest
 RESTORE = "run `qmix quantize` again on its checkpoint and this store, which brings the checkpoint's own back"
 WITHOUT = "delete this file, the store works without it"
-
-
-class Source(msgspec.Struct, frozen=True):
-    name: str
-    fingerprint: str
-
-
-class Checksums(msgspec.Struct, frozen=True):
-    """`dense` by tensor name, `records` [layer][expert], `files` by file name; version 1 has `config` for `files`."""
-
-    dense: dict[str, str]
-    records: tuple[tuple[str, ...], ...]
-    files: dict[str, str] = {}
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """The content of qmix.json; `precisions` is [layer][expert]."""
-
-    source: Source
-    dtype: str
-    precisions: tuple[tuple[str, ...], ...]
-    checksums: Checksums
-    clip: bool = False
 
 
 @dataclass(frozen=True)
 class Store:
     """An opened store. `dense_checksums` is by tensor name, `record_checksums` [layer][expert].
 
-    `small_files` are the SHA-256 of the model's own small files as the store was made with them, by name. `parts` are
-    those of all that answers depend on, as it is now: WEIGHTS for the manifest, then small files by name.
+    `small_files` are the SHA-256 of the model's own small files by name, as the store was made with them. `parts` are
+    the digests of everything that answers depend on, as it is now: WEIGHTS for the manifest, then small files by name.
     """
 
     directory: Path
@@ -91,65 +68,37 @@ class Store:
 
     @property
     def geometry(self) -> Geometry:
+        """Return the model's sizes."""
         return self.layout.geometry
 
     @property
     def use(self) -> Table | None:
-        """How often each expert is used, [layer][expert], where that was measured."""
+        """Return how often each expert is used, [layer][expert], where that was measured."""
         return None if self.profile is None else self.profile.use
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of all that answers depend on; two stores with the same one give the same answers."""
+        """Return the SHA-256 of everything that answers depend on: stores with the same one give the same answers."""
         return digest_of(self.parts)
 
     def path(self, file: FileLayout) -> Path:
+        """Return where a weight file lies."""
         return self.directory / file.name
 
 
 def is_store(directory: Path) -> bool:
+    """Return whether a directory is a finished store, by its manifest."""
     return (directory / MANIFEST).is_file()
 
 
 def partial_directory(directory: Path) -> Path:
-    """Where a store is built before it carries its final name; beside it, `.` and `..` included."""
+    """Return where a store is built before it has its final name; beside it, also for `.` and `..`."""
     whole = Path(os.path.abspath(directory))  # noqa: PTH100 -- resolves no links: the name is the one given
     return whole.parent / f"{whole.name}.partial"
 
 
-def manifest(layout: StoreLayout, source: str, fingerprint: str, checksums: dict[str, Any]) -> dict[str, Any]:
-    """The contents of qmix.json; a function of the weights alone, so that two runs write the same bytes."""
-    return sealed(
-        {
-            "format": "qmix-store",
-            "format_version": FORMAT_VERSION,
-            "source": {"name": source, "fingerprint": fingerprint},
-            "dtype": layout.dtype,
-            "precisions": [list(row) for row in layout.precisions],
-            **({"clip": True} if layout.clip else {}),
-            "checksums": checksums,
-        }
-    )
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a manifest or a store's profile with the digest of its content added, or renewed."""
-    rest = {name: value for name, value in content.items() if name != "digest"}
-    return {**rest, "digest": digest_of(rest)}
-
-
-def digest_of(content: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever its spaces and the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_digest(data: bytes) -> str:
-    """Return the checksum by which a manifest knows a small file."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def open_store(directory: Path) -> Store:
-    """Open and check everything but the payload: manifest, small files, every weight file's size and header.
+    """Open a store and check everything but the payload: manifest, small files, every weight file's size and header.
 
     Raises StoreError naming the file.
     """
@@ -179,36 +128,8 @@ def open_store(directory: Path) -> Store:
     return store
 
 
-def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
-    """Return what a manifest says, as it is and typed. Raises StoreError where its version or its digest is wrong."""
-    data = read_bounded(path, JSON_LIMIT, StoreError, REMAKE)
-    content = decode_json(data, dict[str, Any], str(path), StoreError, REMAKE)
-    version = content.get("format_version")
-    if content.get("format") != "qmix-store" or version not in READABLE_VERSIONS:
-        raise StoreError(f"{path}: format version {version!r}, this qmix reads {FORMAT_VERSION}; {REMAKE}")
-    if version != 1 and content != sealed(content):
-        raise StoreError(f"{path}: damaged, or changed since the store was made; {REMAKE}")
-    return content, decode_json(data, Manifest, str(path), StoreError, REMAKE)
-
-
-def layout_of(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLayout:
-    path = directory / MANIFEST
-    if found.dtype not in DTYPES or not set(PRECISIONS).issuperset(name for row in found.precisions for name in row):
-        raise StoreError(f"{path}: names a precision or a dtype that there is none of; {REMAKE}")
-    try:
-        geometry = Geometry.from_config(config, str(directory / CONFIG))
-    except CheckpointError as error:
-        raise StoreError(str(error)) from None
-    tables = found.precisions, found.checksums.records
-    if any(
-        (len(table), {len(row) for row in table}) != (geometry.num_layers, {geometry.num_experts}) for table in tables
-    ):
-        raise StoreError(f"{path}: belongs to another model than {directory / CONFIG}; {mending(directory)}")
-    return StoreLayout(geometry, found.precisions, found.dtype, found.clip)
-
-
 def _parts(directory: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of all that answers depend on; the manifest's is without small files, which have their own."""
+    """Return the digests that `Store.parts` has; the manifest's is without small files, which have their own."""
     weights = {name: value for name, value in content.items() if name != "digest"}
     if isinstance(checksums := weights.get("checksums"), dict):
         weights["checksums"] = {name: value for name, value in checksums.items() if name != "files"}
@@ -217,11 +138,25 @@ def _parts(directory: Path, content: Mapping[str, Any]) -> dict[str, str]:
     return {WEIGHTS: digest_of(weights), **files}
 
 
+def _check_file(path: Path, layout: FileLayout) -> None:
+    """Compare a weight file's size and header with the layout."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = file.read(len(layout.header))
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}; {mending(path.parent)}") from None
+    if header != layout.header[: len(header)]:
+        raise StoreError(f"{path}: damaged, or of another model than this store; {mending(path.parent)}")
+    if size != layout.size:
+        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {mending(path.parent)}")
+
+
 def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:
-    """Compare what the manifest knows of small files with what is there, but for those that may be edited."""
+    """Compare small files with the manifest, except those that may be edited."""
     known = store.small_files
     if content["format_version"] == 1:
-        config = xxhash.xxh3_64_hexdigest((store.directory / CONFIG).read_bytes())
+        config = small_digest(content, (store.directory / CONFIG).read_bytes())
         if config != content["checksums"].get("config"):
             raise StoreError(f"{store.directory / CONFIG}: changed since the store was made; {RESTORE}")
         return
@@ -237,23 +172,23 @@ def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:
 
 
 class Origin(msgspec.Struct, frozen=True):
-    """The place of a store's checkpoint when it was made; nothing else depends on it."""
+    """The place of a store's checkpoint when the store was made; nothing else depends on it."""
 
     location: str
 
 
 def put_origin(directory: Path, location: str) -> None:
-    """Let a store say where its checkpoint is. Raises OSError."""
+    """Write the place of a store's checkpoint into the store. Raises OSError."""
     (directory / ORIGIN).write_bytes(msgspec.json.encode(Origin(location)) + b"\n")
 
 
 def put_profile(directory: Path, profile: Profile) -> None:
-    """Let a store carry a profile. Raises QmixError naming the file."""
+    """Write a profile into a store. Raises QmixError naming the file."""
     write_profile(directory / PROFILE, sealed(profile.to_json()))
 
 
 def profile_of(path: Path, geometry: Geometry, fingerprint: str, version: int) -> Profile | None:
-    """Return the profile that a store was quantised with, None where it has none."""
+    """Return the profile that a store was quantised with, None where it has none. Raises StoreError."""
     if not path.exists():
         return None
     try:
@@ -265,16 +200,3 @@ def profile_of(path: Path, geometry: Geometry, fingerprint: str, version: int) -
     if version != 1 and content != sealed(content):
         raise StoreError(f"{path}: damaged, or changed since it was put there; {WITHOUT}")
     return profile
-
-
-def _check_file(path: Path, layout: FileLayout) -> None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            header = file.read(len(layout.header))
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; {mending(path.parent)}") from None
-    if header != layout.header[: len(header)]:
-        raise StoreError(f"{path}: damaged, or of another model than this store; {mending(path.parent)}")
-    if size != layout.size:
-        raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {mending(path.parent)}")

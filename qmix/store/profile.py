@@ -1,14 +1,14 @@
-"""What is known of a model's routing and of what quantisation costs it: what plans and runs read of a profile.
+"""A model's profile: how often its experts are used, and the errors that quantisation makes in them.
 
     {"schema": "qmix-profile-2",
      "model": {"name": "org/name", "fingerprint": "3f..." or null},
      "use": [[0.31, 0.22, ...], ...],            [layer][expert]: share of tokens routed to it; a layer's sum is k
-     "errors": {"nf4": [[0.8, ...], ...], ...},  optional: what each expert's quantisation costs, by precision
+     "errors": {"nf4": [[0.8, ...], ...], ...},  optional: each expert's quantisation error, by precision
      "precisions": [["nf4", ...], ...],          optional: chosen for a number of bytes
      "policy": "lfu"}                            optional: the eviction policy that replay found best
 
-`qmix calibrate` writes it, and more for people to read. `fingerprint` is that of the checkpoint, as a store's manifest
-has it; where both are known they must be the same. Loads no torch.
+`qmix calibrate` writes it, with further fields for people to read. `fingerprint` is the checkpoint's, as in a store's
+manifest; where both are known they must be equal. Loads no torch.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from qmix.store.allocation import Allocator, Precisions, too_small
 SCHEMA = "qmix-profile-2"
 AGAIN = "make the profile again with `qmix calibrate`"
 SUM_TOLERANCE = 0.02  # of a layer's shares
-AUTO = "auto"  # the precision that asks for the profile's own
+AUTO = "auto"  # as a precision: the profile's own
 
 Table = tuple[tuple[float, ...], ...]  # [layer][expert]
-POLICIES = ("lru", "lfu", "uses-per-time")  # of `qmix.pool.eviction`, by name
+POLICIES = ("lru", "lfu", "uses-per-time")  # names of eviction policies, implemented in `qmix.pool.eviction`
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`use` is the share of tokens routed to each expert; `errors` by precision; `precisions` those chosen, if any."""
+    """A profile as it is used. `use` and `precisions` are [layer][expert], `errors` by precision."""
 
     name: str
     fingerprint: str | None
@@ -50,6 +50,7 @@ class Profile:
     policy: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of the profile's file."""
         found: dict[str, Any] = {
             "schema": SCHEMA,
             "model": {"name": self.name, "fingerprint": self.fingerprint},
@@ -64,7 +65,7 @@ class Profile:
         return found
 
     def allocator(self, geometry: Geometry, dtype: str) -> Allocator:
-        """What bytes can buy, among the precisions that a store can hold. Raises UsageError without errors."""
+        """Return the allocator over precisions that a store can hold. Raises UsageError without any errors."""
         storable = {name: table for name, table in self.errors.items() if name in PRECISIONS}
         if not storable:
             raise UsageError(f"the profile of {self.name} does not say what quantisation costs; {AGAIN}")
@@ -73,10 +74,10 @@ class Profile:
         return Allocator(errors, {name: record_layout(geometry, name, dtype).nbytes for name in errors})
 
     def spec(self, precision: str | None, budget: int | None, geometry: Geometry, dtype: str) -> str | None:
-        """What `--precision` and `--budget` mean beside this profile, as `--precision` takes it alone.
+        """Return the precisions that an option's `precision` and a `budget` select, in the syntax of parse_precisions.
 
-        `auto`, or neither of them, is the profile's own; None where neither was given and it has chosen nothing. Raises
-        what `auto` raises.
+        With `auto`, or neither given, they are the profile's own; None if neither is given and the profile has none.
+        Raises what `auto` raises.
         """
         if precision not in (None, AUTO):
             return precision
@@ -84,7 +85,7 @@ class Profile:
         return None if nothing else self.auto(budget, geometry, dtype)
 
     def auto(self, budget: int | None, geometry: Geometry, dtype: str) -> str:
-        """What loses least within `budget`, or without one what was chosen, as `--precision` takes it.
+        """Return the precisions of least error within `budget`, or without one the profile's own, as `spec` does.
 
         Raises UsageError where there is neither, DoesNotFitError where the budget is too small.
         """
@@ -96,14 +97,14 @@ class Profile:
 
 
 def check_budget(budget: int, geometry: Geometry, dtype: str) -> None:
-    """Raises DoesNotFitError where so many bytes do not hold all experts in any precision."""
+    """Raise DoesNotFitError where the budget does not hold all experts in any precision."""
     smallest = geometry.num_records * min(record_layout(geometry, name, dtype).nbytes for name in PRECISIONS)
     if budget < smallest:
         raise too_small(budget, smallest)
 
 
 def precision_spec(precisions: Sequence[Sequence[str]]) -> str:
-    """A table [layer][expert] as parse_precisions reads it: the commonest, then layers and experts that differ."""
+    """Return the shortest parse_precisions syntax of a table [layer][expert]: the commonest, then what differs."""
     common = _commonest([name for row in precisions for name in row])
     rules = [common]
     for layer, row in enumerate(precisions):
@@ -134,17 +135,14 @@ class _Content(msgspec.Struct):
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises UsageError naming the file, and the field where it is not what a profile has there."""
+    """Read a profile. Raises UsageError naming the file, and the field that is not as a profile has it."""
     content = read_versioned(path, _Content, SCHEMA, "a profile", AGAIN)
     model = content.model
     return Profile(model.name, model.fingerprint, content.use, content.errors, content.precisions, content.policy)
 
 
 def write_profile(path: Path, content: Mapping[str, Any]) -> None:
-    """A profile's JSON (`to_json`, and what else there is to say) into a file that is whole or not there.
-
-    Raises QmixError naming the file.
-    """
+    """Write a profile's JSON (`to_json`, with any further fields) in one step. Raises QmixError naming the file."""
     try:
         with written_whole(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
@@ -154,7 +152,7 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_profile(profile: Profile, path: Path, geometry: Geometry, fingerprint: str | None) -> None:
-    """Raises UsageError where a profile is of another model, or its numbers cannot be what they say."""
+    """Raise UsageError where a profile belongs to another model, or one of its numbers is impossible."""
     tables = [profile.use, *profile.errors.values(), *([profile.precisions] if profile.precisions else [])]
     shape = (geometry.num_layers, {geometry.num_experts})
     if any((len(table), {len(row) for row in table}) != shape for table in tables):

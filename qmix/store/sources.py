@@ -27,9 +27,9 @@ NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it c
 
 
 def open_source(model: str | Path, scratch: Path | None = None) -> Source:
-    """The files of a checkpoint: an embedded model, a directory, or `org/name[@revision]` on the hub.
+    """Open the files of a checkpoint: an embedded model, a directory, or `org/name[@revision]` on the Hub.
 
-    With `scratch`, weight files from the hub pass through there and are deleted when used. Raises UsageError
+    With `scratch`, weight files from the Hub pass through that directory and are deleted once used. Raises UsageError
     where the name is none of these.
     """
     if not str(model):
@@ -43,18 +43,19 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     check_file(path)
     if str(model) in PUBLISHED:
         known = PUBLISHED[str(model)].hub_id
-        raise UsageError(f"{model}: is known by its sizes only, for plans; its weights are {known} on the hub")
+        raise UsageError(f"{model}: only usable with `plan`; to run it, use {known}")
     if hub.parse(str(model)) is None:
-        raise UsageError(f"{model}: no such directory, nor a hub id (org/name), nor one of {', '.join(EMBEDDED)}")
+        embedded_names = " or ".join(f"`{name}`" for name in EMBEDDED)
+        raise UsageError(f"{model}: not found: expected a directory, a Hub id (org/name) or {embedded_names}")
     return HubSource(hub.HubRepo.open(str(model)), scratch)
 
 
 def layout_for(
     checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, option: str = "--precision"
 ) -> StoreLayout:
-    """The layout of a checkpoint's store.
+    """Return the layout of a checkpoint's store.
 
-    Raises UsageError for a precision, which `option` gave, or a dtype that is none, and where there is nothing to clip.
+    Raises UsageError for an unknown precision (naming `option`) or dtype, and where there is nothing to clip.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
@@ -65,6 +66,7 @@ def layout_for(
 
 
 def precisions_of(spec: str, geometry: Geometry, option: str = "--precision") -> tuple[tuple[str, ...], ...]:
+    """Return the precision of every expert, [layer][expert]. Raises UsageError naming `option`."""
     try:
         return parse_precisions(spec, geometry)
     except UsageError as error:
@@ -72,7 +74,10 @@ def precisions_of(spec: str, geometry: Geometry, option: str = "--precision") ->
 
 
 def named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
-    """The store that `model` names, None where it names no store. Raises StoreError if it is unfinished."""
+    """Return the store that `model` names, None where it names none.
+
+    Raises StoreError if it is unfinished, UsageError if it has another precision, dtype or no clipping.
+    """
     path = Path(model).expanduser()
     if not str(model) or str(model) in EMBEDDED or not (is_store(path) or partial_directory(path).is_dir()):
         return None

@@ -1,74 +1,46 @@
-"""A whole store read at the disk's speed and compared with its checksums: all that is damaged, not the first of it.
+"""A whole store read at the disk's speed and compared with its checksums: all damage is found, not the first of it.
 
-Works without what `open_store` asks for: where the config is damaged, the weights' places are taken from the headers of
-their files. A part that is wrong, or that the disk fails to read, is read a second time by itself before it is
-reported. In memory are a few windows of a file, whatever the store's size.
+Works on stores that `open_store` refuses: where the config is damaged, the headers of the weight files give the
+weights' places. A part that is wrong, or that the disk fails to read, is read a second time by itself before it is
+reported.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 from qmix.checkpoint.reader import TOKENIZERS
-from qmix.checkpoint.safetensors_header import read_header
-from qmix.disk import PAGE
-from qmix.disk.direct import DirectMemory, UncachedFile
-from qmix.disk.files import DirectFile, anonymous_memory
-from qmix.disk.reads import PIECE_BYTES, Read, Reader
 from qmix.errors import CheckpointError, StoreError
 from qmix.files import JSON_LIMIT, read_bounded, read_json
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store.layout import DENSE_FILE, FileLayout, StoreLayout, layer_file
-from qmix.store.opened import (
+from qmix.store.manifest import (
     CONFIG,
     EDITABLE,
     MANIFEST,
-    PROFILE,
     SMALL_FILES,
     Manifest,
-    file_digest,
     layout_of,
-    profile_of,
     read_manifest,
+    small_digest,
+    small_digests,
 )
-from qmix.store.writer import places
+from qmix.store.opened import PROFILE, profile_of
+from qmix.store.parts import Part, parts_by_header, parts_of, recheck, sweep
 
-WINDOW_BYTES = 2 * PIECE_BYTES
-WINDOWS = 4  # in memory
 MISSING = "missing"
 STRANGE = "a file beside the store's own"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Bytes of a weight file that have one checksum; `unit` is as StoreWriter names it."""
-
-    file: str
-    unit: str
-    what: str
-    offset: int
-    nbytes: int
-    checksum: str | None
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.nbytes
-
-
-@dataclass(frozen=True, slots=True)
 class Damage:
-    """Something of a store that is not as it was made. `part` is None where it is no part of the weights."""
+    """Something of a store that is not as it was made. `part` is None where it is not a part of a weight file."""
 
     file: str
     what: str
@@ -80,13 +52,14 @@ class Damage:
         return f"{self.file}: {self.what}{place}: {self.why}"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the damage as it stands in `qmix verify --json`; `bytes` are the first and the last."""
         place = None if self.part is None else [self.part.offset, self.part.end - 1]
         return {"file": self.file, "what": self.what, "bytes": place, "why": self.why}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result. `parts` were compared, of `nbytes` in all; `unchecked` are files that nothing is known about."""
+    """The result. `parts` were compared, `nbytes` in all; nothing is known about the files `unchecked`."""
 
     directory: Path
     parts: int
@@ -98,15 +71,16 @@ class Verification:
 
     @property
     def is_lost(self) -> bool:
-        """Return true if the manifest is damaged: then nothing says what the rest should be."""
+        """Return whether the manifest is damaged: then nothing says what the rest should be."""
         return any(damage.file == MANIFEST for damage in self.damages)
 
     @property
     def rate(self) -> float:
-        """Bytes/s."""
+        """Return bytes/s."""
         return self.nbytes / self.seconds
 
     def to_json(self) -> dict[str, Any]:
+        """Return the result as `qmix verify --json` writes it."""
         return {
             "schema": "qmix-verify-1",
             "store": str(self.directory),
@@ -121,7 +95,7 @@ class Verification:
 
 
 def verify_store(directory: Path, on_progress: OnProgress = ignore, layout: StoreLayout | None = None) -> Verification:
-    """Read all of a store; `layout` is for one whose config cannot tell. Raises StoreError where it is no store."""
+    """Verify a whole store; `layout` replaces the one from its config. Raises StoreError where it is not a store."""
     started = time.perf_counter()
     if not (directory / MANIFEST).is_file():
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing); name a store's directory")
@@ -146,12 +120,8 @@ def verify_store(directory: Path, on_progress: OnProgress = ignore, layout: Stor
 
 
 def _small_files(directory: Path, content: dict[str, Any], found: Manifest) -> tuple[list[Damage], int]:
-    """Compare what the manifest knows of small files, and count them; people may edit some."""
-    if content["format_version"] == 1:
-        known = {CONFIG: content["checksums"].get("config")}
-    else:
-        known = dict(found.checksums.files)
-    damages = []
+    """Return the damages of small files, except those that may be edited, and how many files were compared."""
+    known, damages = small_digests(content, found), []
     for name, want in known.items():
         path = directory / name
         try:
@@ -169,11 +139,6 @@ def _small_files(directory: Path, content: dict[str, Any], found: Manifest) -> t
     return damages, len(known)
 
 
-def small_digest(content: dict[str, Any], data: bytes) -> str:
-    """Return the checksum by which a manifest of this content knows a small file."""
-    return xxhash.xxh3_64_hexdigest(data) if content["format_version"] == 1 else file_digest(data)
-
-
 def _profile(directory: Path, layout: StoreLayout, content: dict[str, Any]) -> list[Damage]:
     path = directory / PROFILE
     try:
@@ -186,7 +151,7 @@ def _profile(directory: Path, layout: StoreLayout, content: dict[str, Any]) -> l
 def _weight_files(
     directory: Path, found: Manifest, layout: StoreLayout | None
 ) -> tuple[list[Damage], list[Part], tuple[str, ...]]:
-    """Return what is wrong with the files as such, the parts to be compared, and files whose parts are not known."""
+    """Return the damages of whole files, the parts to be compared, and the files whose parts are not known."""
     damages: list[Damage] = []
     parts = [] if layout is None else parts_of(layout, found)
     unchecked: list[str] = []
@@ -198,7 +163,7 @@ def _weight_files(
             damages += _outside(directory / name, known[name])
         else:
             try:
-                parts += _parts_by_header(directory / name, None if index == 0 else index - 1, found)
+                parts += parts_by_header(directory / name, None if index == 0 else index - 1, found)
             except CheckpointError as error:
                 damages.append(Damage(name, "the header", _reason(error, directory / name)))
                 unchecked.append(name)
@@ -206,7 +171,7 @@ def _weight_files(
 
 
 def _outside(path: Path, layout: FileLayout) -> list[Damage]:
-    """Return what is wrong with a file's length and header."""
+    """Return the damages of a file's length and header."""
     damages = []
     size = path.stat().st_size
     if size != layout.size:
@@ -217,128 +182,17 @@ def _outside(path: Path, layout: FileLayout) -> list[Damage]:
     return damages if why is None else [*damages, Damage(path.name, header.what, why, header)]
 
 
-def parts_of(layout: StoreLayout, found: Manifest) -> list[Part]:
-    units = {place.unit.name: place.unit for place in places(layout).values()}
-    return [_part(unit.file.name, name, unit.offset, unit.nbytes, found) for name, unit in units.items()]
-
-
-def _part(file: str, unit: str, offset: int, nbytes: int, found: Manifest) -> Part:
-    if file == DENSE_FILE:
-        return Part(file, unit, f"the tensor {unit}", offset, nbytes, found.checksums.dense.get(unit))
-    layer, expert = map(int, unit.split("."))
-    checksum = found.checksums.records[layer][expert]
-    return Part(file, unit, f"the record of expert {expert}", offset, nbytes, checksum)
-
-
-def _parts_by_header(path: Path, layer: int | None, found: Manifest) -> list[Part]:
-    """The parts of a file as its own header has them. Raises CheckpointError where that cannot be used."""
-    tensors = read_header(path)
-    if layer is None:
-        dense = (tensors[name] for name in found.checksums.dense if name in tensors)
-        return [_part(path.name, each.name, each.offset, each.nbytes, found) for each in dense]
-    starts: dict[int, int] = {}
-    for tensor in tensors.values():
-        _, expert, *_ = [*tensor.name.split("."), ""]
-        if expert.isdecimal() and not tensor.name.startswith("__pad__"):
-            starts[int(expert)] = min(tensor.offset, starts.get(int(expert), tensor.offset))
-    checksums = dict(enumerate(found.checksums.records)).get(layer, ())
-    ends = [*sorted(starts.values()), path.stat().st_size]
-    return [
-        _part(path.name, f"{layer}.{expert}", start, ends[ends.index(start) + 1] - start, found)
-        for expert, start in starts.items()
-        if expert < len(checksums)
-    ]
-
-
 def _compare(directory: Path, parts: list[Part], on_progress: OnProgress) -> Iterator[Damage]:
-    """Read all parts, the wrong ones twice."""
+    """Read all parts, the wrong ones twice, and yield what is wrong."""
     there = [part for part in parts if (directory / part.file).is_file()]
     done, total = 0, sum(part.nbytes for part in there)
-    for part, well in _swept(directory, sorted(there, key=lambda part: (part.file, part.offset))):
+    for part, well in sweep(directory, there):
         if not well and (why := recheck(directory / part.file, part)) is not None:
             yield Damage(part.file, part.what, why, part)
         done += part.nbytes
         on_progress(Progress(done, total))
 
 
-def recheck(path: Path, part: Part) -> str | None:
-    """Read one part by itself, past the caches, and return what is wrong with it."""
-    digest, position, memory = xxhash.xxh3_64(), part.offset, DirectMemory(min(part.nbytes, PIECE_BYTES))
-    try:
-        file = UncachedFile(path, os.O_RDONLY)
-        with closing(file):
-            while position < part.end:
-                digest.update(file.read(memory, position, min(PIECE_BYTES, part.end - position)))
-                position = min(part.end, position + PIECE_BYTES)
-    except OSError as error:
-        return error.strerror or str(error)
-    except EOFError as error:
-        return f"cut short, the file {error}"
-    return None if digest.hexdigest() == part.checksum else "wrong checksum"
-
-
-def _swept(directory: Path, parts: list[Part]) -> Iterator[tuple[Part, bool]]:
-    """Say of each part, in order of file and offset, whether it was read and is right."""
-    with ExitStack() as stack:
-        reader = stack.enter_context(closing(Reader()))
-        files = {name: stack.enter_context(DirectFile(directory / name)) for name in {part.file for part in parts}}
-        windows = _read(reader, _windows(directory, parts, files))
-        by_file = {name: iter(list(mine)) for name, mine in groupby(parts, key=lambda part: part.file)}
-        for name, mine in groupby(windows, key=lambda window: window[0].path.name):
-            yield from _digested(mine, by_file.pop(name))
-        for left in by_file.values():
-            yield from ((part, False) for part in left)
-
-
-Window = tuple[DirectFile, int, int]  # file, offset, bytes
-
-
-def _windows(directory: Path, parts: Iterable[Part], files: dict[str, DirectFile]) -> Iterator[Window]:
-    """Whole pages that hold the parts; what lies in a last page that is cut short is not among them."""
-    for name, mine in groupby(parts, key=lambda part: part.file):
-        of_file = list(mine)
-        end = min(max(part.end for part in of_file) + PAGE - 1, (directory / name).stat().st_size) // PAGE * PAGE
-        for offset in range(of_file[0].offset // PAGE * PAGE, end, WINDOW_BYTES):
-            yield files[name], offset, min(WINDOW_BYTES, end - offset)
-
-
-def _read(reader: Reader, windows: Iterator[Window]) -> Iterator[tuple[DirectFile, int, int, memoryview | None]]:
-    """Each window with its bytes, good until the next is asked for; None where they could not be read."""
-    free = deque(anonymous_memory(WINDOWS * WINDOW_BYTES).split(WINDOW_BYTES))
-    reading: deque[tuple[Window, torch.Tensor, Read]] = deque()
-    while True:
-        while free and (window := next(windows, None)) is not None:
-            file, offset, nbytes = window
-            memory = free.popleft()
-            read = Read(file, memory[:nbytes], offset, lambda whole: None)
-            reading.append((window, memory, reader.submit(read)))
-        if not reading:
-            return
-        window, memory, read = reading.popleft()
-        yield (*window, None if read.done.exception() else read.view)
-        free.append(memory)
-
-
-def _digested(
-    windows: Iterable[tuple[DirectFile, int, int, memoryview | None]], parts: Iterator[Part]
-) -> Iterator[tuple[Part, bool]]:
-    """Compare a file's parts with its windows, both in order."""
-    part, digest, well = next(parts, None), xxhash.xxh3_64(), True
-    for _, offset, nbytes, data in windows:
-        while part is not None and part.offset < offset + nbytes:
-            if data is None:
-                well = False
-            else:
-                digest.update(data[max(0, part.offset - offset) : part.end - offset])
-            if part.end > offset + nbytes:
-                break
-            yield part, well and digest.hexdigest() == part.checksum
-            part, digest, well = next(parts, None), xxhash.xxh3_64(), True
-    while part is not None:
-        yield part, False
-        part = next(parts, None)
-
-
 def _reason(error: Exception, path: Path) -> str:
-    """An error's message without the file's name before it and the advice behind."""
+    """Return an error's message without the file's name before it and the advice behind it."""
     return str(error).removeprefix(f"{path}: ").split(";")[0]

@@ -142,7 +142,7 @@ def stand_ins() -> Iterator[None]:
             ("qmix.model.attention._kernel_takes", lambda *_: False),
             ("qmix.pool.prefetch.Prefetcher.coming", lambda *_: []),  # guesses are of values
             ("qmix.model.kv_cache.anonymous_memory", _memory),
-            ("qmix.model.gpu.dense.anonymous_memory", _memory),
+            ("qmix.model.dense.anonymous_memory", _memory),
         ):
             stack.enter_context(patch(name, replacement))
         yield

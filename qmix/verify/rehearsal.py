@@ -21,7 +21,7 @@ from qmix.errors import QmixError
 from qmix.geometry import CONFIG_KEYS, Geometry
 from qmix.machine.rates import Rates
 from qmix.model.build import empty_model, load_weights
-from qmix.model.gpu.dense import dense_memory, typed
+from qmix.model.dense import dense_memory, typed
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.model import spread_for

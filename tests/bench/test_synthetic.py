@@ -15,7 +15,8 @@ from stores import files_of, make_store
 
 from qmix.engine.opener import load
 from qmix.geometry import Geometry
-from qmix.store.opened import MANIFEST, ORIGIN, open_store
+from qmix.store.manifest import MANIFEST
+from qmix.store.opened import ORIGIN, open_store
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

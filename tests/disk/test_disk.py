@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qmix.disk import PAGE
-from qmix.disk.direct import DirectMemory, UncachedFile, copied
+from qmix.disk.direct import DirectFile, DirectMemory, copied
 
 # offset and size: whole pages; inside one page; across one border; odd ends on both sides; the end of the file
 RANGES = [(0, 8192), (4096, 4096), (5000, 100), (4000, 200), (3, 12_290), (8191, 8194), (20_000, 5_001)]
@@ -59,7 +59,7 @@ def _is_direct(fd: int) -> bool:
 @pytest.mark.parametrize(("offset", "nbytes"), RANGES)
 def test_reads_give_what_lies_there(disk: Path, content: bytes, offset: int, nbytes: int) -> None:
     (disk / "f").write_bytes(content)
-    file = UncachedFile(disk / "f", os.O_RDONLY)
+    file = DirectFile(disk / "f", os.O_RDONLY)
     memory = DirectMemory(nbytes)
     assert bytes(file.read(memory, offset, nbytes)) == content[offset : offset + nbytes]
     file.close()
@@ -68,7 +68,7 @@ def test_reads_give_what_lies_there(disk: Path, content: bytes, offset: int, nby
 @pytest.mark.parametrize(("offset", "nbytes"), [(SIZE - 10, 11), (SIZE, 1), (40_960, 4096), (0, SIZE + 1)])
 def test_a_read_beyond_the_end_is_told(disk: Path, content: bytes, offset: int, nbytes: int) -> None:
     (disk / "f").write_bytes(content)
-    file = UncachedFile(disk / "f", os.O_RDONLY)
+    file = DirectFile(disk / "f", os.O_RDONLY)
     with pytest.raises(EOFError):
         file.read(DirectMemory(nbytes), offset, nbytes)
     file.close()
@@ -81,14 +81,14 @@ def test_writes_change_what_they_name_and_nothing_else(
 ) -> None:
     (disk / "f").write_bytes(content)
     data = random.Random(1).randbytes(nbytes)
-    file = UncachedFile(disk / "f", os.O_RDWR | os.O_CREAT)
+    file = DirectFile(disk / "f", os.O_RDWR | os.O_CREAT)
     file.write(copied(np.frombuffer(data, np.uint8), offset) if kind == "in place" else data, offset)
     file.close()
     assert (disk / "f").read_bytes() == content[:offset] + data + content[offset + nbytes :]
 
 
 def test_whole_pages_go_past_the_cache_and_only_they(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = UncachedFile(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    file = DirectFile(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     if not _takes_direct(file):
         pytest.skip("this filesystem has no O_DIRECT")
     seen = []
@@ -108,7 +108,7 @@ def test_a_write_cut_short_goes_on(disk: Path, content: bytes, monkeypatch: pyte
     """A signal or a filling disk may end a write anywhere."""
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: max(1, len(data) // 3)], offset))
-    file = UncachedFile(disk / "f", os.O_RDWR | os.O_CREAT)
+    file = DirectFile(disk / "f", os.O_RDWR | os.O_CREAT)
     file.write(copied(np.frombuffer(content, np.uint8), 4096), 4096)
     file.close()
     assert (disk / "f").read_bytes() == bytes(4096) + content
@@ -119,7 +119,7 @@ def test_errors_of_the_disk_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def call(*args):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    file = UncachedFile(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    file = DirectFile(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     monkeypatch.setattr(os, failing, call)
     memory = DirectMemory(8192)
     with pytest.raises(OSError, match="Input/output error"):
@@ -127,5 +127,5 @@ def test_errors_of_the_disk_come_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.close()
 
 
-def _takes_direct(file: UncachedFile) -> bool:
+def _takes_direct(file: DirectFile) -> bool:
     return file._directly(os.pwrite, DirectMemory(PAGE).at(0, PAGE), 0) > 0

@@ -17,8 +17,7 @@ from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.layerwise import LayerwisePass
 from qmix.errors import CheckpointError, QmixError, StoreError, mending
-from qmix.model.build import read_dense
-from qmix.model.gpu.dense import dense_memory, fill_from_disk
+from qmix.model.dense import read_dense
 from qmix.model.gpu.devices import open_devices
 from qmix.store.opened import Store, open_store
 from qmix.store.profile import write_profile
@@ -93,12 +92,12 @@ def test_a_record_that_is_wrong_twice_is_told_with_its_bytes(store, befall):
     )
 
 
-def fill(store: Store) -> None:
+def read_to_device(store: Store) -> None:
     host = open_devices([])["cpu"]
-    fill_from_disk(store, dense_memory(store, lambda name: host))
+    read_dense(store, lambda name: host)
 
 
-@pytest.mark.parametrize("read", [read_dense, fill])
+@pytest.mark.parametrize("read", [read_dense, read_to_device])
 @pytest.mark.parametrize("code", [errno.EIO, 0])
 def test_dense_weights_are_read_once_more(store, befall, read, code):
     info = store.layout.dense.tensors["model.norm.weight"]

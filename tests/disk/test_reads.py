@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qmix.disk import reads as reading
-from qmix.disk.files import DirectFile, anonymous_memory
+from qmix.disk.direct import DirectFile, huge_pages
 from qmix.disk.reads import Read, Reader
 from qmix.errors import StoreError
 
@@ -39,7 +39,7 @@ class Slow:
 
 
 def read_of(file, pages, offset=0, check=lambda whole: None):
-    return Read(file, anonymous_memory(pages * 4096), offset * 4096, check)
+    return Read(file, huge_pages(pages * 4096), offset * 4096, check)
 
 
 def test_every_piece_lands_in_its_place(file):
@@ -104,7 +104,7 @@ def test_what_the_check_raises_the_read_raises(file):
 
 
 def test_a_failed_piece_fails_the_read_when_all_are_over(file):
-    with closing(Reader(2)) as reader, pytest.raises(StoreError, match="cut short"):
+    with closing(Reader(2)) as reader, pytest.raises(EOFError, match="ends at byte 40960"):
         reader.submit(read_of(file, 4, offset=8)).done.result()
 
 

@@ -228,7 +228,7 @@ def test_a_generation_config_that_cannot_be_used_is_named_and_nothing_stays_open
 def test_a_rope_that_transformers_does_not_know_is_named(tmp_path):
     strange = {"rope_theta": 1e4, "rope_type": "bogus"}
     store = make_store(make_checkpoint(tmp_path / "checkpoint", rope_parameters=strange), tmp_path / "store")
-    with pytest.raises(StoreError, match=r"config\.json: transformers does not take it"):
+    with pytest.raises(StoreError, match=r"config\.json: transformers refuses it"):
         make_model(store)
 
 

@@ -47,12 +47,12 @@ REFUSED = {
     "bos token": ("config.json", {"bos_token_id": "<s>"}, "bos_token_id"),
     "rope type": ("config.json", rope(rope_type="nonsense"), "there is no 'nonsense'"),
     "rope list": ("config.json", {"rope_parameters": [1]}, "rope_parameters"),
-    "rope theta": ("config.json", rope(rope_theta=0), "frequencies that are no numbers"),
-    "rope theta below": ("config.json", rope(rope_theta=-5), "frequencies that are no numbers"),
+    "rope theta": ("config.json", rope(rope_theta=0), "frequencies that are not finite"),
+    "rope theta below": ("config.json", rope(rope_theta=-5), "frequencies that are not finite"),
     "rope theta null": ("config.json", rope(rope_theta=None), "NoneType"),
     "rope factor": ("config.json", rope(rope_type="linear", factor="a"), "str"),
     "yarn": ("config.json", rope(rope_type="yarn"), "factor"),
-    "activation": ("config.json", {"hidden_act": "nope"}, "hidden_act 'nope' is no activation that transformers has"),
+    "activation": ("config.json", {"hidden_act": "nope"}, "hidden_act 'nope' is not an activation of transformers"),
     "activation type": ("config.json", {"hidden_act": 3}, "hidden_act"),
     "temperature": ("generation_config.json", {"temperature": "warm"}, "temperature"),
     "top p": ("generation_config.json", {"top_p": [0.9]}, "top_p"),
@@ -95,7 +95,7 @@ def test_nothing_is_quantised_then(qmix, first_use, model: Path, case: str, comm
 def test_params_of_a_release_are_named(tmp_path: Path) -> None:
     directory = write_mistral(tmp_path / "m", random_weights(TINY_CONFIG), TINY_CONFIG)
     changed(directory / "params.json", rope_theta=0)
-    with pytest.raises(CheckpointError, match=rf"^{directory}/params.json: transformers does not take it"):
+    with pytest.raises(CheckpointError, match=rf"^{directory}/params.json: transformers refuses it"):
         check_usable(open_checkpoint(LocalSource(directory)), "bf16")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_pool, make_store
 
-from qmix.disk.files import DirectFile
+from qmix.disk.direct import DirectFile
 from qmix.errors import Cancelled, StoreError
 from qmix.pool.eviction import LeastRecentlyUsed, UsesPerTime
 from qmix.pool.experts import ExpertPool

@@ -25,7 +25,8 @@ from qmix.kernels.packing import BLOCK
 from qmix.model.kv_file import kv_identity
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.round_trip import round_trip
-from qmix.store.opened import open_store, sealed
+from qmix.store.manifest import sealed
+from qmix.store.opened import open_store
 from qmix.store.sources import layout_for
 
 KINDS = ("nf4", "fp4")

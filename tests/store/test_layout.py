@@ -215,11 +215,11 @@ def test_a_precision_spec_names_every_expert(spec: str, table: str) -> None:
         ("NF4", "'NF4' is not a precision"),
         ("0.*=int8", "'0.*=int8' is not a precision"),
         ("nf4,0.*=int4", "'int4' is not a precision"),
-        ("nf4,0.*", "'0.*' is no rule; write LAYER.EXPERT=PRECISION"),
-        ("nf4,", "'' is no rule; write LAYER.EXPERT=PRECISION"),
-        ("nf4,2.*=int8", "'2.*=int8' names no expert"),
-        ("nf4,0.4=int8", "'0.4=int8' names no expert"),
-        ("nf4,=int8", "'=int8' names no expert"),
+        ("nf4,0.*", "'0.*' is not a rule; write LAYER.EXPERT=PRECISION"),
+        ("nf4,", "'' is not a rule; write LAYER.EXPERT=PRECISION"),
+        ("nf4,2.*=int8", "'2.*=int8' matches no expert"),
+        ("nf4,0.4=int8", "'0.4=int8' matches no expert"),
+        ("nf4,=int8", "'=int8' matches no expert"),
     ],
 )
 def test_a_spec_that_says_nothing_is_refused(spec: str, message: str) -> None:

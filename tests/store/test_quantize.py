@@ -11,11 +11,15 @@ from checkpoints import TINY_CONFIG, make_checkpoint, random_weights, write_chec
 from safetensors.torch import load_file
 from stores import files_of, make_store
 
+from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.source import LocalSource
 from qmix.errors import CheckpointError
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.progress import Progress
-from qmix.store import quantize as quantizing
+from qmix.store import weight_run
 from qmix.store.opened import Store, open_store
+from qmix.store.quantize import quantize
+from qmix.store.sources import layout_for
 
 # hidden and intermediate size: packed; w2 alone not packed; short last blocks; an odd number of weights
 SIZES = [(64, 128), (64, 96), (36, 50), (33, 35)]
@@ -131,10 +135,10 @@ def test_the_size_of_chunks_changes_nothing(
     checkpoint = write_mistral(tmp_path / "m", random_weights(config), config)
     spec = "nf4,*.1=int8,*.2=half"
     make_store(checkpoint, tmp_path / "whole", spec)
-    monkeypatch.setattr(quantizing, "CHUNK_WEIGHTS", chunk)
+    monkeypatch.setattr(weight_run, "CHUNK_WEIGHTS", chunk)
     reads = []
-    rows = quantizing.WeightFile.rows
-    monkeypatch.setattr(quantizing.WeightFile, "rows", lambda *args: reads.append(args) or rows(*args))
+    rows = weight_run.WeightFile.rows
+    monkeypatch.setattr(weight_run.WeightFile, "rows", lambda *args: reads.append(args) or rows(*args))
     make_store(checkpoint, tmp_path / "chunked", spec)
     assert files_of(tmp_path / "chunked") == files_of(tmp_path / "whole")
     assert len(reads) > 22  # as many weights as there are
@@ -154,13 +158,9 @@ def test_the_store_brings_the_models_own_small_files(tmp_path: Path, tiny: Path)
 
 
 def test_progress_counts_the_checkpoints_bytes_up_to_all_of_them(tmp_path: Path) -> None:
-    from qmix.checkpoint import open_checkpoint
-    from qmix.checkpoint.source import LocalSource
-    from qmix.store.sources import layout_for
-
     checkpoint = open_checkpoint(LocalSource(make_checkpoint(tmp_path / "m", shards=3)))
     seen: list[Progress] = []
-    quantizing.quantize(checkpoint, tmp_path / "s", layout_for(checkpoint, None, None), seen.append)
+    quantize(checkpoint, tmp_path / "s", layout_for(checkpoint, None, None), seen.append)
     nbytes = sum(weight.nbytes for weight in random_weights(TINY_CONFIG).values())
     assert {progress.total for progress in seen} == {nbytes}
     assert seen[-1].done == nbytes

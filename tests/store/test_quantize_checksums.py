@@ -11,10 +11,11 @@ from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from stores import interrupt_store, make_store
 
 from qmix.checkpoint.safetensors_header import TensorInfo
-from qmix.store import quantize as quantizing
+from qmix.store import weight_run
 from qmix.store.layout import FileLayout
 from qmix.store.opened import Store
-from qmix.store.writer import RunningDigest, StoreWriter, Unit
+from qmix.store.places import RunningDigest, Unit
+from qmix.store.writer import StoreWriter
 
 SPEC = "nf4,0.*=int8,*.2=half"
 CONFIG = TINY_CONFIG | {"intermediate_size": 96}
@@ -60,7 +61,7 @@ def read_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         StoreWriter, "digest", lambda self, unit, memory: seen.append(unit.name) or digest(self, unit, memory)
     )
-    monkeypatch.setattr(quantizing, "CHUNK_WEIGHTS", 2048)
+    monkeypatch.setattr(weight_run, "CHUNK_WEIGHTS", 2048)
     return seen
 
 

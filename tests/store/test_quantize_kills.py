@@ -17,7 +17,7 @@ from killed_runs import Runs
 from stores import files_of, journaled, make_store
 
 from qmix.errors import StoreError
-from qmix.store import quantize as quantizing
+from qmix.store import weight_run
 from qmix.store.opened import open_store
 
 SPEC = "nf4,0.*=int8,*.2=half"
@@ -95,7 +95,7 @@ def test_a_run_killed_between_the_rename_and_the_end_left_a_whole_store(
     assert runs(checkpoint, store, SPEC, at="after the rename") == -9
     assert files_of(store).keys() == whole.keys() | {"journal.jsonl"}
     assert open_store(store).directory == store
-    monkeypatch.setattr(quantizing, "WeightFile", None)  # nothing is read again
+    monkeypatch.setattr(weight_run, "WeightFile", None)  # nothing is read again
     make_store(checkpoint, store, SPEC)
     assert files_of(store) == whole
 
@@ -116,11 +116,11 @@ def test_a_torn_last_line_of_the_journal_is_dropped(
 SLOW_COMMAND = """
 import sys, time
 from pathlib import Path
-from qmix.store import quantize
+from qmix.store import weight_run
 from qmix.store import writer as store_writer
 import cli
-quantize.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = 2048, 0
-rows, journal = quantize.WeightFile.rows, Path(sys.argv[-3] + ".partial") / "journal.jsonl"
+weight_run.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = 2048, 0
+rows, journal = weight_run.WeightFile.rows, Path(sys.argv[-3] + ".partial") / "journal.jsonl"
 
 def slow(*args):
     while journal.exists() and len(journal.read_text().splitlines()) > 5:
@@ -128,7 +128,7 @@ def slow(*args):
     time.sleep(0.01)  # so that the journal is written between two of them
     return rows(*args)
 
-quantize.WeightFile.rows = slow
+weight_run.WeightFile.rows = slow
 cli.main()
 """
 

@@ -18,8 +18,9 @@ from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.hub import HubRepo
 from qmix.checkpoint.source import HubSource, LocalSource
 from qmix.progress import Progress
-from qmix.store import quantize as quantizing
+from qmix.store import weight_run
 from qmix.store.opened import ORIGIN
+from qmix.store.quantize import quantize
 from qmix.store.sources import layout_for
 
 SPEC = "nf4,0.*=int8,*.2=half"
@@ -41,13 +42,13 @@ def whole(checkpoint: Path, tmp_path_factory) -> dict[str, bytes]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The weight of every chunk that is read."""
     seen: list[str] = []
-    rows = quantizing.WeightFile.rows
+    rows = weight_run.WeightFile.rows
     monkeypatch.setattr(
-        quantizing.WeightFile,
+        weight_run.WeightFile,
         "rows",
         lambda self, weight, *more: seen.append(weight.key) or rows(self, weight, *more),
     )
-    monkeypatch.setattr(quantizing, "CHUNK_WEIGHTS", 2048)
+    monkeypatch.setattr(weight_run, "CHUNK_WEIGHTS", 2048)
     return seen
 
 
@@ -60,10 +61,10 @@ def test_weights_that_were_finished_are_not_read_again(
     assert not store.exists()
     first, done = set(reads), journaled(store)
     assert done <= first
-    assert len(first - done) <= quantizing.IN_FLIGHT + 1
+    assert len(first - done) <= weight_run.IN_FLIGHT + 1
     reads.clear()
     seen: list[Progress] = []
-    quantizing.quantize(opened, store, layout_for(opened, SPEC, None), seen.append)
+    quantize(opened, store, layout_for(opened, SPEC, None), seen.append)
     assert set(reads) == opened.weights.keys() - done
     assert files_of(store) == whole
     finished = sum(opened.weights[key].rows * opened.weights[key].cols * 2 for key in done)
@@ -89,7 +90,7 @@ def test_a_file_is_released_when_its_weights_are_noted_even_by_an_earlier_run(ch
             interrupt_store(checkpoint, store, SPEC, after=30)  # of 39 weights in three files
         source = Releasing(checkpoint, store)
         opened = open_checkpoint(source)
-        quantizing.quantize(opened, store, layout_for(opened, SPEC, None))
+        quantize(opened, store, layout_for(opened, SPEC, None))
         assert list(source.released) == opened.files
         for file, noted in source.released.items():
             assert noted >= {weight.key for weight in opened.of_file(file)}

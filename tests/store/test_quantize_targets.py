@@ -16,8 +16,8 @@ from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.errors import StoreError
 from qmix.progress import Progress
-from qmix.store import quantize as quantizing
 from qmix.store.opened import open_store, partial_directory
+from qmix.store.quantize import quantize
 from qmix.store.sources import layout_for
 from qmix.units import format_bytes
 
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_on_the_way_stops_the_run_and_loses_nothing(
             filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
 
     with pytest.raises(StoreError) as caught:
-        quantizing.quantize(opened, store, layout, fill)
+        quantize(opened, store, layout, fill)
     assert str(caught.value) == (
         f"{store}: the disk is full; the store takes {layout.total_bytes / 1000:.0f} kB in all. "
         "Free some space and run the same command: it goes on where it was"

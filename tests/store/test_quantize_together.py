@@ -17,18 +17,18 @@ LIMIT_SECONDS = 120
 HELD = """
 import sys, time
 from pathlib import Path
-from qmix.store import quantize
+from qmix.store import weight_run
 from qmix.store import writer as store_writer
 import cli
-quantize.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = 2048, 0
-rows, calls, gate = quantize.WeightFile.rows, iter(range(10**9)), Path(sys.argv.pop(1))
+weight_run.CHUNK_WEIGHTS, store_writer.FLUSH_SECONDS = 2048, 0
+rows, calls, gate = weight_run.WeightFile.rows, iter(range(10**9)), Path(sys.argv.pop(1))
 
 def held(*args):
     while next(calls) > 40 and not gate.exists():
         time.sleep(0.01)
     return rows(*args)
 
-quantize.WeightFile.rows = held
+weight_run.WeightFile.rows = held
 """
 COMMAND = HELD + "cli.main()"
 FIRST_USE = """

@@ -16,8 +16,9 @@ from stores import make_model, make_pool, make_store
 
 from qmix.errors import REMAKE, StoreError, mending
 from qmix.geometry import Geometry
-from qmix.model.build import read_dense
-from qmix.store.opened import Store, open_store, sealed
+from qmix.model.dense import read_dense
+from qmix.store.manifest import sealed
+from qmix.store.opened import Store, open_store
 
 SPEC = "nf4,1.*=int8,*.3=half"
 LAYER = "experts-00001.safetensors"
@@ -184,7 +185,7 @@ def test_a_file_that_is_cut_short_after_it_was_opened_is_found_when_it_is_read(s
         assert str(store / name) in refusal(lambda read=read: read(opened))
 
 
-UNKNOWN = f"names a precision or a dtype that there is none of; {REMAKE}"
+UNKNOWN = f"unknown precision or dtype; {REMAKE}"
 MANIFESTS = {
     "no JSON": (
         lambda path: path.write_text("{"),

@@ -13,7 +13,8 @@ from stores import make_store
 
 from qmix.errors import StoreError
 from qmix.evaluate.results import Results, identity
-from qmix.store.opened import EDITABLE, RESTORE, WITHOUT, file_digest, open_store, put_profile, sealed
+from qmix.store.manifest import EDITABLE, file_digest, sealed
+from qmix.store.opened import RESTORE, WITHOUT, open_store, put_profile
 from qmix.store.profile import Profile
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")

@@ -214,7 +214,7 @@ def test_text_is_bounded_and_utf8_whatever_ends_its_lines(tmp_path: Path) -> Non
 
 
 def test_half_of_a_surrogate_pair_is_called_so() -> None:
-    with pytest.raises(UsageError, match="f: invalid JSON: half of a surrogate pair, which is no text"):
+    with pytest.raises(UsageError, match="f: invalid JSON: half of a surrogate pair is not text"):
         decode_json(b'{"x": "\\ud800"}', dict[str, Any], "f", UsageError)
 
 
