@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qmix.engine.layerwise import CHUNK, RouterOutput
+from qmix.engine.layerwise import CHUNK, Observer, RouterOutput
 from qmix.geometry import Geometry
 from qmix.pool.prefetch import DEPTH, EMBEDDING, Prefetcher
 
@@ -70,7 +70,7 @@ def _rounded(values: Shares) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
-class RoutingRecorder:
+class RoutingRecorder(Observer):
     """An observer of a layer-wise pass over sequences, each in a language; `norms` [L, H] and `gates` [L, E, H]."""
 
     def __init__(
@@ -114,9 +114,6 @@ class RoutingRecorder:
         for depth, guesses in self._guesses.pop(layer, []):
             self._guessed[layer, depth - 1] = _share_found(chosen, guesses)
         self._guess(layer, states)
-
-    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
-        pass
 
     def result(self) -> RoutingStatistics:
         tokens = {name: int(mine.sum()) for name, mine in self._of_language.items()}

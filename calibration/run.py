@@ -12,7 +12,9 @@ from calibration.corpus import Passage
 from calibration.routing import RoutingRecorder, RoutingStatistics
 from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
 from qmix.checkpoint import Checkpoint
-from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import run_layers
+from qmix.engine.passes import plain_pass
 from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
 from qmix.pool.prefetch import DEPTH
@@ -109,11 +111,11 @@ def calibrate(
     geometry = checkpoint.geometry
     sequences = [passage.ids for passage in passages]
     languages = [passage.language or UNKNOWN for passage in passages]
-    with LayerwisePass(checkpoint, dtype, [half(checkpoint, dtype)], on_progress) as layers:
-        recorder = RoutingRecorder(geometry, *layers.routers(), sequences, languages)
-        meter = SensitivityMeter(geometry, layers.activation)
-        layers.run(sequences, [recorder, meter])
-        fingerprint = layers.fingerprint()
+    with CheckpointWeights(checkpoint, dtype, [half(checkpoint, dtype)], on_progress) as weights:
+        recorder = RoutingRecorder(geometry, *weights.routers(), sequences, languages)
+        meter = SensitivityMeter(geometry, weights.activation)
+        run_layers(weights, plain_pass(sequences), [recorder, meter])
+        fingerprint = weights.fingerprint()
     name = Path(checkpoint.source.name).absolute().name
     model = name, fingerprint, geometry, dtype
     return Calibration(*model, recorder.result(), meter.errors, meter.sampled, budget)

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from qmix.engine.layerwise import RouterOutput
+from qmix.engine.layerwise import Observer, RouterOutput
 from qmix.geometry import Geometry
 from qmix.kernels.packing import BLOCK
 from qmix.precision.round_trip import round_trip
@@ -58,7 +58,7 @@ class _Sample:
 
 
 @dataclass
-class SensitivityMeter:
+class SensitivityMeter(Observer):
     """An observer of a layer-wise pass that measures every expert in some ways to hold it."""
 
     geometry: Geometry
@@ -73,9 +73,6 @@ class SensitivityMeter:
         layers, experts = self.geometry.num_layers, self.geometry.num_experts
         self.errors = {kind.name: [[0.0] * experts for _ in range(layers)] for kind in self.kinds}
         self.sampled = [[0] * experts for _ in range(layers)]
-
-    def embedded(self, stream: torch.Tensor) -> None:
-        pass
 
     def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
         for index in range(self.geometry.num_experts):

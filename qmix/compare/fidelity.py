@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import logits, run_layers
+from qmix.engine.passes import plain_pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +54,18 @@ class Scores:
         return Fidelity(self.name, self.expert_bytes, perplexity, kl.mean().item(), error, p99, worst, top1)
 
 
-def score(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+def score(weights: CheckpointWeights, sequences: Sequence[Sequence[int]]) -> list[Scores]:
     """Return what each variant makes of each predicted token, the first variant being the reference."""
-    hidden = layers.run(sequences)
-    ids = torch.tensor([token for sequence in sequences for token in sequence])
-    ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0) - 1
-    predicting = torch.ones(len(ids), dtype=torch.bool)
-    predicting[ends] = False  # a window's last token is followed by nothing that it saw
-    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in layers.variants]
-    for rows, *logits in layers.logits(hidden, predicting.nonzero()[:, 0]):
-        targets = ids[rows + 1]
-        reference = logits[0].log_softmax(-1)
-        for tokens, each in zip(found, logits, strict=True):
-            tokens.append(_tokens(reference, each.log_softmax(-1), targets))
+    part = plain_pass(sequences)
+    targets = torch.from_numpy(part.targets)
+    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in weights.variants]
+    for some, scores in logits(weights, run_layers(weights, part), torch.from_numpy(part.rows)):
+        reference = scores[0].log_softmax(-1)
+        for tokens, each in zip(found, scores, strict=True):
+            tokens.append(_tokens(reference, each.log_softmax(-1), targets[some]))
     return [
         Scores(variant.name, variant.nbytes, *map(torch.cat, zip(*tokens, strict=True)))
-        for variant, tokens in zip(layers.variants, found, strict=True)
+        for variant, tokens in zip(weights.variants, found, strict=True)
     ]
 
 
@@ -79,6 +77,6 @@ def _tokens(reference: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor
     return kl, surprise, reference.argmax(-1) == scores.argmax(-1)
 
 
-def compare(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
+def compare(weights: CheckpointWeights, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
     """Each variant beside the first, which is the reference and comes first in the result."""
-    return [scores.fidelity() for scores in score(layers, sequences)]
+    return [scores.fidelity() for scores in score(weights, sequences)]

@@ -7,8 +7,9 @@ before it did not have: choices of a question share its context, and questions a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -37,8 +38,11 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """`count` rows of a pass, a sequence's tokens from `position` on; those before are the sequence's before it."""
+class PathSegment:
+    """`count` rows of a pass: a sequence's tokens from `position` on. The sequence before has those below `position`.
+
+    A sequence that shares nothing begins at position 0.
+    """
 
     position: int
     count: int
@@ -62,7 +66,7 @@ class Pass:
     """
 
     tokens: np.ndarray
-    segments: tuple[Segment, ...]
+    segments: tuple[PathSegment, ...]
     rows: np.ndarray
     targets: np.ndarray
     queries: np.ndarray
@@ -93,7 +97,7 @@ def make_pass(queries: Sequence[Query]) -> Pass:
         shared = _common(before, ids)
         if new := len(ids) - shared:
             tokens.append(ids[shared:])
-            segments.append(Segment(shared, new))
+            segments.append(PathSegment(shared, new))
         path = np.concatenate((path[:shared], np.arange(count, count + new)))
         count, before = count + new, ids
         rows.append(path[-len(asked) :])
@@ -101,6 +105,39 @@ def make_pass(queries: Sequence[Query]) -> Pass:
     owners = np.repeat(np.arange(len(queries)), [len(asked) for asked in targets])
     flat = [np.concatenate(parts).astype(np.int64) for parts in (tokens, rows, targets)]
     return Pass(flat[0], tuple(segments), flat[1], flat[2], owners)
+
+
+def plain_pass(sequences: Sequence[Sequence[int]]) -> Pass:
+    """Return the pass of whole sequences, of which none shares a prefix; each token predicts the next one."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    tokens = np.fromiter(chain.from_iterable(sequences), np.int64, lengths.sum())
+    predicts = np.ones(len(tokens), bool)
+    predicts[lengths.cumsum() - 1] = False  # a sequence's last token is followed by another sequence
+    (rows,) = predicts.nonzero()
+    segments = tuple(PathSegment(0, length) for length in lengths.tolist())
+    return Pass(tokens, segments, rows, tokens[rows + 1], np.repeat(np.arange(len(sequences)), lengths - 1))
+
+
+def chunks(segments: Sequence[PathSegment], limit: int | None) -> Iterator[tuple[slice, list[PathSegment]]]:
+    """Cut the rows of a pass into chunks of `limit`; yield each with the segments, or parts of segments, in it.
+
+    Without a limit each segment is a chunk, and must be a whole sequence.
+    """
+    start, count = 0, 0
+    pieces: list[PathSegment] = []
+    for segment in segments:
+        assert limit or not segment.position
+        position, left = segment.position, segment.count
+        full = limit or left
+        while left:
+            taken = min(left, full - count)
+            pieces.append(PathSegment(position, taken))
+            position, left, count = position + taken, left - taken, count + taken
+            if count == full:
+                yield slice(start, start + count), pieces
+                start, count, pieces = start + count, 0, []
+    if pieces:
+        yield slice(start, start + count), pieces
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:

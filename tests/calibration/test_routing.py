@@ -17,7 +17,8 @@ from calibration.run import calibrate
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.layerwise import LayerwisePass, RouterOutput
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import RouterOutput
 from qmix.geometry import Geometry
 
 SMALL = Geometry(2, 4, 2, 1, 1, 2, 3, 1, 8, 16)  # hidden 2, two layers of three experts, one a token
@@ -88,13 +89,13 @@ def test_it_is_what_transformers_routes(tiny):
 
 def test_each_expert_is_read_once_for_all_text(tiny, monkeypatch):
     read: Counter[str] = Counter()
-    weight = LayerwisePass.weight
+    weight = CheckpointWeights.weight
 
-    def counted(layers: LayerwisePass, key: str) -> torch.Tensor:
+    def counted(weights: CheckpointWeights, key: str) -> torch.Tensor:
         read[key] += 1
-        return weight(layers, key)
+        return weight(weights, key)
 
-    monkeypatch.setattr(LayerwisePass, "weight", counted)
+    monkeypatch.setattr(CheckpointWeights, "weight", counted)
     checkpoint = open_checkpoint(LocalSource(tiny))
     calibrate(checkpoint, "bf16", [Passage("en", list(range(5, 405))), Passage("fr", list(range(700, 900)))])
     experts = {

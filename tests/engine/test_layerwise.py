@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import check_memory, memory_needed, run_layers
+from qmix.engine.layerwise import logits as logits_of
+from qmix.engine.passes import plain_pass
 from qmix.engine.variants import Quantised, Stored
 from qmix.errors import DoesNotFitError, StoreError
 from qmix.store.sources import layout_for
@@ -30,8 +33,8 @@ def variant(checkpoint, spec: str, clip: bool = False) -> Quantised:
 def logits(checkpoint, variants, sequences=SEQUENCES) -> list[torch.Tensor]:
     """Of each variant at every place, [T, V]."""
     rows = torch.arange(sum(map(len, sequences)))
-    with LayerwisePass(checkpoint, checkpoint.half_dtype, variants) as layers:
-        chunks = [scores for _, *scores in layers.logits(layers.run(sequences), rows)]
+    with CheckpointWeights(checkpoint, checkpoint.half_dtype, variants) as weights:
+        chunks = [scores for _, scores in logits_of(weights, run_layers(weights, plain_pass(sequences)), rows)]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
@@ -87,13 +90,13 @@ def test_sequences_do_not_see_each_other(checkpoint):
 
 def test_every_weight_is_read_once(checkpoint, monkeypatch):
     read: Counter[str] = Counter()
-    weight = LayerwisePass.weight
+    weight = CheckpointWeights.weight
 
     def counting(self, key):
         read[key] += 1
         return weight(self, key)
 
-    monkeypatch.setattr(LayerwisePass, "weight", counting)
+    monkeypatch.setattr(CheckpointWeights, "weight", counting)
     logits(checkpoint, [variant(checkpoint, "half"), variant(checkpoint, "nf4")])
     assert read == Counter(dict.fromkeys(checkpoint.weights, 1))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.passes import Query, Segment, make_pass, spans
+from qmix.engine.passes import PathSegment, Query, make_pass, spans
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.evaluate.card import CARD, CARD_AVERAGE, card_rows
 from qmix.geometry import Geometry
@@ -35,7 +35,7 @@ def test_a_context_and_equal_inputs_are_computed_once():
     asked = queries(([1, 2, 3], [7]), ([1, 2, 3], [8]), ([1, 2, 4, 5], [5, 6]), ([1, 2, 4, 9], [9, 6]))
     found = make_pass(asked)
     assert found.tokens.tolist() == [1, 2, 3, 4, 5, 9]
-    assert found.segments == (Segment(0, 3), Segment(2, 2), Segment(3, 1))
+    assert found.segments == (PathSegment(0, 3), PathSegment(2, 2), PathSegment(3, 1))
     assert found.rows.tolist() == [2, 2, 3, 4, 3, 5]
     assert found.targets.tolist() == [7, 8, 5, 6, 9, 6]
     assert found.queries.tolist() == [0, 1, 2, 2, 3, 3]
