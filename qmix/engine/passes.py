@@ -1,8 +1,8 @@
-"""Sequences of tokens in passes, what they begin with in common computed once. Loads no torch.
+"""Sequences of tokens as passes that compute shared prefixes once. Loads no torch.
 
-Sorted, sequences are the paths of a prefix tree in depth-first order: each has in common with the one before it all
-that it has in common with any before it. A pass takes neighbours, and of each sequence only the tokens that the one
-before it did not have: choices of a question share its context, and questions a prompt's examples.
+Sorted sequences are the paths of a prefix tree in depth-first order: the longest prefix that a sequence shares with
+any earlier one, it shares with the one directly before it. A pass takes neighbouring sequences, and of each only the
+tokens after that shared prefix. So the choices of a question share its context, and questions a prompt's examples.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from itertools import chain
 
 import numpy as np
 
-TOKEN = ">u4"  # as bytes, sequences of these sort like sequences of numbers
+TOKEN = ">u4"  # big-endian: byte strings sort like the sequences of numbers
 TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Query:
-    """How likely `targets` are: `inputs` go through the model, each of the last len(targets) predicts one of them.
+    """A request for the probability of `targets`; each of the last len(targets) tokens of `inputs` predicts one.
 
-    Both are token ids in TOKEN's form: a large evaluation holds a hundred million of them.
+    Both hold token ids as bytes of type TOKEN: a large evaluation keeps a hundred million of them in memory.
     """
 
     inputs: bytes
@@ -50,7 +50,7 @@ class PathSegment:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The queries [first, last) of a sorted list, and the rows that they take."""
+    """The queries [first, last) of a sorted list, and the number of rows in their pass."""
 
     first: int
     last: int
@@ -59,10 +59,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What goes through the model at once.
+    """Tokens that go through the model together, and the predictions to look at.
 
-    `tokens` [N] are the rows, in `segments`; `rows` and `targets` [P] are the places where a token is asked for, of
-    query `queries` [P], counted from the pass's first.
+    tokens    [N]: one row each, in `segments`
+    rows      [P]: the row that predicts
+    targets   [P]: the token that it predicts
+    queries   [P]: the query, or sequence, of the prediction, counted from the pass's first
     """
 
     tokens: np.ndarray
@@ -73,7 +75,7 @@ class Pass:
 
 
 def spans(queries: Sequence[Query], limit: int) -> list[Span]:
-    """Sorted queries cut into passes of at most `limit` rows; none is longer by itself."""
+    """Cut sorted queries into passes of at most `limit` rows; no single query may be longer."""
     found: list[Span] = []
     first = rows = 0
     for index, query in enumerate(queries):
@@ -88,7 +90,7 @@ def spans(queries: Sequence[Query], limit: int) -> list[Span]:
 
 
 def make_pass(queries: Sequence[Query]) -> Pass:
-    """The pass of sorted queries."""
+    """Return the pass of sorted queries."""
     before, path = np.empty(0, TOKEN), np.empty(0, np.int64)  # the last sequence, and the row of each of its tokens
     tokens, segments, rows, targets = [], [], [], []
     count = 0
@@ -141,7 +143,7 @@ def chunks(segments: Sequence[PathSegment], limit: int | None) -> Iterator[tuple
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Return the length of the longest common prefix."""
     length = min(len(one), len(other))
     differ = one[:length] != other[:length]
     return int(differ.argmax()) if differ.any() else length

@@ -51,7 +51,7 @@ def test_what_is_shown_goes_to_stdout_and_what_is_to_be_minded_to_stderr(calibra
     directory, done = calibrated
     for title in ("Use of experts", "Languages beside all text", "Hit rate by pool size", "Error against bytes"):
         assert title in done.out
-    assert "of a token's experts the token before took" in done.out
+    assert "same expert as the previous token: " in done.out
     assert "is rough" not in done.err  # every expert had tokens enough
     assert "profile.json: written" in done.err
     assert sorted(path.name for path in directory.iterdir()) == ["pictures.svg", "profile.json"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.passes import PathSegment, Query, make_pass, spans
+from qmix.engine.passes import PathSegment, Query, chunks, make_pass, plain_pass, spans
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.evaluate.card import CARD, CARD_AVERAGE, card_rows
 from qmix.geometry import Geometry
@@ -77,6 +77,28 @@ def _paths(found) -> list[list[int]]:
             path = [*path, next(tokens)]
             paths.append(path)
     return paths
+
+
+def test_whole_sequences_predict_all_their_tokens_but_the_first():
+    found = plain_pass([[5, 6, 7], [5], [5, 8]])
+    assert found.tokens.tolist() == [5, 6, 7, 5, 5, 8]
+    assert found.segments == (PathSegment(0, 3), PathSegment(0, 1), PathSegment(0, 2))
+    assert found.rows.tolist() == [0, 1, 4]
+    assert found.targets.tolist() == [6, 7, 8]
+    assert found.queries.tolist() == [0, 0, 2]
+
+
+def test_chunks_cut_segments_and_know_each_part_s_position():
+    segments = [PathSegment(0, 5), PathSegment(3, 1), PathSegment(2, 3)]
+    assert list(chunks(segments, 4)) == [
+        (slice(0, 4), [PathSegment(0, 4)]),
+        (slice(4, 8), [PathSegment(4, 1), PathSegment(3, 1), PathSegment(2, 2)]),
+        (slice(8, 9), [PathSegment(4, 1)]),
+    ]
+    whole = [PathSegment(0, 5), PathSegment(0, 1)]
+    assert list(chunks(whole, None)) == [(slice(0, 5), whole[:1]), (slice(5, 6), whole[1:])]
+    with pytest.raises(AssertionError):  # a chunk of its own cannot see another's prefix
+        list(chunks(segments, None))
 
 
 def test_tokens_sort_as_numbers():

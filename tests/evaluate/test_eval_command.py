@@ -21,8 +21,8 @@ from qmix.commands.eval import eval as command
 from qmix.errors import QmixError, UsageError
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import find_files, offline
-from qmix.evaluate.engine import Engine, Work
-from qmix.evaluate.model import QmixLM
+from qmix.evaluate.engine import StoreEngine, Work
+from qmix.evaluate.harness import QmixLM
 from qmix.evaluate.results import REQUESTS, Results, identity
 from qmix.evaluate.run import report, run_tasks
 from qmix.evaluate.tasks import load_tasks, mute, own_tasks
@@ -55,7 +55,7 @@ def model(store, directory: Path, context: int = 2048) -> QmixLM:
     """`notes` of the result are what it told the user."""
     notes: list[str] = []
     results = Results(directory, identity(store))
-    engine = Engine(store, results, 2**30, None, base=2**40)  # the test's own process is none of a user's
+    engine = StoreEngine(store, results, 2**30, None, base=2**40)  # the test's own process is none of a user's
     lm = QmixLM(engine, load_tokenizer(store.directory), context, notes.append)
     lm.notes = notes
     return lm
@@ -294,7 +294,7 @@ def test_results_are_of_one_model_and_survive_a_cut_line(tmp_path):
     with Results(tmp_path, "other") as results:
         assert results.get(results.key(b"score", b"a", b"bc")) is None
     (tmp_path / REQUESTS).write_text("what\n")
-    with pytest.raises(UsageError, match="line 1 is no result of an evaluation"):
+    with pytest.raises(UsageError, match="line 1 is not a result of an evaluation"):
         Results(tmp_path, "one")
 
 
