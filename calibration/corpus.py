@@ -42,9 +42,7 @@ def bundled(languages: Sequence[str] = LANGUAGES) -> list[Document]:
     """Return the documents of the package, language by language. Raises UsageError."""
     for language in languages:
         if language not in LANGUAGES:
-            raise UsageError(
-                f"language {language!r}: the package has no texts in it; choose from {', '.join(LANGUAGES)}"
-            )
+            raise UsageError(f"language {language!r}: no texts; choose from {', '.join(LANGUAGES)}")
     return [Document(language, text) for language in languages for text in _texts(TEXTS / f"{language}.md")]
 
 

@@ -88,7 +88,7 @@ class WeightSource(Protocol):
 
     @property
     def model(self) -> MixtralForCausalLM:
-        """transformers' model. Its modules are computed with only inside `loaded`."""
+        """transformers' model. Use its modules only inside `loaded`."""
 
     @property
     def streams(self) -> int:
@@ -100,19 +100,19 @@ class WeightSource(Protocol):
 
     @property
     def chunk_rows(self) -> int | None:
-        """Rows that attention and router take at once. None: attention a whole sequence, the router all rows."""
+        """Rows in one call of attention or router. None: one sequence in attention, all rows in the router."""
 
     @property
     def head_rows(self) -> int:
         """Rows whose logits are computed at once."""
 
     def loaded(self, name: str) -> AbstractContextManager[Any]:
-        """Hold the dense weights of the submodule `name` of the model, and return it."""
+        """Keep the dense weights of the model's submodule `name` in memory, and yield the submodule."""
 
     def experts(
         self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
     ) -> Sequence[torch.Tensor]:
-        """Return the experts' weighted sums [T, H] for each variant's normed states [T, H]; read each expert once."""
+        """Return each variant's weighted sums of experts [T, H] for its normed states [T, H]; read each expert once."""
 
 
 @torch.inference_mode()
@@ -174,7 +174,7 @@ def _mix(
     for observer in observers:
         observer.routed(layer, streams[0], normed[0], routed[0])
     for stream, total in zip(streams, weights.experts(layer, normed, routed, observers), strict=True):
-        stream += total.to(stream.dtype)  # noqa: PLW2901
+        stream.add_(total.to(stream.dtype))
 
 
 def _route(gate: Any, states: torch.Tensor, rows: int | None) -> RouterOutput:

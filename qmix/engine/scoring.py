@@ -79,7 +79,7 @@ class Scorer:
         logprobs, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
         wanted, place = rows.unique(return_inverse=True)
         for some, (scores,) in logits(self._weights, streams, wanted):
-            scores = scores.log_softmax(-1)  # noqa: PLW2901  # [t, V]
+            scores = scores.log_softmax(-1)  # noqa: PLW2901 -- [t, V]; frees the logits
             (asked,) = torch.where((place >= some.start) & (place < some.stop))
             here = place[asked] - some.start
             logprobs[asked] = scores[here, targets[asked]]

@@ -53,7 +53,7 @@ class RequestEngine(Protocol):
 
 
 class QmixLM(TemplateLM):
-    """A harness model over an engine. Requests beyond `max_length` tokens lose their beginning, which `notify` reports."""
+    """A harness model over an engine. Longer requests than `max_length` lose their beginning; `notify` reports it."""
 
     def __init__(
         self,

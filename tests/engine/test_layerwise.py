@@ -141,12 +141,11 @@ def test_a_checkpoint_and_its_store_are_observed_alike(checkpoint, tiny, tmp_pat
 def test_a_checkpoint_that_changes_during_a_pass_is_refused(tmp_path):
     directory = make_checkpoint(tmp_path / "model")
     opened = open_checkpoint(LocalSource(directory))
-    with (
-        pytest.raises(CheckpointError, match="changed"),
-        CheckpointWeights(opened, "bf16", [variant(opened, "half")]) as weights,
-    ):
-        run_layers(weights, plain_pass([[1, 5, 9]]))
-        os.utime(directory / "model.safetensors", (1, 1))
+    weights = CheckpointWeights(opened, "bf16", [variant(opened, "half")])
+    run_layers(weights, plain_pass([[1, 5, 9]]))
+    os.utime(directory / "model.safetensors", (1, 1))
+    with pytest.raises(CheckpointError, match="changed"):
+        weights.__exit__(None)
 
 
 @pytest.mark.parametrize("form", ["tied", "fp32"])
