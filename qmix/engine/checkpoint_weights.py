@@ -34,7 +34,7 @@ class CheckpointWeights:
     Raises CheckpointError or HubError, also on leaving: where a file has changed since it was opened.
     """
 
-    chunk_rows = None
+    chunk_rows: int | None = None
     head_rows = CHUNK
 
     def __init__(

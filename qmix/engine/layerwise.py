@@ -86,25 +86,11 @@ class Observer:
 class WeightSource(Protocol):
     """The weights of a pass, and the parts of the computation that depend on how they are held."""
 
-    @property
-    def model(self) -> MixtralForCausalLM:
-        """transformers' model. Use its modules only inside `loaded`."""
-
-    @property
-    def streams(self) -> int:
-        """Number of variants, each of which has a residual stream."""
-
-    @property
-    def attention(self) -> Mapping[str, Any]:
-        """Further arguments of the model's attention function."""
-
-    @property
-    def chunk_rows(self) -> int | None:
-        """Rows in one call of attention or router. None: one sequence in attention, all rows in the router."""
-
-    @property
-    def head_rows(self) -> int:
-        """Rows whose logits are computed at once."""
+    model: MixtralForCausalLM  # its modules are used only inside `loaded`
+    streams: int  # variants, each with a residual stream
+    attention: dict[str, Any]  # further arguments of the model's attention function
+    chunk_rows: int | None  # in one call of attention or router. None: one sequence in attention, all in the router
+    head_rows: int  # in one call of the head
 
     def loaded(self, name: str) -> AbstractContextManager[Any]:
         """Keep the dense weights of the model's submodule `name` in memory, and yield the submodule."""

@@ -113,9 +113,7 @@ def plain_pass(sequences: Sequence[Sequence[int]]) -> Pass:
     """Return the pass of whole sequences, of which none shares a prefix; each token predicts the next one."""
     lengths = np.array([len(sequence) for sequence in sequences])
     tokens = np.fromiter(chain.from_iterable(sequences), np.int64, lengths.sum())
-    predicts = np.ones(len(tokens), bool)
-    predicts[lengths.cumsum() - 1] = False  # a sequence's last token is followed by another sequence
-    (rows,) = predicts.nonzero()
+    rows = np.delete(np.arange(len(tokens)), lengths.cumsum() - 1)  # a sequence's last token predicts nothing
     segments = tuple(PathSegment(0, length) for length in lengths.tolist())
     return Pass(tokens, segments, rows, tokens[rows + 1], np.repeat(np.arange(len(sequences)), lengths - 1))
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from qmix.engine import store_weights
 from qmix.engine.compute import ComputeThread
 from qmix.engine.layerwise import logits, run_layers
 from qmix.engine.passes import Pass
@@ -33,7 +32,6 @@ class Scorer:
 
     def __init__(self, store: Store, plan: ScoringPlan, on_load: OnProgress = ignore) -> None:
         give_back_freed_memory()
-        store_weights.register()
         self.plan = plan
         self.pool = ExpertPool(store, plan.slots, invariant=True)
         self._thread = ComputeThread(self.pool)

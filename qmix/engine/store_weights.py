@@ -61,10 +61,12 @@ def path_attention(
         end = start + segment.count
         path.write(key[:, :, start:end], value[:, :, start:end], segment.position)
         rows = Rows.of([Segment(range(segment.count), segment.position, 0, False)], path.window)
-        part = row_attention(module, query[:, :, start:end], path.keys, path.values, None, rows, scaling)[0]
-        parts.append(part)
+        parts.append(row_attention(module, query[:, :, start:end], path.keys, path.values, None, rows, scaling)[0])
         start = end
     return torch.cat(parts, dim=1), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PATH_ATTENTION, path_attention)
 
 
 class StoreWeights:
@@ -74,12 +76,12 @@ class StoreWeights:
     """
 
     streams = 1
-    chunk_rows = PREFILL_CHUNK
+    chunk_rows: int | None = PREFILL_CHUNK
     head_rows = HEAD_ROWS
 
     def __init__(self, store: Store, model: MixtralForCausalLM, longest: int) -> None:
         self.model = model
-        self.attention = {"path": PathMemory(store.geometry, longest, HALF[store.layout.dtype])}
+        self.attention: dict[str, Any] = {"path": PathMemory(store.geometry, longest, HALF[store.layout.dtype])}
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[Any]:
@@ -92,8 +94,3 @@ class StoreWeights:
         """Return the experts' weighted sums [T, H], in half precision, as the model's own module computes them."""
         module = self.model.model.layers[layer].mlp.experts
         return [module(normed, each.chosen, each.weights) for normed, each in zip(states, routing, strict=True)]
-
-
-def register() -> None:
-    """Make the attention function known to transformers; harmless to repeat."""
-    ALL_ATTENTION_FUNCTIONS.register(PATH_ATTENTION, path_attention)

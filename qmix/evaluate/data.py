@@ -40,9 +40,7 @@ def task_class(data: Path | None) -> type[ConfigurableTask]:
                 super().download(dataset_kwargs)
                 return
             path, name = str(self.DATASET_PATH), self.DATASET_NAME
-            if path in FORMS and "data_files" not in (
-                dataset_kwargs or {}
-            ):  # `datasets` would take every file below the directory
+            if path in FORMS and "data_files" not in (dataset_kwargs or {}):  # would take the whole directory
                 raise ValueError(f"{path} without data_files under dataset_kwargs")
             local = None if data is None or path in FORMS else data / path
             try:

@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     from qmix.engine.scoring import Score
 
 MOST_NEW_TOKENS = 256  # if a task gives no limit: the harness's default
-DRAWS = {
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-}  # sampling options with the same names in Sampling
+DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # options with these names in Sampling
 MARGIN = 64  # tokens kept beyond max_length: cutting the text may change the first ones
 SEED = 1234  # of sampling, combined with a request's text and its repetition number
 SCORED = ("loglikelihood", "loglikelihood_rolling")  # the harness's names of request types
@@ -68,9 +62,7 @@ class QmixLM(TemplateLM):
         self._most = (max_length + MARGIN) * longest_token(tokenizer)
         self._encode = lru_cache(maxsize=8)(self._tokenize)  # the choices of a question share a context
         self._cut = 0
-        self.coming: Callable[[], Iterable[Instance]] | None = (
-            None  # all requests of all types, until they were checked
-        )
+        self.coming: Callable[[], Iterable[Instance]] | None = None  # all requests, until they were checked
 
     @property
     def eot_token_id(self) -> int:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine import store_weights
 from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.engine.layerwise import Observer, check_memory, memory_needed, run_layers
 from qmix.engine.layerwise import logits as logits_of
@@ -127,7 +126,6 @@ def test_a_checkpoint_and_its_store_are_observed_alike(checkpoint, tiny, tmp_pat
     ours, theirs, finished = Trace(), Trace(), []
     with CheckpointWeights(checkpoint, checkpoint.half_dtype, [variant(checkpoint, "half")]) as weights:
         run_layers(weights, part, [ours])
-    store_weights.register()
     store = make_store(tiny, tmp_path / "store", "half")
     with closing(ExpertPool(store, dict.fromkeys(store.layout.record_counts, 3), invariant=True)) as pool:
         model = build_model(store, pool, PATH_ATTENTION)
