@@ -1,4 +1,4 @@
-"""What a calibration shows: in a terminal, to the character, and in files."""
+"""The pictures of a calibration: to the character in a terminal, and in files."""
 
 from __future__ import annotations
 

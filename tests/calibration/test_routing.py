@@ -1,4 +1,4 @@
-"""Routing recorded: by hand, and beside what transformers routes."""
+"""Recorded routing by hand, and compared with transformers' routing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GATES = torch.tensor([[[1.0, 0], [0, 1], [-1, -1]], [[1, 0], [0, 1], [-1, -1]]])
 
 
 def routed(*experts: int) -> RouterOutput:
-    """Each token to one expert, which gets half of the probability and the others a quarter each."""
+    """Route each token to one expert with half of the probability; the others have a quarter each."""
     chosen = torch.tensor(experts)[:, None]
     logits = torch.zeros(len(experts), 3).scatter_(1, chosen, math.log(2))
     return RouterOutput(logits, torch.ones(len(experts), 1), chosen)
@@ -34,7 +34,7 @@ def routed(*experts: int) -> RouterOutput:
 
 @pytest.fixture
 def small() -> RoutingStatistics:
-    """Tokens 0, 1 in one sequence and language, 2 in another; the norms' scales undo what the states were scaled by."""
+    """Tokens 0, 1 in one sequence and language, 2 in another; the norms' scales undo the scale of the states."""
     norms = torch.tensor([[2.0, 2.0], [1.0, 1.0]])
     recorder = RoutingRecorder(SMALL, norms, GATES, [[5, 6], [7]], ["en", "fr"])
     states = torch.tensor([[4.0, 1], [1, 4], [-4, -4]])

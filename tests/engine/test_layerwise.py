@@ -1,4 +1,4 @@
-"""Text through a checkpoint layer by layer: the numbers of transformers and of stores, each weight read once."""
+"""The layer-wise pass gives the numbers of transformers and of stores, and reads each weight once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def variant(checkpoint, spec: str, clip: bool = False) -> Quantised:
 
 
 def logits(checkpoint, variants, sequences=SEQUENCES) -> list[torch.Tensor]:
-    """Of each variant at every place, [T, V]."""
+    """Return each variant's logits after every token, [T, V]."""
     rows = torch.arange(sum(map(len, sequences)))
     with CheckpointWeights(checkpoint, checkpoint.half_dtype, variants) as weights:
         chunks = [scores for _, scores in logits_of(weights, run_layers(weights, plain_pass(sequences)), rows)]
@@ -107,7 +107,7 @@ def test_every_weight_is_read_once(checkpoint, monkeypatch):
 
 
 class Trace(Observer):
-    """The experts of each layer, and the calls in their order."""
+    """Keeps the experts of each layer, and the order of calls."""
 
     def __init__(self) -> None:
         self.chosen: list[torch.Tensor] = []

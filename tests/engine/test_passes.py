@@ -1,4 +1,4 @@
-"""Passes as arithmetic: what is shared, where a pass ends, and how memory is divided between tokens and experts."""
+"""Shared prefixes, the cuts between passes and chunks, and the division of memory between tokens and experts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_every_query_sees_its_own_tokens_and_each_beginning_is_one_row(pairs, li
 
 
 def _paths(found) -> list[list[int]]:
-    """What each row sees, itself included, by the rule that a segment follows on the one before."""
+    """Return the tokens that each row sees, itself included: a segment continues the path of the one before."""
     paths: list[list[int]] = []
     path: list[int] = []
     tokens = iter(found.tokens.tolist())
