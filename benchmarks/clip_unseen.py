@@ -23,7 +23,7 @@ from rich.table import Table
 from qmix.checkpoint import open_checkpoint
 from qmix.commands.texts import WINDOW, passages_of
 from qmix.compare.fidelity import Scores, score
-from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.engine.variants import Quantised
 from qmix.store.sources import layout_for, open_source
 from qmix.terminal.progress import ProgressDisplay
@@ -62,8 +62,8 @@ def measure(model: str, texts: Sequence[Path], tokens: int | None) -> dict[str, 
         variants.append(Quantised(f"{kind}{' --clip' * clip}", layout.geometry, layout.precisions, layout.dtype, clip))
     passages = {path: passages_of(checkpoint, [path], WINDOW, tokens) for path in sorted(texts, key=kind_of)}
     sequences = [passage.ids for each in passages.values() for passage in each]
-    with LayerwisePass(checkpoint, layout.dtype, variants, ProgressDisplay(f"comparing {model}")) as layers:
-        scores = score(layers, sequences)
+    with CheckpointWeights(checkpoint, layout.dtype, variants, ProgressDisplay(f"comparing {model}")) as weights:
+        scores = score(weights, sequences)
     found, start = {"all": scores}, 0
     for name, paths in groupby(passages, key=kind_of):
         end = start + sum(len(passage.ids) - 1 for path in paths for passage in passages[path])

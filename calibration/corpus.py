@@ -1,7 +1,7 @@
-"""Texts for a model to run on while it is calibrated: those that come with the package, or a user's own.
+"""Texts for calibration: those of the package, or a user's own.
 
-The files in `texts/`, one for each language that Mixtral is made for, hold documents of many kinds (stories,
-explanations, dialogue, letters, code), so that what is measured on them is not that of one sort of text.
+The files in `texts/`, one for each language that Mixtral is trained for, hold documents of many kinds (stories,
+explanations, dialogue, letters, code), so that measurements do not describe one kind of text only.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from qmix.files import read_text
 LANGUAGES = ("en", "fr", "de", "es", "it")
 TEXTS = Path(__file__).parent / "texts"
 SEPARATOR = re.compile(r"^---[ \t]*$", re.MULTILINE)
-SHORTEST = 2  # tokens of a passage: one to predict
+SHORTEST = 2  # tokens of a passage: one predicts the other
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to be run by itself. `language` is None where nobody said which it is."""
+    """A text that shares no context with others. `language` is None if unknown."""
 
     language: str | None
     text: str
@@ -32,22 +32,22 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Token ids that are run by themselves, of a text in some language."""
+    """Token ids of a text, or of a part of one, that run as one sequence."""
 
     language: str | None
     ids: list[int]
 
 
 def bundled(languages: Sequence[str] = LANGUAGES) -> list[Document]:
-    """The documents that come with the package, in order, language by language."""
+    """Return the documents of the package, language by language. Raises UsageError."""
     for language in languages:
         if language not in LANGUAGES:
-            raise UsageError(f"language {language!r}: there are no texts in it; choose from {', '.join(LANGUAGES)}")
+            raise UsageError(f"language {language!r}: no texts; choose from {', '.join(LANGUAGES)}")
     return [Document(language, text) for language in languages for text in _texts(TEXTS / f"{language}.md")]
 
 
 def alternating(documents: Sequence[Document]) -> list[Document]:
-    """The first document of each language, then the second of each, and so on: a beginning of them is of all."""
+    """Return the first document of each language, then the second of each, and so on: any beginning is mixed."""
     by_language: dict[str | None, list[Document]] = {}
     for document in documents:
         by_language.setdefault(document.language, []).append(document)
@@ -56,17 +56,17 @@ def alternating(documents: Sequence[Document]) -> list[Document]:
 
 
 def from_file(path: Path) -> list[Document]:
-    """The documents of a user's file, parted by lines of `---` alone; without such a line the whole file is one.
+    """Return the documents of a user's file, separated by lines of `---`.
 
-    Raises UsageError naming the file where it cannot be read, is not UTF-8, or holds no text.
+    Raises UsageError, naming the file, if it cannot be read, is not UTF-8, or holds no text.
     """
     return [Document(None, text) for text in _texts(path)]
 
 
 def windows(passages: Sequence[Passage], length: int, tokens: int | None = None) -> list[Passage]:
-    """Passages cut into windows of at most `length`, `tokens` in all at most; none has fewer than two.
+    """Cut passages into windows of SHORTEST to `length` tokens, at most `tokens` in all.
 
-    Raises UsageError where nothing is left.
+    Raises UsageError if no window is left.
     """
     found: list[Passage] = []
     left = math.inf if tokens is None else tokens

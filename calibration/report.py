@@ -1,4 +1,4 @@
-"""What a calibration found, put together for people: tables and pictures for a terminal, and one picture for a file."""
+"""The report of a calibration: tables and pictures for a terminal, and one picture for a file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qmix.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """What a machine's memory holds: `slots` experts in a budget of `ram` bytes."""
+class PoolSize:
+    """The pool of a machine: `slots` experts under a budget of `ram` bytes."""
 
     ram: int
     slots: int
 
 
-def report(found: Calibration, pool: Pool | None) -> list[RenderableType]:
-    """Everything, in the order in which one reads it; `pool` is that of the machine it is for, if it has one."""
+def report(found: Calibration, pool: PoolSize | None) -> list[RenderableType]:
+    """Return all parts in reading order; `pool` is this machine's, None if the model does not fit it."""
     routing, chosen = found.routing, found.chosen
     use = routing.total.tolist()
     languages = {name: table.tolist() for name, table in routing.counts.items() if name != UNKNOWN}
@@ -41,7 +41,7 @@ def report(found: Calibration, pool: Pool | None) -> list[RenderableType]:
 
 
 def draw(found: Calibration, path: Path) -> None:
-    """The pictures into a file. Raises QmixError where it cannot be written."""
+    """Draw the pictures into a file. Raises QmixError if it cannot be written."""
     routing, chosen = found.routing, found.chosen
     languages = {name: table.tolist() for name, table in routing.counts.items() if name != UNKNOWN}
     draw_picture(
@@ -56,26 +56,26 @@ def draw(found: Calibration, path: Path) -> None:
     )
 
 
-def _sentences(found: Calibration, pool: Pool | None) -> Iterator[str]:
+def _sentences(found: Calibration, pool: PoolSize | None) -> Iterator[str]:
     routing, replay, geometry = found.routing, found.replay, found.geometry
     tokens = sum(routing.tokens.values())
-    yield f"{tokens} tokens; an expert got {routing.total.min()} to {routing.total.max()} of them"
+    yield f"{tokens} tokens; {routing.total.min()} to {routing.total.max()} for each expert"
     chance = geometry.experts_per_token / geometry.num_experts
     if not np.isnan(routing.repeated).all():
-        yield f"of a token's experts the token before took {np.nanmean(routing.repeated):.0%} ({chance:.0%} by chance)"
-    yield f"guessed right: {_guesses(routing)}"
+        yield f"same expert as the previous token: {np.nanmean(routing.repeated):.0%} ({chance:.0%} by chance)"
+    yield f"correct guesses: {_guesses(routing)}"
     if pool is not None:
         best = replay.best(pool.slots)
         yield (
-            f"here, {format_bytes(pool.ram)} hold {min(pool.slots, replay.records)} of {replay.records} experts: "
-            f"{best} finds {replay.hit_rate(best, pool.slots):.1%} of what a token asks for, "
-            f"no policy more than {replay.hit_rate(BELADY, pool.slots):.1%}"
+            f"this machine: {format_bytes(pool.ram)} of RAM for {min(pool.slots, replay.records)} of {replay.records} "
+            f"experts; best policy: {best} ({replay.hit_rate(best, pool.slots):.1%} hits, "
+            f"at most {replay.hit_rate(BELADY, pool.slots):.1%} possible)"
         )
-    yield f"what runs use: {found.profile.policy}"
+    yield f"policy in the profile: {found.profile.policy}"
 
 
 def _guesses(routing: RoutingStatistics) -> str:
-    """Shares by how many layers ahead, means over the layers that have so many before them."""
+    """Return the share of correct guesses by layers ahead, as means over the layers."""
     shares = [
         (ahead, float(np.nanmean(column)))
         for ahead, column in enumerate(routing.lookahead.T, 1)

@@ -1,4 +1,4 @@
-"""Where text is routed: recorded while it goes through a model once, layer by layer."""
+"""Record the routing of text during a layer-wise pass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qmix.engine.layerwise import CHUNK, RouterOutput
+from qmix.engine.layerwise import CHUNK, Observer, RouterOutput
 from qmix.geometry import Geometry
 from qmix.pool.prefetch import DEPTH, EMBEDDING, Prefetcher
 
-ENOUGH = 200  # samples of an expert, from where on what is measured of it is to be trusted
+ENOUGH = 200  # tokens of an expert from which its measurements are reliable
 
 Counts = npt.NDArray[np.int64]
 Shares = npt.NDArray[np.float64]
@@ -22,15 +22,15 @@ Shares = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """What was recorded of some tokens in L layers of E experts, of which each token takes k.
+    """The routing of T tokens in L layers of E experts, k a token.
 
-    tokens      of each language
+    tokens      by language: number of tokens
     counts      by language [L, E]: tokens routed to an expert
-    mass        by language [L, E]: the router's probabilities, before the k largest are chosen, summed over tokens
-    repeated    [L]: share of a token's experts that the token before took, too; nan where no token follows another
-    lookahead   [L, D]: share of right guesses of a layer's experts, made 1 to D layers before (the embeddings are a
-                layer before the first); nan where there is no layer so far before
-    trace       [T * L, k]: the experts of each token and layer, layer by layer, token after token
+    mass        by language [L, E]: the router's probabilities over all experts, summed over tokens
+    repeated    [L]: share of a token's experts that the previous token also had; nan if no token follows another
+    lookahead   [L, D]: share of correct guesses of a layer's experts, made 1 to D layers earlier (the embeddings count
+                as the layer before the first); nan if there is no layer that early
+    trace       [T * L, k]: the experts of each token and layer, all layers of a token together
     """
 
     tokens: Mapping[str, int]
@@ -47,15 +47,16 @@ class RoutingStatistics:
 
     @property
     def use(self) -> Shares:
-        """Share of all tokens that are routed to each expert, [L, E]."""
+        """Share of all tokens routed to each expert, [L, E]."""
         return self.total / sum(self.tokens.values())
 
     @property
     def scarce(self) -> list[tuple[int, int]]:
-        """(layer, expert) of those with too few samples."""
+        """(layer, expert) of the experts with fewer than ENOUGH tokens."""
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(self.total < ENOUGH)]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the `routing` part of a profile's file."""
         return {
             "tokens": dict(self.tokens),
             "counts": {language: table.tolist() for language, table in self.counts.items()},
@@ -70,8 +71,8 @@ def _rounded(values: Shares) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
-class RoutingRecorder:
-    """An observer of a layer-wise pass over sequences, each in a language; `norms` [L, H] and `gates` [L, E, H]."""
+class RoutingRecorder(Observer):
+    """Records the routing of sequences, each in a language; guesses from `norms` [L, H] and `gates` [L, E, H]."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class RoutingRecorder:
         numbers = torch.tensor([names.index(language) for language in languages])
         of_token = numbers.repeat_interleave(lengths)  # [T]
         self._of_language = {name: of_token == number for number, name in enumerate(names)}
-        self._follows = torch.ones(len(of_token), dtype=torch.bool)  # a token of the same sequence
+        self._follows = torch.ones(len(of_token), dtype=torch.bool)  # has a previous token in its sequence
         self._follows[lengths.cumsum(0) - lengths] = False
         layers, experts, k = geometry.num_layers, geometry.num_experts, geometry.experts_per_token
         self._counts = {name: np.zeros((layers, experts), np.int64) for name in names}
@@ -115,20 +116,19 @@ class RoutingRecorder:
             self._guessed[layer, depth - 1] = _share_found(chosen, guesses)
         self._guess(layer, states)
 
-    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
-        pass
-
     def result(self) -> RoutingStatistics:
+        """Return the statistics of the finished pass."""
         tokens = {name: int(mine.sum()) for name, mine in self._of_language.items()}
         trace = self._trace.reshape(-1, self._trace.shape[-1])
         return RoutingStatistics(tokens, self._counts, self._mass, self._repeated, self._guessed, trace)
 
     def _guess(self, layer: int, states: torch.Tensor) -> None:
+        """Guess the experts of the next layers as the pool's prefetch would."""
         parts = [self._prefetcher.guesses_from(layer, some).short() for some in states.split(CHUNK)]
         for depth, guesses in enumerate(torch.cat(parts).unbind(1), 1):
             self._guesses.setdefault(layer + depth, []).append((depth, guesses))
 
 
 def _share_found(wanted: torch.Tensor, among: torch.Tensor) -> float:
-    """Share of the experts in each row [T, k] of `wanted` that are in the same row of `among`."""
+    """Return the share of experts in the rows [T, k] of `wanted` that are also in the same row of `among`."""
     return (wanted[:, :, None] == among[:, None, :]).any(-1).double().mean().item()

@@ -1,4 +1,4 @@
-"""A checkpoint calibrated: one pass of text, layer by layer, in which its routing and its experts are measured."""
+"""Calibrate a checkpoint: measure its routing and its experts in one layer-wise pass of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from calibration.corpus import Passage
 from calibration.routing import RoutingRecorder, RoutingStatistics
 from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
 from qmix.checkpoint import Checkpoint
-from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import run_layers
+from qmix.engine.passes import plain_pass
 from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
 from qmix.pool.prefetch import DEPTH
@@ -23,14 +25,14 @@ from qmix.store.layout import StoreLayout, parse_precisions
 from qmix.store.profile import Profile
 from qmix.store.sources import DEFAULT_PRECISION
 
-UNKNOWN = "text"  # the language of text that nobody named one for
+UNKNOWN = "text"  # language of text without a named one
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a model: its routing, and by way to hold an expert what that costs, [layer][expert].
+    """Measurements of a model: its routing, and by format each expert's quantisation error, [layer][expert].
 
-    `dtype` is what half precision is, `budget` the bytes for which precisions are to be chosen, if any.
+    `dtype` is the type of half precision. `budget` is the bytes of all experts for which to choose precisions, if any.
     """
 
     name: str
@@ -44,39 +46,40 @@ class Calibration:
 
     @cached_property
     def replay(self) -> Replay:
-        """The recorded routing through caches."""
+        """Hit rates of the recorded routing in pools of every size."""
         return replay(self.routing.trace, self.geometry.num_layers, self.geometry.num_experts)
 
     @cached_property
     def allocator(self) -> Allocator:
+        """Chooses precisions by the measured errors."""
         return self._profile.allocator(self.geometry, self.dtype)
 
     @cached_property
     def chosen(self) -> Allocation | None:
-        """What loses least within the budget."""
+        """The precisions of least error within the budget."""
         return None if self.budget is None else self.allocator.within(self.budget)
 
     @cached_property
     def profile(self) -> Profile:
-        """What plans and runs take of it."""
+        """The part of the measurements that plans and runs use."""
         return replace(self._profile, precisions=None if self.chosen is None else self.chosen.precisions)
 
     @property
     def layout(self) -> StoreLayout:
-        """Of the store that the profile leads to."""
+        """Layout of a store in the profile's precisions."""
         precisions = self.profile.precisions or parse_precisions(DEFAULT_PRECISION, self.geometry)
         return StoreLayout(self.geometry, precisions, self.dtype)
 
     @property
     def uniform(self) -> dict[str, tuple[int, float]]:
-        """Bytes of all experts, and the sum of their errors, by way to hold them all."""
+        """Bytes of all experts and the sum of their errors, by format, if all have that format."""
         records = self.geometry.num_records
         weights = sum(rows * cols for rows, cols in self.geometry.expert_matrices.values())
         found = {kind.name: (records * kind.nbytes(weights), sum(map(sum, self.errors[kind.name]))) for kind in KINDS}
         return {**found, "half": (2 * records * weights, 0.0)}
 
     def to_json(self) -> dict[str, Any]:
-        """A profile's file: what plans and runs take of it, and the rest for people to read."""
+        """Return the content of a profile's file: the profile, and further figures for people to read."""
         return self.profile.to_json() | {
             "budget": self.budget,
             "routing": self.routing.to_json(),
@@ -92,7 +95,7 @@ class Calibration:
 
 
 def half(checkpoint: Checkpoint, dtype: str) -> Quantised:
-    """The variant of a checkpoint that is calibrated: as it was published."""
+    """Return the variant to calibrate: all experts in half precision."""
     geometry = checkpoint.geometry
     precisions = tuple(("half",) * geometry.num_experts for _ in range(geometry.num_layers))
     return Quantised("half", geometry, precisions, dtype)
@@ -105,25 +108,25 @@ def calibrate(
     budget: int | None = None,
     on_progress: OnProgress = ignore,
 ) -> Calibration:
-    """Run passages through a checkpoint once. Raises CheckpointError or HubError."""
+    """Run passages through a checkpoint once and measure it. Raises CheckpointError or HubError."""
     geometry = checkpoint.geometry
     sequences = [passage.ids for passage in passages]
     languages = [passage.language or UNKNOWN for passage in passages]
-    with LayerwisePass(checkpoint, dtype, [half(checkpoint, dtype)], on_progress) as layers:
-        recorder = RoutingRecorder(geometry, *layers.routers(), sequences, languages)
-        meter = SensitivityMeter(geometry, layers.activation)
-        layers.run(sequences, [recorder, meter])
-        fingerprint = layers.fingerprint()
+    with CheckpointWeights(checkpoint, dtype, [half(checkpoint, dtype)], on_progress) as weights:
+        recorder = RoutingRecorder(geometry, *weights.routers(), sequences, languages)
+        meter = SensitivityMeter(geometry, weights.activation)
+        run_layers(weights, plain_pass(sequences), [recorder, meter])
+        fingerprint = weights.fingerprint()
     name = Path(checkpoint.source.name).absolute().name
     model = name, fingerprint, geometry, dtype
     return Calibration(*model, recorder.result(), meter.errors, meter.sampled, budget)
 
 
 def memory_needed(geometry: Geometry, tokens: int) -> int:
-    """Bytes that measuring takes beside the pass itself."""
+    """Return the bytes that the measurements take in addition to the pass."""
     hidden, inner, experts = geometry.hidden_size, geometry.intermediate_size, geometry.num_experts
     gates = geometry.num_layers * experts * hidden * (2 + 4)
     chosen = geometry.experts_per_token * 2
     routing = tokens * (chosen * (geometry.num_layers + DEPTH * (DEPTH + 1) // 2) + experts * 3 * 8)
     samples = SAMPLES * (experts * hidden * 2 + 4 * inner * 2 + 4 * hidden * 4)
-    return gates + routing + samples + 2 * hidden * inner  # one matrix, as it comes back from being quantised
+    return gates + routing + samples + 2 * hidden * inner  # one matrix after its round trip through a format

@@ -1,12 +1,12 @@
-"""What it costs to quantise each expert: how far its output moves, for the tokens that it gets and as they use it.
+"""Measure the error of quantising each expert, on the tokens that are routed to it.
 
-The cost of holding an expert f as f' is estimated from a sample of the N tokens that are routed to it,
+The cost of replacing an expert f by a quantised f' is estimated from a sample of the N tokens routed to it,
 
     N * mean( w^2 |f'(x) - f(x)|^2 / |h|^2 )
 
-with x what the expert sees of a token, w the weight that the router gives it and h the residual stream that its output
-is added to. So an error counts by what it is beside what it is added to, and by how often that happens; costs of
-experts add up, as independent errors' squares do.
+with x the expert's input, w the router's weight for it and h the residual stream that the output is added to. An error
+thus counts relative to the stream it disturbs, and as often as the expert is used. Costs of several experts add up,
+like the squares of independent errors.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from qmix.engine.layerwise import RouterOutput
+from qmix.engine.layerwise import Observer, RouterOutput
 from qmix.geometry import Geometry
 from qmix.kernels.packing import BLOCK
 from qmix.precision.round_trip import round_trip
 
-SAMPLES = 128  # tokens of an expert: the mean's error is then some percent
+SAMPLES = 128  # tokens of an expert at most: the mean is then known to some percent
 
 Table = list[list[float]]  # [layer][expert]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A way to hold weights: a precision, and for 4 bits how many weights share a scale."""
+    """A format of weights: a precision, and in 4 bits the number of weights that share a scale."""
 
     precision: str
     block: int = BLOCK
 
     @property
     def name(self) -> str:
-        """As `nf4`, or `nf4/32` where the block is not the one that stores have."""
+        """For example `nf4`, or `nf4/32` if the block differs from the one in stores."""
         return self.precision if self.block == BLOCK else f"{self.precision}/{self.block}"
 
     def nbytes(self, weights: int) -> int:
-        """Of so many weights, with their scales; rows' scales of int8 are not counted."""
+        """Return the bytes of `weights` weights and their scales, except the row scales of int8."""
         return weights if self.precision == "int8" else weights // 2 + 2 * weights // self.block
 
 
@@ -50,16 +50,16 @@ KINDS = (Kind("nf4"), Kind("fp4"), Kind("int8"), Kind("nf4", 32), Kind("nf4", 12
 
 @dataclass(slots=True)
 class _Sample:
-    """Some tokens of one expert: what it sees [S, H], and what its output's error is weighted by, [S]."""
+    """Sampled tokens of one expert: its inputs [S, H], and the weights of its output's squared error, [S]."""
 
     states: torch.Tensor
     scales: torch.Tensor
-    stands_for: float  # tokens each
+    stands_for: float  # tokens that one sampled token represents
 
 
 @dataclass
-class SensitivityMeter:
-    """An observer of a layer-wise pass that measures every expert in some ways to hold it."""
+class SensitivityMeter(Observer):
+    """Measures the error of every expert in several formats; `errors` has a table for each."""
 
     geometry: Geometry
     activation: Callable[[torch.Tensor], torch.Tensor]
@@ -73,9 +73,6 @@ class SensitivityMeter:
         layers, experts = self.geometry.num_layers, self.geometry.num_experts
         self.errors = {kind.name: [[0.0] * experts for _ in range(layers)] for kind in self.kinds}
         self.sampled = [[0] * experts for _ in range(layers)]
-
-    def embedded(self, stream: torch.Tensor) -> None:
-        pass
 
     def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
         for index in range(self.geometry.num_experts):
@@ -98,19 +95,19 @@ class SensitivityMeter:
             self.errors[kind.name][layer][index] = moved.double().sum().item() * sample.stands_for
 
     def _output(self, states: torch.Tensor, weight: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """An expert's, in fp32, with one matrix at a time made."""
+        """Return an expert's output in fp32; only one matrix exists at a time."""
         inner = self.activation(F.linear(states, weight("w1")))
         inner *= F.linear(states, weight("w3"))
         return F.linear(inner, weight("w2")).float()
 
 
 def _held(matrices: Mapping[str, torch.Tensor], kind: Kind, name: str) -> torch.Tensor:
-    """A matrix as it comes back."""
+    """Return a matrix after its round trip through a format."""
     return round_trip(matrices[name], kind.precision, kind.block)
 
 
 def _evenly(count: int, most: int) -> torch.Tensor:
-    """At most so many of the numbers below `count`, evenly spaced."""
+    """Return at most `most` evenly spaced numbers below `count`."""
     if count <= most:
         return torch.arange(count)
     return torch.arange(most) * count // most

@@ -14,7 +14,7 @@ from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
-    from calibration.report import Pool
+    from calibration.report import PoolSize
     from calibration.run import Calibration
 
 BUDGET_HELP = "of all experts, as 60GB: choose the precisions that lose least in so many bytes"
@@ -90,13 +90,13 @@ def _named(keys: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{layer}.{expert}" for layer, expert in keys)
 
 
-def _pool(found: Calibration, ram: int | None) -> Pool | None:
+def _pool(found: Calibration, ram: int | None) -> PoolSize | None:
     """What this machine's memory holds of the store; None where it is too small for any."""
-    from calibration.report import Pool
+    from calibration.report import PoolSize
     from qmix.plan.here import plan_for, this_machine
 
     try:
         plan = plan_for(found.layout, None, None, machine=this_machine(ram, gpus=()), use=found.profile.use)
     except DoesNotFitError:
         return None
-    return Pool(plan.ram, plan.slots)
+    return PoolSize(plan.ram, plan.slots)

@@ -60,7 +60,8 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     quiet_libraries()
     from qmix.compare.fidelity import compare as run
     from qmix.compare.table import fidelity_table
-    from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
+    from qmix.engine.checkpoint_weights import CheckpointWeights
+    from qmix.engine.layerwise import check_memory, memory_needed
     from qmix.engine.resolve import fingerprint_of
     from qmix.machine.found import default_budget, interpreter_memory
     from qmix.precision.formats import uses_kernels
@@ -82,9 +83,10 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
     check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
     hold_to(budget)
-    with ProgressDisplay(f"comparing {name}") as display, LayerwisePass(checkpoint, dtype, variants, display) as layers:
-        found = run(layers, sequences)
-        fingerprint = layers.fingerprint() if as_json else ""
+    progress = ProgressDisplay(f"comparing {name}")
+    with progress as display, CheckpointWeights(checkpoint, dtype, variants, display) as weights:
+        found = run(weights, sequences)
+        fingerprint = weights.fingerprint() if as_json else ""
     predicted = tokens - len(sequences)
     if as_json:
         out(json.dumps(_content(name, fingerprint, predicted, window, found)) + "\n")

@@ -29,8 +29,8 @@ from qmix.commands.shared import (
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:
-    from qmix.evaluate.engine import Engine
-    from qmix.evaluate.model import Computes, QmixLM
+    from qmix.evaluate.engine import StoreEngine
+    from qmix.evaluate.harness import QmixLM, RequestEngine
     from qmix.plan.file import PlanFile
     from qmix.store.layout import StoreLayout
     from qmix.store.opened import Store
@@ -82,7 +82,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would resample in processes of its own
     store = _store(name, plan, options)
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
-    from qmix.evaluate.engine import Engine
+    from qmix.evaluate.engine import StoreEngine
     from qmix.evaluate.results import Results, identity
     from qmix.machine.found import default_budget, own_memory
     from qmix.terminal.progress import ProgressDisplay
@@ -92,7 +92,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     showing = partial(EvaluationDisplay, f"evaluating {name}")
     hold_to(options["ram"] or default_budget())
     with Results(output, identity(store)) as results:
-        engine = Engine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
+        engine = StoreEngine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
         try:
             content, path = _evaluate(engine, output, options)
         except KeyboardInterrupt:
@@ -131,17 +131,17 @@ def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> No
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
     from qmix.evaluate import engine  # noqa: F401 -- what it imports is none of what tasks and requests take
-    from qmix.evaluate.budget import Budget, Checked, Unmade
+    from qmix.evaluate.budget import Budget, BudgetCheck, Checked
     from qmix.machine.found import own_memory
     from qmix.store.sources import open_source
 
     budget = Budget(layout, options["ram"], options["batch_tokens"], own_memory())
     tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
     with suppress(Checked):
-        _run(Unmade(budget), tokenizer, layout, options, lambda line: None)
+        _run(BudgetCheck(budget), tokenizer, layout, options, lambda line: None)
 
 
-def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+def _evaluate(engine: StoreEngine, output: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """What results.json says, and where it lies.
 
     The harness is imported here, after the engine has looked at what this process takes: it is a part of what is held
@@ -162,12 +162,12 @@ def _evaluate(engine: Engine, output: Path, options: dict[str, Any]) -> tuple[di
 
 
 def _run(
-    engine: Computes, tokenizer: Any, layout: StoreLayout, options: dict[str, Any], notify: Callable[[str], None]
+    engine: RequestEngine, tokenizer: Any, layout: StoreLayout, options: dict[str, Any], notify: Callable[[str], None]
 ) -> tuple[QmixLM, dict[str, Any], list[str]]:
     """The harness's model over an engine, what came out, and the names of the tasks."""
     from qmix.evaluate import tasks
     from qmix.evaluate.data import offline
-    from qmix.evaluate.model import QmixLM
+    from qmix.evaluate.harness import QmixLM
     from qmix.evaluate.run import run_tasks
 
     tasks.mute()
@@ -189,7 +189,7 @@ def _names(asked: str | None) -> list[str]:
     return names
 
 
-def _interrupted(engine: Engine) -> str:
+def _interrupted(engine: StoreEngine) -> str:
     work = engine.work
     done = f"; {work.done} of {work.requests} requests are done" if work.requests else ""
     return f"interrupted{done}, the same command goes on"

@@ -1,4 +1,4 @@
-"""How far a quantised model's next-token distributions are from those of the model in half precision."""
+"""Distances between a quantised model's next-token distributions and those of the model in half precision."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 
-from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import logits, run_layers
+from qmix.engine.passes import plain_pass
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """One variant beside the reference, over all predicted tokens.
+    """A variant compared with the reference over all predicted tokens.
 
-    Divergences are KL(reference || variant) in nats; `kl_p99` is exceeded by one token in a hundred. `expert_bytes` are
-    those of all expert records, `top1` is the share of tokens where both give the same likeliest one.
+    Divergences are KL(reference || variant) in nats; one token in a hundred exceeds `kl_p99`. `expert_bytes` is the
+    size of all expert records. `top1` is the share of tokens for which both have the same likeliest one.
     """
 
     name: str
     expert_bytes: int
     perplexity: float
     kl_mean: float
-    kl_error: float  # the mean's standard error, tokens taken as independent
+    kl_error: float  # standard error of the mean, with tokens taken as independent
     kl_p99: float
     kl_worst: float
     top1: float
@@ -35,7 +37,7 @@ class Fidelity:
 
 @dataclass(slots=True)
 class Scores:
-    """One variant's tokens beside the reference's: divergence, surprise (nats) and agreement, each [T]."""
+    """A variant's predictions compared with the reference's: divergence, surprise (nats) and agreement, each [T]."""
 
     name: str
     expert_bytes: int
@@ -44,6 +46,7 @@ class Scores:
     agreed: torch.Tensor
 
     def fidelity(self) -> Fidelity:
+        """Return the figures over all tokens."""
         kl, count = self.divergences, len(self.divergences)
         error = kl.std().item() / math.sqrt(count) if count > 1 else math.nan
         p99, worst = torch.quantile(kl, 0.99).item(), kl.max().item()
@@ -52,33 +55,29 @@ class Scores:
         return Fidelity(self.name, self.expert_bytes, perplexity, kl.mean().item(), error, p99, worst, top1)
 
 
-def score(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Scores]:
-    """Return what each variant makes of each predicted token, the first variant being the reference."""
-    hidden = layers.run(sequences)
-    ids = torch.tensor([token for sequence in sequences for token in sequence])
-    ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0) - 1
-    predicting = torch.ones(len(ids), dtype=torch.bool)
-    predicting[ends] = False  # a window's last token is followed by nothing that it saw
-    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in layers.variants]
-    for rows, *logits in layers.logits(hidden, predicting.nonzero()[:, 0]):
-        targets = ids[rows + 1]
-        reference = logits[0].log_softmax(-1)
-        for tokens, each in zip(found, logits, strict=True):
-            tokens.append(_tokens(reference, each.log_softmax(-1), targets))
+def score(weights: CheckpointWeights, sequences: Sequence[Sequence[int]]) -> list[Scores]:
+    """Score every predicted token for each variant; the first variant is the reference."""
+    part = plain_pass(sequences)
+    targets = torch.from_numpy(part.targets)
+    found: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in weights.variants]
+    for some, scores in logits(weights, run_layers(weights, part), torch.from_numpy(part.rows)):
+        reference = scores[0].log_softmax(-1)
+        for tokens, each in zip(found, scores, strict=True):
+            tokens.append(_tokens(reference, each.log_softmax(-1), targets[some]))
     return [
         Scores(variant.name, variant.nbytes, *map(torch.cat, zip(*tokens, strict=True)))
-        for variant, tokens in zip(layers.variants, found, strict=True)
+        for variant, tokens in zip(weights.variants, found, strict=True)
     ]
 
 
 def _tokens(reference: torch.Tensor, scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Divergence, surprise and agreement, of log-probabilities [t, V] of both and the tokens [t] that came."""
-    # in double, and never below zero: rounding of numbers that nearly cancel is not a divergence
+    """Return divergence, surprise and agreement [t], from log-probabilities [t, V] of both and the next tokens [t]."""
+    # summed in double and clamped at zero: terms nearly cancel, and rounding must not give a negative divergence
     kl = (reference.exp() * (reference - scores)).sum(-1, dtype=torch.float64).clamp_(min=0)
     surprise = -scores.gather(1, targets[:, None])[:, 0].double()
     return kl, surprise, reference.argmax(-1) == scores.argmax(-1)
 
 
-def compare(layers: LayerwisePass, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
-    """Each variant beside the first, which is the reference and comes first in the result."""
-    return [scores.fidelity() for scores in score(layers, sequences)]
+def compare(weights: CheckpointWeights, sequences: Sequence[Sequence[int]]) -> list[Fidelity]:
+    """Compare each variant with the first, the reference, which is also first in the result."""
+    return [scores.fidelity() for scores in score(weights, sequences)]

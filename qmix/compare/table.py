@@ -1,4 +1,4 @@
-"""The table of variants beside their reference."""
+"""The table of `qmix compare`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qmix.units import format_bytes
 
 
 def fidelity_table(rows: Sequence[Fidelity]) -> Table:
-    """A row for each variant, the reference first."""
+    """Return a table with a row for each variant, the reference first."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("experts", overflow="fold")
     for name in ("bytes", "perplexity", "mean KL", "+/-", "99% below", "worst KL", "same top 1"):

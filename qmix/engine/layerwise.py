@@ -1,41 +1,30 @@
-"""Much text through a checkpoint, layer by layer: each weight is read once for all of it, whatever the model's size.
+"""A pass of text through a model, layer by layer: each weight is read once for all of its tokens.
 
-In memory are one layer's dense weights, one expert, and the hidden states of all tokens. Several variants of the
-model, which differ in how their experts are held, go through side by side: each has hidden states of its own, and an
-expert that is read serves them all.
+The pass is one loop over the layers. A source of weights supplies what differs: a checkpoint, which is read a layer
+and an expert at a time (`checkpoint_weights`), or a store with its pool (`store_weights`). Several variants of a model
+can pass side by side: each has hidden states of its own, and a weight that is read serves them all.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import set_module_tensor_to_device
-from torch import nn
 from transformers import MixtralForCausalLM
-from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint import Checkpoint
-from qmix.checkpoint.fingerprint import WeightDigest, read_fingerprint
-from qmix.checkpoint.naming import expert_key
-from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
-from qmix.checkpoint.torch_dtypes import HALF
+from qmix.engine.passes import Pass, PathSegment, chunks
 from qmix.engine.variants import Variant
 from qmix.errors import DoesNotFitError
-from qmix.model.build import activation_of, empty_mixtral, module_name
-from qmix.progress import OnProgress, Progress, ignore
 from qmix.units import format_bytes
 
-CHUNK = 512  # tokens through an expert, a norm or the head at once
+CHUNK = 512  # tokens through an expert or a norm at once
 SLACK = 2**28  # of what allocators keep, and of the libraries' own work space
-
-EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 def memory_needed(checkpoint: Checkpoint, tokens: int, window: int, variants: Sequence[Variant], own: int) -> int:
@@ -69,176 +58,120 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
         )
 
 
-class Observer(Protocol):
-    """Sees what the first variant's tokens go through, layer by layer. What it is given is not its own to keep."""
-
-    def embedded(self, stream: torch.Tensor) -> None:
-        """The embeddings [T, H] of all tokens."""
-
-    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
-        """A layer's routing: of the residual stream and its normed copy, both [T, H]."""
-
-    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
-        """An expert that some token was routed to, as the checkpoint has it, after its layer's routing."""
-
-
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """What a layer's router makes of T tokens: logits [T, E], and the chosen experts and their weights, [T, k]."""
+    """A layer's routing of T tokens: logits [T, E], and the weights and indices of the chosen experts, both [T, k]."""
 
     logits: torch.Tensor
     weights: torch.Tensor
     chosen: torch.Tensor
 
 
-class LayerwisePass:
-    """One pass of some sequences of token ids through all layers, for all variants. Close it, or use it in a `with`."""
+class Observer:
+    """Base class of observers of the first variant's tokens. Tensors are valid during the call only."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: str, variants: Sequence[Variant], on_progress: OnProgress = ignore
-    ) -> None:
-        self.checkpoint, self.variants, self.geometry = checkpoint, variants, checkpoint.geometry
-        self.on_progress = on_progress
-        self.dtype = HALF[dtype]
-        self._model: MixtralForCausalLM = empty_mixtral(checkpoint.config, dtype)
-        self.activation = activation_of(self._model.config)
-        self._rotary = MixtralRotaryEmbedding(self._model.config)
-        self._files: dict[str, WeightFile] = {}
-        self._digests: dict[str, str] = {}
-        checkpoint.check_unchanged()
-        self._open = ExitStack()
-        self._read = 0
-        self._total = sum(weight.rows * weight.cols for weight in checkpoint.weights.values()) * 2
+    def embedded(self, stream: torch.Tensor) -> None:
+        """Receive the embeddings [T, H] of all tokens."""
 
-    def __enter__(self) -> LayerwisePass:
-        return self
+    def routed(self, layer: int, stream: torch.Tensor, states: torch.Tensor, routing: RouterOutput) -> None:
+        """Receive a layer's routing, its residual stream and the normed copy that was routed, both [T, H]."""
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> None:
+        """Receive the half-precision matrices of an expert with tokens, after its layer's routing.
 
-    def close(self) -> None:
-        self._open.close()
-        for variant in self.variants:
-            variant.close()
+        Only a checkpoint has them: a pass over a store does not call this.
+        """
 
-    @torch.inference_mode()
-    def run(self, sequences: Sequence[Sequence[int]], observers: Sequence[Observer] = ()) -> list[torch.Tensor]:
-        """The final, normed hidden states [T, H] of each variant, the tokens of all sequences in a row."""
-        spans = _spans(sequences)
-        ids = torch.tensor([token for sequence in sequences for token in sequence])
-        embeddings = self.weight(EMBEDDINGS)
-        streams = [embeddings[ids] for _ in self.variants]
-        del embeddings
-        for observer in observers:
-            observer.embedded(streams[0])
-        for layer in range(self.geometry.num_layers):
-            module = self._layer(layer)
+
+class WeightSource(Protocol):
+    """The weights of a pass, and the parts of the computation that depend on how they are held."""
+
+    model: MixtralForCausalLM  # its modules are used only inside `loaded`
+    streams: int  # variants, each with a residual stream
+    attention: dict[str, Any]  # further arguments of the model's attention function
+    chunk_rows: int | None  # in one call of attention or router. None: one sequence in attention, all in the router
+    head_rows: int  # in one call of the head
+
+    def loaded(self, name: str) -> AbstractContextManager[Any]:
+        """Keep the dense weights of the model's submodule `name` in memory, and yield the submodule."""
+
+    def experts(
+        self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
+    ) -> Sequence[torch.Tensor]:
+        """Return each variant's weighted sums of experts [T, H] for its normed states [T, H]; read each expert once."""
+
+
+@torch.inference_mode()
+def run_layers(
+    weights: WeightSource,
+    part: Pass,
+    observers: Sequence[Observer] = (),
+    on_layer: Callable[[int], None] = lambda layers: None,
+) -> list[torch.Tensor]:
+    """Return the hidden states [T, H] of each variant after the last layer, before the final norm.
+
+    `on_layer` receives the number of finished layers.
+    """
+    tokens = torch.from_numpy(part.tokens)
+    with weights.loaded("model.embed_tokens") as embed:
+        streams = [embed(tokens) for _ in range(weights.streams)]
+    for observer in observers:
+        observer.embedded(streams[0])
+    pieces = list(chunks(part.segments, weights.chunk_rows))
+    for layer in range(weights.model.config.num_hidden_layers):
+        with weights.loaded(f"model.layers.{layer}") as module:
             for stream in streams:
-                self._attend(module, stream, spans)
-            self._mix(layer, module, streams, observers)
-            module.to("meta")
-        norm = self._put(self._model.model.norm, "model.norm.", [NORM])
-        for stream in streams:
-            for start in range(0, len(stream), CHUNK):
-                stream[start : start + CHUNK] = norm(stream[start : start + CHUNK])
-        self.checkpoint.check_unchanged()
-        return streams
-
-    @torch.inference_mode()
-    def logits(self, hidden: Sequence[torch.Tensor], rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Chunks of (rows, then each variant's logits [t, V] in fp32) at those rows of the hidden states."""
-        head = self.weight(EMBEDDINGS if self.geometry.tie_embeddings else HEAD)
-        for some in rows.split(CHUNK):
-            yield (some, *((stream[some] @ head.T).float() for stream in hidden))
-
-    def fingerprint(self) -> str:
-        """The checkpoint's, once it has been run; reads what was not read on the way, where that is not known yet."""
-        return self.checkpoint.known_fingerprint or read_fingerprint(self.checkpoint, read=self._digests)
-
-    def routers(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights of all layers' norms before the experts, [L, H], and of their gates, [L, E, H]."""
-        prefixes = [f"model.layers.{layer}." for layer in range(self.geometry.num_layers)]
-        norms = torch.stack([self.weight(f"{prefix}post_attention_layernorm.weight") for prefix in prefixes])
-        gates = torch.stack([self.weight(f"{prefix}block_sparse_moe.gate.weight") for prefix in prefixes])
-        return norms, gates
-
-    def weight(self, key: str) -> torch.Tensor:
-        """A whole weight of the checkpoint, in half precision, in the shape of its own."""
-        weight = self.checkpoint.weights[key]
-        if weight.file not in self._files:
-            path = self.checkpoint.source.fetch(weight.file, partial(self._fetching, weight.file))
-            self._files[weight.file] = self._open.enter_context(WeightFile(path))
-        rows = self._files[weight.file].rows(weight, 0, weight.rows, self.geometry.head_dim)
-        if key not in self._digests:
-            digest = WeightDigest(weight)
-            digest.update(rows)
-            self._digests[key] = digest.hexdigest()
-        self._read += weight.rows * weight.cols * 2
-        return rows.to(self.dtype).view(weight.piece.shape)
-
-    def _fetching(self, file: str, done: int, total: int) -> None:
-        self._progress(f"fetching {file}: {format_bytes(done)} of {format_bytes(total)}")
-
-    def _progress(self, note: str) -> None:
-        self.on_progress(Progress(self._read, self._total, note))
-
-    def _layer(self, layer: int) -> Any:
-        prefix = f"model.layers.{layer}."
-        names = [name for name in self.geometry.dense_tensors if name.startswith(prefix)]
-        return self._put(self._model.model.layers[layer], prefix, names)
-
-    def _put(self, module: nn.Module, prefix: str, names: Sequence[str]) -> Any:
-        for name in names:
-            value = self.weight(name)
-            set_module_tensor_to_device(module, module_name(name).removeprefix(prefix), "cpu", value, value.dtype)
-        return module.eval().requires_grad_(False)
-
-    def _attend(self, module: Any, stream: torch.Tensor, spans: Sequence[slice]) -> None:
-        """Add what attention gives to the residual stream [T, H], a sequence at a time."""
-        for span in spans:
-            normed = module.input_layernorm(stream[span])[None]  # [1, S, H]
-            positions = self._rotary(normed, torch.arange(normed.shape[1])[None])
-            stream[span] += module.self_attn(normed, position_embeddings=positions, attention_mask=None)[0][0]
-
-    def _mix(self, layer: int, module: Any, streams: Sequence[torch.Tensor], observers: Sequence[Observer]) -> None:
-        """Add what the experts give, each read once; summed in fp32 as they come, and rounded once."""
-        normed = [_by_chunks(module.post_attention_layernorm, stream) for stream in streams]
-        routed = [RouterOutput(*module.mlp.gate(states)) for states in normed]
-        for observer in observers:
-            observer.routed(layer, streams[0], normed[0], routed[0])
-        sums = [torch.zeros(stream.shape, dtype=torch.float32) for stream in streams]
-        for index in range(self.geometry.num_experts):
-            places = [torch.where(routing.chosen == index) for routing in routed]
-            if not any(len(tokens) for tokens, _ in places):
-                continue
-            matrices = {name: self.weight(expert_key(layer, index, name)) for name in self.geometry.expert_matrices}
-            for observer in observers if len(places[0][0]) else ():
-                observer.expert(layer, index, matrices)
-            for variant, states, routing, (tokens, nth), total in zip(
-                self.variants, normed, routed, places, sums, strict=True
-            ):
-                if not len(tokens):
-                    continue
-                expert = variant.expert(layer, index, matrices)
-                for some, place in zip(tokens.split(CHUNK), nth.split(CHUNK), strict=True):
-                    total[some] += expert(states[some], self.activation) * routing.weights[some, place, None]
-            self._progress(f"layer {layer + 1} of {self.geometry.num_layers}")
-        for stream, total in zip(streams, sums, strict=True):
-            stream.add_(total.to(stream.dtype))
+                _attend(weights, module, stream, pieces)
+            _mix(weights, layer, module, streams, observers)
+        on_layer(layer + 1)
+    return streams
 
 
-def _by_chunks(work: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """`work` of all rows; what it takes besides its result is taken for a few at a time."""
+@torch.inference_mode()
+def logits(
+    weights: WeightSource, streams: Sequence[torch.Tensor], rows: torch.Tensor
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Yield, for each slice of `rows` [P], each variant's logits [t, V] in fp32 after those rows of its stream."""
+    with weights.loaded("model.norm") as norm, weights.loaded("lm_head") as head:
+        for start in range(0, len(rows), weights.head_rows):
+            some = slice(start, min(start + weights.head_rows, len(rows)))
+            yield some, [head(norm(stream[rows[some]])).float() for stream in streams]
+
+
+def _attend(
+    weights: WeightSource, module: Any, stream: torch.Tensor, pieces: Sequence[tuple[slice, list[PathSegment]]]
+) -> None:
+    """Add a layer's attention to the residual stream [T, H], a chunk of rows at a time."""
+    for rows, segments in pieces:
+        normed = module.input_layernorm(stream[rows])[None]  # [1, t, H]
+        positions = torch.cat([torch.arange(each.position, each.position + each.count) for each in segments])
+        rotary = weights.model.model.rotary_emb(normed, positions[None])
+        stream[rows] += module.self_attn(
+            normed, position_embeddings=rotary, attention_mask=None, segments=segments, **weights.attention
+        )[0][0]
+
+
+def _mix(
+    weights: WeightSource, layer: int, module: Any, streams: Sequence[torch.Tensor], observers: Sequence[Observer]
+) -> None:
+    """Add a layer's mixture of experts to the residual streams [T, H]."""
+    normed = [_by_chunks(module.post_attention_layernorm, stream) for stream in streams]
+    routed = [_route(module.mlp.gate, states, weights.chunk_rows) for states in normed]
+    for observer in observers:
+        observer.routed(layer, streams[0], normed[0], routed[0])
+    for stream, total in zip(streams, weights.experts(layer, normed, routed, observers), strict=True):
+        stream.add_(total.to(stream.dtype))
+
+
+def _route(gate: Any, states: torch.Tensor, rows: int | None) -> RouterOutput:
+    """Route [T, H], `rows` at a time where given: a router's kernel may copy what it reads in fp32."""
+    parts = [gate(some) for some in states.split(rows or max(1, len(states)))]
+    return RouterOutput(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _by_chunks(norm: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Norm all rows, CHUNK at a time: transformers computes norms in fp32 copies."""
     result = torch.empty_like(rows)
     for start in range(0, len(rows), CHUNK):
-        result[start : start + CHUNK] = work(rows[start : start + CHUNK])
+        result[start : start + CHUNK] = norm(rows[start : start + CHUNK])
     return result
-
-
-def _spans(sequences: Sequence[Sequence[int]]) -> list[slice]:
-    """Where each sequence lies in the row of all tokens."""
-    spans, start = [], 0
-    for sequence in sequences:
-        spans.append(slice(start, start + len(sequence)))
-        start += len(sequence)
-    return spans

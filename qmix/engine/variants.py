@@ -1,4 +1,4 @@
-"""Ways to hold experts: quantised in memory from a checkpoint as they are asked for, or as a store has them."""
+"""Variants of a model by how its experts are held: quantised in memory from a checkpoint, or read from a store."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from qmix.store.opened import Store
 
 
 class Variant(Protocol):
-    """The model with its experts held in some way."""
+    """A model with its experts held in one way."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Name in reports."""
 
     @property
     def nbytes(self) -> int:
-        """All of its expert records."""
+        """Bytes of all expert records."""
 
     @property
     def held(self) -> int:
-        """Bytes in memory for the expert that is computed."""
+        """Bytes that `expert` keeps in memory."""
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        """One of its experts, from the checkpoint's half-precision `matrices`; good until the next is asked for."""
+        """Return an expert, given the checkpoint's half-precision `matrices`; valid until the next call."""
 
     def close(self) -> None:
-        """Let go of what it has opened."""
+        """Close files and release memory."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Experts quantised in memory as a store would hold them; `precisions` is [layer][expert], `clip` as a store's."""
+    """Experts quantised in memory, bit for bit those of a store with these `precisions` [layer][expert] and `clip`."""
 
     name: str
     geometry: Geometry
@@ -69,13 +69,13 @@ class Quantised:
 
 
 class Stored:
-    """Experts as they lie in a store of the same weights. Raises StoreError where it is of others."""
+    """Experts of a store that was made from the checkpoint. Raises StoreError if it was made from other weights."""
 
     def __init__(self, name: str, store: Store, checkpoint: Checkpoint) -> None:
         if store.fingerprint != checkpoint.fingerprint:
             raise StoreError(f"{store.directory}: was made from other weights ({store.source_name}); compare its own")
         self.name, self.store = name, store
-        self._pool: ExpertPool | None = None  # takes its memory when it is first used: a budget is checked before
+        self._pool: ExpertPool | None = None  # made on first use, after the budget was checked
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +83,7 @@ class Stored:
 
     @property
     def held(self) -> int:
-        return sum(self.store.layout.record_counts)  # a record of each size
+        return sum(self.store.layout.record_counts)  # one slot of each record size
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
         self._pool = self._pool or ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))

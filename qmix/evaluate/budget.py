@@ -1,4 +1,4 @@
-"""Check a budget against all that an evaluation will ask a model for, before any of it is computed."""
+"""Check a memory budget against all requests of an evaluation before any is computed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qmix.store.layout import StoreLayout
 if TYPE_CHECKING:
     from qmix.engine.scoring import Score
 
-ALL = 2**62  # rows: a pass of everything
-NOTHING = 1  # byte of memory: no model fits
-# what the process holds beside the model differs a little from run to run: a budget that is named has room for that
+ALL = 2**62  # rows: one pass for all queries
+NOTHING = 1  # byte: a budget that no model fits
+# the process's own memory differs a little from run to run: the budget that an error names has room for that
 SLACK_SHARE, SLACK_BYTES = 0.03, 2**23
 
 
 @dataclass(slots=True)
 class Budget:
-    """A budget for a store of this layout. `base` is what this process held before it had tasks and requests."""
+    """A memory budget for a store of this layout. `base` is this process's memory, in bytes, before it loaded tasks."""
 
     layout: StoreLayout
     ram: int | None
@@ -37,7 +37,7 @@ class Budget:
 
     @property
     def held(self) -> int:
-        """Bytes beside the model. Looked at once, before the model's first use: what that warms up plans know of."""
+        """Bytes of tasks and requests. Measured once, before the model runs: plans count what the model allocates."""
         if self._beside is None:
             self._beside = max(0, own_memory() - self.base)
         return self._beside
@@ -51,7 +51,7 @@ class Budget:
         return self._lines(prompts, self.ram, self.held)
 
     def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None:
-        """Raise DoesNotFitError where the budget is too small for any of these; it names one that does for all."""
+        """Raise DoesNotFitError if the budget is too small for a request; the error names one that fits all."""
         plans: list[Callable[[int | None, int], object]] = []
         plans += [partial(self._scoring, sorted(queries))] if queries else []
         plans += [partial(self._lines, prompts)] if prompts else []
@@ -74,12 +74,12 @@ class Budget:
 
 
 class Checked(Exception):
-    """All requests were looked at, and the budget does; not an error of anything."""
+    """Raised by BudgetCheck to end an evaluation when the budget is enough. Not an error."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unmade:
-    """In an engine's place while there is no store yet: looks at all requests, then raises Checked."""
+class BudgetCheck:
+    """A RequestEngine for use before the store exists: checks all requests, then raises Checked."""
 
     budget: Budget
 
@@ -95,8 +95,9 @@ class Unmade:
 
 
 def _smallest(plan: Callable[[int | None, int], object], held: int) -> int:
+    """Return the smallest budget that a plan accepts."""
     try:
         plan(NOTHING, held)
     except DoesNotFitError as refusal:
         return refusal.smallest
-    raise AssertionError("a model that takes no memory")
+    raise AssertionError("a plan fits in one byte")

@@ -1,6 +1,6 @@
-"""The figures of Mixtral 8x22B's model card, and a model's own beside them. Loads no torch.
+"""The figures of Mixtral 8x22B's model card, and their comparison with a model's own. Loads no torch.
 
-The card takes them from the Open LLM Leaderboard: six tasks, each with so many examples in the prompt, and their mean.
+The card quotes the Open LLM Leaderboard: six tasks, each with a fixed number of examples in the prompt, and their mean.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class CardTask:
-    """A task of the card: the harness's name for it and for its figure, and the card's figure in percent.
+    """A task of the card: the harness's names for it and its metric, and the card's figure in percent.
 
-    `folder` is where the harness keeps it among its tasks.
+    `folder` is its place in the harness's directory of tasks.
     """
 
     title: str
@@ -39,10 +39,10 @@ CARD_AVERAGE = 74.46
 
 @dataclass(frozen=True, slots=True)
 class CardRow:
-    """A figure beside the card's, in percent.
+    """A figure and the card's, in percent.
 
-    `error` is the figure's standard error, NaN if there is none, and the difference's too: the card gives none for its
-    own, and both are of the same questions.
+    `error` is the standard error of the figure, NaN if there is none. It is also used for the difference: the card
+    gives no error, and both figures are for the same questions.
     """
 
     title: str
@@ -54,6 +54,7 @@ class CardRow:
 
     @property
     def difference(self) -> float:
+        """The figure minus the card's."""
         return self.figure - self.card
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class CardRow:
 
 
 def card_rows(results: Mapping[str, Mapping[str, Any]]) -> list[CardRow]:
-    """The six, and last their mean, from the harness's `results` by task."""
+    """Return the rows of the six tasks and of their mean, from the harness's `results` by task."""
     rows = []
     for known in CARD:
         metric, kind = known.metric.split(",")
@@ -76,5 +77,5 @@ def card_rows(results: Mapping[str, Mapping[str, Any]]) -> list[CardRow]:
 
 
 def _number(error: Any) -> float:
-    """The harness says "N/A" where there is one question only."""
+    """Return an error as a number: the harness gives "N/A" for a single question."""
     return float(error) if isinstance(error, int | float) else math.nan

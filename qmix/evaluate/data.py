@@ -1,7 +1,7 @@
-"""The data of tasks: in a directory, else in the hub's cache or on the hub, as the harness looks for it.
+"""The data sets of tasks, from a local directory, or as the harness finds them in the Hub's cache or on the Hub.
 
-A directory of `--data` has data sets as `hf download` leaves them: ORG/NAME/CONFIG/SPLIT-*.parquet, or ORG/NAME with a
-README.md that says what is where; and files that a task of one's own names itself, beside its YAML.
+The local directory holds data sets as `hf download` writes them: ORG/NAME/CONFIG/SPLIT-*.parquet, or ORG/NAME with a
+README.md that lists the files. Files that a user's own task names lie beside its YAML.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import datasets
 from huggingface_hub import constants
 from lm_eval.api.task import ConfigurableTask
 
-FORMS = ("json", "csv", "parquet", "text", "arrow")  # of files that a task names itself
+FORMS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` for files that a task names itself
 SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}
 FETCH = "hf download --repo-type dataset {path} --local-dir {place}/{path}"
 
 
 class MissingData(Exception):
-    """A task's data set is nowhere; `path` is its name on the hub, if it is there."""
+    """A task's data set cannot be read; `path` is its name on the Hub, or one of FORMS."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(reason)
@@ -29,7 +29,7 @@ class MissingData(Exception):
 
 
 def task_class(data: Path | None) -> type[ConfigurableTask]:
-    """The class of tasks whose data is looked for in `data` first."""
+    """Return a class of tasks that looks for data sets in `data` first."""
 
     class LocalTask(ConfigurableTask):
         def __init__(self, config: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def task_class(data: Path | None) -> type[ConfigurableTask]:
                 super().download(dataset_kwargs)
                 return
             path, name = str(self.DATASET_PATH), self.DATASET_NAME
-            if path in FORMS and "data_files" not in (dataset_kwargs or {}):  # else all below the directory is taken
+            if path in FORMS and "data_files" not in (dataset_kwargs or {}):  # would take the whole directory
                 raise ValueError(f"{path} without data_files under dataset_kwargs")
             local = None if data is None or path in FORMS else data / path
             try:
@@ -48,13 +48,13 @@ def task_class(data: Path | None) -> type[ConfigurableTask]:
                     super().download(self._resolved(dataset_kwargs))
                 elif found := find_files(local, name):
                     self.dataset = datasets.load_dataset(found[0], data_files=found[1])
-                else:  # a README.md says what is where
+                else:  # its README.md lists the files
                     self.dataset = datasets.load_dataset(str(local), name)
-            except Exception as error:  # datasets raises whatever its readers and the network do
+            except Exception as error:  # `datasets` passes on the exceptions of its readers and of the network
                 raise MissingData(path, reason_of(error)) from None
 
         def _resolved(self, options: dict[str, Any] | None) -> dict[str, Any] | None:
-            """Files that a task names itself lie beside its YAML."""
+            """Return loading options with the files that a task names itself resolved beside its YAML."""
             if data is None or self.DATASET_PATH not in FORMS or not options or "data_files" not in options:
                 return options
             beside = Path(self.config.metadata["config_source"]).parent
@@ -64,10 +64,10 @@ def task_class(data: Path | None) -> type[ConfigurableTask]:
 
 
 def find_files(base: Path, name: str | None) -> tuple[str, dict[str, list[str]]] | None:
-    """The form of a data set's files in its directory, and those of each split; None where there are none.
+    """Return the format of a data set's files and the files of each split, or None if the directory has none.
 
-    They are called SPLIT.FORM, or SPLIT-00000-of-00002.FORM, and lie in the folder of their configuration, in `data`
-    where there is but one, or beside one another.
+    Files are named SPLIT.FORMAT or SPLIT-00000-of-00002.FORMAT. They lie in a folder named like the configuration, in
+    `data` if the configuration has no name, or directly in `base`.
     """
     for folder in (base / (name or "data"), base):
         for suffix, form in SUFFIXES.items():
@@ -81,7 +81,7 @@ def find_files(base: Path, name: str | None) -> tuple[str, dict[str, list[str]]]
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Inside, neither datasets nor huggingface_hub reaches for a network."""
+    """Keep datasets and huggingface_hub off the network inside the context."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE, datasets.config.HF_DATASETS_OFFLINE
     constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
     try:
@@ -91,7 +91,7 @@ def offline() -> Iterator[None]:
 
 
 def what_to_fetch(missing: Mapping[str, MissingData], data: Path | None) -> str:
-    """What is missing by task, in one line: tasks, data sets, and the commands that fetch them."""
+    """Return a message in one line: the tasks without data, the reason, and the commands that fetch the data sets."""
     first = next(iter(missing.values()))
     paths = dict.fromkeys(error.path for error in missing.values())
     hub = [path for path in paths if path not in FORMS]
@@ -105,12 +105,13 @@ def what_to_fetch(missing: Mapping[str, MissingData], data: Path | None) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """An error of somebody else's as a part of a line."""
+    """Return a library's exception as part of a one-line message."""
     first = str(error).splitlines()[0] if str(error) else ""
     return f"{type(error).__name__}: {first}"[:200].removesuffix(": ")
 
 
 def _beside(files: Any, directory: Path) -> Any:
+    """Return `data_files` with each relative path that exists in `directory` resolved there."""
     if isinstance(files, dict):
         return {split: _beside(value, directory) for split, value in files.items()}
     if isinstance(files, list):

@@ -1,4 +1,4 @@
-"""What an evaluation shows: how far it is, its table, and the line behind it."""
+"""Progress, tables and the final line of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class EvaluationDisplay(JobDisplay):
 
     def __init__(self, title: str) -> None:
         super().__init__(title)
-        self._first: tuple[int, float] | None = None  # tokens and seconds of what went before
+        self._first: tuple[int, float] | None = None  # tokens and seconds before the first call
 
     def __call__(self, work: Work) -> None:
         self._first = self._first or (work.tokens, work.seconds)
@@ -35,7 +35,7 @@ class EvaluationDisplay(JobDisplay):
 
 
 def result_tables(content: Mapping[str, Any]) -> list[Table]:
-    """The table of the tasks that are not the card's, if there are any, and the card's, if that was asked for."""
+    """Return the table of other tasks than the card's, if any, and the card's table, if the card was evaluated."""
     if "card" not in content:
         return [tasks_table(content)]
     cards = {name for known in CARD for name in _with_children(known.task, content["group_subtasks"])}
@@ -49,7 +49,7 @@ def _with_children(name: str, children: Mapping[str, Sequence[str]]) -> list[str
 
 
 def tasks_table(content: Mapping[str, Any]) -> Table:
-    """A row for each figure of each task and group, in the order in which the harness has them."""
+    """Return a table with a row for each figure of each task and group, in the harness's order."""
     table = _table("task", "figure", right=("shots", "questions", "value", "+/-"))
     for name, values in content["results"].items():
         first = True
@@ -67,7 +67,7 @@ def tasks_table(content: Mapping[str, Any]) -> Table:
 
 
 def card_table(rows: Sequence[CardRow]) -> Table:
-    """Each task of the model card beside the card's own figure, in percent."""
+    """Return a table of each card task's figure and the card's own, in percent."""
     table = _table("task", "figure", right=("shots", "result", "card", "difference", "+/-"))
     for row in rows:
         shots = "" if row.shots is None else str(row.shots)
@@ -78,7 +78,7 @@ def card_table(rows: Sequence[CardRow]) -> Table:
 
 
 def work_line(work: Work, budget: int | None) -> str:
-    """The one line behind an evaluation."""
+    """Return the line that ends an evaluation."""
     parts = [f"{work.done} requests"]
     if work.kept:
         parts.append(f"{work.kept} from earlier runs")

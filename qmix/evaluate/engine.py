@@ -1,4 +1,4 @@
-"""What a model makes of many requests: those that have a result already are looked up, the others are computed."""
+"""Answers of a store's model to requests; kept results are looked up, the others computed and kept."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from qmix.store.opened import Store
 
 @dataclass(slots=True)
 class Work:
-    """How far an evaluation is. Requests are those without a repetition; seconds and tokens are of this run alone.
+    """Progress of an evaluation. Repeated requests count once; seconds and tokens are of this run only.
 
-    `tokens_left` go through the model still, at most, for the requests that were asked for so far.
+    `tokens_left` is an upper bound on the tokens that the requests so far will still take through the model.
     """
 
     requests: int = 0
     done: int = 0
-    kept: int = 0  # of those done, from earlier runs
+    kept: int = 0  # of `done`, from earlier runs
     tokens: int = 0
     tokens_left: int = 0
     passes: int = 0
@@ -41,6 +41,7 @@ class Work:
     peak_memory: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """Return the figures of results.json."""
         names = ("requests", "kept", "tokens", "passes", "seconds", "hits", "misses", "bytes_read", "peak_memory")
         return {name: getattr(self, name) for name in names}
 
@@ -49,10 +50,11 @@ OnWork = Callable[[Work], None]
 
 
 @dataclass(slots=True)
-class Engine:
-    """A store under a budget. `base` is what this process held before it had tasks and requests, in bytes.
+class StoreEngine:
+    """A RequestEngine over a store under a memory budget.
 
-    `loading` shows experts being read beforehand, `showing` how far the work is; each is entered when it begins.
+    `base` is this process's memory, in bytes, before it loaded tasks.
+    `loading` displays the reading of experts in advance and `showing` the work; each is entered when that starts.
     """
 
     store: Store
@@ -73,10 +75,7 @@ class Engine:
         return self.store.geometry
 
     def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None:
-        """Look at all that will be asked for, before the first of it is computed.
-
-        Raises DoesNotFitError with a budget that does for all of it.
-        """
+        """Check the budget against all coming requests. Raises DoesNotFitError, naming a budget that fits all."""
         scores = [query for query in queries if self.results.get(self._score_key(query)) is None]
         texts = [prompt for prompt in prompts if self.results.get(self._prompt_key(prompt)) is None]
         self.budget.check(scores, texts)
@@ -88,7 +87,7 @@ class Engine:
         return self.results.key(b"generate", prompt.part())
 
     def score(self, queries: Sequence[Query]) -> list[Score]:
-        """The score of each query."""
+        """Return the score of each query."""
         keys = [self._score_key(query) for query in queries]
         missing = self._missing(dict(zip(keys, queries, strict=True)))
         if missing:
@@ -96,7 +95,7 @@ class Engine:
         return [Score(*self.results.get(key)) for key in keys]
 
     def generate(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The token ids that continue each prompt."""
+        """Return the token ids that continue each prompt."""
         keys = [self._prompt_key(prompt) for prompt in prompts]
         missing = self._missing(dict(zip(keys, prompts, strict=True)))
         if missing:
@@ -104,6 +103,7 @@ class Engine:
         return [self.results.get(key) for key in keys]
 
     def _missing(self, wanted: dict[bytes, Any]) -> dict[bytes, Any]:
+        """Return the requests without a kept result, and count all of them."""
         missing = {key: value for key, value in wanted.items() if self.results.get(key) is None}
         self.work.requests += len(wanted)
         self.work.kept += len(wanted) - len(missing)
@@ -145,14 +145,14 @@ class Engine:
 
 
 class _Clock:
-    """Adds what a model does from now on to the work, and tells of it."""
+    """Adds a model's time, tokens and reads since its creation to the work, and reports them."""
 
     def __init__(self, work: Work, pool: ExpertPool, on_work: OnWork) -> None:
         self.work, self.pool, self.on_work = work, pool, on_work
         self._time, self._counters = time.perf_counter(), pool.counters.copy()
 
     def layers(self, rows: int) -> Callable[[int], None]:
-        """What is to be told of each layer of a pass of so many rows, which count in equal shares."""
+        """Return a callback for a pass of `rows` rows: each finished layer counts an equal share of them."""
         count = self.pool.store.geometry.num_layers
 
         def done(layers: int) -> None:
@@ -163,7 +163,7 @@ class _Clock:
         return done
 
     def add(self, tokens: int, no_longer: int) -> None:
-        """`tokens` went through the model, `no_longer` of those that were left are so no more."""
+        """Add `tokens` that went through the model; `no_longer` is how many fewer are left."""
         work, now, counters = self.work, time.perf_counter(), self.pool.counters.copy()
         since = counters.since(self._counters)
         work.tokens += tokens
@@ -176,7 +176,7 @@ class _Clock:
         self._time, self._counters = now, counters
 
     def finished(self, requests: int) -> None:
-        """A pass ended, and so many requests with it."""
+        """Count a finished pass and the requests that it answered."""
         self.add(0, 0)
         self.work.done += requests
         self.work.passes += 1

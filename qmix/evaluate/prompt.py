@@ -1,4 +1,4 @@
-"""A prompt of an evaluation, and how its answer is drawn."""
+"""The prompt of a generation request."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qmix.engine.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids to be continued, up to `most` new ones, or to one of `stop`.
+    """Token ids to continue by at most `most` new ones, or up to one of `stop`.
 
-    `drawn` are Sampling's fields of draws, in a fixed order, with the seed; empty is greedy.
+    `drawn` holds Sampling's fields for sampling, sorted, then the seed; empty means greedy decoding.
     """
 
     tokens: tuple[int, ...]
@@ -23,14 +23,15 @@ class Prompt:
 
     @property
     def needs(self) -> int:
-        """Tokens of context that it takes at most."""
+        """Most tokens of context that prompt and answer take."""
         return len(self.tokens) + self.most
 
     @property
     def sampling(self) -> Sampling:
+        """The prompt's options for a generation."""
         draws: dict[str, Any] = dict(self.drawn) or {"temperature": 0.0, "seed": 0}
         return Sampling(max_new_tokens=self.most, stop=self.stop, **draws)
 
     def part(self) -> bytes:
-        """Return the parts of its result's key."""
+        """Return what distinguishes this prompt in its result's key."""
         return json.dumps([self.tokens, self.most, self.stop, self.drawn]).encode()

@@ -1,6 +1,6 @@
-"""Results of single requests on the disk, by what they follow from: model, context, tokens. Loads no torch.
+"""Results of single requests on disk, under a digest of model, context and tokens. Loads no torch.
 
-A result that is there is never computed again, by whichever task and run it is asked for.
+A kept result is never computed again, whichever task or run needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.files import LineFile, decode_json
 from qmix.store.opened import Store
 
-FORMAT = "qmix-eval-requests-1"  # a part of every key: results that are computed otherwise are others
+FORMAT = "qmix-eval-requests-1"  # part of every key: changes when results are computed in another way
 REQUESTS = "requests.jsonl"
 KEY_BYTES = 16
 AGAIN = "choose another --out, or delete the file"
@@ -25,17 +25,17 @@ AGAIN = "choose another --out, or delete the file"
 
 class _Line(msgspec.Struct):
     key: str
-    result: list[bool | int | float]  # [log-probability, whether it is greedy's] of a text, or the ids of an answer
+    result: list[bool | int | float]  # [log-probability, greedy] of a continuation, or the ids of an answer
 
 
 class Results:
-    """The results in a directory, for one model; close it, or use it as a context manager.
+    """The results of one model in a directory. Use it as a context manager.
 
-    Raises QmixError where the directory cannot be used, UsageError where its file is none of results.
+    Raises QmixError if the directory cannot be used, UsageError if its file holds anything but results.
     """
 
     def __init__(self, directory: Path, model: str) -> None:
-        """`model` is a digest of all that results follow from besides the request, see `identity`."""
+        """`model` is the digest of `identity`."""
         self._model = model.encode()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -55,16 +55,16 @@ class Results:
         self._file.close()
 
     def key(self, *parts: bytes) -> bytes:
-        """What a request's result is kept under."""
+        """Return the key of a request's result."""
         lengths = b",".join(b"%d" % len(part) for part in parts)
         return hashlib.sha256(b"\n".join((self._model, lengths, *parts))).digest()[:KEY_BYTES]
 
     def get(self, key: bytes) -> Any:
-        """A result, None where there is none yet."""
+        """Return a result, or None."""
         return self._values.get(key)
 
     def add(self, values: dict[bytes, Any]) -> None:
-        """Results as JSON has them; on the disk when this returns."""
+        """Keep results, as JSON values; they are on disk when this returns."""
         self._file.append(
             [json.dumps({"key": key.hex(), "result": value}).encode() + b"\n" for key, value in values.items()]
         )
@@ -73,7 +73,7 @@ class Results:
     def _read(self) -> dict[bytes, Any]:
         found: dict[bytes, Any] = {}
         for number, raw in enumerate(self._file.lines(), 1):
-            where = f"{self._file.path}: line {number} is no result of an evaluation"
+            where = f"{self._file.path}: line {number} is not a result of an evaluation"
             line = decode_json(raw, _Line, where, UsageError, AGAIN)
             if not re.fullmatch(f"[0-9a-f]{{{2 * KEY_BYTES}}}", line.key):
                 raise UsageError(f"{where}: key: expected {2 * KEY_BYTES} hex digits; {AGAIN}")
@@ -82,5 +82,5 @@ class Results:
 
 
 def identity(store: Store) -> str:
-    """Return a digest of all that results follow from besides the request: the store, and how they are computed."""
+    """Return a digest of all that determines a result besides the request: the store and the way of computing."""
     return hashlib.sha256(f"{FORMAT} {store.digest}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""An evaluation from its parts: tasks, a model, what came out, and the file that keeps it."""
+"""Run tasks on a model, and write the results to a file."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from lm_eval.evaluator import evaluate
 from qmix.disk.faults import write_advice
 from qmix.errors import QmixError
 from qmix.evaluate.card import card_rows
-from qmix.evaluate.engine import Engine
-from qmix.evaluate.model import QmixLM
+from qmix.evaluate.engine import StoreEngine
+from qmix.evaluate.harness import QmixLM
 from qmix.files import write_whole
 from qmix.store.layout import precision_of
 from qmix.version import __version__
 
 SCHEMA = "qmix-eval-1"
 RESULTS = "results.json"
-RESAMPLES = 1000  # for the standard errors of figures that are no means
-SEEDS = (0, 1234)  # of random and numpy, for tasks that draw: the harness's own
+RESAMPLES = 1000  # bootstrap samples, for standard errors of figures that are not means
+SEEDS = (0, 1234)  # of random and numpy, for tasks that draw at random: the harness's own
 
 
 def run_tasks(lm: QmixLM, loaded: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """The harness's results of loaded tasks, on the first `limit` questions of each.
+    """Return the harness's results of loaded tasks on the first `limit` questions of each.
 
-    Raises DoesNotFitError, before anything is computed, with a budget that does for all of them.
+    Raises DoesNotFitError before anything is computed, naming a budget that fits all tasks.
     """
     lm.coming = lambda: [request for task in loaded["tasks"].values() for request in task.instances]
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells of its resampling there
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports its resampling there
         found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
     return dict(found or {})
 
 
 def report(lm: QmixLM, found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The results as qmix writes them; `settings` are the command's, with the tasks by name."""
-    assert isinstance(lm.engine, Engine)
+    """Return the content of results.json; `settings` are the command's, with the names of the tasks."""
+    assert isinstance(lm.engine, StoreEngine)
     store = lm.engine.store
     model = {
         "name": store.source_name,
@@ -69,7 +69,7 @@ def report(lm: QmixLM, found: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 
 def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
-    """Put results.json into a directory, whole or not at all. Raises QmixError."""
+    """Write results.json into a directory, atomically, and return its path. Raises QmixError."""
     path = directory / RESULTS
     try:
         write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -80,7 +80,7 @@ def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures as JSON has them; None where the harness has none."""
+    """Return figures as JSON values; None if the harness gives no number."""
     return {name: _number(value) for name, value in values.items() if name not in ("name", "alias", " ")}
 
 

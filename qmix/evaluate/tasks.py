@@ -1,4 +1,4 @@
-"""The harness's tasks by name, and those of the user's own: its YAML in the directory of `--data`."""
+"""The harness's tasks by name, and the user's own tasks: YAML files in a local directory."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from qmix.errors import DataError, UsageError
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
 
-YAML_LIMIT = 2**20  # bytes of a task's file; the largest of the harness has 63 kB
-SEED = 1234  # of the draw of a prompt's examples: the harness's own
+YAML_LIMIT = 2**20  # bytes of a task's file; the harness's largest has 63 kB
+SEED = 1234  # of the choice of a prompt's examples: the harness's own
 THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
 
 
 def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> dict[str, Any]:
-    """What the harness evaluates: its `tasks` and `groups` of these names, `card` being the six of the model card.
+    """Return the harness's `tasks` and `groups` of these names; `card` stands for the six tasks of the model card.
 
-    `shots` is for tasks that do not fix the number of examples. Raises UsageError, and DataError where data is missing,
-    with what to fetch.
+    `shots` applies to tasks that do not fix the number of examples. Raises UsageError, and DataError if data is
+    missing, naming what to fetch.
     """
     if data is not None:
         _check_sizes(data)
@@ -39,7 +39,7 @@ def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> di
         built = _built(manager, _expanded(names), data)
     try:
         loaded: dict[str, Any] = dict(manager.load(built))
-    except ValueError as error:  # a task by itself, and once more in a group
+    except ValueError as error:  # a task was named, and is also in a group
         raise UsageError(f"--tasks: {error}; leave one of them out") from None
     fixed = {known.task: known.shots for known in CARD} if "card" in names else {}
     for item in built:
@@ -58,10 +58,10 @@ def _built(manager: TaskManager, names: Sequence[str], data: Path | None) -> lis
             try:
                 found = factory.build(index[name], overrides=overrides, registry=index)
             except MissingData as error:
-                if not missing:  # the hub is not waited for again
+                if not missing:  # do not wait for the Hub again
                     after_a_failure.enter_context(offline())
                 missing[name] = error
-            except Exception as error:  # whatever a task's own templates and functions do
+            except Exception as error:  # a task's own templates and functions can raise anything
                 raise UsageError(f"{name}: the harness does not take it ({reason_of(error)}); correct it") from None
             else:
                 built += found if isinstance(found, list) else [found]
@@ -71,7 +71,7 @@ def _built(manager: TaskManager, names: Sequence[str], data: Path | None) -> lis
 
 
 def own_tasks(data: Path) -> list[str]:
-    """The names of the tasks whose YAML lies in a directory; a group's tasks by the group's name."""
+    """Return the names of the tasks in a directory; a group stands for its tasks."""
     _check_sizes(data)
     manager = TaskManager(include_path=str(data), include_defaults=False)
     grouped = {_name_of(child) for name in manager.all_groups for child in _children(manager, name)}
@@ -79,26 +79,27 @@ def own_tasks(data: Path) -> list[str]:
 
 
 def _check_sizes(data: Path) -> None:
-    """Raise UsageError where a YAML file is too large for the harness to read: it takes a hundred times its size."""
+    """Raise UsageError if a YAML file is too large: the harness takes a hundred times its size in memory."""
     for path in data.rglob("*.yaml"):
         if path.is_file() and path.stat().st_size > YAML_LIMIT:
             raise UsageError(f"{path}: larger than {YAML_LIMIT} bytes; is it a task? Take it out of {data}")
 
 
 def mute() -> None:
-    """Leave stderr to what qmix says itself."""
+    """Silence the harness and datasets on stderr."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
 
 
 def _expanded(names: Sequence[str]) -> list[str]:
+    """Return the names without repetition, `card` replaced by its tasks."""
     every = [task for name in names for task in ([known.task for known in CARD] if name == "card" else [name])]
     return list(dict.fromkeys(every))
 
 
 def _manager(names: Sequence[str], data: Path | None) -> TaskManager:
-    """An index that has the names; that of all the harness's tasks, which takes seconds to read, only where needed."""
+    """Return an index with the names. The harness's full index takes seconds to read, and is used only if needed."""
     own = [] if data is None else [str(data)]
     wanted = _expanded(names)
     places = [str(THEIR_TASKS / known.folder) for known in CARD if known.task in wanted]
@@ -113,7 +114,7 @@ def _manager(names: Sequence[str], data: Path | None) -> TaskManager:
 
 
 def _prepare(task: Task, shots: int | None) -> None:
-    """As the harness's own command prepares a task before it is evaluated."""
+    """Prepare a task as the harness's own command does. Raises UsageError if qmix cannot run it."""
     name = task.config.task
     if getattr(task, "UNSAFE_CODE", False):
         raise UsageError(f"{name}: runs code that the model writes, which qmix does not; leave it out")
@@ -143,7 +144,7 @@ def _name_of(child: Any) -> str:
 
 
 def _complete(manager: TaskManager, name: str) -> bool:
-    """Whether the index has a task, or a group and all that is in it."""
+    """Return whether the index has a task, or a group with all of its tasks."""
     if name not in manager.task_index:
         return False
     return all(_complete(manager, child) for child in _children(manager, name) if isinstance(child, str))

@@ -1,4 +1,4 @@
-"""`qmix calibrate`, and what its profile is used for: a plan, a store, a run."""
+"""`qmix calibrate`, and the uses of its profile: a plan, a store, a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NF4, INT8 = 6291456, 12042240  # bytes of all of tiny's experts
 
 @pytest.fixture(scope="module")
 def calibrated(commands, first_use, tmp_path_factory):
-    """The directory of one calibration of tiny on the bundled texts, and what was shown."""
+    """Return the directory of a calibration of tiny on the bundled texts, and the command's output."""
     directory = tmp_path_factory.mktemp("calibrated")
     budget = str((NF4 + INT8) // 2)
     argv = ("calibrate", "tiny", directory / "profile.json", "--tokens", str(TOKENS), "--budget", budget)
@@ -51,7 +51,7 @@ def test_what_is_shown_goes_to_stdout_and_what_is_to_be_minded_to_stderr(calibra
     directory, done = calibrated
     for title in ("Use of experts", "Languages beside all text", "Hit rate by pool size", "Error against bytes"):
         assert title in done.out
-    assert "of a token's experts the token before took" in done.out
+    assert "same expert as the previous token: " in done.out
     assert "is rough" not in done.err  # every expert had tokens enough
     assert "profile.json: written" in done.err
     assert sorted(path.name for path in directory.iterdir()) == ["pictures.svg", "profile.json"]
@@ -77,7 +77,7 @@ def test_a_store_is_made_of_it_and_carries_it(calibrated, qmix, tmp_path):
 
 @pytest.mark.slow
 def test_what_it_chooses_loses_less_than_the_straight_line(calibrated, qmix):
-    """Between all experts in nf4 and all in int8, at three places."""
+    """The line goes from all experts in nf4 to all in int8; budgets lie at three points of it."""
     directory, _ = calibrated
     budgets = [NF4 + (INT8 - NF4) * part // 4 for part in (1, 2, 3)]
     options = [option for budget in budgets for option in ("--budget", str(budget))]

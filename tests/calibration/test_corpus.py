@@ -1,4 +1,4 @@
-"""The texts that come with the package are what they claim to be, and a user's own file is read as it says."""
+"""The package's texts are of their languages and kinds, and a user's file is split as documented."""
 
 from __future__ import annotations
 

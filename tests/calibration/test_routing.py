@@ -1,4 +1,4 @@
-"""Routing recorded: by hand, and beside what transformers routes."""
+"""Recorded routing by hand, and compared with transformers' routing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from calibration.run import calibrate
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.layerwise import LayerwisePass, RouterOutput
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import RouterOutput
 from qmix.geometry import Geometry
 
 SMALL = Geometry(2, 4, 2, 1, 1, 2, 3, 1, 8, 16)  # hidden 2, two layers of three experts, one a token
@@ -25,7 +26,7 @@ GATES = torch.tensor([[[1.0, 0], [0, 1], [-1, -1]], [[1, 0], [0, 1], [-1, -1]]])
 
 
 def routed(*experts: int) -> RouterOutput:
-    """Each token to one expert, which gets half of the probability and the others a quarter each."""
+    """Route each token to one expert with half of the probability; the others have a quarter each."""
     chosen = torch.tensor(experts)[:, None]
     logits = torch.zeros(len(experts), 3).scatter_(1, chosen, math.log(2))
     return RouterOutput(logits, torch.ones(len(experts), 1), chosen)
@@ -33,7 +34,7 @@ def routed(*experts: int) -> RouterOutput:
 
 @pytest.fixture
 def small() -> RoutingStatistics:
-    """Tokens 0, 1 in one sequence and language, 2 in another; the norms' scales undo what the states were scaled by."""
+    """Tokens 0, 1 in one sequence and language, 2 in another; the norms' scales undo the scale of the states."""
     norms = torch.tensor([[2.0, 2.0], [1.0, 1.0]])
     recorder = RoutingRecorder(SMALL, norms, GATES, [[5, 6], [7]], ["en", "fr"])
     states = torch.tensor([[4.0, 1], [1, 4], [-4, -4]])
@@ -88,13 +89,13 @@ def test_it_is_what_transformers_routes(tiny):
 
 def test_each_expert_is_read_once_for_all_text(tiny, monkeypatch):
     read: Counter[str] = Counter()
-    weight = LayerwisePass.weight
+    weight = CheckpointWeights.weight
 
-    def counted(layers: LayerwisePass, key: str) -> torch.Tensor:
+    def counted(weights: CheckpointWeights, key: str) -> torch.Tensor:
         read[key] += 1
-        return weight(layers, key)
+        return weight(weights, key)
 
-    monkeypatch.setattr(LayerwisePass, "weight", counted)
+    monkeypatch.setattr(CheckpointWeights, "weight", counted)
     checkpoint = open_checkpoint(LocalSource(tiny))
     calibrate(checkpoint, "bf16", [Passage("en", list(range(5, 405))), Passage("fr", list(range(700, 900)))])
     experts = {

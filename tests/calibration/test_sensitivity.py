@@ -1,4 +1,4 @@
-"""What quantising an expert costs: worked out in full beside the estimate, and as the mixes that it leads to."""
+"""The cost of quantising an expert: the estimate against the full computation, and the mixes that it leads to."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_token_sampled_is_the_sum_itself(kind):
 
 
 def test_fewer_samples_stand_for_all():
-    """With tokens that are all alike any sample gives the whole."""
+    """Any sample of identical tokens gives the full cost."""
     alike = {
         "states": STATES[:1].expand(TOKENS, -1),
         "stream": STREAM[:1].expand(TOKENS, -1),

@@ -1,4 +1,4 @@
-"""Distributions compared: by hand, as properties, and through the command."""
+"""Fidelity of distributions by hand, by properties, and through the command."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qmix.compare.fidelity import Scores, _tokens
 
 
 def scores(*chunks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], nbytes: int = 0) -> Scores:
-    """Log-probabilities of the reference and of another, and the tokens that came, a chunk after another."""
+    """Return scores from chunks of the reference's and a variant's log-probabilities and the next tokens."""
     return Scores("other", nbytes, *map(torch.cat, zip(*(_tokens(*chunk) for chunk in chunks), strict=True)))
 
 
 def test_two_tokens_by_hand():
-    """Reference (1/2, 1/2) against (3/4, 1/4), then (1, 1)/2 against itself; the tokens that came are 0 and 1."""
+    """Reference (1/2, 1/2) against (3/4, 1/4), then (1, 1)/2 against itself; the next tokens are 0 and 1."""
     reference = torch.tensor([[0.5, 0.5], [0.5, 0.5]]).log()
     other = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
     found = scores((reference, other, torch.tensor([0, 1])), nbytes=7).fidelity()

@@ -15,7 +15,7 @@ from stores import make_pool, make_store
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.layerwise import LayerwisePass
+from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.errors import CheckpointError, QmixError, StoreError, mending
 from qmix.model.dense import read_dense
 from qmix.model.gpu.devices import open_devices
@@ -131,8 +131,8 @@ def quantise(checkpoint: Path, directory: Path) -> None:
 
 
 def run_layerwise(checkpoint: Path, directory: Path) -> None:
-    with LayerwisePass(open_checkpoint(LocalSource(checkpoint)), "bf16", []) as layers:
-        layers.routers()
+    with CheckpointWeights(open_checkpoint(LocalSource(checkpoint)), "bf16", []) as weights:
+        weights.routers()
 
 
 def fingerprint(checkpoint: Path, directory: Path) -> None:

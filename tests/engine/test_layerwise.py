@@ -1,8 +1,10 @@
-"""Text through a checkpoint layer by layer: the numbers of transformers and of stores, each weight read once."""
+"""The layer-wise pass gives the numbers of transformers and of stores, and reads each weight once."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,9 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.layerwise import LayerwisePass, check_memory, memory_needed
+from qmix.engine.checkpoint_weights import CheckpointWeights
+from qmix.engine.layerwise import Observer, check_memory, memory_needed, run_layers
+from qmix.engine.layerwise import logits as logits_of
+from qmix.engine.passes import plain_pass
+from qmix.engine.store_weights import PATH_ATTENTION, StoreWeights
 from qmix.engine.variants import Quantised, Stored
-from qmix.errors import DoesNotFitError, StoreError
+from qmix.errors import CheckpointError, DoesNotFitError, StoreError
+from qmix.model.build import build_model
+from qmix.pool.experts import ExpertPool
 from qmix.store.sources import layout_for
 
 RNG = torch.Generator().manual_seed(0)
@@ -28,10 +36,10 @@ def variant(checkpoint, spec: str, clip: bool = False) -> Quantised:
 
 
 def logits(checkpoint, variants, sequences=SEQUENCES) -> list[torch.Tensor]:
-    """Of each variant at every place, [T, V]."""
+    """Return each variant's logits after every token, [T, V]."""
     rows = torch.arange(sum(map(len, sequences)))
-    with LayerwisePass(checkpoint, checkpoint.half_dtype, variants) as layers:
-        chunks = [scores for _, *scores in layers.logits(layers.run(sequences), rows)]
+    with CheckpointWeights(checkpoint, checkpoint.half_dtype, variants) as weights:
+        chunks = [scores for _, scores in logits_of(weights, run_layers(weights, plain_pass(sequences)), rows)]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
@@ -87,15 +95,55 @@ def test_sequences_do_not_see_each_other(checkpoint):
 
 def test_every_weight_is_read_once(checkpoint, monkeypatch):
     read: Counter[str] = Counter()
-    weight = LayerwisePass.weight
+    weight = CheckpointWeights.weight
 
     def counting(self, key):
         read[key] += 1
         return weight(self, key)
 
-    monkeypatch.setattr(LayerwisePass, "weight", counting)
+    monkeypatch.setattr(CheckpointWeights, "weight", counting)
     logits(checkpoint, [variant(checkpoint, "half"), variant(checkpoint, "nf4")])
     assert read == Counter(dict.fromkeys(checkpoint.weights, 1))
+
+
+class Trace(Observer):
+    """Keeps the experts of each layer, and the order of calls."""
+
+    def __init__(self) -> None:
+        self.chosen: list[torch.Tensor] = []
+        self.calls: list[object] = []
+
+    def embedded(self, stream):
+        self.calls.append("embedded")
+
+    def routed(self, layer, stream, states, routing):
+        self.calls.append(layer)
+        self.chosen.append(routing.chosen.sort().values)
+
+
+def test_a_checkpoint_and_its_store_are_observed_alike(checkpoint, tiny, tmp_path):
+    part, layers = plain_pass(SEQUENCES), checkpoint.geometry.num_layers
+    ours, theirs, finished = Trace(), Trace(), []
+    with CheckpointWeights(checkpoint, checkpoint.half_dtype, [variant(checkpoint, "half")]) as weights:
+        run_layers(weights, part, [ours])
+    store = make_store(tiny, tmp_path / "store", "half")
+    with closing(ExpertPool(store, dict.fromkeys(store.layout.record_counts, 3), invariant=True)) as pool:
+        model = build_model(store, pool, PATH_ATTENTION)
+        run_layers(StoreWeights(store, model, max(map(len, SEQUENCES))), part, [theirs], finished.append)
+    assert ours.calls == theirs.calls == ["embedded", *range(layers)]
+    assert finished == list(range(1, layers + 1))
+    same = (torch.stack(ours.chosen) == torch.stack(theirs.chosen)).float().mean()
+    assert same > 0.99  # the two round otherwise where experts are nearly as likely
+
+
+def test_a_checkpoint_that_changes_during_a_pass_is_refused(tmp_path):
+    directory = make_checkpoint(tmp_path / "model")
+    opened = open_checkpoint(LocalSource(directory))
+    weights = CheckpointWeights(opened, "bf16", [variant(opened, "half")])
+    run_layers(weights, plain_pass([[1, 5, 9]]))
+    os.utime(directory / "model.safetensors", (1, 1))
+    with pytest.raises(CheckpointError, match="changed"):
+        weights.__exit__(None)
 
 
 @pytest.mark.parametrize("form", ["tied", "fp32"])

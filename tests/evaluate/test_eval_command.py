@@ -21,8 +21,8 @@ from qmix.commands.eval import eval as command
 from qmix.errors import QmixError, UsageError
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import find_files, offline
-from qmix.evaluate.engine import Engine, Work
-from qmix.evaluate.model import QmixLM
+from qmix.evaluate.engine import StoreEngine, Work
+from qmix.evaluate.harness import QmixLM
 from qmix.evaluate.results import REQUESTS, Results, identity
 from qmix.evaluate.run import report, run_tasks
 from qmix.evaluate.tasks import load_tasks, mute, own_tasks
@@ -35,7 +35,7 @@ PRELOADED = "qmix.evaluate.run"
 
 @pytest.fixture(autouse=True)
 def cache(first_use, monkeypatch):
-    """Of a user who has used qmix before."""
+    """Use the cache of a user who has run qmix before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(first_use.cache))
 
 
@@ -52,22 +52,22 @@ def half(tiny, tmp_path_factory):
 
 
 def model(store, directory: Path, context: int = 2048) -> QmixLM:
-    """`notes` of the result are what it told the user."""
+    """Return a model whose `notes` are the messages to the user."""
     notes: list[str] = []
     results = Results(directory, identity(store))
-    engine = Engine(store, results, 2**30, None, base=2**40)  # the test's own process is none of a user's
+    engine = StoreEngine(store, results, 2**30, None, base=2**40)  # the test's own process is none of a user's
     lm = QmixLM(engine, load_tokenizer(store.directory), context, notes.append)
     lm.notes = notes
     return lm
 
 
 def made(*arguments: str) -> click.Context:
-    """The command with its arguments, in this process."""
+    """Run the command in this process."""
     return command.make_context("eval", list(arguments), help_option_names=["-h", "--help"])  # which click keeps
 
 
 def evaluated(lm, names=NAMES, limit: int | None = None) -> tuple[dict, dict]:
-    """The results by task and figure, and what the model gave for each request."""
+    """Return the results by task and figure, and the model's answer to each request."""
     mute()
     loaded = load_tasks(list(names), TASKS, None)
     found = run_tasks(lm, loaded, limit)["results"]
@@ -77,7 +77,7 @@ def evaluated(lm, names=NAMES, limit: int | None = None) -> tuple[dict, dict]:
 
 @pytest.fixture(scope="module")
 def harness_own(tiny):
-    """HFLM on transformers' bf16 model, its softmax in fp32; left alone it rounds every log-probability to 8 bits."""
+    """HFLM on transformers' bf16 model, its softmax in fp32; by default it rounds every log-probability to 8 bits."""
     from lm_eval.models.huggingface import HFLM
 
     reference, tokenizer = reference_model(tiny, torch.bfloat16), load_tokenizer(tiny)
@@ -112,7 +112,7 @@ def test_figures_and_answers_are_those_of_the_harness_own_model(half, harness_ow
     [("", "Click the button."), ("Click the ", "button"), ("<s>Click", " the button"), ("Click", "able menus")],
 )
 def test_texts_become_the_tokens_of_the_harness_own_model(half, harness_own, tmp_path, context, continuation):
-    """An empty context, a space at its end, a start that is there already, a continuation in the middle of a word."""
+    """An empty context, a space at its end, a prefix token already there, a continuation in the middle of a word."""
     request = Instance("loglikelihood", {}, (context, continuation), 0)
     ((ours, _),) = model(half, tmp_path).loglikelihood([request])
     ((hers, _),) = harness_own().loglikelihood([request], disable_tqdm=True)
@@ -294,7 +294,7 @@ def test_results_are_of_one_model_and_survive_a_cut_line(tmp_path):
     with Results(tmp_path, "other") as results:
         assert results.get(results.key(b"score", b"a", b"bc")) is None
     (tmp_path / REQUESTS).write_text("what\n")
-    with pytest.raises(UsageError, match="line 1 is no result of an evaluation"):
+    with pytest.raises(UsageError, match="line 1 is not a result of an evaluation"):
         Results(tmp_path, "one")
 
 

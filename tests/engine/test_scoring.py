@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: those of transformers, whatever else is in the pass and in memory."""
+"""Scores equal transformers' log-probabilities, and do not depend on the rest of the pass or on the pool's size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ids(count: int, vocabulary: int = 4000) -> list[int]:
 
 
 def question(context: list[int], *lengths: int, vocabulary: int = 4000) -> list[Query]:
-    """A context with a continuation of each length."""
+    """Return a context with a continuation of each length."""
     return [Query.of((context + more)[:-1], more) for length in lengths for more in (ids(length, vocabulary),)]
 
 
@@ -47,7 +47,7 @@ def reference(model, query: Query) -> tuple[float, bool]:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """transformers' many small operations wait for each other's threads on a busy machine."""
+    """Use one thread: transformers' many small operations wait for threads on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def asked() -> list[Query]:
-    """Contexts of which some are the beginning of others, one longer than a chunk; choices of one token and of more."""
+    """Return queries with contexts that are prefixes of others, one longer than a chunk; choices of one or more tokens."""
     base = ids(700)
     found = [query for length in (1, 5, 40, 600, 700) for query in question(base[:length], 1, 1, 3, 9)]
     return sorted({*found, *question(ids(30), 2, 20)})
@@ -68,8 +68,8 @@ def half(tiny, tmp_path_factory):
 
 
 def test_half_is_as_close_to_fp32_as_transformers_bf16(half, tiny):
-    """Token by token on texts in four languages. A router's near tie goes one way or the other with the rounding, and
-    moves single tokens by up to 3 nats, in theirs as in ours: so it is means of absolute errors that are compared."""
+    """Token by token on texts in four languages. A router's near tie depends on the rounding and moves single tokens by
+    up to 3 nats, in both implementations. So the test compares means of absolute errors."""
     tokenizer = load_tokenizer(tiny)
     texts = [tokenizer(document.text)["input_ids"][:300] for document in alternating(bundled())[:4]]
     ours, theirs, exact = [], [], []
@@ -91,7 +91,7 @@ def test_half_is_as_close_to_fp32_as_transformers_bf16(half, tiny):
 
 @pytest.mark.parametrize("precision", ["nf4", "int8", "half"])
 def test_a_score_depends_on_its_query_alone(tiny, tmp_path, asked, precision):
-    """Not on the pass, its size, or how many experts fit in memory: the same bits."""
+    """The pass, its size and the number of slots do not change a bit."""
     store = make_store(tiny, tmp_path / "store", precision)
     whole = score(store, asked)
     assert whole == score(store, asked, tokens=750, slots=3)

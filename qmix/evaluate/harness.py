@@ -1,4 +1,4 @@
-"""An engine as a model of lm-evaluation-harness: texts to token ids as the harness's own HFLM does it, and back."""
+"""A request engine as a model of lm-evaluation-harness. Texts are tokenised as the harness's own HFLM does."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from qmix.text.tokenizer import encode, tokenizing
 if TYPE_CHECKING:
     from qmix.engine.scoring import Score
 
-MOST_NEW_TOKENS = 256  # of an answer where its task does not say: the harness's default
-DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # that Sampling has by the same names
-MARGIN = 64  # tokens of a context beyond those that are seen, which its cut may change
-SEED = 1234  # of draws, with a request's own text and the number of its repetition
-SCORED = ("loglikelihood", "loglikelihood_rolling")  # requests, as the harness calls them
+MOST_NEW_TOKENS = 256  # if a task gives no limit: the harness's default
+DRAWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}  # options with these names in Sampling
+MARGIN = 64  # tokens kept beyond max_length: cutting the text may change the first ones
+SEED = 1234  # of sampling, combined with a request's text and its repetition number
+SCORED = ("loglikelihood", "loglikelihood_rolling")  # the harness's names of request types
 CONTINUED = "generate_until"
-Pair = tuple[Any, list[int], list[int]]  # what the harness knows it by, context, continuation
+Pair = tuple[Any, list[int], list[int]]  # the harness's key, context, continuation
 
 
-class Computes(Protocol):
-    """An engine that scores queries and continues prompts, and is told of all of them before the first."""
+class RequestEngine(Protocol):
+    """Scores queries and continues prompts. `check` receives all of them before the first is computed."""
 
     def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None: ...
     def score(self, queries: Sequence[Query]) -> list[Score]: ...
@@ -47,11 +47,11 @@ class Computes(Protocol):
 
 
 class QmixLM(TemplateLM):
-    """`max_length` tokens are seen at once; of longer requests the end is, and `notify` is told how many there were."""
+    """A harness model over an engine. Longer requests than `max_length` lose their beginning; `notify` reports it."""
 
     def __init__(
         self,
-        engine: Computes,
+        engine: RequestEngine,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         notify: Callable[[str], None],
@@ -60,9 +60,9 @@ class QmixLM(TemplateLM):
         self.engine, self.tokenizer, self.max_length, self.notify = engine, tokenizer, max_length, notify
         self._prefix: str = tokenizer.decode(self.prefix_token_id)
         self._most = (max_length + MARGIN) * longest_token(tokenizer)
-        self._encode = lru_cache(maxsize=8)(self._tokenize)  # the choices of a question have one context
+        self._encode = lru_cache(maxsize=8)(self._tokenize)  # the choices of a question share a context
         self._cut = 0
-        self.coming: Callable[[], Iterable[Instance]] | None = None  # all requests of all kinds, while none was asked
+        self.coming: Callable[[], Iterable[Instance]] | None = None  # all requests, until they were checked
 
     @property
     def eot_token_id(self) -> int:
@@ -70,12 +70,12 @@ class QmixLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
+        """The token that stands for an empty context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Token ids; where it is not said, with the tokenizer's own special tokens unless the text begins with them."""
+        """Return token ids. By default special tokens are added, unless the text begins with the prefix token."""
         if add_special_tokens is None and has_bos_prefix(string, self._prefix):
             add_special_tokens = False
         return self._encode(string, add_special_tokens)
@@ -85,12 +85,12 @@ class QmixLM(TemplateLM):
         return encode(self.tokenizer, string, **options)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For (context, continuation): the continuation's log-probability in nats, and whether it is the greedy one."""
+        """Return each continuation's log-probability in nats, and whether greedy decoding would give it."""
         self._check_all()
         return self._loglikelihood_tokens(self._pairs(requests))
 
     def _check_all(self) -> None:
-        """Let the engine look at everything before it begins: a budget is refused at once, and for all of it."""
+        """Let the engine check all requests before the first: a small budget is refused at once, for all of them."""
         if self.coming is None:
             return
         asked, self.coming = list(self.coming()), None
@@ -103,7 +103,7 @@ class QmixLM(TemplateLM):
         self.engine.check(queries, prompts)
 
     def _pairs(self, requests: Iterable[Instance]) -> Iterator[Pair]:
-        """One after another: as lists, the ids of a large task would take gigabytes."""
+        """Yield pairs one at a time: lists of a large task's ids would take gigabytes."""
         for request in requests:
             context, continuation = request.args
             if len(continuation) > self._most:
@@ -138,18 +138,18 @@ class QmixLM(TemplateLM):
         )
 
     def _end(self, text: str) -> str:
-        """The end of a context, as much as may be seen: to tokenise the rest takes memory for nothing."""
+        """Return the end of a context that may be seen: tokenising the rest would waste memory."""
         return text[-self._most :]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability in nats of each whole text, in windows of `max_length` that do not overlap."""
+        """Return the log-probability in nats of each whole text, in windows of `max_length` without overlap."""
         self._check_all()
         pairs, ends = self._windows(requests)
         scores = [logprob for logprob, _ in self._loglikelihood_tokens(pairs)]
         return [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def _windows(self, requests: Iterable[Instance]) -> tuple[list[Pair], list[int]]:
-        """The windows of all texts, and for each text where its windows end among them."""
+        """Return the windows of all texts in one list, and the end of each text's windows in it."""
         pairs: list[Pair] = []
         ends = []
         for request in requests:
@@ -164,7 +164,7 @@ class QmixLM(TemplateLM):
         return pairs, ends
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """For (context, options): what the model goes on with, up to the first stop sequence."""
+        """Return the model's continuation of each context, up to the first stop sequence."""
         self._check_all()
         drawn: Counter[str] = Counter()
         asked = [self._prompt(request.args[0], request.args[1], drawn) for request in requests]
@@ -175,7 +175,7 @@ class QmixLM(TemplateLM):
         return [postprocess_generated_text(text, until, None) for text, (_, until) in zip(texts, asked, strict=True)]
 
     def _prompt(self, context: str, options: dict[str, Any], drawn: Counter[str]) -> tuple[Prompt, list[str]]:
-        """The prompt of a request, and the texts before which its answer ends; `drawn` counts repetitions."""
+        """Return the prompt of a request and its stop sequences; `drawn` counts repetitions of a context."""
         given = dict(normalize_gen_kwargs(options, MOST_NEW_TOKENS))
         until = handle_stop_sequences(given.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
         most, samples = int(given.pop("max_gen_toks")), given.pop("do_sample", False)

@@ -1,4 +1,4 @@
-"""Passes as arithmetic: what is shared, where a pass ends, and how memory is divided between tokens and experts."""
+"""Shared prefixes, the cuts between passes and chunks, and the division of memory between tokens and experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.passes import Query, Segment, make_pass, spans
+from qmix.engine.passes import PathSegment, Query, chunks, make_pass, plain_pass, spans
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.evaluate.card import CARD, CARD_AVERAGE, card_rows
 from qmix.geometry import Geometry
@@ -35,7 +35,7 @@ def test_a_context_and_equal_inputs_are_computed_once():
     asked = queries(([1, 2, 3], [7]), ([1, 2, 3], [8]), ([1, 2, 4, 5], [5, 6]), ([1, 2, 4, 9], [9, 6]))
     found = make_pass(asked)
     assert found.tokens.tolist() == [1, 2, 3, 4, 5, 9]
-    assert found.segments == (Segment(0, 3), Segment(2, 2), Segment(3, 1))
+    assert found.segments == (PathSegment(0, 3), PathSegment(2, 2), PathSegment(3, 1))
     assert found.rows.tolist() == [2, 2, 3, 4, 3, 5]
     assert found.targets.tolist() == [7, 8, 5, 6, 9, 6]
     assert found.queries.tolist() == [0, 1, 2, 2, 3, 3]
@@ -67,7 +67,7 @@ def test_every_query_sees_its_own_tokens_and_each_beginning_is_one_row(pairs, li
 
 
 def _paths(found) -> list[list[int]]:
-    """What each row sees, itself included, by the rule that a segment follows on the one before."""
+    """Return the tokens that each row sees, itself included: a segment continues the path of the one before."""
     paths: list[list[int]] = []
     path: list[int] = []
     tokens = iter(found.tokens.tolist())
@@ -77,6 +77,28 @@ def _paths(found) -> list[list[int]]:
             path = [*path, next(tokens)]
             paths.append(path)
     return paths
+
+
+def test_whole_sequences_predict_all_their_tokens_but_the_first():
+    found = plain_pass([[5, 6, 7], [5], [5, 8]])
+    assert found.tokens.tolist() == [5, 6, 7, 5, 5, 8]
+    assert found.segments == (PathSegment(0, 3), PathSegment(0, 1), PathSegment(0, 2))
+    assert found.rows.tolist() == [0, 1, 4]
+    assert found.targets.tolist() == [6, 7, 8]
+    assert found.queries.tolist() == [0, 0, 2]
+
+
+def test_chunks_cut_segments_and_know_each_part_s_position():
+    segments = [PathSegment(0, 5), PathSegment(3, 1), PathSegment(2, 3)]
+    assert list(chunks(segments, 4)) == [
+        (slice(0, 4), [PathSegment(0, 4)]),
+        (slice(4, 8), [PathSegment(4, 1), PathSegment(3, 1), PathSegment(2, 2)]),
+        (slice(8, 9), [PathSegment(4, 1)]),
+    ]
+    whole = [PathSegment(0, 5), PathSegment(0, 1)]
+    assert list(chunks(whole, None)) == [(slice(0, 5), whole[:1]), (slice(5, 6), whole[1:])]
+    with pytest.raises(AssertionError):  # a chunk of its own cannot see another's prefix
+        list(chunks(segments, None))
 
 
 def test_tokens_sort_as_numbers():

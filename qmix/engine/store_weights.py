@@ -1,0 +1,96 @@
+"""A store as the weights of a layer-wise pass: dense weights resident, experts served by a pool.
+
+Keys and values in memory are those of one sequence in one layer. Sequences come in the order of `qmix.engine.passes`:
+each finds its prefix where the one before left it, and overwrites the rest. All parts are the invariant ones of
+`qmix.model.invariant`, so that a sequence's numbers do not depend on the rest of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import MixtralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qmix.checkpoint.torch_dtypes import HALF
+from qmix.engine.layerwise import Observer, RouterOutput
+from qmix.engine.passes import PathSegment
+from qmix.geometry import Geometry
+from qmix.model.kv_arena import Rows, Segment, padded, row_attention
+from qmix.plan import PREFILL_CHUNK
+from qmix.plan.scoring import HEAD_ROWS
+from qmix.store.opened import Store
+
+PATH_ATTENTION = "qmix_paths"  # its name among transformers' attention functions
+
+
+class PathMemory:
+    """Keys and values [1, G, longest, D] of one sequence in one layer, D padded to the kernel's columns."""
+
+    def __init__(self, geometry: Geometry, longest: int, dtype: torch.dtype) -> None:
+        width = padded(geometry.head_dim)
+        self.window, self.padding = geometry.sliding_window, width - geometry.head_dim
+        shape = (1, geometry.num_kv_heads, longest, width)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Write [1, G, T, D] from a sequence's `position` on."""
+        for whole, part in ((self.keys, keys), (self.values, values)):
+            whole[:, :, position : position + part.shape[2]] = F.pad(part, (0, self.padding)) if self.padding else part
+
+
+def path_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    path: PathMemory,
+    segments: Sequence[PathSegment],
+    scaling: float,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend from query [1, H, T, D] and key, value [1, G, T, D], the rows of `segments` in order, to [1, T, H, D]."""
+    parts, start = [], 0
+    for segment in segments:
+        end = start + segment.count
+        path.write(key[:, :, start:end], value[:, :, start:end], segment.position)
+        rows = Rows.of([Segment(range(segment.count), segment.position, 0, False)], path.window)
+        parts.append(row_attention(module, query[:, :, start:end], path.keys, path.values, None, rows, scaling)[0])
+        start = end
+    return torch.cat(parts, dim=1), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PATH_ATTENTION, path_attention)
+
+
+class StoreWeights:
+    """The weights of a store's model, built with PATH_ATTENTION over an invariant pool; sequences up to `longest`.
+
+    Experts are summed in the router's order, as whenever a pool's model runs.
+    """
+
+    streams = 1
+    chunk_rows: int | None = PREFILL_CHUNK
+    head_rows = HEAD_ROWS
+
+    def __init__(self, store: Store, model: MixtralForCausalLM, longest: int) -> None:
+        self.model = model
+        self.attention: dict[str, Any] = {"path": PathMemory(store.geometry, longest, HALF[store.layout.dtype])}
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[Any]:
+        """Return a submodule of the model: its weights stay in memory."""
+        yield self.model.get_submodule(name)
+
+    def experts(
+        self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
+    ) -> list[torch.Tensor]:
+        """Return the experts' weighted sums [T, H], in half precision, as the model's own module computes them."""
+        module = self.model.model.layers[layer].mlp.experts
+        return [module(normed, each.chosen, each.weights) for normed, each in zip(states, routing, strict=True)]
