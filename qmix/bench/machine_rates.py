@@ -19,8 +19,8 @@ from qmix.bench.roofline import dense_read
 from qmix.disk import PAGE
 from qmix.disk.direct import UncachedFile, copied
 from qmix.disk.files import anonymous_memory
-from qmix.engine.opener import Runner
 from qmix.engine.resolve import prepare_store
+from qmix.engine.stream import Runner
 from qmix.files import scratch_file
 from qmix.machine.doctor import product_fault
 from qmix.machine.found import available_memory, free_disk

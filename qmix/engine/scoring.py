@@ -13,22 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import MixtralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.engine.compute import ComputeThread
+from qmix.engine.opener import OpenModel
 from qmix.engine.passes import Pass, Segment
-from qmix.geometry import Geometry
-from qmix.machine.found import give_back_freed_memory
-from qmix.model import kv_arena
-from qmix.model.build import build_model
-from qmix.model.kv_arena import Rows, padded, row_attention
+from qmix.model.attention import row_attention
+from qmix.model.kv import Chunk, KVLayer, Rows, kv_layers
 from qmix.plan import PREFILL_CHUNK
 from qmix.plan.scoring import HEAD_ROWS, ScoringPlan
-from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -43,77 +37,46 @@ class Score:
     greedy: bool
 
 
-class PathMemory:
-    """Keys and values [1, G, longest, D] of one sequence in one layer, D filled up to the kernel's columns."""
-
-    def __init__(self, geometry: Geometry, longest: int, dtype: torch.dtype) -> None:
-        width = padded(geometry.head_dim)
-        self.window, self.padding = geometry.sliding_window, width - geometry.head_dim
-        shape = (1, geometry.num_kv_heads, longest, width)
-        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-
-    def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        """Put [1, G, T, D] at a sequence's `position`."""
-        for whole, part in ((self.keys, keys), (self.values, values)):
-            whole[:, :, position : position + part.shape[2]] = F.pad(part, (0, self.padding)) if self.padding else part
-
-
 def path_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: object,
-    path: PathMemory,
+    path: KVLayer,
     segments: list[Segment],
     scaling: float,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, G, T, D] of rows in `segments`, one after another, to [1, T, H, D]."""
     parts, start = [], 0
     for segment in segments:
         end = start + segment.count
-        path.write(key[:, :, start:end], value[:, :, start:end], segment.position)
-        rows = Rows.of([kv_arena.Segment(range(segment.count), segment.position, 0, False)], path.window)
-        part = row_attention(module, query[:, :, start:end], path.keys, path.values, None, rows, scaling)[0]
+        path.length = segment.position
+        keys, values = path.update(key[:, :, start:end], value[:, :, start:end])
+        rows = Rows.of([Chunk(range(segment.count), segment.position, 0, False)], sliding_window)
+        part = row_attention(module, query[:, :, start:end], keys, values, None, rows, scaling)[0]
         parts.append(part)
         start = end
     return torch.cat(parts, dim=1), None
 
 
-class Scorer:
+class Scorer(OpenModel):
     """A model that scores passes of up to `plan.tokens` rows. Close it, or use it as a context manager."""
 
     def __init__(self, store: Store, plan: ScoringPlan, on_load: OnProgress = ignore) -> None:
-        give_back_freed_memory()
         ALL_ATTENTION_FUNCTIONS.register(PATH_ATTENTION, path_attention)
         self.plan = plan
-        self.pool = ExpertPool(store, plan.slots, invariant=True)
-        self._thread = ComputeThread(self.pool)
-        try:
-            self.model: MixtralForCausalLM = build_model(store, self.pool, PATH_ATTENTION)
-            if self.pool.holds_all:
-                self.pool.fill(on_load)
-            self._path = PathMemory(store.geometry, plan.longest, HALF[store.layout.dtype])
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Scorer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._thread.close()
+        (self._path,) = kv_layers(store.geometry, 1, plan.longest, HALF[store.layout.dtype], aligned=True)
+        super().__init__(store, plan.slots, PATH_ATTENTION, invariant=True, generates=False, on_load=on_load)
 
     def score(self, part: Pass, on_layer: Callable[[int], None] = lambda layers: None) -> list[Score]:
         """A score for each query of the pass. What interrupts the caller ends it within an expert's time.
 
         `on_layer` is told, in the thread that computes, how many layers are done.
         """
-        return self._thread.run(self._score, part, on_layer)
+        return self.thread.run(self._score, part, on_layer)
 
     @torch.inference_mode()
     def _score(self, part: Pass, on_layer: Callable[[int], None]) -> list[Score]:
