@@ -1,8 +1,8 @@
 """`python -m qmix.engine.baseline` prints the memory of a process that has done a tiny run.
 
 A generation with a model of a few kilobytes imports every module and starts every thread pool that a real run
-does; what is then resident is the part of a budget that no plan can save. With the argument `kernels`, the products
-and the attention of large models are among it.
+does. The memory that is then resident is the part of a budget that no plan can save. With the argument `kernels` it
+includes the products and the attention of large models.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class BatchCounters:
 
 
 @dataclass(slots=True, eq=False)
-class _Answer:
+class _Running:
     """A request that is being answered."""
 
     request: BatchRequest
@@ -90,7 +90,7 @@ class BatchRunner(OpenModel):
 
     def _start_over(self) -> None:
         self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
-        self._answers: dict[Sequence, _Answer] = {}
+        self._running: dict[Sequence, _Running] = {}
 
     def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
         """Yield after every pass the results that it finished, which may be none.
@@ -100,13 +100,13 @@ class BatchRunner(OpenModel):
         """
         waiting, more = iter(requests), True
         try:
-            while more or self._answers:
-                while more and len(self._answers) < self.plan.batch:
+            while more or self._running:
+                while more and len(self._running) < self.plan.batch:
                     if (request := next(waiting, None)) is None:
                         more = False
                     else:
                         self._begin(request)
-                if self._answers:
+                if self._running:
                     yield self.thread.run(self._pass)
         finally:  # a caller that has had enough leaves nothing behind
             self._start_over()
@@ -118,12 +118,12 @@ class BatchRunner(OpenModel):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
         sequence = Sequence(prompt, limit)
         sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
-        self._answers[sequence] = _Answer(request, sampler, GrowingCompletion(prompt, sampler.decoding, self.decode))
+        self._running[sequence] = _Running(request, sampler, GrowingCompletion(prompt, sampler.decoding, self.decode))
         self._scheduler.add(sequence)
 
     @torch.inference_mode()
     def _pass(self) -> list[BatchResult]:
-        """Take the next tokens through the model, and choose one for every sequence that has no more of its own."""
+        """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
         chosen = self._scheduler.next_pass()
         chunks = [
             Chunk(
@@ -141,9 +141,9 @@ class BatchRunner(OpenModel):
         finished = []
         for sequence, scores in zip(ready, logits, strict=True):
             self._add_token(sequence, scores.float())
-            if self._answers[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
+            if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
                 self._scheduler.finish(sequence)
-                finished.append(self._answers.pop(sequence).result())
+                finished.append(self._running.pop(sequence).result())
         self.work.tokens += sum(count for _, count in chosen)
         self.work.passes += 1
         return finished
@@ -161,7 +161,7 @@ class BatchRunner(OpenModel):
 
     def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose a sequence's next token from logits [V] in fp32."""
-        answer = self._answers[sequence]
+        answer = self._running[sequence]
         chosen = answer.sampler.sample(sequence.tokens, logits)
         self.work.prompt_tokens += 0 if answer.tokens else answer.completion.prompt_tokens
         self.work.new_tokens += 1
