@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import qmix
-from qmix.engine.opener import Runner
 from qmix.engine.sampling import Sampling
+from qmix.engine.stream import Runner
 
 TEXTS = {
     "repeating": "sudo apt install python3. " * 40,

@@ -24,9 +24,9 @@ from synthetic_weights import SyntheticModel
 
 import qmix
 from qmix.bench.roofline import least_read_bytes
-from qmix.engine.batch_runner import BatchRunner, Request
-from qmix.engine.opener import Runner
+from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.sampling import Sampling
+from qmix.engine.stream import Runner
 from qmix.machine.found import peak_memory
 from qmix.plan.batching import plan_lines
 from qmix.pool.counters import PoolCounters
@@ -75,7 +75,7 @@ def together(runner: BatchRunner, prompts: list[list[int]], tokens: int) -> Deco
     """Many prompts, which go through the model with the first tokens of those before them."""
     sampling = Sampling(max_new_tokens=tokens, temperature=0, ignore_eos=True)
     clock, answers, first, last = Clock(runner.pool), dict[str, list[int]](), None, None
-    requests = [Request(str(index), prompt, sampling) for index, prompt in enumerate(prompts)]
+    requests = [BatchRequest(str(index), prompt, sampling) for index, prompt in enumerate(prompts)]
     with recorded(runner.pool) as clock.steps:
         for finished in runner.answer(requests):
             clock.note()

@@ -15,23 +15,24 @@ from qmix.errors import DoesNotFitError, QmixError, UsageError
 from qmix.version import __version__
 
 if TYPE_CHECKING:
-    from qmix.engine.opener import Runner, load
+    from qmix.engine.completion import Piece, Result
+    from qmix.engine.load import load
     from qmix.engine.sampling import Sampling
-    from qmix.engine.stream import Piece, Result
+    from qmix.engine.stream import Runner
 
 __all__ = ["DoesNotFitError", "Piece", "QmixError", "Result", "Runner", "Sampling", "UsageError", "__version__", "load"]
 
 _LAZY = {
-    "Piece": "engine.stream",
-    "Result": "engine.stream",
-    "Runner": "engine.opener",
+    "Piece": "engine.completion",
+    "Result": "engine.completion",
+    "Runner": "engine.stream",
     "Sampling": "engine.sampling",
-    "load": "engine.opener",
+    "load": "engine.load",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for."""
+    """Import a public name that needs torch when it is first used."""
     if name not in _LAZY:
         raise AttributeError(f"module 'qmix' has no attribute {name!r}")
     from importlib import import_module

@@ -16,7 +16,7 @@ from qmix.text.detokenizer import TokenBytes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qmix.engine.batch_runner import Answer
+    from qmix.engine.completion import BatchResult
     from qmix.engine.sampler import Chosen
 
 
@@ -63,7 +63,7 @@ class Forms:
     created: int
     told: Callable[[int], Told]
 
-    def answered(self, line: Line, answer: Answer) -> bytes:
+    def answered(self, line: Line, answer: BatchResult) -> bytes:
         """The line of an answer."""
         mark = self._mark(line.id)
         chat = line.url == CHAT

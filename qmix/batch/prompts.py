@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.batch.lines import Line
-from qmix.engine.batch_runner import Request
+from qmix.engine.batch import BatchRequest
 from qmix.engine.sampler import stream_seed
 from qmix.engine.sampling import Sampling
 from qmix.geometry import Geometry
@@ -31,7 +31,7 @@ class Asking:
     options: dict[str, Any]
     seed: int
 
-    def request(self, line: Line) -> Request:
+    def request(self, line: Line) -> BatchRequest:
         """Raises LineRefused where the model cannot answer it.
 
         A line with a seed of its own draws by that alone, all others by the run's seed and their id.
@@ -48,7 +48,7 @@ class Asking:
         sampling = Sampling(**(self.options | own))
         if sampling.max_new_tokens > room:
             sampling = Sampling(**(self.options | own | {"max_new_tokens": room}))
-        return Request(line.id, prompt, sampling, line.logprobs)
+        return BatchRequest(line.id, prompt, sampling, line.logprobs)
 
     def _ids(self, line: Line) -> list[int]:
         if line.messages:

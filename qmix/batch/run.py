@@ -11,7 +11,7 @@ from qmix.batch.forms import Forms
 from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
-from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.machine.found import peak_memory
 
 REFUSED_AT_ONCE = 1000  # lines that are written together
@@ -116,7 +116,7 @@ class BatchRun:
             on_pass(self.summary(runner))
         return self.summary(runner)
 
-    def _ask(self, entries: Sequence[Entry]) -> Iterator[Request]:
+    def _ask(self, entries: Sequence[Entry]) -> Iterator[BatchRequest]:
         for entry in entries:
             yield self.asking.request(self.requests.line(entry))
 

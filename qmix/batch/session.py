@@ -15,7 +15,7 @@ from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
 from qmix.batch.run import BatchRun, Job, Summary
-from qmix.engine.batch_runner import BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.plan import Plan, default_context

@@ -18,8 +18,8 @@ import torch
 from qmix.bench.roofline import dense_read
 from qmix.disk import PAGE
 from qmix.disk.direct import DirectFile, copied
-from qmix.engine.opener import Runner
 from qmix.engine.resolve import prepare_store
+from qmix.engine.stream import Runner
 from qmix.files import scratch_file
 from qmix.machine.doctor import product_fault
 from qmix.machine.found import available_memory, free_disk

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from qmix.bench.report import BenchReport, Row, Sample
 from qmix.bench.roofline import Bound, Workload, bound, decode_cost, prefill_cost
-from qmix.engine.opener import Runner
+from qmix.engine.compute import compute_threads
 from qmix.engine.resolve import prepare_store
-from qmix.engine.stream import compute_threads
+from qmix.engine.stream import Runner
 from qmix.errors import UsageError
 from qmix.machine.found import cpu_name
 from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe

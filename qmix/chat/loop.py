@@ -12,7 +12,7 @@ from qmix.chat import slash
 from qmix.chat.kept import KeptChat
 from qmix.chat.reader import Reader
 from qmix.chat.session import Answer, Session
-from qmix.engine.stream import Result
+from qmix.engine.completion import Result
 from qmix.errors import QmixError
 from qmix.units import format_bytes
 

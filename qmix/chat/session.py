@@ -9,9 +9,9 @@ from typing import Any
 
 from qmix.chat.conversation import Conversation, Prompt, Turn
 from qmix.chat.format import Format, format_of
-from qmix.engine.opener import Runner
+from qmix.engine.completion import Piece, Result
 from qmix.engine.sampling import Sampling
-from qmix.engine.stream import Piece, Result
+from qmix.engine.stream import Runner
 from qmix.errors import UsageError
 from qmix.text.detokenizer import Detokenizer
 

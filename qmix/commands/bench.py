@@ -49,7 +49,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     quiet_libraries()
     from qmix.bench.run import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
-    from qmix.engine.opener import Runner
+    from qmix.engine.stream import Runner
     from qmix.machine.probes import probe_in_child
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say

@@ -54,7 +54,7 @@ def chat(
         from qmix.chat.kept import KeptChat, interrupted
         from qmix.chat.loop import Chat, Screen
         from qmix.chat.session import Session
-        from qmix.engine.statistics import statistics
+        from qmix.engine.completion import Result
         from qmix.terminal.progress import ThinkingLine
         from qmix.terminal.tables import say
 
@@ -69,7 +69,7 @@ def chat(
         for line in () if no_history else interrupted(directory):
             say(line)
         kept = None if no_history else KeptChat(directory, say)
-        screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics)
+        screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary)
         reader = _reader(no_history, session.most_bytes)
         running = Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
         running.run()

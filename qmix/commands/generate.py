@@ -34,7 +34,6 @@ def generate(prompt: str | None, **options: Any) -> None:
     sampling = Sampling(**given(options))
     text = _read_prompt(prompt)
     with loaded(attention=attention, **loading) as runner:
-        from qmix.engine.statistics import statistics
         from qmix.terminal.tables import say
 
         result = None
@@ -45,7 +44,7 @@ def generate(prompt: str | None, **options: Any) -> None:
                     out(piece.text)
         assert result is not None
         out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
-        say(statistics(result))
+        say(result.summary())
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -149,7 +149,7 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
     quiet_libraries()
-    from qmix.engine.opener import load
+    from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay
 
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)

@@ -1,3 +1,3 @@
-"""Open a model under a plan and turn token ids into token ids: one stream, many together, or layer by layer.
+"""Open a model under a plan and compute with it: one stream of text, many together, or layer by layer.
 
 May import the model, the plan and every room below them; no job, no terminal, no command."""

@@ -23,7 +23,7 @@ def main() -> None:
         import_libraries()
     from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
-    from qmix.model.kv_cache import PlannedCache
+    from qmix.model.kv import KVCache
     from qmix.precision.bitsandbytes import functional as bnb
     from qmix.text.tokenizer import load_tokenizer
 
@@ -42,7 +42,7 @@ def main() -> None:
     packed, state = bnb.quantize_4bit(torch.ones(64, 64, dtype=torch.bfloat16), blocksize=64, quant_type="nf4")
     bnb.dequantize_4bit(packed, state)
     load_tokenizer(EMBEDDED["tiny"]).decode([5, 6, 7])
-    cache = PlannedCache(Geometry.from_config(config.to_dict()), 64, torch.bfloat16)
+    cache = KVCache(Geometry.from_config(config.to_dict()), 64, torch.bfloat16)
     options = GenerationConfig(max_new_tokens=4, do_sample=True, pad_token_id=0, prefill_chunk_size=8)
     with torch.inference_mode():
         model.generate(

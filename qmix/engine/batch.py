@@ -1,66 +1,132 @@
-"""Many sequences through the model together: continuous batching, a pass at a time, token ids only.
+"""Many prompts together: continuous batching, a pass at a time.
 
 A pass is one flat row of tokens: the next one of every sequence that is being continued, and pieces of the prompts of
 those that have just come, as far as there is room. One read of an expert serves them all, so that where experts come
 from disk, taking in a prompt costs no pass of its own. A sequence that ends makes room for one that waits.
 
-transformers has continuous batching too, made for GPUs: it takes memory by what is free and not by a plan, on CPUs
-gathers each sequence's keys and values anew in every pass and masks them against all others, has one set of sampling
-options for all, and a token's numbers there depend on its neighbours.
+transformers has continuous batching too, made for GPUs. It takes memory by what is free and not by a plan; on CPUs it
+gathers each sequence's keys and values anew in every pass and masks them against all others; all sequences share one
+set of sampling options; and a token's numbers depend on its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import abc
+from dataclasses import dataclass, field
 
 import torch
-from transformers import MixtralForCausalLM
 
-from qmix.engine.compute import ComputeThread
-from qmix.engine.scheduler import Continuation, Scheduler
-from qmix.model.kv_arena import Arena, Rows, Segment, positions_of
-from qmix.plan import PREFILL_CHUNK
-from qmix.pool.experts import ExpertPool
+from qmix.checkpoint.torch_dtypes import HALF
+from qmix.engine.completion import BatchResult, GrowingCompletion
+from qmix.engine.opener import OpenModel
+from qmix.engine.sampler import Chosen, Sampler
+from qmix.engine.sampling import Sampling
+from qmix.engine.scheduler import Scheduler, Sequence
+from qmix.errors import UsageError
+from qmix.model.attention import ROW_ATTENTION
+from qmix.model.kv import Chunk, KVCache, Rows, positions_of
+from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.progress import OnProgress, ignore
+from qmix.store.opened import Store
 
-PASS_TOKENS = PREFILL_CHUNK  # in a pass at most, as the plan reckons with
 
-OnLogits = Callable[[Continuation, torch.Tensor], bool]
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
 
-
-class ContinuousEngine:
-    """The model with its pool and arena, and the thread that computes.
-
-    `scheduler` says what goes through the model; a sequence's next token is chosen by who calls `step`.
+    `logprobs` is how many of the likeliest tokens are told at each place, None for no log-probabilities.
     """
 
-    def __init__(self, model: MixtralForCausalLM, pool: ExpertPool, arena: Arena, capacity: int, batch: int) -> None:
-        self.model, self.pool, self.arena = model, pool, arena
-        self.scheduler = Scheduler(capacity, batch, PASS_TOKENS)
-        self._thread = ComputeThread(pool)
+    name: str
+    prompt: abc.Sequence[int]
+    sampling: Sampling
+    logprobs: int | None = None
 
-    def clear(self) -> None:
-        """Forget every sequence."""
-        scheduler = self.scheduler
-        self.scheduler = Scheduler(scheduler.capacity, scheduler.batch, scheduler.pass_tokens)
 
-    def close(self) -> None:
-        """Let go of the files; harmless to repeat."""
-        self._thread.close()
+@dataclass(slots=True)
+class BatchCounters:
+    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun."""
 
-    def step(self, take: OnLogits) -> int:
-        """One pass. Returns the number of tokens that went through the model.
+    passes: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
 
-        `take` is given each sequence that is now to be continued, with the logits [V] in fp32 after its last token; it
-        adds a token to the sequence and says whether it goes on. What interrupts the caller ends the pass within an
-        expert's time; a sequence is then as far as it was, or has one token more.
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A request that is being answered."""
+
+    request: BatchRequest
+    sampler: Sampler
+    completion: GrowingCompletion
+    tokens: list[Chosen] = field(default_factory=list)
+
+    def result(self) -> BatchResult:
+        completion = self.completion
+        completion.finish()
+        return BatchResult(
+            text=completion.text,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            prompt_tokens=completion.prompt_tokens,
+            name=self.request.name,
+            tokens=self.tokens,
+        )
+
+
+class BatchRunner(OpenModel):
+    """A model that continues up to `plan.batch` prompts at once, with `plan.batch * plan.context` tokens between them.
+
+    An answer does not depend on what else is computed. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, store: Store, plan: Plan, on_load: OnProgress = ignore) -> None:
+        self.plan, self.work = plan, BatchCounters()
+        self.capacity = plan.batch * plan.context
+        self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
+        super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
+        self._running: dict[Sequence, _Running] = {}
+
+    def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
+        """Yield after every pass the results that it finished, which may be none.
+
+        Requests are taken as there is room. An answer ends where prompt and answer fill the capacity. What interrupts
+        the caller ends a pass at the next expert. Raises UsageError where a prompt leaves no room.
         """
-        return self._thread.run(self._step, take)
+        waiting, more = iter(requests), True
+        try:
+            while more or self._running:
+                while more and len(self._running) < self.plan.batch:
+                    if (request := next(waiting, None)) is None:
+                        more = False
+                    else:
+                        self._begin(request)
+                if self._running:
+                    yield self.thread.run(self._pass)
+        finally:  # a caller that has had enough leaves nothing behind
+            self._start_over()
+
+    def _begin(self, request: BatchRequest) -> None:
+        prompt = list(request.prompt)
+        limit = min(len(prompt) + request.sampling.max_new_tokens, self.capacity + 1)
+        if not prompt or limit <= len(prompt):
+            raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
+        sequence = Sequence(prompt, limit)
+        sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
+        self._running[sequence] = _Running(request, sampler, GrowingCompletion(prompt, sampler.decoding, self.decode))
+        self._scheduler.add(sequence)
 
     @torch.inference_mode()
-    def _step(self, take: OnLogits) -> int:
-        chosen = self.scheduler.next_pass()
-        segments = [
-            Segment(
+    def _pass(self) -> list[BatchResult]:
+        """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
+        chosen = self._scheduler.next_pass()
+        chunks = [
+            Chunk(
                 sequence.tokens[sequence.done : sequence.done + count],
                 sequence.done,
                 sequence.start,
@@ -68,23 +134,37 @@ class ContinuousEngine:
             )
             for sequence, count in chosen
         ]
-        logits = self.forward(segments)
+        logits = self.forward(chunks)
         for sequence, count in chosen:
             sequence.done += count
         ready = [sequence for sequence, _ in chosen if sequence.done == len(sequence.tokens)]
+        finished = []
         for sequence, scores in zip(ready, logits, strict=True):
-            if not take(sequence, scores.float()):
-                self.scheduler.finish(sequence)
-        return sum(count for _, count in chosen)
+            self._add_token(sequence, scores.float())
+            if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
+                self._scheduler.finish(sequence)
+                finished.append(self._running.pop(sequence).result())
+        self.work.tokens += sum(count for _, count in chosen)
+        self.work.passes += 1
+        return finished
 
-    def forward(self, segments: list[Segment]) -> torch.Tensor:
-        """Segments through the model: logits [wanted segments, V]."""
-        window = self.pool.store.geometry.sliding_window
-        self.arena.rows = rows = Rows.of(segments, window)
-        ids = torch.tensor([[token for segment in segments for token in segment.tokens]])
+    def forward(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
+        """Return the logits [wanted chunks, V] of one pass."""
+        self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
+        ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
         hidden = self.model.model(
-            ids, position_ids=positions_of(segments)[None], cache=self.arena, use_cache=True, rows=rows
+            ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
         ).last_hidden_state[0]  # [T, H]
-        ends = torch.tensor([len(segment.tokens) for segment in segments]).cumsum(0) - 1
-        wanted = ends[torch.tensor([segment.wanted for segment in segments])]
+        ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0) - 1
+        wanted = ends[torch.tensor([chunk.wanted for chunk in chunks])]
         return self.model.lm_head(hidden[wanted]) if len(wanted) else hidden.new_empty(0, 0)
+
+    def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Choose a sequence's next token from logits [V] in fp32."""
+        answer = self._running[sequence]
+        chosen = answer.sampler.sample(sequence.tokens, logits)
+        self.work.prompt_tokens += 0 if answer.tokens else answer.completion.prompt_tokens
+        self.work.new_tokens += 1
+        sequence.tokens.append(chosen.token)
+        answer.tokens.append(chosen)
+        answer.completion.add(chosen.token)

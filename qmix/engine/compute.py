@@ -1,42 +1,66 @@
-"""The thread that computes: torch's pool of compute threads belongs to it, and it lives as long as its model."""
+"""The thread that computes with a model, and the one way to stop what it does."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 import torch
 
-from qmix.engine.stream import compute_threads
+from qmix.errors import UsageError
+from qmix.geometry import Geometry
 from qmix.pool.experts import ExpertPool
+
+SHARED_WEIGHTS = 2**19  # in an expert's largest matrix: from here on cores share a product
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def compute_threads(geometry: Geometry) -> int:
+    """Return how many threads share one product: all that torch has, or one where that is faster.
+
+    Waking the others costs some 20 microseconds; a matrix of half a million weights takes one core about that long.
+    """
+    largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
+    return torch.get_num_threads() if largest >= SHARED_WEIGHTS else 1
+
+
 class ComputeThread:
-    """Runs one piece of work after another over a pool."""
+    """Runs one job after another over a pool of experts.
+
+    It lives as long as its model: torch keeps a team of threads for each thread that computes.
+    """
 
     def __init__(self, pool: ExpertPool) -> None:
-        self.pool = pool
-        self._thread = ThreadPoolExecutor(
-            1, "qmix-compute", torch.set_num_threads, (compute_threads(pool.store.geometry),)
-        )
+        self.pool, self.closed = pool, False
+        threads = compute_threads(pool.store.geometry)
+        self._executor = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
+
+    def start(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:
+        """Begin a job when those before it are done. Raises UsageError after `close`."""
+        if self.closed:
+            raise UsageError("this runner is closed; load the model again")
+        return self._executor.submit(work, *arguments, **options)
 
     def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-        """What `work` gives. What interrupts the caller ends it within an expert's time."""
-        job = self._thread.submit(work, *arguments, **options)
+        """Return the result of a job. An exception that interrupts the caller stops the job."""
+        job = self.start(work, *arguments, **options)
         try:
             return job.result()
-        except BaseException:
-            if not job.done():
-                self.pool.cancelled = True
-                job.exception()
-                self.pool.cancelled = False
-            raise
+        finally:
+            self.stop(job)
+
+    def stop(self, job: Future[T]) -> None:
+        """End a job and wait for its end: at the next expert if it runs, at once if it has not begun."""
+        if not job.done() and not job.cancel():
+            self.pool.cancelled = True
+            job.exception()
+            self.pool.cancelled = self.closed
 
     def close(self) -> None:
-        """End it, and let go of the pool's files; harmless to repeat."""
-        self._thread.shutdown()
+        """Stop what runs and close the pool; harmless to repeat."""
+        self.closed = self.pool.cancelled = True
+        self._executor.shutdown(cancel_futures=True)
         self.pool.close()

@@ -1,7 +1,7 @@
 """The model's generation_config.json: every field of transformers' GenerationConfig is honoured, refused or ignored.
 
-What is decided here holds for one prompt that is continued by transformers' `generate` and for many that are continued
-together alike. Values are made those that transformers takes: whole numbers where it wants floats, -1 for "off".
+The decisions hold for both drivers: transformers' `generate` with one prompt, and many prompts together. Values are
+normalised to those that transformers takes: floats where a file has whole numbers, 0 where it has -1 for "off".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qmix.model.build import mixtral_config
 FILE = "generation_config.json"
 SIZE_LIMIT = 2**20  # bytes
 REMEDY = "correct it, or take it out of the file"
-PAD = 0  # pads nothing: transformers wants one where a sequence has an end
+PAD = 0  # never used: transformers asks for one where a sequence can end
 
 Share = Annotated[float, Meta(gt=0, le=1)]
 Cutoff = Annotated[float, Meta(ge=0, lt=1)]
@@ -37,7 +37,7 @@ Text = Annotated[str, Meta(min_length=1)]
 
 
 class Honoured(msgspec.Struct):
-    """Fields that change the text, and do so wherever qmix generates."""
+    """The fields that change the text."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -66,7 +66,7 @@ class Honoured(msgspec.Struct):
     stop_strings: Text | list[Text] | None = None
 
 
-CARRIED = ("bos_token_id", "pad_token_id")  # without effect here, kept for who uses the model as transformers' own
+CARRIED = ("bos_token_id", "pad_token_id")  # no effect here; kept for callers that use the model as transformers' own
 IDS = (
     "bad_words_ids",
     "sequence_bias",
@@ -76,8 +76,8 @@ IDS = (
     "forced_eos_token_id",
     "eos_token_id",
 )
-RANGED = {"encoder_repetition_penalty": "repetition_penalty"}  # fields that are not Sampling's, with the range of one
-REFUSED: dict[str, tuple[Any, ...]] = {  # fields that would change the text, with the values that leave them off
+RANGED = {"encoder_repetition_penalty": "repetition_penalty"}  # not a field of Sampling, with the range of one
+REFUSED: dict[str, tuple[Any, ...]] = {  # would change the text; with the values that turn them off
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {  # fields that would change the text, wi
     "token_healing": (False,),
     "guidance_scale": (1,),
     "watermarking_config": (),
-    "exponential_decay_length_penalty": (),  # its powers leave the range of floats
+    "exponential_decay_length_penalty": (),  # its powers overflow
     "max_time": (),  # the text would depend on the machine
     "is_assistant": (False,),
     "use_mtp": (False,),
@@ -112,7 +112,7 @@ IGNORED = (
 
 
 def model_generation_config(directory: Path, content: dict[str, Any]) -> GenerationConfig:
-    """Return what generation_config.json says, or where there is none what config.json, of this `content`, does.
+    """Return the generation config of a directory whose config.json has this `content`.
 
     Raises StoreError naming the file.
     """
@@ -120,7 +120,7 @@ def model_generation_config(directory: Path, content: dict[str, Any]) -> Generat
 
 
 def read_generation_config(directory: Path, config: MixtralConfig) -> GenerationConfig:
-    """Return the model's own way to generate, from its generation_config.json or else from what its config says.
+    """Return the content of generation_config.json, or the same fields of the model's config where there is none.
 
     Raises StoreError naming the file and the key where a value cannot be used, or would change the text and is not
     supported.
@@ -143,7 +143,7 @@ def parse_generation_config(data: bytes, vocab_size: int, where: Path) -> Genera
 
 
 def _problem(content: dict[str, Any], honoured: Honoured, vocab_size: int) -> str | None:
-    """Return what is wrong with the first field that is."""
+    """Return what is wrong with the first bad field, or None."""
     for name, off in REFUSED.items():
         if content.get(name) is not None and content[name] not in off:
             return f"{name} {_short(content[name])}: not supported by qmix"
@@ -163,7 +163,7 @@ def _problem(content: dict[str, Any], honoured: Honoured, vocab_size: int) -> st
 
 
 def _tokens(value: Any) -> Iterator[int]:
-    """Yield the token ids in a field's value; biases are floats."""
+    """Yield the token ids in a field's value; floats in it are biases."""
     if isinstance(value, int):
         yield value
     elif isinstance(value, list | tuple):
@@ -177,7 +177,7 @@ def _short(value: object) -> str:
 
 
 def _normal(honoured: Honoured) -> dict[str, Any]:
-    """Return the fields that say something, as transformers takes them."""
+    """Return the fields that are set, as transformers takes them."""
     fields = {name: value for name, value in msgspec.structs.asdict(honoured).items() if value not in (None, [])}
     if fields.get("top_k") == -1:
         fields["top_k"] = 0
@@ -192,7 +192,7 @@ def _normal(honoured: Honoured) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The way one text is generated: transformers' options, token ids that end it, texts that it ends before."""
+    """Settings of one text: transformers' options, the token ids that end it, and its stop strings."""
 
     config: GenerationConfig
     ends: frozenset[int]
@@ -200,7 +200,7 @@ class Decoding:
 
 
 def decoding(defaults: GenerationConfig, sampling: Sampling) -> Decoding:
-    """Return the model's own way to generate with these options on top. Temperature 0 is greedy."""
+    """Return the model's defaults with these options on top. Temperature 0 is greedy."""
     config = copy.deepcopy(defaults)
     config.update(**sampling.overrides())
     stops, config.stop_strings = (*sampling.stop, *(config.stop_strings or ())), None
@@ -215,7 +215,7 @@ def decoding(defaults: GenerationConfig, sampling: Sampling) -> Decoding:
 def logits_processors(
     model: MixtralForCausalLM, config: GenerationConfig, prompt: Sequence[int]
 ) -> LogitsProcessorList:
-    """Return what transformers' `generate` itself would put between logits and choice for this prompt."""
+    """Return the processors that transformers' `generate` would apply to the logits after this prompt."""
     full, ids = copy.deepcopy(config), torch.tensor([prompt])
     full.update(**full._get_default_generation_params(), defaults_only=True)
     model._prepare_special_tokens(full, kwargs_has_attention_mask=True, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Open the store that a model's name leads to; make it first, in the user's cache, where there is none yet."""
+"""Resolve a model's name to its store, made first in the user's cache where there is none yet."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from qmix.store.opened import Store, is_store, open_store
 from qmix.store.small_files import bring_small_files
 from qmix.store.sources import DEFAULT_PRECISION, layout_for, named_store, open_source
 
-IDENTITY_LENGTH = 12  # of the identity's digits, in a store's name
-SLUG_LENGTH = 100  # of the 255 bytes that a file's name may have, four to a character at worst
+IDENTITY_LENGTH = 12  # digits of the identity in a store's name
+SLUG_LENGTH = 100  # characters: a file's name may have 255 bytes, a character at most four
 COMPARING = "comparing its weights with those that were read before"
 
 
@@ -34,7 +34,10 @@ def prepare_store(
     check: Callable[[StoreLayout], object] = lambda layout: None,
     clip: bool = False,
 ) -> Store:
-    """The store of a model, made first if there is none yet; `check` may refuse its layout before that."""
+    """Return the store of a model. Quantise it first if there is none yet; `check` may refuse its layout before that.
+
+    Without the Hub, the newest store of that name in the cache is returned. Raises QmixError.
+    """
     store = named_store(model, precision, dtype, clip)
     if store is not None:
         return store
@@ -68,10 +71,10 @@ def prepare_store(
 
 
 def _place(checkpoint: Checkpoint, slug: str, on_progress: OnProgress) -> Path:
-    """Return where the cache has the store of a checkpoint, or is to have it.
+    """Return the directory in the cache of a checkpoint's store, made or not.
 
-    It is found by the checkpoint's identity. Where that is new, as of a copy, but there are stores of the same name and
-    precision, the checkpoint is read, to compare its weights with those that they were made from.
+    Its name has the checkpoint's identity. Where no store has it, but there are stores of the same name and precision,
+    the checkpoint may be a copy: it is read, and its fingerprint is compared with theirs.
     """
     directory = cache_directory() / f"{slug}-{checkpoint.identity[:IDENTITY_LENGTH]}"
     others = _fingerprints(slug)
@@ -81,7 +84,7 @@ def _place(checkpoint: Checkpoint, slug: str, on_progress: OnProgress) -> Path:
 
 
 def fingerprint_of(checkpoint: Checkpoint, on_progress: OnProgress = ignore) -> str:
-    """Return a checkpoint's fingerprint, for which all of it is read where it is not known."""
+    """Return a checkpoint's fingerprint; the whole checkpoint is read where it is not known."""
     known = checkpoint.known_fingerprint
     if known is not None:
         return known
@@ -92,16 +95,17 @@ def fingerprint_of(checkpoint: Checkpoint, on_progress: OnProgress = ignore) -> 
 
 
 def _fingerprints(slug: str) -> dict[str, Path]:
-    """Return the stores of this name and precision in the cache, by the fingerprint of what they were made from."""
+    """Return the stores of this name and precision in the cache, by their checkpoint's fingerprint."""
     found = {}
     for path in cache_directory().glob(f"{slug}-{'[0-9a-f]' * IDENTITY_LENGTH}"):
-        with suppress(StoreError):  # a damaged one is nobody's
+        with suppress(StoreError):  # a damaged store matches nothing
             if is_store(path):
                 found[read_manifest(path / MANIFEST)[1].source.fingerprint] = path
     return found
 
 
 def slug_of(model: str | Path, precision: str | None, dtype: str | None, clip: bool) -> str:
+    """Return the part of a store's directory name that says the model and its options."""
     named = str(model) if hub.parse(str(model)) else Path(model).expanduser().absolute().name
     asked = f"{named.replace('/', '--')}-{precision or DEFAULT_PRECISION}{'-clip' * clip}-{dtype or 'half'}"
     plain = re.sub(r"[^\w.@-]+", "_", asked)

@@ -1,4 +1,4 @@
-"""Which token comes next in one sequence, by its own options and its own random stream."""
+"""Choose the next token of one sequence, by its own options and from its own random stream."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qmix.engine.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A token, its log-probability under the model (before temperature and cuts), and the likeliest with theirs.
+    """A chosen token, its log-probability, and the likeliest tokens with theirs.
 
-    `logprob` is None where none was asked for.
+    Log-probabilities are the model's, before temperature and cuts. `logprob` is None where none was requested.
     """
 
     token: int
@@ -26,14 +26,14 @@ class Chosen:
 
 
 def stream_seed(run_seed: int, name: str) -> int:
-    """The seed of what is called `name` in a run: it follows from the two alone."""
+    """Return a seed that depends on the run's seed and on `name` alone."""
     return int.from_bytes(hashlib.sha256(f"{run_seed}:{name}".encode()).digest()[:8], "big") >> 1
 
 
 class Sampler:
-    """Chooses what follows a prompt as transformers' `generate` would, from the draws of `sampling.seed`.
+    """Chooses tokens as transformers' `generate` would, with draws from `sampling.seed`.
 
-    `logprobs` is how many of the likeliest tokens are told with each, None for no log-probabilities at all.
+    `logprobs` is how many of the likeliest tokens are returned with each, None for no log-probabilities at all.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Sampler:
         self._random = torch.Generator().manual_seed(sampling.seed)
 
     def sample(self, tokens: list[int], logits: torch.Tensor) -> Chosen:
-        """The token after `tokens`, from logits [V] in fp32."""
+        """Return the token after `tokens`, from logits [V] in fp32."""
         scores = logits[None]
         if self._processors:
             scores = self._processors(torch.tensor([tokens]), scores.clone())

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and when to stop."""
+"""Options of a generation: the choice of the next token, and when to stop. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from qmix.errors import UsageError
 from qmix.text.detokenizer import check_text
 
-LEAST_HEAT = 1e-6  # what logits can be divided by and stay finite
+LEAST_HEAT = 1e-6  # logits divided by less may overflow
 MOST_STOP = 8192  # characters of all stop sequences: each of hundreds of answers at once keeps its own
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values that an option can have, and how a message names them."""
+    """The allowed values of an option, and their name in a message."""
 
     holds: Callable[[Any], bool]
     wanted: str
@@ -40,8 +40,8 @@ RANGES = {
 class Sampling:
     """Options of one generation; None leaves a value to the model's own generation_config.json.
 
-    `temperature` 0 is greedy. `seed` fixes the draws; without one a random seed is taken and reported. `draft_ngram`
-    tokens are drafted from what followed the same words earlier in the text, and verified in one pass; 0 is off.
+    `temperature` 0 is greedy. `seed` fixes the draws; by default a random seed is drawn and reported. `draft_ngram` is
+    the number of tokens that are drafted from earlier text after the same words and verified in one pass; 0 is off.
     """
 
     max_new_tokens: int = 256
@@ -70,7 +70,7 @@ class Sampling:
             raise UsageError(f"--stop of {characters} characters: must be at most {MOST_STOP} in all")
 
     def overrides(self) -> dict[str, Any]:
-        """What these options change in a transformers GenerationConfig."""
+        """Return the fields of a transformers GenerationConfig that these options change."""
         changed: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "max_length": None}
         for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
             if getattr(self, name) is not None:

@@ -1,8 +1,8 @@
 """Which tokens of which sequence go through the model next: admission, prompts in pieces, room given back.
 
-Arithmetic only, loads no torch. Sequences begin in the order they came in. A sequence takes room for all that it may
-become when it begins, so that none ever has to be thrown out; each pass continues every sequence that has begun to
-answer by one token, and fills up with prompts.
+Arithmetic only, loads no torch. Sequences begin in the order in which they came. A sequence that begins takes room for
+all that it may become, so that none ever has to be thrown out. Each pass continues every sequence whose prompt is done
+by one token, and fills up with prompts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 
 class KVAllocator:
-    """Which positions of an arena are taken: stretches of neighbours, the first that is long enough."""
+    """The free positions of a KV cache. Neighbours are given out together, first fit."""
 
     def __init__(self, capacity: int) -> None:
         self._free = [(0, capacity)]  # starts and ends, in order, never touching
 
     def take(self, size: int) -> int | None:
-        """The first position of `size` free ones in a row; None where there are none."""
+        """Take `size` free positions in a row; return the first, or None where there are not so many."""
         for index, (start, end) in enumerate(self._free):
             if end - start >= size:
                 self._free[index : index + 1] = [(start + size, end)] if end - start > size else []
@@ -39,10 +39,10 @@ class KVAllocator:
 
 
 @dataclass(slots=True, eq=False)
-class Continuation:
-    """A prompt and what has been added to it: `tokens`, `limit` of them at most.
+class Sequence:
+    """The `tokens` of a prompt and of its continuation, at most `limit` in all.
 
-    `done` of them have gone through the model; `start` is where its stretch of the arena begins.
+    `done` of them have gone through the model; `start` is the first of its positions in the KV cache.
     """
 
     tokens: list[int]
@@ -50,9 +50,14 @@ class Continuation:
     done: int = field(default=0, init=False)
     start: int = field(default=-1, init=False)
 
+    @property
+    def room(self) -> int:
+        """The positions that it can take: its last token never goes through the model."""
+        return self.limit - 1
+
 
 class Scheduler:
-    """Shares an arena of `capacity` positions, `batch` sequences at once, and passes of `pass_tokens`.
+    """Shares `capacity` positions, `batch` sequences at once, and passes of `pass_tokens`.
 
     `batch` is `pass_tokens` at most, so that every sequence has its token in every pass.
     """
@@ -61,25 +66,25 @@ class Scheduler:
         assert 1 <= batch <= pass_tokens
         self.capacity, self.batch, self.pass_tokens = capacity, batch, pass_tokens
         self._positions = KVAllocator(capacity)
-        self._waiting: deque[Continuation] = deque()
-        self._running: list[Continuation] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
 
     def __len__(self) -> int:
-        """Sequences that have not ended."""
+        """Return the number of sequences that have not ended."""
         return len(self._waiting) + len(self._running)
 
-    def add(self, sequence: Continuation) -> None:
-        """Let a sequence wait for its turn; it fits an empty arena."""
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; alone it fits the cache."""
         assert 0 < len(sequence.tokens) < sequence.limit <= self.capacity + 1
         self._waiting.append(sequence)
 
-    def finish(self, sequence: Continuation) -> None:
+    def finish(self, sequence: Sequence) -> None:
         """Take a sequence out; its room is free for others."""
         self._running.remove(sequence)
-        self._positions.give_back(sequence.start, _room(sequence))
+        self._positions.give_back(sequence.start, sequence.room)
 
-    def next_pass(self) -> list[tuple[Continuation, int]]:
-        """Sequences, and how many of their tokens go through the model now."""
+    def next_pass(self) -> list[tuple[Sequence, int]]:
+        """Return sequences, and how many of their tokens go through the model now."""
         self._admit()
         waiting = {sequence: len(sequence.tokens) - sequence.done for sequence in self._running}
         left = self.pass_tokens - sum(count == 1 for count in waiting.values())
@@ -93,14 +98,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.batch:
-            start = self._positions.take(_room(self._waiting[0]))
+            start = self._positions.take(self._waiting[0].room)
             if start is None:
                 return
             sequence = self._waiting.popleft()
             sequence.start = start
             self._running.append(sequence)
-
-
-def _room(sequence: Continuation) -> int:
-    """Positions that it can take: its last token never goes through the model."""
-    return sequence.limit - 1

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from qmix.engine.compute import ComputeThread
+from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.layerwise import logits, run_layers
+from qmix.engine.opener import OpenModel
 from qmix.engine.passes import Pass
 from qmix.engine.store_weights import PATH_ATTENTION, StoreWeights
-from qmix.machine.found import give_back_freed_memory
-from qmix.model.build import build_model
+from qmix.model.kv import kv_layers
 from qmix.plan.scoring import ScoringPlan
-from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -27,38 +26,21 @@ class Score:
     greedy: bool
 
 
-class Scorer:
+class Scorer(OpenModel):
     """A model that scores passes of up to `plan.tokens` rows. Close it, or use it as a context manager."""
 
     def __init__(self, store: Store, plan: ScoringPlan, on_load: OnProgress = ignore) -> None:
-        give_back_freed_memory()
         self.plan = plan
-        self.pool = ExpertPool(store, plan.slots, invariant=True)
-        self._thread = ComputeThread(self.pool)
-        try:
-            model = build_model(store, self.pool, PATH_ATTENTION)
-            if self.pool.holds_all:
-                self.pool.fill(on_load)
-            self._weights = StoreWeights(store, model, plan.longest)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Scorer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._thread.close()
+        (path,) = kv_layers(store.geometry, 1, plan.longest, HALF[store.layout.dtype], aligned=True)
+        super().__init__(store, plan.slots, PATH_ATTENTION, invariant=True, generates=False, on_load=on_load)
+        self._weights = StoreWeights(self.model, path)
 
     def score(self, part: Pass, on_layer: Callable[[int], None] = lambda layers: None) -> list[Score]:
         """Return a score for each query of the pass. Interrupting the caller ends it within an expert's time.
 
         `on_layer` receives the number of finished layers, in the compute thread.
         """
-        return self._thread.run(self._score, part, on_layer)
+        return self.thread.run(self._score, part, on_layer)
 
     @torch.inference_mode()
     def _score(self, part: Pass, on_layer: Callable[[int], None]) -> list[Score]:

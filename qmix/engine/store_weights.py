@@ -12,36 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import MixtralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.layerwise import Observer, RouterOutput
 from qmix.engine.passes import PathSegment
-from qmix.geometry import Geometry
-from qmix.model.kv_arena import Rows, Segment, padded, row_attention
+from qmix.model.attention import row_attention
+from qmix.model.kv import Chunk, KVLayer, Rows
 from qmix.plan import PREFILL_CHUNK
 from qmix.plan.scoring import HEAD_ROWS
-from qmix.store.opened import Store
 
 PATH_ATTENTION = "qmix_paths"  # its name among transformers' attention functions
-
-
-class PathMemory:
-    """Keys and values [1, G, longest, D] of one sequence in one layer, D padded to the kernel's columns."""
-
-    def __init__(self, geometry: Geometry, longest: int, dtype: torch.dtype) -> None:
-        width = padded(geometry.head_dim)
-        self.window, self.padding = geometry.sliding_window, width - geometry.head_dim
-        shape = (1, geometry.num_kv_heads, longest, width)
-        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
-
-    def write(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        """Write [1, G, T, D] from a sequence's `position` on."""
-        for whole, part in ((self.keys, keys), (self.values, values)):
-            whole[:, :, position : position + part.shape[2]] = F.pad(part, (0, self.padding)) if self.padding else part
 
 
 def path_attention(
@@ -50,18 +32,20 @@ def path_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: object,
-    path: PathMemory,
+    path: KVLayer,
     segments: Sequence[PathSegment],
     scaling: float,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend from query [1, H, T, D] and key, value [1, G, T, D], the rows of `segments` in order, to [1, T, H, D]."""
     parts, start = [], 0
     for segment in segments:
         end = start + segment.count
-        path.write(key[:, :, start:end], value[:, :, start:end], segment.position)
-        rows = Rows.of([Segment(range(segment.count), segment.position, 0, False)], path.window)
-        parts.append(row_attention(module, query[:, :, start:end], path.keys, path.values, None, rows, scaling)[0])
+        path.length = segment.position
+        keys, values = path.update(key[:, :, start:end], value[:, :, start:end])
+        rows = Rows.of([Chunk(range(segment.count), segment.position, 0, False)], sliding_window)
+        parts.append(row_attention(module, query[:, :, start:end], keys, values, None, rows, scaling)[0])
         start = end
     return torch.cat(parts, dim=1), None
 
@@ -70,18 +54,18 @@ ALL_ATTENTION_FUNCTIONS.register(PATH_ATTENTION, path_attention)
 
 
 class StoreWeights:
-    """The weights of a store's model, built with PATH_ATTENTION over an invariant pool; sequences up to `longest`.
+    """The weights of a store's model, built with PATH_ATTENTION over an invariant pool.
 
-    Experts are summed in the router's order, as whenever a pool's model runs.
+    `path` holds one sequence in one layer. Experts are summed in the router's order, as whenever a pool's model runs.
     """
 
     streams = 1
     chunk_rows: int | None = PREFILL_CHUNK
     head_rows = HEAD_ROWS
 
-    def __init__(self, store: Store, model: MixtralForCausalLM, longest: int) -> None:
+    def __init__(self, model: MixtralForCausalLM, path: KVLayer) -> None:
         self.model = model
-        self.attention: dict[str, Any] = {"path": PathMemory(store.geometry, longest, HALF[store.layout.dtype])}
+        self.attention: dict[str, Any] = {"path": path}
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[Any]:

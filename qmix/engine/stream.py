@@ -1,155 +1,134 @@
-"""Prompt ids in, a stream of pieces of text out.
+"""One prompt at a time: transformers' `generate` in the compute thread, pieces of text to the caller.
 
-transformers' `generate` runs in one thread that lives as long as its runner (its pool of compute threads is then
-always the same); a streamer there turns ids into text and finds stop sequences, and the caller takes the pieces
-from a queue. Many prompts at once are another engine's, see `qmix.engine.batch`.
+A streamer in that thread turns ids into text and finds stop sequences; the caller takes the pieces from a queue. Many
+prompts at once are `qmix.engine.batch`'s.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MixtralForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from qmix.checkpoint.torch_dtypes import HALF
+from qmix.engine.completion import GrowingCompletion, Piece, Result
 from qmix.engine.generation_config import decoding
+from qmix.engine.opener import OpenModel
 from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
-from qmix.geometry import Geometry
 from qmix.machine.found import peak_memory
-from qmix.model.kv_cache import PlannedCache
-from qmix.plan import PREFILL_CHUNK
+from qmix.machine.rates import Rates
+from qmix.model.gpu.model import spread_for
+from qmix.model.kv import KVCache
+from qmix.model.kv_file import kv_identity, read_kv, write_kv
+from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.pool.counters import PoolCounters
-from qmix.pool.experts import ExpertPool
-from qmix.text.detokenizer import Detokenizer, StopScanner
-
-SHARED_WEIGHTS = 2**19  # in the largest matrix of an expert, from where on cores share a product
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A finished generation. Times in seconds, memory in bytes.
-
-    `finish_reason` is "stop" (end of text, or a stop sequence) or "length". `text` leaves out the stop sequence,
-    `token_ids` are all that were generated. The first `reused_tokens` of the prompt were in the KV cache already, the
-    `prefilled_tokens` were computed. `hit_rate` is the share of experts found in memory.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    seed: int
-    ttft_s: float
-    tpot_s: float
-    total_s: float
-    peak_memory: int
-    budget: int
-    hits: int
-    misses: int
-    hit_rate: float
-    bytes_read: int
-    reused_tokens: int = 0
-
-    @property
-    def prefilled_tokens(self) -> int:
-        return self.prompt_tokens - self.reused_tokens
-
-    @property
-    def prompt_rate(self) -> float:
-        """Prompt tokens computed a second, up to the first new token."""
-        return self.prefilled_tokens / self.ttft_s
-
-    @property
-    def rate(self) -> float:
-        """New tokens a second after the first; 0 where there was only one."""
-        return 1 / self.tpot_s if self.tpot_s else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        fields = asdict(self)
-        groups = {
-            "usage": ("prompt_tokens", "reused_tokens", "completion_tokens"),
-            "timings": ("ttft_s", "tpot_s", "total_s"),
-            "memory": ("peak_memory", "budget"),
-            "cache": ("hits", "misses", "hit_rate", "bytes_read"),
-        }
-        grouped = {group: {name: fields.pop(name) for name in names} for group, names in groups.items()}
-        return fields | grouped
+from qmix.progress import OnProgress, ignore
+from qmix.store.opened import Store
+from qmix.text.prompt import PromptEncoder
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some more text, and the ids of the tokens since the last piece; the last one carries the result."""
+class Runner(OpenModel):
+    """A model ready to generate, one prompt at a time. Close it, or use it as a context manager.
 
-    text: str
-    token_ids: list[int] = field(default_factory=list)
-    result: Result | None = None
-
-
-def compute_threads(geometry: Geometry) -> int:
-    """Threads that share one product: as many as torch takes, but one for matrices that are done sooner by one.
-
-    Waking the others costs some 20 microseconds; a matrix of half a million weights takes one core about that long.
-    """
-    largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
-    return torch.get_num_threads() if largest >= SHARED_WEIGHTS else 1
-
-
-class Engine:
-    """The model with its pool, cache and thread. One generation at a time.
-
-    `held` are the token ids whose keys and values the cache holds, of the last prompt and its answer.
+    `model` is transformers' MixtralForCausalLM and can be used as any; `plan` says what lies where.
     """
 
     def __init__(
         self,
-        model: MixtralForCausalLM,
-        pool: ExpertPool,
-        cache: PlannedCache,
-        decode: Callable[[Sequence[int]], str],
-        budget: int,
+        store: Store,
+        plan: Plan,
+        attention: str = "sdpa",
+        on_load: OnProgress = ignore,
+        rates: Rates | None = None,
+        kind: str = "cuda",
     ) -> None:
-        self.model, self.pool, self.cache, self.decode, self.budget = model, pool, cache, decode, budget
-        threads = compute_threads(pool.store.geometry)
-        self.closed = False
-        self.held: list[int] = []
-        self._thread = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
+        """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs."""
+        self.plan = plan
+        spread = spread_for(plan, rates or Rates(), kind)
+        devices = [device.device for device in spread.layers] if spread else None
+        self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
+        super().__init__(store, plan.slots_by_size, attention, spread=spread, on_load=on_load)
+        self.encoder = PromptEncoder(self.tokenizer, plan.context, store.geometry.max_position)
+        self._held: list[int] = []
 
-    def close(self) -> None:
-        """Stop what is running, within a layer, and let go of the files; harmless to repeat."""
-        self.closed = self.pool.cancelled = True
-        self._thread.shutdown(cancel_futures=True)
-        self.pool.close()
+    def generate(
+        self, prompt: str | list[int], sampling: Sampling | None = None, *, reuse: bool = False, **options: Any
+    ) -> Iterator[Piece]:
+        """Stream the continuation of a prompt (text, or token ids): pieces of text, the last with `.result`.
 
-    def generate(self, prompt: list[int], sampling: Sampling, reuse: bool = False) -> Generator[Piece, None, None]:
-        """Yield pieces, the last one with the result.
-
-        With `reuse`, what the prompt has in common with `held`, from the beginning on, is not computed again. Closing
-        the iterator stops the computation within a layer.
+        Options are Sampling's fields. With `reuse`, tokens that the prompt begins with and the KV cache still holds
+        are not computed again. Their keys and values may be rounded differently, because they were computed one token
+        at a time and not as one prompt: where two tokens are nearly as likely, the text may differ from that of a fresh
+        run. Closing the iterator stops the computation within a layer. Raises UsageError where the prompt is empty or
+        does not fit the context.
         """
-        if self.closed:
-            raise UsageError("this runner is closed; load the model again")
+        if sampling is not None and options:
+            raise UsageError("give either a Sampling or its fields, not both")
+        sampling, ids = sampling or Sampling(**options), self._ids(prompt)
+        room = self.plan.context - len(ids)
+        return self._stream(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
+
+    def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
+        """Return the whole continuation at once; parameters and errors as `generate`."""
+        for piece in self.generate(prompt, sampling, **options):
+            if piece.result is not None:
+                return piece.result
+        raise AssertionError("a generation ended without a result")
+
+    @property
+    def held(self) -> list[int]:
+        """The token ids whose keys and values the KV cache holds: what `reuse` can go on from."""
+        return list(self._held)
+
+    def save_cache(self, path: Path) -> int:
+        """Write the KV cache's content to a safetensors file; return how many tokens it holds. Raises OSError."""
+        write_kv(path, self.cache, self._held, kv_identity(self.store))
+        return len(self._held)
+
+    def load_cache(self, path: Path) -> int:
+        """Read a KV cache that `save_cache` wrote; return how many tokens it holds.
+
+        Raises SessionError where it is damaged, or belongs to another store. The cache is then empty.
+        """
+        self._held = []
+        self._held = read_kv(path, self.cache, kv_identity(self.store))
+        return len(self._held)
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UsageError("the prompt is empty; give some text to continue")
+        ids = self.encoder.ids(prompt) if isinstance(prompt, str) else list(prompt)
+        if not all(type(token) is int for token in ids):
+            raise UsageError("the prompt must be text, or a list of whole numbers")
+        if not ids:
+            raise UsageError("the prompt has no tokens; give some text to continue")
+        worst = max(ids, key=abs)
+        if not 0 <= worst < self.store.geometry.vocab_size or min(ids) < 0:
+            raise UsageError(f"the prompt holds the token id {worst}, outside the model's vocabulary")
+        self.encoder.check_count(len(ids))
+        return ids
+
+    def _stream(self, prompt: list[int], sampling: Sampling, reuse: bool) -> Generator[Piece, None, None]:
+        """Yield pieces while the compute thread makes them; stop it when the caller has had enough."""
         queue: SimpleQueue[Piece | None] = SimpleQueue()
-        job = self._thread.submit(self._run, prompt, sampling, reuse, queue.put)
+        job = self.thread.start(self._run, prompt, sampling, reuse, queue.put)
         job.add_done_callback(lambda _: queue.put(None))
         try:
             while (piece := queue.get()) is not None:
                 yield piece
             job.result()
         finally:
-            if not job.done() and not job.cancel():  # one that waits for another has not begun
-                self.pool.cancelled = True
-                job.exception()
-                self.pool.cancelled = self.closed
+            self.thread.stop(job)
 
     def _run(self, prompt: list[int], sampling: Sampling, reuse: bool, send: Callable[[Piece], None]) -> None:
         before = self.pool.counters.copy()
@@ -157,7 +136,7 @@ class Engine:
         how = decoding(defaults, sampling)
         config = how.config
         config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
-        answer = _Answer(Detokenizer(self.decode, prompt), StopScanner(how.stops), how.ends, send)
+        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode), send)
         reused = self._keep(prompt if reuse else [])
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
@@ -170,37 +149,39 @@ class Engine:
                         attention_mask=torch.ones_like(ids),
                         generation_config=config,
                         cache=self.cache,
-                        streamer=answer,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(answer)]),
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([_Stopped(streamer.completion)]),
                     )
         finally:
             self.model.generation_config = defaults
-            self._note_held(prompt + answer.ids)
-        answer.finish(self._result(answer, prompt, sampling, before, reused))
+            self._note_held(prompt + streamer.completion.token_ids)
+        streamer.send_text(streamer.completion.finish())
+        send(Piece("", [], self._result(streamer, sampling.seed, before, reused)))
 
     def _keep(self, prompt: list[int]) -> int:
-        """Crop the cache to what it has in common with the prompt, all but its last token; how many tokens that is.
+        """Crop the cache to the tokens that it has in common with the prompt; return how many these are.
 
-        From there transformers goes on, a chunk at a time. The last token is always computed: its logits are needed.
+        transformers goes on from there, a chunk at a time. The prompt's last token is always computed: its logits are
+        needed.
         """
-        same = common_prefix(self.held, prompt[:-1])
+        same = common_prefix(self._held, prompt[:-1])
         self.cache.keep(same)
-        self.held = []  # until the run has ended, one way or another
+        self._held = []  # until the run has ended, one way or another
         return same
 
     def _note_held(self, ids: list[int]) -> None:
-        """Crop the cache to the positions that every layer has, and that hold one of these tokens for certain.
+        """Crop the cache to positions that every layer has and that hold one of these tokens for certain.
 
-        A run that was stopped has ended between two layers; one that drafts has tokens in it that nobody has seen.
+        A run that was stopped ended between two layers. A run with drafts leaves tokens that were never accepted.
         """
-        self.held = ids[: self.cache.complete_length]
-        self.cache.keep(len(self.held))
+        self._held = ids[: self.cache.complete_length]
+        self.cache.keep(len(self._held))
 
     @contextmanager
     def _prefilled(self, ids: torch.Tensor) -> Iterator[None]:
-        """All but the last id in the cache, read a chunk at a time, and the model told to leave them out.
+        """Read all but the last id into the cache, a chunk at a time, and tell the model to leave them out.
 
-        With drafts transformers gives the model the whole prompt at once, which no plan for long ones allows.
+        With drafts transformers gives the model the whole prompt at once, which no plan for long prompts allows.
         """
         for start in range(self.cache.get_seq_length(), ids.shape[1] - 1, PREFILL_CHUNK):
             chunk = ids[:, start : min(start + PREFILL_CHUNK, ids.shape[1] - 1)]
@@ -211,37 +192,71 @@ class Engine:
         finally:
             hook.remove()
 
-    def _result(
-        self, answer: _Answer, prompt: list[int], sampling: Sampling, before: PoolCounters, reused: int
-    ) -> Callable[[str], Result]:
-        count, used = len(answer.ids), self.pool.counters.since(before)
-        decoding = answer.times[-1] - answer.times[0]
+    def _result(self, streamer: _Streamer, seed: int, before: PoolCounters, reused: int) -> Result:
+        completion, times, used = streamer.completion, streamer.times, self.pool.counters.since(before)
+        return Result(
+            text=completion.text,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            prompt_tokens=completion.prompt_tokens,
+            seed=seed,
+            ttft_s=times[0] - streamer.started,
+            tpot_s=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0,
+            total_s=times[-1] - streamer.started,
+            peak_memory=peak_memory(),
+            budget=self.plan.ram,
+            hits=used.hits,
+            misses=used.misses,
+            hit_rate=used.hit_rate,
+            bytes_read=used.bytes_read,
+            reused_tokens=reused,
+        )
 
-        def finished(text: str) -> Result:
-            return Result(
-                text=text,
-                token_ids=answer.ids,
-                finish_reason="stop" if answer.ended else "length",
-                prompt_tokens=len(prompt),
-                completion_tokens=count,
-                seed=sampling.seed,
-                ttft_s=answer.times[0] - answer.started,
-                tpot_s=decoding / (count - 1) if count > 1 else 0.0,
-                total_s=answer.times[-1] - answer.started,
-                peak_memory=peak_memory(),
-                budget=self.budget,
-                hits=used.hits,
-                misses=used.misses,
-                hit_rate=used.hit_rate,
-                bytes_read=used.bytes_read,
-                reused_tokens=reused,
-            )
 
-        return finished
+class _Streamer(BaseStreamer):
+    """Takes ids from transformers, a step at a time, notes when they came, and sends pieces of text."""
+
+    def __init__(self, completion: GrowingCompletion, send: Callable[[Piece], None]) -> None:
+        self.completion, self.send = completion, send
+        self.started = time.perf_counter()
+        self.times: list[float] = []
+        self._prompt_seen = False
+        self._sent = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the [1] id of one step, or the [1, k] ids of a verified draft."""
+        if not self._prompt_seen:  # transformers streams the prompt first
+            self._prompt_seen = True
+            return
+        now = time.perf_counter()
+        for token in value.flatten().tolist():
+            if not self.completion.ended:  # a draft may go on behind the end
+                self.times.append(now)
+                self.send_text(self.completion.add(token))
+
+    def end(self) -> None:
+        pass
+
+    def send_text(self, text: str) -> None:
+        """Send a piece, unless there is no text yet."""
+        if text:
+            ids = self.completion.token_ids
+            self.send(Piece(text, ids[self._sent :]))
+            self._sent = len(ids)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends transformers' loop once a stop sequence was seen."""
+
+    def __init__(self, completion: GrowingCompletion) -> None:
+        self.completion = completion
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.tensor([self.completion.stopped])
 
 
 def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many ids two lists begin with in common."""
+    """Return how many ids two lists begin with in common."""
     pairs = enumerate(zip(ids, others, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
@@ -249,64 +264,8 @@ def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
 def _without_cached(
     module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments without the ids that its cache holds already."""
+    """Return the model's arguments without the ids that its cache holds already."""
     cached = options["cache"].get_seq_length() - int(options["position_ids"][0, 0])
     for name in ("input_ids", "position_ids"):
         options[name] = options[name][:, cached:]
     return arguments, options
-
-
-class _Answer(BaseStreamer):
-    """An answer while it grows: takes ids from transformers, a step at a time, and sends pieces of text."""
-
-    def __init__(
-        self, detokenizer: Detokenizer, scanner: StopScanner, ends: frozenset[int], send: Callable[[Piece], None]
-    ) -> None:
-        self.detokenizer, self.scanner, self.ends, self.send = detokenizer, scanner, ends, send
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self.ids: list[int] = []
-        self.ended = False
-        self._prompt_seen = False
-        self._text: list[str] = []
-        self._sent = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """[1] id of one step, or [1, k] of a verified draft."""
-        if not self._prompt_seen:  # transformers streams the prompt first
-            self._prompt_seen = True
-            return
-        now = time.perf_counter()
-        for token in value.flatten().tolist():
-            self._add(token, now)
-
-    def end(self) -> None:
-        pass
-
-    def finish(self, result: Callable[[str], Result]) -> None:
-        self._pass_on(self.scanner.add(self.detokenizer.finish()) + self.scanner.finish())
-        self.send(Piece("", [], result("".join(self._text))))
-
-    def _add(self, token: int, now: float) -> None:
-        if self.ended:  # what a draft had behind the end
-            return
-        self.times.append(now)
-        self.ids.append(token)
-        self._pass_on(self.scanner.add(self.detokenizer.add(token)))
-        self.ended = self.scanner.stopped or token in self.ends
-
-    def _pass_on(self, text: str) -> None:
-        if text:
-            self._text.append(text)
-            self.send(Piece(text, self.ids[self._sent :]))
-            self._sent = len(self.ids)
-
-
-class _Stopped(StoppingCriteria):
-    """True once a stop sequence was seen."""
-
-    def __init__(self, answer: _Answer) -> None:
-        self.answer = answer
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.tensor([self.answer.scanner.stopped])

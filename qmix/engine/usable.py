@@ -1,4 +1,4 @@
-"""Try a checkpoint's small files on transformers, which may refuse them, before anything is quantised."""
+"""Check that transformers accepts a checkpoint's small files, before anything is quantised."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qmix.text.tokenizer import load_tokenizer
 
 
 def check_usable(checkpoint: Checkpoint, dtype: str) -> None:
-    """Build all that a run builds besides weights: the empty model, its generation config, the tokenizer if it has one.
+    """Build what a run builds besides weights: the empty model, its generation config, and the tokenizer if any.
 
-    They are made from what the store would hold. Raises CheckpointError naming the checkpoint's own file.
+    They are built from the files that the store would hold. Raises CheckpointError naming the checkpoint's own file.
     """
     check_tokenizer(checkpoint.source, required=False)
     with TemporaryDirectory(prefix="qmix-") as scratch:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.passes import Query, make_pass, spans
 from qmix.engine.scoring import Score, Scorer
 from qmix.evaluate.budget import Budget
@@ -129,7 +129,7 @@ class StoreEngine:
     def _generate(self, missing: dict[bytes, Prompt]) -> None:
         needs = {key: prompt.needs for key, prompt in missing.items()}
         plan = self.budget.lines_plan(list(missing.values()))
-        requests = (Request(key.hex(), prompt.tokens, prompt.sampling) for key, prompt in missing.items())
+        requests = (BatchRequest(key.hex(), prompt.tokens, prompt.sampling) for key, prompt in missing.items())
         self.work.tokens_left = sum(needs.values())
         with self.loading() as on_load:
             runner = BatchRunner(self.store, plan, on_load)

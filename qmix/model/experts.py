@@ -1,7 +1,7 @@
-"""The mixture of experts' forward, over records that lie in a pool.
+"""The forward of the mixture of experts, over records in a pool.
 
-Tokens are grouped by expert, so that each record is fetched once and used for all of its tokens. Results do not
-depend on which experts happened to be in memory: each lands in its own place and they are added in router order.
+Tokens are grouped by expert: each record is fetched once and used for all of its tokens. The result does not depend on
+which experts were in memory: each output has a place of its own, and outputs are added in router order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from qmix.plan import PREFILL_CHUNK
 from qmix.pool.experts import ExpertPool
 from qmix.pool.prefetch import Prefetcher
 
-CHUNK = PREFILL_CHUNK  # tokens through an expert at once: a pass of more takes no more work space
+CHUNK = PREFILL_CHUNK  # tokens through an expert at once: longer passes take no more work space
 
 
 class PooledExperts(PoolExperts):
-    """Stands in for transformers' MixtralExperts of one layer. Without `prefetcher`, reads wait for the router."""
+    """Replaces transformers' MixtralExperts of one layer. Without `prefetcher`, reads wait for the router."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class PooledExperts(PoolExperts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
+        """Return [T, H] for tokens [T, H], their experts [T, k] and the experts' weights [T, k] in fp32."""
         if self.layer == 0:  # once a pass: it takes a microsecond
             self.check_caller()
         tokens, top_k = top_k_index.shape
@@ -63,7 +63,7 @@ class PooledExperts(PoolExperts):
 
 
 def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[T, k, H] and weights [T, k] in fp32 to [T, H], summed in fp32 and rounded once."""
+    """Return [T, H] for outputs [T, k, H] and weights [T, k] in fp32: summed in fp32 and rounded once."""
     total = outputs[:, 0] * weights[:, :1]
     for place in range(1, outputs.shape[1]):
         total += outputs[:, place] * weights[:, place : place + 1]

@@ -1,8 +1,8 @@
-"""Gradients through experts: they are computed again, from dequantised weights, when a backward pass asks for them.
+"""Gradients through experts, recomputed from dequantised weights in the backward pass.
 
-The kernels that multiply quantised matrices record nothing for autograd, and the slot that a forward pass read may
-hold another record by the time of the backward pass. So a record is fetched anew and dequantised then, one expert at
-a time: a backward pass keeps no weights, and takes the memory of one expert in half precision.
+The kernels that multiply quantised matrices record nothing for autograd, and by the time of the backward pass the slot
+of a record may hold another. The backward pass therefore fetches each record again and dequantises it, one expert at a
+time: it keeps no weights, and takes the memory of one expert in half precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Forward = Callable[[torch.Tensor, Activation], torch.Tensor]
 
 
 def differentiable(forward: Forward, pool: ExpertPool, key: Key) -> Forward:
-    """Return an expert's forward that autograd can go back through. The expert's own weights get no gradient."""
+    """Return an expert's forward that autograd can differentiate. The expert's weights get no gradient."""
 
     def run(x: torch.Tensor, activation: Activation) -> torch.Tensor:
         output: torch.Tensor = _Recomputed.apply(x, activation, forward, pool, key)
@@ -33,7 +33,7 @@ def differentiable(forward: Forward, pool: ExpertPool, key: Key) -> Forward:
 
 
 def one_by_one(pool: ExpertPool, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
-    """Yield each expert in the order given, whichever are in memory: checkpointing compares a pass with its repeat."""
+    """Yield experts in the given order, whichever are in memory: checkpointing compares a pass with its repeat."""
     for expert in experts:
         yield from pool.get(layer, [expert])
 
@@ -63,6 +63,6 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _dequantised(expert: Expert, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """Return the expert's forward with plain products, [T, hidden] to [T, hidden], all of it seen by autograd."""
+    """Return the expert's output [T, H] for x [T, H], by plain products that autograd records."""
     gate, up, down = (matrix.dense(x.dtype) for matrix in (expert.gate, expert.up, expert.down))
     return F.linear(activation(F.linear(x, gate)) * F.linear(x, up), down)

@@ -1,9 +1,9 @@
-"""What makes a token's numbers depend on its own sequence alone, and not on what is computed beside it.
+"""Batch invariance: a token's numbers depend on its own sequence alone, and not on what is computed beside it.
 
-Sequences come and go in a batch, and a run that was stopped goes on with other neighbours: the same line has to get
-the same answer. So where torch's result for a row changes in its last bits with the number of rows (products by the
-size, functions of single numbers by where the vector unit's last, incomplete step falls), another way is taken here.
-Norms, softmax and top-k go through each row by itself as they are.
+Sequences come and go in a batch, and a resumed run has other neighbours, yet the same line has to get the same answer.
+In torch the last bits of a row change with the number of rows: products choose another kernel by size, and elementwise
+functions end in an incomplete vector step whose place varies. Both are replaced. Norms, softmax and top-k treat each
+row by itself already.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from transformers import MixtralForCausalLM
 from qmix.precision.dense import use_half_linear
 from qmix.precision.matmul import half_product
 
-ALONE = 2**15 - 1  # numbers that torch goes through in one thread
-STEP = 64  # of which rows must be a multiple to leave no incomplete step: two vectors of bf16
-POSITIONS = 64  # whose rotary angles are computed together
+ALONE = 2**15 - 1  # numbers: torch shares out more among threads
+STEP = 64  # columns: a multiple leaves no incomplete vector step (two vectors of bf16)
+POSITIONS = 64  # rotary angles are computed for so many at once
 
 Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_invariant(model: MixtralForCausalLM) -> None:
-    """Put invariant parts in place of transformers' own, with the same parameters; experts are the pool's matter."""
+    """Replace transformers' parts by invariant ones with the same parameters; the pool's experts already are."""
     use_half_linear(model, invariant=True)
     for layer in model.model.layers:
         layer.mlp.gate = InvariantRouter(layer.mlp.gate.weight, layer.mlp.gate.top_k)
@@ -34,7 +34,7 @@ def make_invariant(model: MixtralForCausalLM) -> None:
 
 
 def row_by_row(function: Elementwise) -> Elementwise:
-    """An elementwise function of [T, W] that takes every row in the same steps."""
+    """Return an elementwise function of [T, W] that takes every row in the same steps."""
 
     def apply(x: torch.Tensor) -> torch.Tensor:
         rows = max(1, ALONE // x.shape[1]) if x.shape[1] % STEP == 0 else 1
@@ -53,16 +53,16 @@ class InvariantRouter(nn.Module):
         self.weight, self.top_k = weight, top_k
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[..., H] to logits [T, E], weights [T, k] and experts [T, k]."""
+        """Return logits [T, E], weights [T, k] and experts [T, k] for [..., H]."""
         logits = half_product(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight, invariant=True)
         chosen, experts = logits.float().softmax(-1).topk(self.top_k, dim=-1)
         return logits, chosen / chosen.sum(-1, keepdim=True), experts
 
 
 class BlockRotary(nn.Module):
-    """A rotary embedding whose angles are computed for whole blocks of positions, whichever of them are asked for.
+    """A rotary embedding that computes its angles for whole blocks of positions.
 
-    Blocks are kept: of cosines and sines for a context of 4096 tokens and heads of 128 columns, 2 MB.
+    Blocks are kept: for a context of 4096 tokens and heads of 128 columns they take 2 MB.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
@@ -71,7 +71,7 @@ class BlockRotary(nn.Module):
         self._blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [1, T, D] in x's type, of the positions [1, T]."""
+        """Return cosines and sines [1, T, D] in x's type for the positions [1, T]."""
         blocks = int(position_ids.max()) // POSITIONS + 1
         if blocks > len(self._blocks):
             for block in range(len(self._blocks), blocks):

@@ -1,10 +1,10 @@
-"""A KV cache in a safetensors file: written from where it lies and read back to there, a head at a time.
+"""A KV cache in a safetensors file, written and read a head at a time without a copy in between.
 
-    token_ids         [T] what the positions hold
+    token_ids         [T] the token at each position
     layers.N.keys     [kv_heads, T, head_dim] in the cache's half precision
     layers.N.values
 
-The metadata says of which store it is, and the XXH3 (64 bits) of all tensors' bytes.
+The metadata names the format and the store, and holds the XXH3 (64 bits) of all tensors' bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qmix.checkpoint.torch_dtypes import HALF
 from qmix.disk.faults import read_fully
 from qmix.errors import CheckpointError, SessionError
 from qmix.files import written_whole
-from qmix.model.kv_cache import PlannedCache
+from qmix.model.kv import KVCache
 from qmix.store.opened import Store
 
 FORMAT = "qmix-kv-1"
@@ -32,13 +32,13 @@ NAMES = {dtype: name for name, dtype in (("BF16", HALF["bf16"]), ("F16", HALF["f
 
 
 def kv_identity(store: Store) -> str:
-    """What keys and values depend on besides the tokens: the weights, and their precisions."""
+    """Return a digest of all that keys and values depend on besides the tokens: the weights and their precisions."""
     known = [store.fingerprint, store.layout.dtype, store.layout.precisions, *(["clip"] if store.layout.clip else [])]
     return xxhash.xxh3_64_hexdigest(json.dumps(known).encode())
 
 
-def write_kv(path: Path, cache: PlannedCache, ids: Sequence[int], identity: str) -> None:
-    """Write the first `len(ids)` positions of the cache's first row. Nothing is copied. Raises OSError."""
+def write_kv(path: Path, cache: KVCache, ids: Sequence[int], identity: str) -> None:
+    """Write the first `len(ids)` positions of the cache's first sequence. Raises OSError."""
     tokens = torch.tensor(ids, dtype=torch.int64).view(torch.uint8).numpy().data
     digest = xxhash.xxh3_64()
     with written_whole(path) as file:
@@ -50,10 +50,10 @@ def write_kv(path: Path, cache: PlannedCache, ids: Sequence[int], identity: str)
         file.write(_header(cache, len(ids), identity, digest.hexdigest()))  # as long as the first
 
 
-def read_kv(path: Path, cache: PlannedCache, identity: str) -> list[int]:
-    """Fill the cache, and return the token ids that it then holds.
+def read_kv(path: Path, cache: KVCache, identity: str) -> list[int]:
+    """Fill the cache and return the token ids that it holds.
 
-    Raises SessionError where the file is damaged, of another store, or too long for the cache, which is then empty.
+    Raises SessionError where the file is damaged, belongs to another store, or is too long. The cache is then empty.
     """
     cache.keep(0)
     ids_bytes, start = _checked(path, cache, identity)
@@ -73,8 +73,8 @@ def read_kv(path: Path, cache: PlannedCache, identity: str) -> list[int]:
     return torch.frombuffer(ids_memory, dtype=torch.int64).tolist() if length else []
 
 
-def _checked(path: Path, cache: PlannedCache, identity: str) -> tuple[int, int]:
-    """Bytes of the token ids, and where they begin."""
+def _checked(path: Path, cache: KVCache, identity: str) -> tuple[int, int]:
+    """Return the bytes of the token ids and their offset, once the header fits the cache. Raises SessionError."""
     try:
         found, metadata = read_header(path), _metadata(path)
     except (CheckpointError, SafetensorError) as error:
@@ -84,8 +84,8 @@ def _checked(path: Path, cache: PlannedCache, identity: str) -> tuple[int, int]:
     if metadata.get("store") != identity:
         raise SessionError(f"{path}: of another model, or of other precisions")
     length = found["token_ids"].nbytes // ITEM_BYTES["I64"]
-    if length > cache.context:
-        raise SessionError(f"{path}: holds {length} tokens, more than the context of {cache.context}")
+    if length > cache.capacity:
+        raise SessionError(f"{path}: holds {length} tokens, more than the context of {cache.capacity}")
     expected = build_header(*_shape(cache, length), ALIGNMENT)[1]
     if {name: (info.dtype, info.shape) for name, info in found.items()} != {
         name: (info.dtype, info.shape) for name, info in expected.items()
@@ -99,13 +99,13 @@ def _metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _header(cache: PlannedCache, length: int, identity: str, checksum: str) -> bytes:
+def _header(cache: KVCache, length: int, identity: str, checksum: str) -> bytes:
     metadata = {"format": FORMAT, "store": identity, "checksum": checksum}
     return build_header(*_shape(cache, length), ALIGNMENT, metadata)[0]
 
 
-def _shape(cache: PlannedCache, length: int) -> tuple[list[tuple[str, str, tuple[int, ...], int]], int]:
-    """Name, dtype, shape and offset of every tensor, and their size together."""
+def _shape(cache: KVCache, length: int) -> tuple[list[tuple[str, str, tuple[int, ...], int]], int]:
+    """Return the name, dtype, shape and offset of every tensor, and the bytes of all of them."""
     offset = length * ITEM_BYTES["I64"]
     tensors: list[tuple[str, str, tuple[int, ...], int]] = [("token_ids", "I64", (length,), 0)]
     for index, layer in enumerate(cache.layers):
@@ -116,8 +116,8 @@ def _shape(cache: PlannedCache, length: int) -> tuple[list[tuple[str, str, tuple
     return tensors, offset
 
 
-def _parts(cache: PlannedCache, length: int) -> Iterator[memoryview]:
-    """The memory of the first `length` positions, a head at a time, in the order of the file."""
+def _parts(cache: KVCache, length: int) -> Iterator[memoryview]:
+    """Yield the memory of the first `length` positions, a head at a time, in the order of the file."""
     for layer in cache.layers:
         for memory in (layer.keys, layer.values):
             for head in memory[0, :, :length]:

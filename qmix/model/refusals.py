@@ -1,4 +1,4 @@
-"""Refuse in one line each what a model without experts among its parameters would do wrongly."""
+"""Refuse, in one line each, uses of a model that need the experts among its parameters."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PoolExperts(nn.Module):
-    """Base of what stands in place of transformers' MixtralExperts: no parameters, records of a pool.
+    """Base of the modules that replace transformers' MixtralExperts: no parameters, records of a pool.
 
-    Everything that goes by parameters would leave the experts out, so it is refused here, wherever in the tree of
-    modules it began.
+    An operation on parameters would leave the experts out. It is refused here, at whichever module it began.
     """
 
     def __init__(self, layer: int, pool: ExpertPool, device: torch.device | str = "cpu") -> None:
@@ -28,11 +27,11 @@ class PoolExperts(nn.Module):
         self.layer, self.pool, self.home = layer, pool, torch.device(device)
 
     def device_tensors(self) -> Iterator[torch.Tensor]:
-        """Yield the memory outside the pool that experts of this layer take."""
+        """Yield the tensors of this layer's experts outside the pool."""
         yield from ()
 
     def check_conversion(self, convert: Convert) -> None:
-        """Raises UsageError where `convert` gives tensors another type or device than the experts have."""
+        """Raise UsageError where `convert` gives tensors another type or device than the experts have."""
         mine = torch.empty(0, dtype=HALF[self.pool.store.layout.dtype], device=self.home)
         other = convert(mine)
         if other.dtype != mine.dtype:
@@ -41,7 +40,7 @@ class PoolExperts(nn.Module):
             refuse("the model's devices are those of its plan", "load it with another plan (`qmix plan --gpu`)")
 
     def check_caller(self) -> None:
-        """Raises UsageError where the forward is traced, compiled or differentiated forward: kernels are not seen."""
+        """Raise UsageError where the forward is traced, compiled or differentiated forward: kernels would be missed."""
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             refuse("the experts' kernels can be neither traced nor exported", "call the model itself")
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
@@ -70,5 +69,5 @@ CONVERTED = "quantize it with another --dtype, or save_pretrained(DIRECTORY) and
 
 
 def refuse(reason: str, instead: str) -> NoReturn:
-    """Raises UsageError."""
+    """Raise UsageError."""
     raise UsageError(f"{reason}; {instead}")

@@ -1,7 +1,7 @@
-"""Messages to text by the model's chat template, within bounds of time, memory and length; for chats and batches alike.
+"""Render messages by the model's chat template, within limits of time, memory and length.
 
-A template is a program that came with a model. It runs in a process of its own (`template_child.py`), which is started
-with the first text and ends with this one.
+A template is a program that came with a model. It runs in a process of its own (`template_child.py`), which starts with
+the first text and ends with this process.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from qmix.errors import QmixError, StoreError
 from qmix.text.tokenizer import TEMPLATE, encode
 
 CHILD = Path(__file__).with_name("template_child.py")
-MEMORY = 2**29  # bytes of addresses that rendering may take, with Python's own 50 MB
-SECONDS = 5  # of a core, for one text
+MEMORY = 2**29  # bytes of address space for rendering, Python's own 50 MB included
+SECONDS = 5  # of CPU time for one text
 LONGEST = 2**24  # characters of one text
-PROBE = "qmix-probe"  # a text that no template has of its own
+PROBE = "qmix-probe"  # in no template
 Messages = Sequence[dict[str, str]]
 
 
 class TemplateRefusal(QmixError):
-    """The template does not take these messages; the message says where in it."""
+    """The template rejects these messages; the error names its line."""
 
 
 class ChatTemplate:
-    """The template of a tokenizer that has one. `takes_system` is false where it has no place for a system message."""
+    """A tokenizer's chat template. `takes_system` is false where it has no place for a system message.
+
+    Raises StoreError where the tokenizer has none.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -50,11 +53,11 @@ class ChatTemplate:
         self.takes_system = self._shows_system()
 
     def ids(self, messages: Messages, asks: bool) -> list[int]:
-        """Return the token ids of messages; where it `asks`, with the beginning of an answer. Raises as `text` does."""
+        """Return the token ids of messages; parameters and errors as `text`."""
         return encode(self._tokenizer, self.text(messages, asks), add_special_tokens=False)
 
     def text(self, messages: Messages, asks: bool) -> str:
-        """Return the same as text. Raises TemplateRefusal."""
+        """Return messages as text; where it `asks`, with the beginning of an answer. Raises TemplateRefusal."""
         variables = self._variables | {"messages": list(messages), "add_generation_prompt": asks}
         answer = self._ask({"template": self._template, "variables": variables})
         if "text" in answer:
@@ -63,7 +66,7 @@ class ChatTemplate:
         raise TemplateRefusal(f"{where}: {answer['error']}")
 
     def _shows_system(self) -> bool:
-        """Return whether a system message is taken, and appears: some templates raise, some leave it out."""
+        """Return whether a system message appears in the text: some templates raise, some leave it out."""
         try:
             return PROBE in self.text([{"role": "system", "content": PROBE}, {"role": "user", "content": "a"}], True)
         except TemplateRefusal:
@@ -77,7 +80,7 @@ class ChatTemplate:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline()
-        except BaseException as error:  # an interrupt among them: what is half said is not to be gone on with
+        except BaseException as error:  # interrupts included: the pipe may hold half a message
             _end(process)
             self._process = None
             if not isinstance(error, BrokenPipeError):
@@ -97,7 +100,7 @@ class ChatTemplate:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is not for it
+            start_new_session=True,  # Ctrl-C must not reach it
         )
         weakref.finalize(self, _end, self._process)
         return self._process
@@ -107,7 +110,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            with suppress(BrokenPipeError):  # what was not sent yet
+            with suppress(BrokenPipeError):  # unsent bytes
                 stream.close()
     process.wait()
 

@@ -1,6 +1,6 @@
-"""Token ids to text as they come: whole characters only, and nothing that may be the start of a stop sequence.
+"""Decode token ids as they come: whole characters only, and nothing that may begin a stop sequence.
 
-A token may be a part of a character: its bytes are in the vocabulary, and no decoder tells them.
+A token may be part of a character. Its bytes are in the vocabulary, but decoders do not return them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 from qmix.errors import UsageError
 
-REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no whole character yet
-CONTEXT_TOKENS = 8  # of the prompt, so that a leading space is decoded as one
+REPLACEMENT = "\ufffd"  # a decoder's output for an incomplete character
+CONTEXT_TOKENS = 8  # of the prompt, so that a leading space is kept
 
 
 def check_text(text: str, what: str = "the text") -> None:
-    """Raise UsageError where a text holds half of a surrogate pair, which bytes that are not UTF-8 become."""
+    """Raise UsageError where a text holds half of a surrogate pair: Python reads bytes that are not UTF-8 as such."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -28,7 +28,7 @@ def check_text(text: str, what: str = "the text") -> None:
 
 
 class Detokenizer:
-    """Decodes one token after another; `decode` is a tokenizer's, ids to text.
+    """Decodes one token after another; `decode` turns ids into text.
 
     Only the tokens since the last whole piece of text are decoded again, so the cost of a token does not grow.
     """
@@ -39,12 +39,12 @@ class Detokenizer:
         self._from, self._shown = 0, len(self._ids)
 
     def add(self, token: int) -> str:
-        """The text that this token completes; empty in the middle of a character."""
+        """Return the text that this token completes; empty in the middle of a character."""
         self._ids.append(token)
         return self._take(final=False)
 
     def finish(self) -> str:
-        """What is left, even if it is no whole character."""
+        """Return the rest, even if it is an incomplete character."""
         return self._take(final=True)
 
     def _take(self, final: bool) -> str:
@@ -57,10 +57,10 @@ class Detokenizer:
 
 
 class TokenBytes:
-    """Return the bytes that a token adds to a text: None for a special token, which is not in the text.
+    """Maps a token to the bytes that it adds to a text, or None for a special token, which adds none.
 
-    Reads two kinds of vocabulary. In that of sentencepiece, Mixtral's, "\u2581" is a space and `<0xE2>` one byte; in
-    that of byte-level BPE every character of a token stands for a byte.
+    Two kinds of vocabulary are supported. In sentencepiece's, which Mixtral has, "\u2581" is a space and `<0xE2>` one
+    byte. In byte-level BPE every character of a token stands for a byte.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -99,7 +99,7 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _replacements(steps: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return what decoding puts in place of which characters of a token."""
+    """Return the replacements that decoding makes in a token."""
     found = {}
     for step in steps:
         if step["type"] == "Metaspace":
@@ -110,7 +110,7 @@ def _replacements(steps: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _byte_level() -> dict[str, int]:
-    """Return GPT-2's alphabet: printable characters of Latin-1 stand for themselves, 256 and up for the other bytes."""
+    """Return GPT-2's alphabet: printable Latin-1 characters stand for themselves, 256 and up for the other bytes."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + index): byte for index, byte in enumerate(others)}
@@ -122,7 +122,7 @@ SENTENCEPIECE = {"\u2581": " "}
 
 
 class StopScanner:
-    """Passes text on until a stop sequence appears, which is left out, as is all that follows."""
+    """Passes text on up to the first stop sequence, and drops the rest."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
@@ -130,7 +130,7 @@ class StopScanner:
         self.stopped = False
 
     def add(self, text: str) -> str:
-        """The text that can be shown now."""
+        """Return the text that can be shown now."""
         if self.stopped:
             return ""
         self._held += text
@@ -145,11 +145,11 @@ class StopScanner:
         return shown
 
     def finish(self) -> str:
-        """What was held back and turned out to be no stop sequence."""
+        """Return the text that was held back and is no stop sequence."""
         shown, self._held = self._held, ""
         return shown
 
     def _overlap(self, stop: str) -> int:
-        """How many characters at the end of the held text may begin `stop`."""
+        """Return how many characters at the end of the held text may begin `stop`."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)

@@ -1,8 +1,8 @@
-"""A user's text to token ids, in bounded memory: refused before it is tokenised where it cannot fit a context.
+"""Tokenise a user's text in bounded memory: a text that cannot fit the context is refused before.
 
-Tokenising takes hundreds of bytes of memory for each byte of text. So a prompt is first bounded by the bytes that a
-context of the vocabulary's longest tokens could hold, then counted in pieces, and tokenised whole only where it fits:
-that takes about a kilobyte a token, which is within a plan's reserve.
+Tokenising takes hundreds of bytes of memory for each byte of text. A prompt is therefore checked in three steps. Its
+bytes are compared with a context of the vocabulary's longest tokens. Then it is counted in pieces. Only a prompt that
+fits is tokenised whole: that takes about a kilobyte a token, which is within a plan's reserve.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qmix.text.tokenizer import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECE = 8192  # characters that are tokenised together: they take at most 20 MB
+PIECE = 8192  # characters that are tokenised together, in at most 20 MB
 
 
 class PromptTooLong(UsageError):
@@ -24,14 +24,14 @@ class PromptTooLong(UsageError):
 
 
 def too_long(found: str, context: int, longest_context: int) -> PromptTooLong:
-    """Return the error of a text that is `found` to be so long; a larger context helps only where the model has one."""
+    """Return the error for a text of length `found`; it advises a larger context only where the model has one."""
     if context < longest_context:
         return PromptTooLong(f"{found}, too long for a context of {context}; shorten it, or give a larger --context")
     return PromptTooLong(f"{found}, too long for a context of {context}, the model's longest; shorten it")
 
 
 class PromptEncoder:
-    """Tokenises prompts for a context of `context` tokens; the model's own maximum is `longest_context`."""
+    """Tokenises prompts for `context` tokens; the model's own maximum is `longest_context`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, longest_context: int) -> None:
         self.tokenizer, self.context, self.longest_context = tokenizer, context, longest_context
@@ -39,7 +39,7 @@ class PromptEncoder:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes of the longest text that could fit: each token the longest of the vocabulary."""
+        """The bytes of the longest text that could fit, if every token were the vocabulary's longest."""
         return self.context * self._longest
 
     def ids(self, text: str, what: str = "the prompt") -> list[int]:
@@ -50,22 +50,22 @@ class PromptEncoder:
         return ids
 
     def check(self, text: str, what: str = "the prompt") -> None:
-        """Raise PromptTooLong where a text cannot fit; a text of one piece, and one that nearly fits, pass."""
+        """Raise PromptTooLong where a text cannot fit. Texts of one piece, and texts that nearly fit, pass."""
         size = len(text.encode("utf-8", "surrogatepass"))
         if size > self.most_bytes or self._exceeds(text):
             raise self.too_long(f"{what} is {size} bytes")
 
     def check_count(self, tokens: int, what: str = "the prompt") -> None:
-        """Raise PromptTooLong where so many tokens leave no room for an answer."""
+        """Raise PromptTooLong where a prompt of `tokens` leaves no room for an answer."""
         if tokens >= self.context:
             raise self.too_long(f"{what} is {tokens} tokens")
 
     def too_long(self, found: str) -> PromptTooLong:
-        """Return the error of a text that is `found` to be so long."""
+        """Return the error for a text of length `found`."""
         return too_long(found, self.context, self.longest_context)
 
     def _exceeds(self, text: str) -> bool:
-        """Count a text of several pieces, leaving out what its cuts may have added: no more than a token's bytes."""
+        """Count a text of several pieces, less what each cut may have added: at most a token's bytes."""
         if len(text) <= PIECE:
             return False
         counted = 0
@@ -78,12 +78,12 @@ class PromptEncoder:
 
 
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the most bytes of text that a token of the vocabulary stands for."""
+    """Return the bytes of text of the vocabulary's longest token."""
     return max(len(token.replace("▁", " ").encode()) for token in tokenizer.get_vocab())
 
 
 def encoded_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
-    """Yield the token ids of a long text in pieces, cut before words so that they join to those of the whole text."""
+    """Yield the token ids of a long text in pieces, cut before words: joined they are those of the whole text."""
     whole, first, second = (encode(tokenizer, part, add_special_tokens=False) for part in ("a b", "a", "b"))
     adds_space = whole == first + second  # the tokenizer puts one before a text, in place of the one at the cut
     start, special = 0, True

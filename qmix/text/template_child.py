@@ -1,8 +1,8 @@
-"""Renders chat templates, which are programs from the hub, in a process with little memory and time of its own.
+"""Render chat templates, which are programs from the Hub, in a process with limited memory and time.
 
-`python -I template_child.py MEMORY SECONDS OUTPUT` reads a request a line from stdin, JSON with the template and its
-variables, and answers each with a line on stdout: the text, or what went wrong and in which line of the template. It is
-started by its path, imports only jinja2, and renders as transformers' `apply_chat_template` does.
+`python -I template_child.py MEMORY SECONDS OUTPUT` reads one request a line from stdin, JSON with the template and its
+variables. It answers each with a line on stdout: the text, or the error and its line in the template. It is started by
+its path, imports only jinja2, and renders as transformers' `apply_chat_template` does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jinja2.utils import Namespace
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said, for training; here its body is just rendered."""
+    """`{% generation %}`, which marks an assistant's text for training; its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012 -- as jinja2 declares it
 
@@ -48,7 +48,7 @@ class TemplateDict:
 
 
 class TemplateNamespace(Namespace):
-    """`namespace` that takes no name with an underscore before it."""
+    """`namespace` without names that begin with an underscore."""
 
     def __init__(*arguments: Any, **named: Any) -> None:
         self, *given = arguments
@@ -94,7 +94,7 @@ def compiled(template: str) -> jinja2.Template:
 
 
 def render(template: str, variables: dict[str, Any], longest: int) -> str:
-    """Return the text. Raises ValueError where it has more than `longest` characters, and whatever a template does."""
+    """Return the text. Raises ValueError where it exceeds `longest` characters, and whatever the template raises."""
     parts, size = [], 0
     for part in compiled(template).generate(**variables):
         size += len(part)
@@ -105,7 +105,7 @@ def render(template: str, variables: dict[str, Any], longest: int) -> str:
 
 
 def answer(request: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Return what is sent back."""
+    """Return the reply to a request: the text, or an error."""
     try:
         return {"text": render(request["template"], request["variables"], longest)}
     except MemoryError:

@@ -1,7 +1,7 @@
-"""The model's tokenizer, loaded and used so that whatever it does wrong is one line that names its file.
+"""The model's tokenizer. Each of its failures becomes one line that names its file.
 
-transformers' tokenizers end in Rust, which panics over damage that it does not expect. Such a panic is no `Exception`
-for Python, and prints its own lines first.
+transformers' tokenizers call Rust, which panics over damage that it does not expect. To Python such a panic is no
+`Exception`, and it prints lines of its own first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qmix.text.detokenizer import check_text
 CONFIG = "tokenizer_config.json"
 JSON_FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
 TEMPLATE = "chat_template.jinja"
-TEMPLATE_LIMIT = 2**20  # bytes; those in use take a few thousand
+TEMPLATE_LIMIT = 2**20  # bytes; published ones have a few thousand
 REMEDY = "put the model's own there"
 TRIAL = "A <s>trial</s> of\n\ttokens: é 中 🦉"
 BPE = 2  # sentencepiece's number of a model type
@@ -33,14 +33,14 @@ STDERR = 2
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a store or checkpoint, tried once; nothing is looked up elsewhere. Raises StoreError."""
+    """Return the tokenizer of a store or checkpoint, after a trial; nothing is fetched. Raises StoreError."""
     vocabulary = next((directory / name for name in TOKENIZERS if (directory / name).is_file()), None)
     if vocabulary is None:
         there = [path.name for path in directory.iterdir()] if directory.is_dir() else []
         raise StoreError(no_tokenizer(str(directory), there))
     for name in JSON_FILES:
         if (directory / name).is_file():
-            # the values of a vocabulary of megabytes are left to the tokenizer
+            # the megabytes of a vocabulary are parsed by the tokenizer alone
             kind = dict[str, msgspec.Raw] if name == "tokenizer.json" else dict[str, Any]
             read_json(directory / name, kind, StoreError, REMEDY)
     if (template := directory / TEMPLATE).is_file():
@@ -61,7 +61,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
-    """Return what gives the ids that sentencepiece does, `<s>` first unless tokenizer_config.json says otherwise."""
+    """Return a tokenizer with the ids of sentencepiece, `<s>` first unless tokenizer_config.json says otherwise."""
     try:
         import google.protobuf  # noqa: F401 -- reads the file
         from sentencepiece import sentencepiece_model_pb2
@@ -82,9 +82,9 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    """Return a text's ids, with the tokenizer's special tokens but for `add_special_tokens=False`.
+    """Return a text's ids, with the tokenizer's special tokens unless `add_special_tokens=False`.
 
-    Raises UsageError where it is no text, StoreError where the tokenizer fails.
+    Raises UsageError where it is not valid text, StoreError where the tokenizer fails.
     """
     check_text(text)
     with tokenizing(tokenizer):
@@ -99,7 +99,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 @contextmanager
 def tokenizing(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Turn whatever a tokenizer raises while it is used into a StoreError that names it."""
+    """Turn any exception of a tokenizer into a StoreError that names it."""
     try:
         with _failures():
             yield
@@ -108,18 +108,18 @@ def tokenizing(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 
 
 class _Config(msgspec.Struct):
-    """The keys of tokenizer_config.json that qmix reads itself."""
+    """Keys of tokenizer_config.json that qmix reads itself."""
 
     add_bos_token: bool | None = None
 
 
 class _Failure(Exception):
-    """A tokenizer's own failure, in a few words."""
+    """A tokenizer's failure, in a few words."""
 
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Turn exceptions and panics into _Failure; what ends the program, and errors that say all, pass."""
+    """Turn exceptions and panics into _Failure; qmix's own errors and those that end the program pass."""
     try:
         yield
     except (QmixError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -131,7 +131,7 @@ def _failures() -> Iterator[None]:
 
 @contextmanager
 def _no_panic_lines() -> Iterator[None]:
-    """Keep from stderr what Rust prints of a panic that is told in one line anyhow; all else appears, a bit later."""
+    """Keep a Rust panic's lines from stderr, since one line reports it; other output appears a little later."""
     try:
         before = os.dup(STDERR)
     except OSError:  # closed: nothing is printed
@@ -152,7 +152,7 @@ def _no_panic_lines() -> Iterator[None]:
 
 
 def _culprit(path: Path) -> Path:
-    """Return the file that a tokenizer's failure is due to: its vocabulary, or what is said about its use."""
+    """Return the file that caused a tokenizer's failure: its vocabulary, or tokenizer_config.json."""
     config = path.with_name(CONFIG)
     if path.name == TOKENIZERS[0] and config.is_file():
         try:

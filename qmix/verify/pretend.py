@@ -141,7 +141,7 @@ def stand_ins() -> Iterator[None]:
             ("qmix.precision.dense.half_product", _half_product),
             ("qmix.model.attention._kernel_takes", lambda *_: False),
             ("qmix.pool.prefetch.Prefetcher.coming", lambda *_: []),  # guesses are of values
-            ("qmix.model.kv_cache.anonymous_memory", _memory),
+            ("qmix.model.kv.anonymous_memory", _memory),
             ("qmix.model.dense.anonymous_memory", _memory),
         ):
             stack.enter_context(patch(name, replacement))

@@ -25,7 +25,7 @@ from qmix.model.dense import dense_memory, typed
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.model import spread_for
-from qmix.model.kv_cache import PlannedCache
+from qmix.model.kv import KVCache
 from qmix.plan import PREFILL_CHUNK, Plan
 from qmix.pool.experts import ExpertPool
 from qmix.store.layout import StoreLayout
@@ -89,7 +89,7 @@ class Rehearsal:
         self.spread = spread_for(plan, rates, kind)
         self.bytes = AliveBytes({torch.ops.bitsandbytes.gemm_4bit.default: pretend.gemm_4bit})
         self.pool: ExpertPool
-        self.cache: PlannedCache
+        self.cache: KVCache
 
     def load_weights(self) -> None:
         """All that is there before the first step."""
@@ -101,7 +101,7 @@ class Rehearsal:
         load_weights(self.model, self.store, self.pool, dense, self.spread)
         homes = [device.device for device in spread.layers] if spread else None
         dtype = HALF[self.layout.dtype]
-        self.cache = PlannedCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
+        self.cache = KVCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
 
     def prefer(self, rates: Rates) -> None:
         """Let experts that lie in main memory be copied or computed there as these rates say."""

@@ -15,7 +15,7 @@ import torch
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.opener import Runner
+from qmix.engine.stream import Runner
 from qmix.geometry import Geometry
 from qmix.machine.rates import Rates
 from qmix.model.gpu.devices import HOST

@@ -13,7 +13,7 @@ from test_cli import NOTICE, RECORD_BYTES
 import qmix as package
 from qmix.bench.roofline import Workload
 from qmix.bench.run import measure, prepare, random_prompt
-from qmix.engine.opener import Runner
+from qmix.engine.stream import Runner
 from qmix.errors import UsageError
 from qmix.machine import probes
 from qmix.machine.probes import Ceilings, Rate

@@ -13,7 +13,7 @@ import torch
 from checkpoints import reference_model
 from stores import files_of, make_store
 
-from qmix.engine.opener import load
+from qmix.engine.load import load
 from qmix.geometry import Geometry
 from qmix.store.manifest import MANIFEST
 from qmix.store.opened import ORIGIN, open_store

@@ -14,8 +14,7 @@ from stores import make_store
 from qmix.chat.conversation import Conversation
 from qmix.chat.format import PlainFormat, Said, TemplateFormat, format_of
 from qmix.chat.session import Session, shown_ids
-from qmix.engine.opener import Runner
-from qmix.engine.stream import common_prefix
+from qmix.engine.stream import Runner, common_prefix
 from qmix.errors import Cancelled, StoreError, UsageError
 from qmix.plan import PREFILL_CHUNK, make_plan
 from qmix.text.detokenizer import Detokenizer
@@ -182,7 +181,7 @@ def test_stopping_anywhere_leaves_a_cache_that_is_right(half, draft):
             with pytest.raises(Cancelled):
                 list(runner.generate(prompt, reuse=True, draft_ngram=draft, **options))
             runner.pool.cancelled, runner.pool.get = False, get
-            assert {layer.length for layer in runner._engine.cache.layers} == {len(runner.held)}
+            assert {layer.length for layer in runner.cache.layers} == {len(runner.held)}
             assert runner.held == (prompt + want)[: len(runner.held)]
             assert len(runner.held) >= min(len(prompt) - 1, (stop_at - 1) // 6 * PREFILL_CHUNK)
             assert runner.complete(prompt, reuse=True, **options).token_ids == want
@@ -192,14 +191,14 @@ def test_going_on_is_exactly_as_if_it_had_not_been_left(runner):
     """Bit for bit: the step that follows is the same step."""
     prompt, options = runner.tokenizer(QUESTIONS[0])["input_ids"], {"temperature": 0, "ignore_eos": True}
     whole = runner.complete(prompt, max_new_tokens=60, **options)
-    keys = [layer.keys[0, :, : len(runner.held)].clone() for layer in runner._engine.cache.layers]
+    keys = [layer.keys[0, :, : len(runner.held)].clone() for layer in runner.cache.layers]
     ids = list(prompt)
     for count in (1, 19, 40):
         ids += runner.complete(ids, reuse=True, max_new_tokens=count, **options).token_ids
     assert ids == prompt + whole.token_ids
     assert all(
         (layer.keys[0, :, : len(runner.held)] == kept).all()
-        for layer, kept in zip(runner._engine.cache.layers, keys, strict=True)
+        for layer, kept in zip(runner.cache.layers, keys, strict=True)
     )
 
 

@@ -17,7 +17,7 @@ from test_chat_terminal import GREEDY, Typist, turns_of
 from qmix.chat.kept import MOST, KeptChat, interrupted
 from qmix.chat.loop import Chat, Screen
 from qmix.chat.session import Session
-from qmix.engine.opener import Runner
+from qmix.engine.stream import Runner
 from qmix.errors import StoreError
 from qmix.plan import make_plan
 

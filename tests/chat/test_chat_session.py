@@ -16,7 +16,7 @@ ASK = "How do I install a package?"
 MORE = "And how is it removed again?"
 
 CHAT = ("chat", "tiny", "--temperature", "0", "--max-new-tokens", "24")
-COUNTS = re.compile(r"^(\d+) prompt tokens(?: after (\d+) kept)? in .* (\d+) new at ", re.MULTILINE)
+COUNTS = re.compile(r"^(\d+) (?:new )?prompt tokens(?: \((\d+) cached\))? in .* (\d+) new at ", re.MULTILINE)
 
 
 def counts(finished) -> list[tuple[int, int, int]]:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from stores import make_store
 from transformers import MixtralForCausalLM
 
-from qmix.engine.batch_runner import BatchRunner, Request
-from qmix.engine.opener import Runner
+from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.sampling import Sampling
+from qmix.engine.stream import Runner
 from qmix.errors import UsageError
-from qmix.model.kv_arena import Segment
+from qmix.model.kv import Chunk
 from qmix.plan import Plan, make_plan
 
 TEXTS = ["Click the button to", "To install a package,", "The file", "Ouvrez le menu et choisissez", "Das"]
@@ -42,16 +42,16 @@ def store(tiny, tmp_path_factory):
     return make_store(tiny, tmp_path_factory.mktemp("continuous") / "store")
 
 
-def requests_for(runner: BatchRunner, count: int = 10, tokens: int = 12) -> list[Request]:
+def requests_for(runner: BatchRunner, count: int = 10, tokens: int = 12) -> list[BatchRequest]:
     requests = []
     for index in range(count):
         prompt = runner.tokenizer(f"{TEXTS[index % 5]} {index}" * (1 + 4 * (index % 3)))["input_ids"]
         sampling = Sampling(max_new_tokens=3 + (tokens * index) % 17, **{"seed": 1} | OPTIONS[index % 4])
-        requests.append(Request(str(index), prompt, sampling, logprobs=3))
+        requests.append(BatchRequest(str(index), prompt, sampling, logprobs=3))
     return requests
 
 
-def answers(runner: BatchRunner, requests: list[Request]) -> dict:
+def answers(runner: BatchRunner, requests: list[BatchRequest]) -> dict:
     return {answer.name: answer for finished in runner.answer(requests) for answer in finished}
 
 
@@ -66,7 +66,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(store):
         mixed = random.Random(seed).sample(requests, len(requests))
         with runner_of(store, batch=batch, slots=slots) as runner:
             if batch == 3:
-                runner.engine._thread.run(torch.set_num_threads, 2)
+                runner.thread.run(torch.set_num_threads, 2)
             assert answers(runner, mixed) == alone
 
 
@@ -99,21 +99,21 @@ def test_logits_do_not_depend_on_chunks_nor_on_neighbours(shaped, data):
     vocabulary = shaped.store.geometry.vocab_size
     ids = st.lists(st.integers(0, vocabulary - 1), min_size=1, max_size=40)
     prompts = data.draw(st.lists(ids, min_size=2, max_size=4))
-    forward = shaped.engine.forward
-    alone = [forward([Segment(prompt, 0, 0, True)])[0] for prompt in prompts]
+    forward = shaped.forward
+    alone = [forward([Chunk(prompt, 0, 0, True)])[0] for prompt in prompts]
     starts = [sum(map(len, prompts[:index])) for index in range(len(prompts))]
     done, found = [0] * len(prompts), {}
     while len(found) < len(prompts):
         left = [index for index in range(len(prompts)) if index not in found]
         chosen = data.draw(st.lists(st.sampled_from(left), unique=True, min_size=1))
-        segments = []
+        chunks = []
         for index in chosen:
             end = done[index] + data.draw(st.integers(1, len(prompts[index]) - done[index]))
             piece = prompts[index][done[index] : end]
-            segments.append(Segment(piece, done[index], starts[index], end == len(prompts[index])))
+            chunks.append(Chunk(piece, done[index], starts[index], end == len(prompts[index])))
             done[index] = end
         ready = [index for index in chosen if done[index] == len(prompts[index])]
-        found |= dict(zip(ready, forward(segments), strict=True))
+        found |= dict(zip(ready, forward(chunks), strict=True))
     assert all(torch.equal(found[index], alone[index]) for index in range(len(prompts)))
 
 
@@ -122,7 +122,7 @@ def test_greedy_texts_are_transformers_own_when_experts_are_half(tiny, tmp_path)
     with runner_of(make_store(tiny, tmp_path / "half", "half")) as runner:
         prompts = {text: runner.tokenizer(text)["input_ids"] for text in TEXTS}
         sampling = Sampling(max_new_tokens=25, temperature=0, repetition_penalty=1.1)
-        found = answers(runner, [Request(text, prompt, sampling) for text, prompt in prompts.items()])
+        found = answers(runner, [BatchRequest(text, prompt, sampling) for text, prompt in prompts.items()])
     for text, prompt in prompts.items():
         want = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=25, do_sample=False, repetition_penalty=1.1, pad_token_id=0
@@ -151,12 +151,11 @@ def test_draws_come_from_what_generate_draws_from(store):
 
 def test_a_stop_sequence_ends_one_answer_and_another_takes_its_place(store):
     with runner_of(store, batch=1) as runner:
-        whole = answers(runner, [Request("a", [5, 6], Sampling(max_new_tokens=30, temperature=0, ignore_eos=True))])[
-            "a"
-        ]
+        sampling = Sampling(max_new_tokens=30, temperature=0, ignore_eos=True)
+        whole = answers(runner, [BatchRequest("a", [5, 6], sampling)])["a"]
         stop = whole.text[10:13]
         cut = Sampling(max_new_tokens=30, temperature=0, ignore_eos=True, stop=(stop,))
-        found = answers(runner, [Request(name, [5, 6], cut) for name in "abc"])
+        found = answers(runner, [BatchRequest(name, [5, 6], cut) for name in "abc"])
     assert {(answer.text, answer.finish_reason) for answer in found.values()} == {
         (whole.text[: whole.text.index(stop)], "stop")
     }
@@ -166,8 +165,8 @@ def test_a_stop_sequence_ends_one_answer_and_another_takes_its_place(store):
 def test_log_probabilities_are_the_models_own_whatever_the_temperature(store):
     with runner_of(store) as runner:
         sampling = Sampling(max_new_tokens=1, temperature=2.0, seed=2)
-        chosen = answers(runner, [Request("a", [5, 6, 7], sampling, logprobs=4)])["a"].tokens[0]
-        want = runner.engine.forward([Segment([5, 6, 7], 0, 0, True)])[0].float().log_softmax(-1)
+        chosen = answers(runner, [BatchRequest("a", [5, 6, 7], sampling, logprobs=4)])["a"].tokens[0]
+        want = runner.forward([Chunk([5, 6, 7], 0, 0, True)])[0].float().log_softmax(-1)
     assert chosen.logprob == want[chosen.token].item()
     assert [logprob for _, logprob in chosen.likeliest] == want.topk(4).values.tolist()
 
@@ -177,7 +176,7 @@ def test_many_prompts_ask_for_an_expert_once_a_pass(store):
     for batch in (1, 8):
         with runner_of(store, batch=batch) as runner:
             sampling = Sampling(max_new_tokens=20, temperature=0, ignore_eos=True)
-            answers(runner, [Request(str(i), [5 + i, 6, 7], sampling) for i in range(8)])
+            answers(runner, [BatchRequest(str(i), [5 + i, 6, 7], sampling) for i in range(8)])
             asked.append(runner.pool.counters.hits)
             assert runner.work.passes == (160 if batch == 1 else 20)
     assert asked[1] < 0.4 * asked[0]
@@ -196,7 +195,7 @@ def test_whoever_has_had_enough_leaves_nothing_behind(store):
 
 def test_a_prompt_that_has_no_room_is_refused(store):
     with runner_of(store, batch=1, context=16) as runner, pytest.raises(UsageError, match="17 tokens, planned for"):
-        list(runner.answer([Request("long", [5] * 17, Sampling(max_new_tokens=2))]))
+        list(runner.answer([BatchRequest("long", [5] * 17, Sampling(max_new_tokens=2))]))
 
 
 def test_files_are_closed_and_threads_ended(store):

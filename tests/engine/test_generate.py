@@ -13,8 +13,8 @@ from stores import make_model, make_store
 from transformers import MixtralForCausalLM
 
 import qmix
-from qmix.engine.opener import Runner
 from qmix.engine.sampling import Sampling
+from qmix.engine.stream import Runner
 from qmix.errors import Cancelled, DoesNotFitError, StoreError, UsageError
 from qmix.plan import PREFILL_CHUNK, make_plan
 

@@ -13,11 +13,11 @@ from stores import make_store
 from transformers import GenerationConfig, MixtralForCausalLM
 
 from qmix.chat.session import Session
-from qmix.engine.batch_runner import BatchRunner, Request
+from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.generation_config import IGNORED, REFUSED, Honoured, parse_generation_config
-from qmix.engine.opener import Runner
 from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
+from qmix.engine.stream import Runner
 from qmix.errors import StoreError
 from qmix.plan import make_plan
 
@@ -120,7 +120,7 @@ def test_a_field_changes_a_greedy_text_as_in_transformers_wherever_it_is_generat
     content = {"eos_token_id": 2} | with_ids({name: GREEDY[name]}, own)
     own.model.generation_config = batch.model.generation_config = parsed(content)
     alone = own.complete(prompt, sampling)
-    (together,) = [answer for answers in batch.answer([Request("a", prompt, sampling)]) for answer in answers]
+    (together,) = [answer for answers in batch.answer([BatchRequest("a", prompt, sampling)]) for answer in answers]
     floats = {name: float(value) for name, value in content.items() if name.endswith("penalty")}
     if name == "sequence_bias":
         floats = {name: [[ids, float(bias)] for ids, bias in content[name]]}
@@ -137,7 +137,7 @@ def test_a_chat_generates_as_a_batch_does(own, batch, name):
     session = Session(own, {"max_new_tokens": 2})
     answer = session.ask("How do I print a page?")
     shown = "".join(answer.pieces)
-    request = Request("a", answer.prompt.ids, Sampling(max_new_tokens=2))
+    request = BatchRequest("a", answer.prompt.ids, Sampling(max_new_tokens=2))
     (together,) = [answer for answers in batch.answer([request]) for answer in answers]
     assert (answer.ids, shown) == (together.token_ids, together.text.lstrip())
 

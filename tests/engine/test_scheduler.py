@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.scheduler import Continuation, KVAllocator, Scheduler
+from qmix.engine.scheduler import KVAllocator, Scheduler, Sequence
 
 
 def test_the_first_stretch_that_is_long_enough_is_taken_and_neighbours_are_joined():
@@ -37,7 +37,7 @@ def test_stretches_never_overlap_and_all_come_back(data):
     assert stretches.take(capacity) == 0
 
 
-def drive(scheduler: Scheduler, sequences: list[Continuation]) -> list[list[tuple[int, int]]]:
+def drive(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[tuple[int, int]]]:
     """Every pass as numbers of sequences and tokens; each sequence ends at its limit."""
     passes = []
     while len(scheduler):
@@ -54,7 +54,7 @@ def drive(scheduler: Scheduler, sequences: list[Continuation]) -> list[list[tupl
 
 def test_prompts_fill_what_running_sequences_leave_of_a_pass():
     """Passes of 4 tokens, two sequences at once: prompts of 3, 6 and 1 tokens with two new ones each."""
-    sequences = [Continuation([1] * prompt, prompt + 2) for prompt in (3, 6, 1)]
+    sequences = [Sequence([1] * prompt, prompt + 2) for prompt in (3, 6, 1)]
     scheduler = Scheduler(capacity=20, batch=2, pass_tokens=4)
     for sequence in sequences:
         scheduler.add(sequence)
@@ -67,7 +67,7 @@ def test_prompts_fill_what_running_sequences_leave_of_a_pass():
 
 
 def test_a_sequence_waits_for_room_and_none_overtakes_it():
-    sequences = [Continuation([1] * prompt, prompt + 1) for prompt in (5, 8, 1)]
+    sequences = [Sequence([1] * prompt, prompt + 1) for prompt in (5, 8, 1)]
     scheduler = Scheduler(capacity=10, batch=3, pass_tokens=16)
     for sequence in sequences:
         scheduler.add(sequence)
@@ -80,7 +80,7 @@ def test_a_sequence_waits_for_room_and_none_overtakes_it():
     spare=st.integers(0, 60),
 )
 def test_every_token_goes_through_once_and_a_running_sequence_is_in_every_pass(prompts, batch, spare):
-    sequences = [Continuation([1] * prompt, prompt + new) for prompt, new in prompts]
+    sequences = [Sequence([1] * prompt, prompt + new) for prompt, new in prompts]
     scheduler = Scheduler(max(prompt + new for prompt, new in prompts) + spare, batch, pass_tokens=8)
     for sequence in sequences:
         scheduler.add(sequence)

@@ -16,7 +16,7 @@ from transformers import MixtralForCausalLM
 from qmix.errors import UsageError
 from qmix.kernels.cpu.attention import BLOCK
 from qmix.model.attention import grouped_sdpa
-from qmix.model.kv_cache import PlannedCache
+from qmix.model.kv import KVCache
 from qmix.precision.dense import HalfLinear
 
 MIXED = "nf4,*.1=int8,*.2=half,*.3=fp4"
@@ -118,7 +118,7 @@ def test_training_drops_attention_weights(tokens):
 
 
 def test_a_planned_cache_takes_no_gradients(store):
-    cache = PlannedCache(store.geometry, 16, torch.bfloat16)
+    cache = KVCache(store.geometry, 16, torch.bfloat16)
     model = make_model(store)
     with pytest.raises(UsageError, match="keeps no gradients"):
         model(inputs_embeds=embeddings(dtype=torch.bfloat16), cache=cache)

@@ -10,13 +10,13 @@ from checkpoints import make_checkpoint, reference_model
 from spreads import spread_plan
 from stores import make_model, make_pool, make_store
 
-from qmix.engine.opener import Runner
+from qmix.engine.stream import Runner
 from qmix.errors import StoreError, UsageError
 from qmix.machine.rates import Rates
 from qmix.model.build import build_model
 from qmix.model.gpu.experts import DeviceExperts, TokensByExpert
 from qmix.model.gpu.model import spread_for
-from qmix.model.kv_cache import PlannedCache
+from qmix.model.kv import KVCache
 
 COPIES = Rates(pcie=1e18, gpu_memory=1e18, gpu_matmul=1e21)  # by these copying always pays
 COMPUTES = Rates(pcie=1.0)
@@ -53,7 +53,7 @@ def ids():
 def test_a_model_over_devices_gives_the_logits_of_one_on_the_cpu(tmp_path, ids, layer_devices, residents, rates):
     store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "half")
     model = spread_model(store, layer_devices, residents, rates)
-    cache = PlannedCache(store.geometry, 20, torch.bfloat16, 1, [torch.device("cpu")] * 2)
+    cache = KVCache(store.geometry, 20, torch.bfloat16, 1, [torch.device("cpu")] * 2)
     want = logits(make_model(store), ids)
     torch.testing.assert_close(logits(model, ids, cache), want, rtol=0, atol=0.02 * want.std().item())
 

@@ -8,7 +8,7 @@ from checkpoints import make_checkpoint, reference_model
 from stores import make_model, make_store
 
 from qmix.model.experts import PooledExperts
-from qmix.model.kv_cache import PlannedCache
+from qmix.model.kv import KVCache
 
 SHAPES = {
     "plain": {},
@@ -119,7 +119,7 @@ def test_the_planned_cache_gives_what_transformers_own_gives(tmp_path, attention
     store = make_store(checkpoint, tmp_path / "store", "half")
     model = make_model(store, attention=attention)
     ids = torch.randint(3, 96, (1, 30), generator=torch.Generator().manual_seed(2))
-    cache = PlannedCache(store.geometry, 30, torch.bfloat16)
+    cache = KVCache(store.geometry, 30, torch.bfloat16)
     with torch.inference_mode():
         want = model(ids).logits
         chunks = [
@@ -136,7 +136,7 @@ def test_a_cropped_cache_goes_on_as_if_the_tokens_had_never_been(tmp_path):
     store = make_store(checkpoint, tmp_path / "store", "half")
     model = make_model(store)
     ids = torch.arange(3, 15)[None]
-    fresh, cropped = (PlannedCache(store.geometry, 16, torch.bfloat16) for _ in range(2))
+    fresh, cropped = (KVCache(store.geometry, 16, torch.bfloat16) for _ in range(2))
     with torch.inference_mode():
         model(ids[:, :8], past_key_values=fresh)
         want = model(ids[:, 8:], past_key_values=fresh).logits

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qmix.batch.forms import Forms, Told, offsets, told_by
 from qmix.batch.lines import CHAT, COMPLETION, Line
-from qmix.engine.batch_runner import Answer
+from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.text.detokenizer import Detokenizer, StopScanner, TokenBytes
 
@@ -152,7 +152,7 @@ def answered(tokenizer, line: Line, ids: list[int]) -> dict:
     """The choice of a batch's answer of these tokens, each with the next two as its likeliest."""
     prompt = tokenizer("To install")["input_ids"]
     tokens = [Chosen(token, -1.0, ((token, -1.0), (token + 1, -2.0), (token + 2, -3.0))) for token in ids]
-    answer = Answer("a", "".join(stream(tokenizer, prompt, ids)), tokens, "length", len(prompt))
+    answer = BatchResult("".join(stream(tokenizer, prompt, ids)), ids, "length", len(prompt), "a", tokens)
     forms = Forms("run", "model", 0, told_by(tokenizer))
     return json.loads(forms.answered(line, answer))["response"]["body"]["choices"][0]
 

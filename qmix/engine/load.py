@@ -1,0 +1,52 @@
+"""`qmix.load`: a model's name to a Runner. The store is resolved, planned for this machine, and opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qmix.engine.resolve import prepare_store
+from qmix.engine.stream import Runner
+from qmix.machine.measured import measured_rates
+from qmix.model.build import check_attention
+from qmix.models import DEFAULT_MODEL
+from qmix.plan import Plan
+from qmix.plan.file import PlanFile
+from qmix.plan.here import plan_for
+from qmix.progress import OnProgress, ignore
+from qmix.store.expert_frequency import ExpertFrequency
+from qmix.store.layout import StoreLayout
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    ram: int | str | None = None,
+    context: int | None = None,
+    precision: str | None = None,
+    clip: bool = False,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    plan: PlanFile | None = None,
+    on_progress: OnProgress = ignore,
+    on_load: OnProgress = ignore,
+) -> Runner:
+    """Open a model under a memory budget and return a Runner.
+
+    `model` is a store, a checkpoint directory, a Hub id, or an embedded model's name. A checkpoint is quantised once
+    into the user's cache directory; `clip` chooses the 4-bit scales of least squared error. `ram` (bytes, or text like
+    "12GiB") is a ceiling for the whole process, by default 90% of the free memory. `context` is the number of tokens of
+    prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes
+    the place of both. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
+    beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
+    """
+    check_attention(attention)
+
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
+        if plan is not None:
+            return plan.plan_of(layout, fingerprint, attention)
+        return plan_for(layout, ram, context, attention, use=use)
+
+    spec = plan.precision if plan is not None and precision is None else precision
+    store = prepare_store(model, spec, dtype, on_progress, planned, clip)
+    made = planned(store.layout, store.fingerprint, store.use)
+    return Runner(store, made, attention, on_load, measured_rates())
