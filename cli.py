@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from qmix.commands import Commands
+from qmix.commands import Commands, in_options
 from qmix.errors import QmixError
 from qmix.kernels.cpu.paths import environment
 from qmix.version import __version__
@@ -55,7 +55,7 @@ def main(run: Callable[[], Any] = _run) -> None:
         error.show()
         status = error.exit_code
     except QmixError as error:
-        status = _fail(str(error), error.exit_code)
+        status = _fail(in_options(error), error.exit_code)
     except BrokenPipeError:  # whoever read stdout is gone: nothing is left to say it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1

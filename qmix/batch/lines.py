@@ -249,9 +249,7 @@ def _options(asked: ChatBody | CompletionBody) -> dict[str, Any]:
     try:
         Sampling(**options)
     except UsageError as error:
-        option, rest = str(error).removeprefix("--").split(" ", 1)
-        names_here = {"max-new-tokens": "max_tokens"}
-        raise LineError(f"{names_here.get(option, option.replace('-', '_'))} {rest}") from None
+        raise LineError(str(error).replace("max_new_tokens", "max_tokens", 1)) from None
     return options
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
@@ -157,7 +157,8 @@ def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
             elif _is_checksum(was or now) and not (was and now):
                 found.append(f"now {'without' if was else 'with'} {name}")
             else:
-                found.append(f"{name} {json.dumps(was)}, now {json.dumps(now)}")
+                option = arg(name[2:].replace("-", "_")) if name.startswith("--") else name
+                found.append(f"{option} {json.dumps(was)}, now {json.dumps(now)}")
     return "; ".join(found)
 
 

@@ -16,7 +16,7 @@ from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
 from qmix.batch.run import BatchRun, Job, Summary
 from qmix.engine.batch_runner import BatchRunner
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
 from qmix.plan import Plan, default_context
 from qmix.plan.batching import plan_lines
@@ -127,7 +127,7 @@ def _limit(geometry: Geometry, context: int | None) -> int:
     """Return the tokens that prompt and answer of a line may take together."""
     longest = geometry.max_position
     if context is not None and not 1 <= context <= longest:
-        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
+        raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
     return context or default_context(geometry)
 
 
@@ -143,7 +143,7 @@ def _subject(
 ) -> dict[str, Any]:
     """What answers belong to, as JSON has it: input, model, and all options that change them."""
     model = {"model" if part == WEIGHTS else part: digest for part, digest in sorted(store.parts.items())}
-    named = {f"--{name.replace('_', '-')}": value for name, value in sorted(options.items())}
-    subject = {"input": requests.digest, **model, **named, "--context": context, "--seed": seed}
+    named = [*sorted(options.items()), ("context", context), ("seed", seed)]
+    subject = {"input": requests.digest, **model, **{f"--{name.replace('_', '-')}": value for name, value in named}}
     whole: dict[str, Any] = json.loads(json.dumps(subject))
     return whole

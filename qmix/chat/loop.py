@@ -28,6 +28,7 @@ class Screen:
     say: Callable[[str], None]
     thinking: Callable[[Callable[[], str]], AbstractContextManager[object]]
     sum_up: Callable[[Result], str] | None
+    explain: Callable[[QmixError], str] = str
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Chat:
                 if not self.reader.left_something():
                     self.screen.say(HINT)
             except QmixError as error:
-                self._tell(str(error))
+                self._tell(self.screen.explain(error))
         if self.kept is not None:
             self.kept.end()
 

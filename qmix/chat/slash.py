@@ -86,7 +86,11 @@ def _system(session: Session, rest: str) -> Outcome:
 
 def _set(session: Session, rest: str) -> Outcome:
     if rest:
-        session.set(*parse_setting(rest))
+        name, value = parse_setting(rest)
+        try:
+            session.set(name, value)
+        except UsageError as error:
+            raise UsageError(f"/set {error}") from None
     shown = ", ".join(f"{name} {value}" for name, value in record.saved_settings(session.settings).items())
     return Outcome((f"settings: {shown or 'the model’s own'}",))
 
@@ -149,7 +153,7 @@ def _model(session: Session, rest: str) -> Outcome:
             f"{store.source_name} in {store.directory}, {roles}",
             f"experts in {precisions}, {plan.slots} of {plan.num_records} in memory, the rest in {store.layout.dtype}; "
             f"context {plan.context}, {format_bytes(plan.ram)} of RAM",
-            "another model: leave, and start `qmix chat` with it; --resume takes this conversation along",
+            "for another model: /save FILE, then `qmix chat MODEL --resume FILE`",
         )
     )
 

@@ -10,6 +10,8 @@ from importlib import import_module
 
 import click
 
+from qmix.errors import QmixError
+
 COMMANDS = (
     "generate",
     "chat",
@@ -23,6 +25,12 @@ COMMANDS = (
     "bench",
     "doctor",
 )
+OPTIONS = {"attention": "--attn", "output": "--out", "source": "--from"}  # others have the argument's name
+
+
+def in_options(error: QmixError) -> str:
+    """Return the text of an error with options in place of arguments."""
+    return error.for_command(OPTIONS)
 
 
 class Commands(click.Group):

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from qmix.commands import in_options
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
@@ -68,7 +69,7 @@ def chat(
         for line in () if no_history else interrupted(directory):
             say(line)
         kept = None if no_history else KeptChat(directory, say)
-        screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics)
+        screen = Screen(_shown, say, ThinkingLine, None if quiet else statistics, in_options)
         reader = _reader(no_history, session.most_bytes)
         running = Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
         running.run()

@@ -70,7 +70,7 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     if stores or options["profile"]:  # which must be of the same weights
         with ProgressDisplay(f"reading {name}") as display:
             fingerprint_of(checkpoint, display)
-    dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
+    dtype = layout_for(checkpoint, against, options["dtype"], argument="against").dtype
     specs = _specs(checkpoint, dtype, options["precisions"], options["profile"], options["budgets"])
     if not specs and not stores:
         specs = {DEFAULT_PRECISION: DEFAULT_PRECISION}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     planned, refusal = _planned(subject, machine, options, how)
     verified = _verified(planned) if options["verify"] else None
     if as_json:
-        content = planned.to_json()
+        content = _content(planned)
         if verified is not None:
             from qmix.verify.view import to_json
 
@@ -152,7 +153,31 @@ def _show(planned: Planned, title: str) -> None:
 
     placed = ExpertMap(planned.plan.placement)
     print_table(Text(title), device_table(planned.plan), placed, details(planned))
-    out("run it:\n" + "".join(f"  {line}\n" for line in planned.commands))  # unfolded, so that it can be copied
+    out("run it:\n" + "".join(f"  {line}\n" for line in run_lines(planned)))  # unfolded, so that it can be copied
+
+
+def _content(planned: Planned) -> dict[str, Any]:
+    return planned.to_json() | {"commands": run_lines(planned)}
+
+
+def run_lines(planned: Planned) -> list[str]:
+    """Return shell lines that run a plan."""
+    from qmix.models.published import PUBLISHED
+
+    plan, name = planned.plan, planned.subject.name
+    model = shlex.quote(PUBLISHED[name].hub_id if name in PUBLISHED else name)
+    limits = f"--ram {math.ceil(plan.ram / 2**20)}MiB --context {plan.context}"
+    if planned.precision is not None:
+        limits += f" --precision {shlex.quote(planned.precision)}"
+    attention = "" if planned.attention == "sdpa" else f" --attn {planned.attention}"
+    limits += attention
+    if not plan.devices:
+        return [f"qmix generate -m {model} {limits}"]
+    gpus = " ".join(f"--gpu {budget // 2**20}MiB" for budget in planned.machine.gpus)
+    return [
+        f"qmix plan {model} {gpus} {limits} --json > plan.json",
+        f"qmix generate -m {model} --plan plan.json{attention}",
+    ]
 
 
 def _machine(options: dict[str, Any]) -> Machine:
@@ -249,7 +274,7 @@ def _compare(
                 check_disk(planned)
     if as_json:
         plans = {
-            name: {"fits": False, "reason": each} if isinstance(each, str) else each.to_json()
+            name: {"fits": False, "reason": each} if isinstance(each, str) else _content(each)
             for name, each in found.items()
         }
         out(json.dumps({"schema": "qmix-compare-1", "machines": plans}) + "\n")

@@ -27,7 +27,7 @@ from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.variants import Variant
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, arg
 from qmix.model.build import activation_of, empty_mixtral, module_name
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.units import format_bytes
@@ -64,7 +64,7 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
     if needed > budget:
         raise DoesNotFitError(
             f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
-            f"take fewer --tokens, or --ram {math.ceil(needed / 2**20)}MiB",
+            f"take fewer {arg('tokens')}, or {arg('ram', f'{math.ceil(needed / 2**20)}MiB')}",
             needed,
         )
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qmix.engine.passes import Query
 from qmix.engine.sampler import stream_seed
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.evaluate.prompt import Prompt
 from qmix.text.prompt import longest_token
 from qmix.text.tokenizer import encode, tokenizing
@@ -134,7 +134,7 @@ class QmixLM(TemplateLM):
     def _too_long(self, size: str) -> UsageError:
         return UsageError(
             f"a task's continuation has {size}, a context of {self.max_length} is too short for it; "
-            "give a larger --context, or leave the task out"
+            f"give a larger {arg('context')}, or leave the task out"
         )
 
     def _end(self, text: str) -> str:
@@ -187,7 +187,7 @@ class QmixLM(TemplateLM):
         if room < 1:
             raise UsageError(
                 f"a task generates up to {most} tokens, a context of {self.max_length} leaves no room for its prompts; "
-                "give a larger --context, or leave the task out"
+                f"give a larger {arg('context')}, or leave the task out"
             )
         ids = self.tok_encode(self._end(context))
         self._cut += len(ids) > room

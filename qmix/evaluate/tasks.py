@@ -17,7 +17,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
 from qmix.checkpoint.hub_calls import muted
-from qmix.errors import DataError, UsageError
+from qmix.errors import DataError, UsageError, arg
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
 
@@ -40,7 +40,7 @@ def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> di
     try:
         loaded: dict[str, Any] = dict(manager.load(built))
     except ValueError as error:  # a task by itself, and once more in a group
-        raise UsageError(f"--tasks: {error}; leave one of them out") from None
+        raise UsageError(f"{arg('tasks')}: {error}; leave one of them out") from None
     fixed = {known.task: known.shots for known in CARD} if "card" in names else {}
     for item in built:
         for task in _leaves(item):
@@ -108,7 +108,7 @@ def _manager(names: Sequence[str], data: Path | None) -> TaskManager:
     manager = TaskManager(include_path=own)
     if unknown := [name for name in wanted if name not in manager.task_index]:
         where = "" if data is None else f", nor in {data}"
-        raise UsageError(f"--tasks {','.join(unknown)}: no such task in lm-evaluation-harness{where}")
+        raise UsageError(f"{arg('tasks')} {','.join(unknown)}: no such task in lm-evaluation-harness{where}")
     return manager
 
 

@@ -56,7 +56,7 @@ def _kernels(report: MachineReport) -> str:
     """Return what the trial of a 4-bit product showed, and what to do about it."""
     trial = report.four_bit
     if not trial.correct:
-        return "tried: a 4-bit product gives wrong values here; use --precision int8, and please report it"
+        return "tried: a 4-bit product gives wrong values here; use precision int8, and please report it"
     rate = f"{format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
     if trial.large is None:
         slower = f"4-bit products take about {SLOW_FOUR_BIT:.0f} times as long"

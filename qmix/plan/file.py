@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.files import read_versioned
 from qmix.machine.found import available_memory, found_gpus, own_memory
 from qmix.plan import SCHEMA, Plan
@@ -72,7 +72,7 @@ class PlanFile:
     def plan_of(self, layout: StoreLayout, fingerprint: str | None = None, attention: str = "sdpa") -> Plan:
         """The plan, for a store of this layout on this machine. Raises UsageError where it is for another."""
         if attention != self.attention:
-            needed = f"made for --attn {self.attention}, which takes other work space than {attention}"
+            needed = f"made for {arg('attention', self.attention)}, which takes other work space than {attention}"
             raise UsageError(f"{self.path}: is {needed}; give the same, or {AGAIN}")
         self._check_model(layout, fingerprint)
         self._check_machine()
@@ -91,7 +91,7 @@ class PlanFile:
         free = own_memory() + available_memory()
         if self.plan.total > free:
             need = f"takes {format_bytes(self.plan.total)} of memory, {format_bytes(free)} are free here"
-            raise UsageError(f"{self.path}: {need}; {AGAIN} on this machine, with a smaller --ram")
+            raise UsageError(f"{self.path}: {need}; {AGAIN} on this machine, with a smaller {arg('ram')}")
         if not self.plan.devices:
             return
         gpus = found_gpus()

@@ -107,7 +107,7 @@ def details(planned: Planned) -> Table:
     row("rates", rates_text(machine.speeds, bool(plan.devices)))
     free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
     row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
-    row("runs from", f"--ram {_gib(plan.smallest)}; nothing is read from disk from {_gib(plan.roomy)} on")
+    row("runs from", f"{_gib(plan.smallest)} of RAM; all experts fit in RAM with {_gib(plan.roomy)} or more")
     return table
 
 

@@ -21,7 +21,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, arg
 from qmix.units import format_bytes
 
 Errors = Mapping[str, Sequence[Sequence[float]]]  # precision -> [layer][expert]
@@ -100,7 +100,7 @@ class Allocator:
 def too_small(budget: int, smallest: int) -> DoesNotFitError:
     """What is wrong with a budget that no allocation fits."""
     least = f"the experts take {format_bytes(smallest)} at the least; give {smallest} bytes or more"
-    return DoesNotFitError(f"--budget {format_bytes(budget)}: {least}", smallest)
+    return DoesNotFitError(f"{arg('budget')} {format_bytes(budget)}: {least}", smallest)
 
 
 def _sums_and_choices(costs: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:

@@ -40,7 +40,7 @@ def main() -> None:
         layout = layout_for(checkpoint, request.precision, request.dtype, request.clip)
         quantize(checkpoint, Path(request.directory), layout, report)
     except QmixError as error:
-        _say(Message(error=str(error), exit_code=error.exit_code))
+        _say(Message(error=error.message, exit_code=error.exit_code))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(130)

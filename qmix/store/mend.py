@@ -17,7 +17,7 @@ from typing import Any
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.disk.direct import UncachedFile
 from qmix.disk.faults import disk_advice
-from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
+from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError, arg
 from qmix.files import read_json, write_whole
 from qmix.models import EMBEDDED
 from qmix.progress import OnProgress, Progress, ignore
@@ -29,7 +29,7 @@ from qmix.store.verify import MISSING, STRANGE, Damage, Verification, parts_of, 
 from qmix.store.writer import Unit, UnitWriter, places, small_files
 
 ASIDE = ".aside"  # behind the name of a file that is no part of the store
-NAME_IT = "name the checkpoint with --from"
+NAME_IT = f"name the checkpoint with {arg('source')}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _checkpoint(directory: Path, found: Manifest, source: str | None) -> Checkpo
     try:
         checkpoint = open_checkpoint(open_source(location))
     except (CheckpointError, UsageError) as error:
-        reason = str(error).removeprefix(f"{location}: ").split(";")[0]
+        reason = error.message.removeprefix(f"{location}: ").split(";")[0]
         raise StoreError(
             f"{directory}: the checkpoint that it was made from, {location}, cannot be used ({reason}); {NAME_IT}"
         ) from None

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from qmix.disk.faults import write_advice
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.files import read_versioned, written_whole
 from qmix.geometry import Geometry
 from qmix.precision.formats import PRECISIONS
@@ -91,7 +91,8 @@ class Profile:
         if budget is not None:
             return precision_spec(self.allocator(geometry, dtype).within(budget).precisions)
         if self.precisions is None:
-            raise UsageError(f"--precision {AUTO}: the profile has chosen none; give a --budget for the experts' bytes")
+            auto = f"{arg('precision')} {AUTO}"
+            raise UsageError(f"{auto}: the profile has chosen none; give a {arg('budget')} for the experts' bytes")
         return precision_spec(self.precisions)
 
 

@@ -27,7 +27,7 @@ from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.disk.direct import DirectMemory, copied
 from qmix.disk.faults import FULL, disk_advice
-from qmix.errors import CheckpointError, StoreError
+from qmix.errors import CheckpointError, StoreError, arg
 from qmix.precision.formats import chunk_rows
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.progress import OnProgress, Progress, counted, ignore
@@ -166,7 +166,7 @@ def _existing(
     if (store.layout.precisions, store.layout.dtype) != (layout.precisions, layout.dtype):
         raise StoreError(f"{directory}: is a store of this model in another precision; choose another name")
     if store.layout.clip != layout.clip:
-        made = f"made {'with' if store.layout.clip else 'without'} --clip"
+        made = f"made {'with' if store.layout.clip else 'without'} {arg('clip')}"
         raise StoreError(f"{directory}: is a store of this model {made}; choose another name")
     if profile is not None and profile != store.profile:
         put_profile(directory, profile)
@@ -290,7 +290,7 @@ class WeightRun:
         try:
             offset, data = job.quantizer.quantize(rows, start)
         except CheckpointError as error:
-            raise CheckpointError(f"{source.path}: {error}") from None
+            raise CheckpointError(f"{source.path}: {error.message}") from None
         file, offset = job.place.unit.file, job.place.parts[0].offset + offset
         written = copied(data, offset, slot.written)
         del data

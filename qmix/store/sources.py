@@ -12,7 +12,7 @@ from qmix.checkpoint.foreign import check_file, hub_snapshot
 from qmix.checkpoint.safetensors_header import DTYPES
 from qmix.checkpoint.source import HubSource, LocalSource, Source
 from qmix.disk.places import cache_directory
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
 from qmix.models import EMBEDDED
 from qmix.models.published import PUBLISHED
@@ -50,25 +50,25 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
 
 
 def layout_for(
-    checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, option: str = "--precision"
+    checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, argument: str = "precision"
 ) -> StoreLayout:
     """The layout of a checkpoint's store.
 
-    Raises UsageError for a precision, which `option` gave, or a dtype that is none, and where there is nothing to clip.
+    Raises UsageError for an invalid precision (the value of `argument`) or dtype, and for `clip` without 4-bit experts.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
-    precisions = precisions_of(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, option)
+    precisions = precisions_of(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, argument)
     if clip and not has_blocks(precisions):
-        raise UsageError(f"--clip: {precision} {NOTHING_TO_CLIP}")
+        raise UsageError(f"{arg('clip')}: {precision} {NOTHING_TO_CLIP}")
     return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype, clip)
 
 
-def precisions_of(spec: str, geometry: Geometry, option: str = "--precision") -> tuple[tuple[str, ...], ...]:
+def precisions_of(spec: str, geometry: Geometry, argument: str = "precision") -> tuple[tuple[str, ...], ...]:
     try:
         return parse_precisions(spec, geometry)
     except UsageError as error:
-        raise UsageError(f"{option}: {error}") from None
+        raise UsageError(f"{arg(argument)}: {error}") from None
 
 
 def named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
@@ -78,9 +78,9 @@ def named_store(model: str | Path, precision: str | None, dtype: str | None, cli
         return None
     store = open_store(path)
     if precision is not None and precisions_of(precision, store.geometry) != store.layout.precisions:
-        raise UsageError(f"--precision {precision}: the store {store.directory} has another; {AS_IT_IS}")
+        raise UsageError(f"{arg('precision')} {precision}: the store {store.directory} has another; {AS_IT_IS}")
     if dtype and dtype != store.layout.dtype:
-        raise UsageError(f"--dtype {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
+        raise UsageError(f"{arg('dtype')} {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
     if clip and not store.layout.clip:
-        raise UsageError(f"--clip: the store {store.directory} was made without; {AS_IT_IS}")
+        raise UsageError(f"{arg('clip')}: the store {store.directory} was made without; {AS_IT_IS}")
     return store

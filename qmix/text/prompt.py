@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.text.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class PromptTooLong(UsageError):
 def too_long(found: str, context: int, longest_context: int) -> PromptTooLong:
     """Return the error of a text that is `found` to be so long; a larger context helps only where the model has one."""
     if context < longest_context:
-        return PromptTooLong(f"{found}, too long for a context of {context}; shorten it, or give a larger --context")
+        advice = f"shorten it, or give a larger {arg('context')}"
+        return PromptTooLong(f"{found}, too long for a context of {context}; {advice}")
     return PromptTooLong(f"{found}, too long for a context of {context}, the model's longest; shorten it")
 
 

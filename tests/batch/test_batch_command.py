@@ -145,7 +145,7 @@ def test_what_the_model_cannot_answer_is_an_error_line_and_not_the_end(run, tmp_
     assert found["turns"]["error"] is None
     assert [found[name]["response"] for name in ("long", "empty", "ids")] == [None] * 3
     assert [found[name]["error"]["message"] for name in ("long", "empty", "ids")] == [
-        "line 2: the prompt is 1500 bytes, too long for a context of 64; shorten it, or give a larger --context",
+        "line 2: the prompt is 1500 bytes, too long for a context of 64; shorten it, or give a larger context",
         "line 3: the prompt is empty",
         "line 4: the prompt holds the token id 4096, outside the model's vocabulary",
     ]

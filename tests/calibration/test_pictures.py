@@ -179,7 +179,7 @@ def test_a_picture_without_languages_or_a_choice(tmp_path):
     path = tmp_path / "calibration.png"
     draw(path, "tiny", USE, REPLAY, FRONTIER, UNIFORM)
     assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(QmixError, match="give --plot another place"):
+    with pytest.raises(QmixError, match="give plot another place"):
         draw(tmp_path / "none" / "calibration.png", "tiny", USE, REPLAY, FRONTIER, UNIFORM)
 
 

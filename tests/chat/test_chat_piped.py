@@ -43,7 +43,7 @@ def test_every_bad_line_is_one_error_line_and_the_session_goes_on(qmix, tmp_path
         "/set heat 1": "/set heat: no such setting; there are temperature, top_p",
         "/set temperature": "/set temperature: give a value, or default",
         "/set temperature hot": "/set temperature hot: give a number, or default",
-        "/set temperature 900": "--temperature 900.0: must be 0 (greedy)",
+        "/set temperature 900": "/set temperature 900.0: must be 0 (greedy)",
         "/set top_k 1.5": "/set top_k 1.5: give a number",
         f"/read {tmp_path}/none": f"/read {tmp_path}/none: No such file or directory",
         f"/read {tmp_path}/bytes": f"/read {tmp_path}/bytes: not UTF-8 text",

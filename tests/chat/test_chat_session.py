@@ -101,7 +101,7 @@ DAMAGED = (
     (lambda path: changed(path, system=3), "system: expected str, got int; give a file"),
     (lambda path: changed(path, forgotten=2), "damaged or changed (more turns forgotten than there are)"),
     (lambda path: changed(path, settings={"temperature": "hot"}), "damaged or changed (the setting 'temperature')"),
-    (lambda path: changed(path, settings={"temperature": 900.0}), "damaged or changed (--temperature 900.0: must"),
+    (lambda path: changed(path, settings={"temperature": 900.0}), "damaged or changed (temperature 900.0: must"),
     (lambda path: path.write_text(path.read_text().replace('"kept": 0', '"kept": 7')), "the token ids of turn 1"),
     (lambda path: path.unlink(), "No such file or directory"),
     (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),

@@ -262,8 +262,8 @@ def test_neither_is_taken_for_the_other(checkpoint: Path, tmp_path: Path) -> Non
     make_store(checkpoint, plain, SPEC)
     make_store(checkpoint, clipped, SPEC, clip=True)
     made = "is a store of this model made"
-    assert refusal(checkpoint, plain, SPEC, None, True) == f"{plain}: {made} without --clip; choose another name"
-    assert refusal(checkpoint, clipped, SPEC) == f"{clipped}: {made} with --clip; choose another name"
+    assert refusal(checkpoint, plain, SPEC, None, True) == f"{plain}: {made} without clip; choose another name"
+    assert refusal(checkpoint, clipped, SPEC) == f"{clipped}: {made} with clip; choose another name"
 
 
 def test_an_interrupted_run_goes_on_only_as_it_began(checkpoint: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_an_interrupted_run_goes_on_only_as_it_began(checkpoint: Path, tmp_path:
 
 def test_without_a_4_bit_expert_there_is_nothing_to_clip(checkpoint: Path) -> None:
     opened = open_checkpoint(LocalSource(checkpoint))
-    with pytest.raises(UsageError, match=r"--clip: int8 has no expert in nf4 or fp4, whose scales it chooses"):
+    with pytest.raises(UsageError, match=r"clip: int8 has no expert in nf4 or fp4, whose scales it chooses"):
         layout_for(opened, "int8", None, clip=True)
     assert layout_for(opened, "int8,*.1=fp4", None, clip=True).clip
 
@@ -290,7 +290,7 @@ def test_a_checkpoints_own_store_is_kept_apart(tiny: Path) -> None:
     assert (plain.layout.clip, clipped.layout.clip) == (False, True)
     assert prepare_store(tiny, clip=True).directory == clipped.directory
     assert prepare_store(clipped.directory).layout.clip  # a store that is named is taken as it is
-    with pytest.raises(UsageError, match=r"--clip: the store .* was made without"):
+    with pytest.raises(UsageError, match=r"clip: the store .* was made without"):
         prepare_store(plain.directory, clip=True)
 
 

@@ -109,7 +109,7 @@ def test_auto_is_what_was_chosen_or_what_bytes_buy():
     assert with_choice.spec("auto", None, *asked) == "nf4,0.1=int8,1.0=half"
     assert with_choice.spec("fp4", None, *asked) == "fp4"
     assert PROFILE.spec(None, None, *asked) is None
-    assert "give a --budget" in refusal(PROFILE.spec, "auto", None, *asked)
+    assert "give a budget" in refusal(PROFILE.spec, "auto", None, *asked)
     # in the fewest bytes the first expert is better held in fp4; then one, then the other of the dearest in int8
     assert with_choice.spec(None, 8 * FOUR, *asked) == "nf4,0.0=fp4"
     assert PROFILE.spec("auto", 7 * FOUR + EIGHT, *asked) in {"nf4,0.0=int8", "nf4,0.0=fp4,1.1=int8"}
