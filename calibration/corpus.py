@@ -42,7 +42,7 @@ def bundled(languages: Sequence[str] = LANGUAGES) -> list[Document]:
     """The documents that come with the package, in order, language by language."""
     for language in languages:
         if language not in LANGUAGES:
-            raise UsageError(f"language {language!r}: there are no texts in it; choose from {', '.join(LANGUAGES)}")
+            raise UsageError(f"language {language!r}: no texts in it; choose from {', '.join(LANGUAGES)}")
     return [Document(language, text) for language in languages for text in _texts(TEXTS / f"{language}.md")]
 
 
@@ -77,7 +77,7 @@ def windows(passages: Sequence[Passage], length: int, tokens: int | None = None)
                 found.append(Passage(passage.language, window))
                 left -= len(window)
     if not found:
-        raise UsageError(f"the text gives no token to predict; give a longer one, or more {arg('tokens')}")
+        raise UsageError(f"the text has no token to predict; give a longer text, or more {arg('tokens')}")
     return found
 
 
@@ -85,5 +85,5 @@ def _texts(path: Path) -> list[str]:
     content = read_text(path)
     texts = [stripped for text in SEPARATOR.split(content) if (stripped := text.strip())]
     if not texts:
-        raise UsageError(f"{path}: holds no text; give a file that has some")
+        raise UsageError(f"{path}: has no text; give another file")
     return texts

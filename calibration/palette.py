@@ -19,8 +19,8 @@ POLICY_COLOURS = {
 POLICY_NAMES = {
     "lru": "least recently used",
     "lfu": "decayed frequency",
-    "uses-per-time": "uses per time",
-    STATIC: "most used, for good",
+    "uses-per-time": "decayed use",
+    STATIC: "most used, fixed",
     BELADY: "best possible",
 }
 MIXED, UNIFORM, CHOSEN = "#0072b2", "#808080", "#d55e00"

@@ -104,7 +104,7 @@ def hit_chart(replay: Replay) -> Chart:
         for curve in order
     ]
     return Chart(
-        f"Hit rate by pool size: {POLICY_NAMES[first]} finds most",
+        f"Hit rate by pool size: best policy {POLICY_NAMES[first]}",
         Axis(f"experts in memory, of {replay.records}", 0, replay.records, ticks),
         Axis("requests found in memory", 0.0, 1.0, [(part / 4, f"{25 * part}%") for part in range(5)]),
         lines,

@@ -122,7 +122,7 @@ def _hit_rates(axes: Axes, replay: Replay) -> None:
     axes.set_xticks(quarters, [f"{size}\n{25 * part}%" for part, size in enumerate(quarters)])
     axes.set(xlabel=f"experts in memory, of {replay.records}", ylabel="requests found in memory, %")
     axes.set(xlim=(0, replay.records), ylim=(0, 101))
-    axes.set_title(f"Hit rate by pool size: {POLICY_NAMES[first]} finds most", fontsize=10)
+    axes.set_title(f"Hit rate by pool size: best policy {POLICY_NAMES[first]}", fontsize=10)
     axes.legend(loc="lower right", frameon=False, fontsize=9)
     _lighten(axes)
 

@@ -26,7 +26,7 @@ ARGUMENT = re.compile("⟪([a-z_]+)(?:=([^⟪⟫]*))?⟫")
 
 def mending(store: Path) -> str:
     """Return the advice for a store that is damaged but has a good manifest."""
-    return f"mend it with `qmix quantize {shlex.quote(str(store))}` (`qmix verify` shows all damage)"
+    return f"repair it with `qmix quantize {shlex.quote(str(store))}` (`qmix verify` shows all damage)"
 
 
 def arg(name: str, value: str | None = None) -> str:

@@ -143,7 +143,7 @@ def _syntax(data: bytes, message: str) -> str:
         try:
             json.dumps(json.loads(data), ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return "half of a surrogate pair, which is no text"
+            return "an unpaired surrogate"
     return re.sub(r"^JSON is malformed: ", "", message)
 
 
@@ -201,7 +201,7 @@ class LineFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise QmixError(f"{path}: another qmix is writing it; wait until that one ends") from None
+            raise QmixError(f"{path}: another qmix process is writing it; wait until it ends") from None
 
     def __enter__(self) -> LineFile:
         return self
@@ -241,8 +241,7 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise QmixError(
-                f"{self.path}: {error.strerror}; {disk_advice(error)}. What is in it is whole, and the same command "
-                "goes on from there"
+                f"{self.path}: {error.strerror}; {disk_advice(error)}. Run the same command again to continue"
             ) from None
         self._end += len(data)
 

@@ -98,7 +98,7 @@ ERRORS = {
         ("--precision",),
     ),
     "top_p": (lambda: Sampling(top_p=0), "{} 0: must be above 0 and at most 1", ("top_p",), ("--top-p",)),
-    "stop": (lambda: Sampling(stop=("",)), "{} '': must be a text that is not empty", ("stop",), ("--stop",)),
+    "stop": (lambda: Sampling(stop=("",)), "{} '': must not be empty", ("stop",), ("--stop",)),
 }
 
 

@@ -214,5 +214,5 @@ def test_text_is_bounded_and_utf8_whatever_ends_its_lines(tmp_path: Path) -> Non
 
 
 def test_half_of_a_surrogate_pair_is_called_so() -> None:
-    with pytest.raises(UsageError, match="f: invalid JSON: half of a surrogate pair, which is no text"):
+    with pytest.raises(UsageError, match="f: invalid JSON: an unpaired surrogate"):
         decode_json(b'{"x": "\\ud800"}', dict[str, Any], "f", UsageError)

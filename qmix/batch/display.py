@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmix.batch.run import Summary
 from qmix.terminal.work_display import WorkDisplay, time_left
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 
 class BatchDisplay(WorkDisplay):
@@ -16,7 +16,7 @@ class BatchDisplay(WorkDisplay):
 
     def __call__(self, summary: Summary) -> None:
         self._total = max(self._total, summary.tokens_left)  # what was left at first
-        told = [f"{summary.done} of {summary.lines} lines", f"{100 * summary.done // summary.lines}%"]
+        told = [f"{summary.done} of {plural(summary.lines, 'line')}", f"{100 * summary.done // summary.lines}%"]
         count, rate = f"{summary.done}/{summary.lines} lines", f"{summary.rate:.1f} tok/s"
         self.show(summary.done, summary.lines, count, told, rate, self._time_left(summary))
 
@@ -30,16 +30,16 @@ class BatchDisplay(WorkDisplay):
 
 def summary_line(summary: Summary, seed: int) -> str:
     """The one line behind a batch."""
-    parts = [f"{summary.done} of {summary.lines} lines"]
+    parts = [f"{summary.done} of {plural(summary.lines, 'line')}"]
     if summary.refused:
-        parts.append(f"{summary.refused} of them errors")
+        parts.append(plural(summary.refused, "error"))
     if summary.resumed:
         parts.append(f"{summary.resumed} from earlier runs")
     if summary.passes:
         parts += [
-            f"{summary.new_tokens} new tokens in {summary.seconds:.2f} s ({summary.rate:.2f} tok/s)",
-            f"{summary.prompt_tokens} prompt tokens",
-            f"{summary.batch} at once",
+            f"{plural(summary.new_tokens, 'new token')} in {summary.seconds:.2f} s ({summary.rate:.2f} tok/s)",
+            plural(summary.prompt_tokens, "prompt token"),
+            f"batch {summary.batch}",
             f"{100 * summary.hit_rate:.1f}% of experts in memory",
             f"{format_bytes(summary.bytes_read)} read",
             f"peak {format_bytes(summary.peak_memory)} of {format_bytes(summary.budget)}",

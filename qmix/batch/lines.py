@@ -100,12 +100,12 @@ class Requests:
         try:
             return parse_line(self._file.read(entry.size), unique=False)  # which was looked at before
         except LineError as error:
-            raise UsageError(f"line {entry.number}: {error}; the input was changed, give it again as it was") from None
+            raise UsageError(f"line {entry.number}: {error}; the input changed during the run, run it again") from None
 
     def _check(self, entry: Entry, raw: bytes, seen: dict[str, int]) -> None:
         try:
             if entry.size > LINE_LIMIT:
-                raise LineError(f"longer than {LINE_LIMIT} bytes; shorten it (nothing behind it was looked at)")
+                raise LineError(f"longer than {LINE_LIMIT} bytes; shorten it (the lines after it were not checked)")
             line = parse_line(raw)
             if (first := seen.setdefault(line.id, entry.number)) != entry.number:
                 raise LineError(f"duplicate id {line.id!r} (first on line {first})")
@@ -200,7 +200,7 @@ def _prompt(asked: CompletionBody) -> str | list[int]:
     if len(ids) == len(asked.prompt):
         return ids
     if len(asked.prompt) > 1:
-        raise _Refused("prompt: qmix takes one prompt a request; give each a line of its own")
+        raise _Refused("prompt: one prompt per request; put each on its own line")
     return asked.prompt[0]  # type: ignore[return-value]  # a text or ids: a list of one
 
 
@@ -216,7 +216,7 @@ def _message(given: Fields, where: str) -> dict[str, str]:
     if refused := not_taken(MESSAGE_FIELDS, given, f"{where}."):
         raise _Refused(refused)
     if message.role in TOOL_ROLES:
-        raise _Refused(f"{where}: role {message.role!r}: qmix calls no tools; leave the message out")
+        raise _Refused(f"{where}: role {message.role!r}: qmix does not call tools; leave the message out")
     if message.role not in ROLES:
         raise LineError(f"{where}: role {message.role[:100]!r}: must be 'system', 'user' or 'assistant'")
     content = message.content if isinstance(message.content, str) else _joined(message.content, where)
@@ -229,7 +229,7 @@ def _joined(parts: list[Part] | None, where: str) -> str:
             raise _Refused(f"{where}.content[{index}]: type {part.type[:100]!r}: the model reads text only")
     texts = [part.text for part in parts or () if part.text is not None]
     if parts is None or len(texts) < len(parts):
-        raise LineError(f"{where}: content must be a text, or a list of parts of type 'text'")
+        raise LineError(f"{where}: content must be text, or a list of parts of type 'text'")
     return "".join(texts)
 
 

@@ -73,7 +73,7 @@ class StreamAnswers:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise QmixError(f"stdout: {error.strerror}; give the answers another place to go") from None
+            raise QmixError(f"stdout: {error.strerror}; choose another output") from None
 
 
 class FileAnswers:
@@ -105,11 +105,11 @@ class FileAnswers:
         which a run takes over from the one before it."""
         known = self._known()
         if known is None and self.done:
-            raise UsageError(f"{self.path}: is there, without {self.manifest.name}; choose another name, or delete it")
+            raise UsageError(f"{self.path}: exists without its {self.manifest.name}; choose another name, or delete it")
         if known is not None and self.done:
             if differs := _differences(known.subject, subject):
                 raise UsageError(
-                    f"{self.path}: has answers of another run ({differs}); give what it was begun with, "
+                    f"{self.path}: has answers from another run ({differs}); use the options of that run, "
                     "choose another name, or delete it"
                 )
             return msgspec.structs.asdict(known.chosen)
@@ -125,7 +125,7 @@ class FileAnswers:
         done: set[str] = set()
         refused = 0
         for number, raw in enumerate(self._file.lines(LONGEST_LINE), 1):
-            where = f"{self.path}: line {number} is no answer of a batch"
+            where = f"{self.path}: line {number} is not an answer of a batch"
             answer = decode_json(raw, _Answer, where, UsageError, "choose another name, or delete the file")
             done.add(answer.custom_id)
             refused += answer.error is not None
@@ -136,14 +136,14 @@ class FileAnswers:
             return None
         content = read_json(self.manifest, dict[str, Any], UsageError, ELSEWHERE)
         if content.get("schema") != SCHEMA:
-            raise UsageError(f"{self.manifest}: of another version of qmix; {ELSEWHERE}")
+            raise UsageError(f"{self.manifest}: from another version of qmix; {ELSEWHERE}")
         return convert_json(content, _Manifest, str(self.manifest), UsageError, ELSEWHERE)
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
         try:
             write_whole(self.manifest, json.dumps(content).encode())
         except OSError as error:
-            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was begun") from None
+            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was run") from None
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

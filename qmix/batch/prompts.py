@@ -13,6 +13,7 @@ from qmix.geometry import Geometry
 from qmix.text.chat_template import ChatTemplate, TemplateRefusal
 from qmix.text.prompt import PromptEncoder, PromptTooLong
 from qmix.text.tokenizer import encode
+from qmix.units import plural
 
 
 class LineRefused(Exception):
@@ -66,16 +67,16 @@ class Asking:
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.template is None:
-            raise LineRefused("the model has no chat template: it continues text, so give a prompt")
+            raise LineRefused("the model has no chat template; give a prompt instead of messages")
         roles = [message["role"] for message in messages[:2]]
         if not self.template.takes_system and roles in (["system"], ["system", "user"]):
             content = "\n\n".join(message["content"] for message in messages[:2])
             messages = [{"role": "user", "content": content}, *messages[2:]]
         if len(messages) >= self.encoder.context:  # a template puts tokens around each
-            raise self.encoder.too_long(f"the prompt has {len(messages)} messages")
+            raise self.encoder.too_long(f"the prompt has {plural(len(messages), 'message')}")
         try:
             text = self.template.text(messages, True)
         except TemplateRefusal as error:
-            raise LineRefused(f"the model's chat template does not take these messages ({error})") from None
+            raise LineRefused(f"the model's chat template rejects these messages ({error})") from None
         self.encoder.check(text)
         return encode(self.encoder.tokenizer, text, add_special_tokens=False)

@@ -27,6 +27,7 @@ from qmix.store.opened import WEIGHTS, Store
 from qmix.text.chat_template import ChatTemplate
 from qmix.text.prompt import PromptEncoder
 from qmix.text.tokenizer import load_tokenizer
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,16 +49,16 @@ class Session:
         notes = []
         others = sorted(self.requests.models - {name, self.store.source_name})
         if others:
-            notes.append(f"lines name {', '.join(map(repr, others[:3]))} as their model; {name} answers all of them")
+            notes.append(f"lines name {', '.join(map(repr, others[:3]))} as their model; all are answered by {name}")
         if self.folds_system and self.requests.has_system:
-            notes.append("the model's template has no system role: system texts go into the first turn of the user")
+            notes.append("the chat template has no system role; the system prompt goes into the first turn")
         return notes
 
     def interrupted(self) -> str:
         """What to say of a run that was stopped."""
         done = self.run.summary(None).done
-        lines = f"interrupted; {done} of {len(self.requests.entries)} lines are done"
-        return f"{lines}, the same command goes on" if self.run.resumable else lines
+        lines = f"interrupted; {done} of {plural(len(self.requests.entries), 'line')} done"
+        return f"{lines}, run the same command again to continue" if self.run.resumable else lines
 
     def answer(self, on_load: OnProgress, on_pass: Callable[[Summary], None]) -> Summary:
         """Write what is left, lines that cannot be answered first."""

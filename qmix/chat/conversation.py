@@ -9,6 +9,7 @@ from qmix.chat.format import Format, Said
 from qmix.engine.stream import common_prefix
 from qmix.errors import UsageError
 from qmix.text.prompt import too_long
+from qmix.units import plural
 
 LEAST_SHARE_FOR_AN_ANSWER = 4  # a quarter of the context, or what an answer may have if that is less
 
@@ -100,7 +101,7 @@ class Conversation:
             for prompt in candidates:
                 if len(prompt.ids) <= limit:
                     return prompt
-        raise too_long(f"this turn is {len(candidates[-1].ids)} tokens", self.context, self._longest_context)
+        raise too_long(f"this turn is {plural(len(candidates[-1].ids), 'token')}", self.context, self._longest_context)
 
 
 def ids_of(turns: Sequence[Turn]) -> list[int]:

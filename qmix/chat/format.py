@@ -63,7 +63,7 @@ class TemplateFormat:
             self._template.text([{"role": "user", "content": PROBE}], True)
             self._closing = self._behind_an_answer()
         except TemplateRefusal as error:
-            raise StoreError(f"{error}; its chat template cannot be used, put the model's own there") from None
+            raise StoreError(f"{error}; the chat template cannot be used; restore the model's own") from None
         self.takes_system = self._template.takes_system
 
     def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:

@@ -44,7 +44,7 @@ class KeptChat:
             record.save(session, self._path)
         except (OSError, SessionError) as error:
             self._works = False
-            self._notice(f"this chat is not kept: {error}; /save FILE writes it elsewhere")
+            self._notice(f"this chat is not saved automatically: {error}; save it with /save FILE")
         else:
             self._written = content
 
@@ -66,5 +66,5 @@ def interrupted(directory: Path) -> list[str]:
             continue
         with suppress(OSError):
             kept = path.replace(path.with_suffix(ENDED))
-            lines.append(f"a chat was interrupted; to go on with it: /load {kept}")
+            lines.append(f"a chat was interrupted; to continue it: /load {kept}")
     return lines

@@ -14,7 +14,7 @@ from qmix.chat.reader import Reader
 from qmix.chat.session import Answer, Session
 from qmix.engine.stream import Result
 from qmix.errors import QmixError
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"
 
@@ -140,7 +140,7 @@ class Chat:
         elif self.screen.sum_up is None:
             return
         elif stopped:
-            self.screen.say(f"stopped after {len(answer.ids)} tokens")
+            self.screen.say(f"stopped after {plural(len(answer.ids), 'token')}")
         elif answer.result is not None:
             self.screen.say(self.screen.sum_up(answer.result))
 
@@ -159,8 +159,7 @@ class Chat:
 
 
 def _forgotten(turns: int, context: int) -> str:
-    oldest = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
-    return f"the context of {context} tokens is full: {oldest} out of it"
+    return f"the context of {context} tokens is full: dropped the oldest {'turn' if turns == 1 else f'{turns} turns'}"
 
 
 @contextmanager

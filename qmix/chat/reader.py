@@ -45,7 +45,7 @@ def open_history(path: Path, notice: Callable[[str], None]) -> History:
         with path.open("ab"):
             return _LastingHistory(path)
     except OSError as error:
-        notice(f"no history: {error.filename}: {error.strerror}")
+        notice(f"history is not saved: {error.filename}: {error.strerror}")
         return InMemoryHistory()
 
 
@@ -79,7 +79,7 @@ class TerminalReader:
         text = self._session.prompt()
         check_text(text, "this turn")  # a terminal's bytes that are not UTF-8 come as halves of surrogate pairs
         if len(text) > self._limit:
-            raise UsageError(f"this turn is longer than {self._limit} bytes, which no context here holds; shorten it")
+            raise UsageError(f"this turn is longer than {self._limit} bytes, more than the context holds; shorten it")
         return unquoted(text)
 
     def left_something(self) -> bool:
@@ -144,7 +144,7 @@ class PlainReader:
         self._ended = True
 
     def _too_long(self, what: str) -> UsageError:
-        return UsageError(f"stdin: {what} is longer than {self._limit} bytes, which no context here holds; shorten it")
+        return UsageError(f"stdin: {what} is longer than {self._limit} bytes, more than the context holds; shorten it")
 
 
 class SlashCompleter(Completer):

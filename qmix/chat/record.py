@@ -25,6 +25,7 @@ from qmix.disk.faults import write_advice
 from qmix.engine.sampling import Sampling
 from qmix.errors import QmixError, SessionError
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
+from qmix.units import plural
 
 SCHEMA = "qmix-chat-1"
 ELSEWHERE = "give another name"
@@ -80,7 +81,7 @@ def save(session: Session, path: Path) -> None:
             os.fchmod(file.fileno(), 0o600)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
-        advice = write_advice(error, ELSEWHERE) if isinstance(error, OSError) else "take that text back"
+        advice = write_advice(error, ELSEWHERE) if isinstance(error, OSError) else "remove that text"
         raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}") from None
 
 
@@ -98,7 +99,7 @@ def load(session: Session, path: Path) -> str | None:
         settings = restored_settings(saved.settings)
         Sampling(**settings)
         if saved.forgotten > len(turns):
-            raise ValueError("more turns forgotten than there are")
+            raise ValueError("more turns dropped than there are")
         if same:
             _check_ids(turns, session.runner.store.geometry.vocab_size)
     except (ValueError, QmixError) as error:
@@ -112,7 +113,7 @@ def load(session: Session, path: Path) -> str | None:
     now, was = session.runner.store.parts, saved.model.parts
     others = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
     what = f"{saved.model.name} with other {' and '.join(others)}"
-    return f"{path}: saved with {what}; its texts are taken, all is read anew"
+    return f"{path}: saved with {what}; only its texts are used, and the next turn computes them again"
 
 
 def save_cache(session: Session, path: Path) -> int:
@@ -132,12 +133,12 @@ def load_cache(session: Session, path: Path) -> str | None:
     try:
         tokens = session.runner.load_cache(path)
     except SessionError as error:
-        return f"{error}; the conversation is read anew with the next turn"
+        return f"{error}; the next turn computes the conversation again"
     except (OSError, EOFError) as error:
-        return f"{path}: cannot be read ({_reason(error)}); the conversation is read anew with the next turn"
+        return f"{path}: cannot be read ({_reason(error)}); the next turn computes the conversation again"
     if session.runner.held != session.conversation.ids[:tokens]:
-        return f"{path}: of another conversation; what differs is read anew with the next turn"
-    return f"{tokens} tokens read back into the KV cache"
+        return f"{path}: of another conversation; the next turn computes what differs"
+    return f"loaded {plural(tokens, 'token')} into the KV cache"
 
 
 def kv_path(path: Path) -> Path:
@@ -149,7 +150,7 @@ def _read(path: Path) -> SavedSession:
     data = read_bounded(path, JSON_LIMIT, SessionError, remedy)
     schema = decode_json(data, dict[str, Any], str(path), SessionError, remedy, unique=True).get("schema")
     if schema != SCHEMA:
-        raise SessionError(f"{path}: not a chat that this qmix reads (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
+        raise SessionError(f"{path}: not a chat of this qmix version (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
     return decode_json(data, SavedSession, str(path), SessionError, remedy)
 
 

@@ -27,7 +27,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, _, value = text.strip().partition(" ")
     name, value = name.replace("-", "_").lower(), value.strip()
     if name not in NAMES:
-        raise UsageError(f"/set {name}: no such setting; there are {', '.join(NAMES)}")
+        raise UsageError(f"/set {name}: unknown setting; choose one of {', '.join(NAMES)}")
     if not value:
         raise UsageError(f"/set {name}: give a value, or {DEFAULT}")
     if value == DEFAULT:

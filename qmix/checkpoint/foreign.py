@@ -13,7 +13,7 @@ from qmix.checkpoint.source import Source
 from qmix.errors import CheckpointError, UsageError
 from qmix.files import read_json
 
-HALF_NEEDED = "name the half-precision checkpoint that it was made from"
+HALF_NEEDED = "give the half-precision checkpoint that it was made from"
 _QUANTISED = re.compile(  # tensors that only formats of quantised weights have
     r".*(\.(qweight|qzeros|scales|g_idx|SCB|weight_(format|scale|scale_inv|packed|shape|zero_point))"
     r"|\.weight_scale_2|\.input_scale|\.(absmax|nested_absmax|quant_map|nested_quant_map)|\.quant_state\..*)"
@@ -32,7 +32,7 @@ def check_file(path: Path) -> None:
         gguf = file.read(4) == b"GGUF"
     if gguf or path.suffix == ".gguf":
         raise UsageError(f"{path}: is a GGUF file, quantised for llama.cpp; {HALF_NEEDED}")
-    raise UsageError(f"{path}: is a file; name the directory of the checkpoint or store that it belongs to")
+    raise UsageError(f"{path}: is a file; give the directory of the checkpoint or store that it belongs to")
 
 
 def hub_snapshot(path: Path) -> Path:
@@ -49,7 +49,7 @@ def hub_snapshot(path: Path) -> Path:
     there = sorted(each for each in snapshots.iterdir() if each.is_dir())
     if len(there) != 1:
         raise CheckpointError(
-            f"{path}: a folder of the hub's cache with {len(there)} snapshots; name one of {snapshots}/"
+            f"{path}: a folder of the Hub cache with {len(there)} snapshots; give one of {snapshots}/"
         )
     return there[0]
 
@@ -62,7 +62,7 @@ def check_files(source: Source) -> None:
         base = read_json(adapter, _Adapter, CheckpointError, "fetch it again").base_model_name_or_path
         raise CheckpointError(
             f"{source.name}: is an adapter (adapter_config.json) of {base or 'another model'}; "
-            "merge it into that model's weights, and name the result"
+            "merge it into that model's weights, and give the result"
         )
     gguf = next((name for name in there if name.lower().endswith(".gguf")), None)
     if gguf is not None and not any(name.endswith((".safetensors", ".bin", ".pth", ".pt")) for name in there):
@@ -79,4 +79,4 @@ def check_not_quantised(where: str, config: dict[str, Any], tensors: Iterable[tu
     for name, dtype in tensors:
         if _QUANTISED.fullmatch(name) or (dtype.startswith(("F8", "F4", "F6", "I", "U")) and named):
             how = f"quant_method {method!r}" if isinstance(method, str) else f"tensor {name!r}"
-            raise CheckpointError(f"{where}: is quantised already ({how}); {HALF_NEEDED}")
+            raise CheckpointError(f"{where}: is already quantised ({how}); {HALF_NEEDED}")

@@ -56,7 +56,7 @@ class HubRepo:
 
         parsed = parse(model)
         if parsed is None:
-            raise HubError(f"{model!r} is not a model on the hub; write org/name or org/name@revision")
+            raise HubError(f"{model!r} is not a model on the Hub; write org/name or org/name@revision")
         asked = cls(*parsed, endpoint=(endpoint or constants.ENDPOINT).rstrip("/"))
         with asked._calling():
             api = HfApi(endpoint=asked.endpoint)
@@ -72,7 +72,7 @@ class HubRepo:
             for each in info.siblings or ():
                 size, sha256 = (each.lfs.size, each.lfs.sha256) if each.lfs else (each.size, None)
                 told = {"name": each.rfilename, "size": size, "sha256": sha256}
-                files.append(convert_json(told, HubFile, f"{asked._label}: the hub's list of files", HubError, AGAIN))
+                files.append(convert_json(told, HubFile, f"{asked._label}: the Hub's list of files", HubError, AGAIN))
             return replace(asked, commit=str(info.sha), files=tuple(sorted(files)))
 
     def fetch(self, name: str, *, into: Path | None = None, progress: Progress | None = None) -> Path:
@@ -203,9 +203,9 @@ class HubRepo:
         options["tqdm_class"] = silent_bar(progress, file.size or 0)
         path = Path(retried(lambda: hf_hub_download(self.repo, file.name, **options)))
         if file.size is not None and path.stat().st_size != file.size:
-            wrong = f"came with {path.stat().st_size} bytes instead of {file.size}"
+            wrong = f"has {path.stat().st_size} bytes instead of {file.size}"
         elif file.sha256 is not None and _sha256(path) != file.sha256:
-            wrong = "came damaged (its sha256 is not the one the hub lists)"
+            wrong = "is damaged (its sha256 is not the one that the Hub lists)"
         else:
             return path
         for each in (path.resolve(), path):  # in the shared cache, a blob and the link to it

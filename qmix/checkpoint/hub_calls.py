@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); may be called from another thread
 
-NO_FILE = "no such file; check the name or the revision"
-AGAIN = "run the same command again, files already done are kept"
+NO_FILE = "file not found; check the name or the revision"
+AGAIN = "run the same command again (finished files are kept)"
 
 
 @contextmanager
@@ -101,11 +101,11 @@ def explain(error: BaseException, host: str, repo: str, label: str, file: HubFil
         (hf.GatedRepoError, f"{label}: gated; accept its licence at {page} and set HF_TOKEN"),
         (hf.RepositoryNotFoundError, f"{label}: not on {host}, or private; check the name, or set HF_TOKEN"),
         (hf.DisabledRepoError, f"{label}: disabled on {host}; take another repository"),
-        (hf.RevisionNotFoundError, f"{label}: no such revision; check what stands after the @"),
+        (hf.RevisionNotFoundError, f"{label}: revision not found; check the name after the @"),
         (hf.EntryNotFoundError, f"{where}: {NO_FILE}"),
         (hf.SafetensorsParsingError, f"{where}: not a safetensors file; check the name or the revision"),
         (401, f"{label}: {host} does not accept the token; check HF_TOKEN"),
-        (403, f"{label}: the token may not read it; give it that right at {host}/settings/tokens"),
+        (403, f"{label}: the token has no access; grant it at {host}/settings/tokens"),
     ):
         if kind == status or (isinstance(kind, type) and isinstance(error, kind)):
             return told
@@ -115,7 +115,7 @@ def explain(error: BaseException, host: str, repo: str, label: str, file: HubFil
         return f"{where}: {full}; free some and {AGAIN}"
     reason = str(error).strip().partition("\n")[0] or "no reason given"
     what = f"{host} answers with HTTP {status}" if status else f"{type(error).__name__}: {reason}"
-    return f"{where}: {what}; if it seems passing, {AGAIN}"
+    return f"{where}: {what}; if the failure looks temporary, {AGAIN}"
 
 
 def why_away(error: BaseException, host: str) -> str:
@@ -129,6 +129,6 @@ def why_away(error: BaseException, host: str) -> str:
         return f"{host} answers with HTTP {status}; later, {AGAIN}" if status == 429 or status >= 500 else ""
     if isinstance(error, HTTPError):
         broken = type(error).__name__ not in ("ConnectError", "ConnectTimeout")
-        what = f"the connection to {host} broke off" if broken else f"there is no connection to {host}"
+        what = f"the connection to {host} was lost" if broken else f"there is no connection to {host}"
         return f"{what}; check the network and {AGAIN}"
     return ""

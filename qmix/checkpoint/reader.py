@@ -101,7 +101,7 @@ class Checkpoint:
         for name, identity in self.source.identities(names).items():
             if identity != self.seen[name]:
                 raise CheckpointError(
-                    f"{self.source.name}: {name} was changed while it was read; run the same command again"
+                    f"{self.source.name}: {name} changed while it was read; run the same command again"
                 )
 
     @property
@@ -142,8 +142,8 @@ def no_tokenizer(where: str, there: Iterable[str]) -> str:
     if other.startswith("tokenizer.model"):
         return f"{lacks}; copy its {other} to tokenizer.model"
     if other:
-        return f"{lacks}, and qmix does not read its {other}; put the model's own tokenizer.json there"
-    return f"{lacks}; put the model's own there"
+        return f"{lacks}, and qmix does not read its {other}; copy the model's own tokenizer.json there"
+    return f"{lacks}; copy the model's own there"
 
 
 def _is_other_tokenizer(name: str) -> bool:
@@ -165,7 +165,7 @@ def read_config(source: Source) -> tuple[dict[str, Any], str]:
     path = source.small_file("params.json")
     if path is not None:
         return config_from_params(read_json(path, dict[str, Any], CheckpointError, AGAIN), str(path)), str(path)
-    raise CheckpointError(f"{source.name}: neither config.json nor params.json is there; is it a Mixtral checkpoint?")
+    raise CheckpointError(f"{source.name}: has no config.json or params.json; is it a Mixtral checkpoint?")
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -244,13 +244,13 @@ def _count(shape: tuple[int, ...]) -> int:
 def _pickle_tensors(source: Source, names: list[str]) -> list[tuple[str, TensorInfo]]:
     """Names, types and shapes in pickle files; opened with `weights_only`, their payload stays on disk."""
     if not isinstance(source, LocalSource):
-        raise CheckpointError(f"{source.name}: from the hub only safetensors are read; it has {names[0]}")
+        raise CheckpointError(f"{source.name}: only safetensors files are read from the Hub, and it has {names[0]}")
     dtypes = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
     found = []
     for name in names:
         for key, tensor in load_pickle(source.fetch(name)).items():
             if tensor.untyped_storage().nbytes() < tensor.nbytes:
-                raise CheckpointError(f"{source.name}: tensor {key!r} in {name} lacks bytes of its shape; {AGAIN}")
+                raise CheckpointError(f"{source.name}: tensor {key!r} in {name} is smaller than its shape; {AGAIN}")
             dtype = dtypes.get(str(tensor.dtype), str(tensor.dtype))
             found.append((name, TensorInfo(key, dtype, tuple(tensor.shape), -1, tensor.nbytes)))
     return found
@@ -272,10 +272,10 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path}: {error.strerror or error}; {disk_advice(error)}") from None
     except Exception:
         raise CheckpointError(
-            f"{path}: damaged, or a pickle with code in it, which is never run; fetch it again, or take the safetensors"
+            f"{path}: damaged, or a pickle with code, which qmix never runs; fetch it again, or use safetensors files"
         ) from None
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
     ):
-        raise CheckpointError(f"{path}: holds something else than named tensors; take the safetensors")
+        raise CheckpointError(f"{path}: does not hold named tensors; use the safetensors files")
     return {name: value.detach() for name, value in loaded.items()}

@@ -165,7 +165,7 @@ class HubSource:
         for name, header in self.repo.headers(list(names)).items():
             where, size = f"{self.name}: {name}", sizes[name]
             if size is None:
-                raise CheckpointError(f"{where}: the hub does not say how large it is; download the model")
+                raise CheckpointError(f"{where}: the Hub does not give its size; download the model")
             ends = (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
             # the header's own length is not in its JSON: it is what the payload leaves of the file's size
             found[name] = check_header(header, size - max(ends, default=0), size, where)

@@ -1,7 +1,7 @@
-"""The commands of the command line, a module each, named like its command and imported when it is used.
+"""The commands of the command line, one module each: options, exit codes and streams. May import every room.
 
-Such a module has the command under its own name, and imports what the command needs when it runs: `--help` loads no
-torch.
+A module and its command have the same name. The module is imported when the command is used, and imports the rest when
+the command runs: `--help` loads no torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def in_options(error: QmixError) -> str:
 
 
 class Commands(click.Group):
-    """A group that knows its commands' names, and imports a command when it is asked for."""
+    """A group that imports a command when it is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)

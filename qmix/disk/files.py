@@ -99,7 +99,7 @@ class DirectFile:
             raise StoreError(f"{self.path}: {error.strerror}; {disk_advice(error)}{more}") from None
         except EOFError:
             self._check_length(offset, len(buffer))
-            raise StoreError(f"{self.path}: grew shorter while it was read; {mending(self.path.parent)}") from None
+            raise StoreError(f"{self.path}: was truncated while it was read; {mending(self.path.parent)}") from None
 
     def _check_length(self, offset: int, nbytes: int) -> None:
         size = os.fstat(self.fd).st_size

@@ -63,7 +63,7 @@ class Sampling:
             if value is not None and not allowed.holds(value):
                 raise UsageError(f"{arg(name)} {value}: must be {allowed.wanted}")
         if not all(self.stop):
-            raise UsageError(f"{arg('stop')} '': must be a text that is not empty")
+            raise UsageError(f"{arg('stop')} '': must not be empty")
         for text in self.stop:
             check_text(text, arg("stop"))
         if (characters := sum(map(len, self.stop))) > MOST_STOP:

@@ -101,8 +101,8 @@ def what_to_fetch(missing: Mapping[str, MissingData], data: Path | None) -> str:
         return f"{', '.join(missing)}: the data cannot be read ({first.reason})"
     place = data or Path("DATA")
     commands = "; ".join(FETCH.format(path=path, place=place) for path in hub)
-    where = f"not in {data}" if data else "not on this machine, and the hub did not give it"
-    again = "then the same command again" if data else f"then give {arg('data', str(place))}"
+    where = f"not in {data}" if data else "not on this machine, and the Hub did not provide it"
+    again = "then run the same command again" if data else f"then give {arg('data', str(place))}"
     return f"{', '.join(missing)}: the data is {where} ({first.reason}); fetch it with: {commands}; {again}"
 
 

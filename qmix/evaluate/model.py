@@ -124,7 +124,7 @@ class QmixLM(TemplateLM):
 
     def _query(self, context: list[int], continuation: list[int]) -> Query:
         if not context or not continuation:
-            raise QmixError("a task asks for a continuation without a token; correct its choices, or leave it out")
+            raise QmixError("a task has an empty continuation; correct its choices, or leave it out")
         if len(continuation) > self.max_length:
             raise self._too_long(f"{len(continuation)} tokens")
         whole = context + continuation
@@ -181,7 +181,7 @@ class QmixLM(TemplateLM):
         most, samples = int(given.pop("max_gen_toks")), given.pop("do_sample", False)
         if unknown := sorted(given.keys() - DRAWS):
             raise UsageError(
-                f"a task generates with {', '.join(unknown)}, which qmix does not have; leave the task out"
+                f"a task generates with {', '.join(unknown)}, which qmix does not support; leave the task out"
             )
         room = self.max_length - most
         if room < 1:

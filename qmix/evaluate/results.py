@@ -73,7 +73,7 @@ class Results:
     def _read(self) -> dict[bytes, Any]:
         found: dict[bytes, Any] = {}
         for number, raw in enumerate(self._file.lines(), 1):
-            where = f"{self._file.path}: line {number} is no result of an evaluation"
+            where = f"{self._file.path}: line {number} is not a result of an evaluation"
             line = decode_json(raw, _Line, where, UsageError, AGAIN)
             if not re.fullmatch(f"[0-9a-f]{{{2 * KEY_BYTES}}}", line.key):
                 raise UsageError(f"{where}: key: expected {2 * KEY_BYTES} hex digits; {AGAIN}")

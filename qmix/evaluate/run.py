@@ -75,7 +75,7 @@ def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
         write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         advice = write_advice(error, f"choose another {arg('output')}")
-        raise QmixError(f"{path}: {error.strerror}; {advice}. Nothing is computed anew in this one") from None
+        raise QmixError(f"{path}: {error.strerror}; {advice}. The results so far are kept in it") from None
     return path
 
 

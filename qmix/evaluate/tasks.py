@@ -62,7 +62,7 @@ def _built(manager: TaskManager, names: Sequence[str], data: Path | None) -> lis
                     after_a_failure.enter_context(offline())
                 missing[name] = error
             except Exception as error:  # whatever a task's own templates and functions do
-                raise UsageError(f"{name}: the harness does not take it ({reason_of(error)}); correct it") from None
+                raise UsageError(f"{name}: the harness rejects it ({reason_of(error)}); correct it") from None
             else:
                 built += found if isinstance(found, list) else [found]
     if missing:
@@ -82,7 +82,7 @@ def _check_sizes(data: Path) -> None:
     """Raise UsageError where a YAML file is too large for the harness to read: it takes a hundred times its size."""
     for path in data.rglob("*.yaml"):
         if path.is_file() and path.stat().st_size > YAML_LIMIT:
-            raise UsageError(f"{path}: larger than {YAML_LIMIT} bytes; is it a task? Take it out of {data}")
+            raise UsageError(f"{path}: larger than {YAML_LIMIT} bytes; is it a task? Move it out of {data}")
 
 
 def mute() -> None:
@@ -118,7 +118,7 @@ def _prepare(task: Task, shots: int | None) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise UsageError(f"{name}: runs code that the model writes, which qmix does not; leave it out")
     if getattr(task, "MULTIMODAL", False):
-        raise UsageError(f"{name}: shows the model pictures or sounds, and it reads text only; leave it out")
+        raise UsageError(f"{name}: has images or audio, and the model reads text only; leave it out")
     fixed = task.get_config("num_fewshot")
     if fixed is None or (shots is not None and fixed != 0):
         task.set_config(key="num_fewshot", value=shots or 0)

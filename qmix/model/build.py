@@ -112,7 +112,7 @@ def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
     with _refusals(where):
         config = MixtralConfig(**kept)
         if config.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act {config.hidden_act!r} is no activation that transformers has")
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not an activation of transformers")
         if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
             raise ValueError(f"pad_token_id {config.pad_token_id} is outside the vocabulary of {config.vocab_size}")
         return config
@@ -174,7 +174,7 @@ def check_frequencies(config: MixtralConfig, where: Path) -> None:
     with _refusals(where):
         cos, sin = rotary(torch.zeros(1), torch.arange(2)[None])
         if not (cos.isfinite().all() and sin.isfinite().all()):
-            raise ValueError("its rope settings give frequencies that are no numbers")
+            raise ValueError("its rope settings give frequencies that are not finite")
 
 
 def activation_of(config: MixtralConfig) -> Callable[[torch.Tensor], torch.Tensor]:

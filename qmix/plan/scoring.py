@@ -58,7 +58,7 @@ def plan_scoring(
     """
     if batch_tokens is not None and batch_tokens < longest:
         raise UsageError(
-            f"{arg('batch_tokens')} {batch_tokens}: the longest request has {longest} tokens; take so many or more"
+            f"{arg('batch_tokens')} {batch_tokens}: must be at least {longest}, the tokens of the longest request"
         )
     budget = default_budget() if ram is None else ram
     fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held

@@ -99,7 +99,7 @@ class Allocator:
 
 def too_small(budget: int, smallest: int) -> DoesNotFitError:
     """What is wrong with a budget that no allocation fits."""
-    least = f"the experts take {format_bytes(smallest)} at the least; give {smallest} bytes or more"
+    least = f"the experts take at least {format_bytes(smallest)}; give {smallest} bytes or more"
     return DoesNotFitError(f"{arg('budget')} {format_bytes(budget)}: {least}", smallest)
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     try:
         checkpoint = open_checkpoint(open_source(request.model))
         if checkpoint.identity != request.identity:
-            raise CheckpointError(f"{request.model}: was changed since it was looked at; run the same command again")
+            raise CheckpointError(f"{request.model}: changed while qmix was starting; run the same command again")
         layout = layout_for(checkpoint, request.precision, request.dtype, request.clip)
         quantize(checkpoint, Path(request.directory), layout, report)
     except QmixError as error:

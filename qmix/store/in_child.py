@@ -24,7 +24,7 @@ SAME_QMIX = (
     "import runpy, sys; sys.path[0] = sys.argv.pop(1); "
     "runpy.run_module('qmix.store.child', run_name='__main__', alter_sys=True)"
 )
-INTERRUPTED = "interrupted; the same command goes on where it was stopped"
+INTERRUPTED = "interrupted; run the same command again to continue"
 
 
 def quantize_in_child(
@@ -66,6 +66,6 @@ def quantize_in_child(
         complaint = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
-        raise QmixError(f"quantizing {model}: ended by {name}; the same command goes on where it was stopped")
+        raise QmixError(f"quantizing {model}: killed by {name}; run the same command again to continue")
     if child.returncode != 0:
         raise QmixError(f"quantizing {model} ended with status {child.returncode}: {''.join(complaint)}")

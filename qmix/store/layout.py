@@ -50,7 +50,7 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
     for rule in rules:
         pattern, equals, precision = rule.partition("=")
         if not equals:
-            raise UsageError(f"{quoted(rule)} is no rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+            raise UsageError(f"{quoted(rule)} is not a rule; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
         check_precision(precision)
         hits = [
             (layer, expert)
@@ -59,7 +59,7 @@ def parse_precisions(spec: str, geometry: Geometry) -> tuple[tuple[str, ...], ..
             if fnmatch.fnmatchcase(f"{layer}.{expert}", pattern)
         ]
         if not hits:
-            raise UsageError(f"{quoted(rule)} names no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
+            raise UsageError(f"{quoted(rule)} matches no expert; write LAYER.EXPERT=PRECISION, for example 0.*=int8")
         for layer, expert in hits:
             table[layer][expert] = precision
     return tuple(map(tuple, table))

@@ -29,7 +29,7 @@ from qmix.store.verify import MISSING, STRANGE, Damage, Verification, parts_of, 
 from qmix.store.writer import Unit, UnitWriter, places, small_files
 
 ASIDE = ".aside"  # behind the name of a file that is no part of the store
-NAME_IT = f"name the checkpoint with {arg('source')}"
+NAME_IT = f"give the checkpoint with {arg('source')}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _held(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"{directory}: another qmix is mending it; wait until that one ends") from None
+            raise StoreError(f"{directory}: another qmix process is repairing it; wait until it ends") from None
         yield
 
 

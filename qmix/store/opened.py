@@ -43,7 +43,7 @@ EDITABLE = ("generation_config.json", "chat_template.jinja")  # of them, those t
 WEIGHTS = "weights"  # the part of a store's digest that is not a small file
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 has no checksums of small files but the config's, and no digest of the manifest
-RESTORE = "run `qmix quantize` again on its checkpoint and this store, which brings the checkpoint's own back"
+RESTORE = "run `qmix quantize` on its checkpoint and this store to restore it"
 WITHOUT = "delete this file, the store works without it"
 
 
@@ -156,7 +156,7 @@ def open_store(directory: Path) -> Store:
     path = directory / MANIFEST
     if not path.is_file():
         if partial_directory(directory).is_dir():
-            raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
+            raise StoreError(f"{directory}: unfinished; run the same `qmix quantize` again to continue")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
     content, found = read_manifest(path)
     config = read_json(directory / CONFIG, dict[str, Any], StoreError, mending(directory))
@@ -194,7 +194,7 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Manifest]:
 def layout_of(directory: Path, found: Manifest, config: dict[str, Any]) -> StoreLayout:
     path = directory / MANIFEST
     if found.dtype not in DTYPES or not set(PRECISIONS).issuperset(name for row in found.precisions for name in row):
-        raise StoreError(f"{path}: names a precision or a dtype that there is none of; {REMAKE}")
+        raise StoreError(f"{path}: has an unknown precision or dtype; {REMAKE}")
     try:
         geometry = Geometry.from_config(config, str(directory / CONFIG))
     except CheckpointError as error:
@@ -275,6 +275,6 @@ def _check_file(path: Path, layout: FileLayout) -> None:
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; {mending(path.parent)}") from None
     if header != layout.header[: len(header)]:
-        raise StoreError(f"{path}: damaged, or of another model than this store; {mending(path.parent)}")
+        raise StoreError(f"{path}: damaged, or belongs to another model; {mending(path.parent)}")
     if size != layout.size:
         raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {mending(path.parent)}")

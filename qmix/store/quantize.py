@@ -138,7 +138,7 @@ def _writer(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, on_pro
         checkpoint.identity,
         checkpoint.source.space_needed(checkpoint.files),
         still_same,
-        lambda: on_progress(Progress(0, total, f"waiting for another qmix, which is writing {directory}")),
+        lambda: on_progress(Progress(0, total, f"waiting for another qmix process that is writing {directory}")),
     )
 
 
@@ -159,7 +159,7 @@ def _existing(
     store = bring_small_files(checkpoint, fingerprint, directory)
     if store.fingerprint != fingerprint and not store.small_files:
         raise StoreError(
-            f"{directory}: made by an earlier qmix, or of another model; choose another name, or delete it"
+            f"{directory}: made by an earlier version of qmix, or from another model; choose another name, or delete it"
         )
     if store.fingerprint != fingerprint:
         raise StoreError(f"{directory}: is the store of another model ({store.source_name}); choose another name")
@@ -179,13 +179,13 @@ def write_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreEr
     if error.errno in FULL:
         return StoreError(
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
-            "Free some space and run the same command: it goes on where it was"
+            "Free some space and run the same command again to continue"
         )
     no_place = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
     if no_place:
         advice = "choose a directory that can be written"
     else:
-        advice = f"{disk_advice(error)}; the same command goes on where it was"
+        advice = f"{disk_advice(error)}; run the same command again to continue"
     return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")
 
 

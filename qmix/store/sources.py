@@ -22,8 +22,8 @@ from qmix.store.opened import Store, is_store, open_store, partial_directory
 
 DEFAULT_PRECISION = "nf4"
 CHECKPOINTS = "checkpoints"  # in the cache: fingerprints of checkpoints that were read
-AS_IT_IS = "leave it out, or quantize its checkpoint"
-NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
+AS_IT_IS = "leave it out, or make another store from its checkpoint"
+NOTHING_TO_CLIP = f"has no 4-bit experts ({', '.join(FOUR_BITS)}); leave it out"
 
 
 def open_source(model: str | Path, scratch: Path | None = None) -> Source:
@@ -33,19 +33,20 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     where the name is none of these.
     """
     if not str(model):
-        raise UsageError("the model's name is empty; leave it out for the embedded one")
+        raise UsageError("the model's name is empty; leave it out to use the embedded model")
     embedded = EMBEDDED.get(str(model))
     path = embedded or Path(model).expanduser()
     if is_store(path):
-        raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
+        raise UsageError(f"{model}: is a store; give the checkpoint that it was made from")
     if path.is_dir():
         return LocalSource(hub_snapshot(path), cache_directory() / CHECKPOINTS)
     check_file(path)
     if str(model) in PUBLISHED:
         known = PUBLISHED[str(model)].hub_id
-        raise UsageError(f"{model}: is known by its sizes only, for plans; its weights are {known} on the hub")
+        raise UsageError(f"{model}: only usable with `plan`; to run it, use {known}")
     if hub.parse(str(model)) is None:
-        raise UsageError(f"{model}: no such directory, nor a hub id (org/name), nor one of {', '.join(EMBEDDED)}")
+        embedded_names = " or ".join(f"`{name}`" for name in EMBEDDED)
+        raise UsageError(f"{model}: not found: expected a directory, a Hub id (org/name) or {embedded_names}")
     return HubSource(hub.HubRepo.open(str(model)), scratch)
 
 
@@ -78,9 +79,9 @@ def named_store(model: str | Path, precision: str | None, dtype: str | None, cli
         return None
     store = open_store(path)
     if precision is not None and precisions_of(precision, store.geometry) != store.layout.precisions:
-        raise UsageError(f"{arg('precision')} {precision}: the store {store.directory} has another; {AS_IT_IS}")
+        raise UsageError(f"{arg('precision')} {precision}: not that of the store {store.directory}; {AS_IT_IS}")
     if dtype and dtype != store.layout.dtype:
         raise UsageError(f"{arg('dtype')} {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
     if clip and not store.layout.clip:
-        raise UsageError(f"{arg('clip')}: the store {store.directory} was made without; {AS_IT_IS}")
+        raise UsageError(f"{arg('clip')}: the store {store.directory} was made without it; {AS_IT_IS}")
     return store

@@ -33,4 +33,4 @@ def save(figure: Figure, path: Path) -> None:
         with rc_context({"svg.fonttype": "none"}), written_whole(path) as file:
             figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI)
     except OSError as error:
-        raise QmixError(f"{path}: {error.strerror}; give {arg('plot')} another place") from None
+        raise QmixError(f"{path}: {error.strerror}; choose another path for {arg('plot')}") from None

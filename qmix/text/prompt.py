@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qmix.errors import UsageError, arg
 from qmix.text.tokenizer import encode
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ class PromptEncoder:
     def check_count(self, tokens: int, what: str = "the prompt") -> None:
         """Raise PromptTooLong where so many tokens leave no room for an answer."""
         if tokens >= self.context:
-            raise self.too_long(f"{what} is {tokens} tokens")
+            raise self.too_long(f"{what} is {plural(tokens, 'token')}")
 
     def too_long(self, found: str) -> PromptTooLong:
         """Return the error of a text that is `found` to be so long."""

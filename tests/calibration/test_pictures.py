@@ -118,11 +118,11 @@ def test_lines_and_marks_to_the_character():
 
 def test_hit_rates_by_pool_size():
     chart = shown(hit_chart(REPLAY))
-    assert chart[0] == "Hit rate by pool size: uses per time finds most"
+    assert chart[0] == "Hit rate by pool size: best policy decayed use"
     assert chart[-3:] == [
         "      experts in memory, of 8",
         "r least recently used   f decayed frequency",
-        "s most used, for good   b best possible   u uses per time",
+        "s most used, fixed   b best possible   u decayed use",
     ]
     table = [line.split() for line in shown(hit_table(REPLAY), width=80)]
     assert table[2] == ["2", "25%", "0.0%", "20.0%", "25.0%", "*", "10.0%", "50.0%"]
@@ -171,7 +171,7 @@ def test_one_picture_of_everything(tmp_path):
     svg = path.read_text(encoding="utf-8")
     words = set(re.findall(r"<text[^>]*>([^<]+)</text>", svg))
     assert words >= {"layer", "expert", "en", "de", "bytes of all experts, GiB", "nf4", "int8", "half", "chosen"}
-    assert words >= {"Hit rate by pool size: uses per time finds most", "experts in memory, of 8", "best possible"}
+    assert words >= {"Hit rate by pool size: best policy decayed use", "experts in memory, of 8", "best possible"}
     assert any("which experts are used" in word for word in words)
 
 
@@ -179,7 +179,7 @@ def test_a_picture_without_languages_or_a_choice(tmp_path):
     path = tmp_path / "calibration.png"
     draw(path, "tiny", USE, REPLAY, FRONTIER, UNIFORM)
     assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(QmixError, match="give plot another place"):
+    with pytest.raises(QmixError, match="choose another path for plot"):
         draw(tmp_path / "none" / "calibration.png", "tiny", USE, REPLAY, FRONTIER, UNIFORM)
 
 

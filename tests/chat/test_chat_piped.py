@@ -12,10 +12,8 @@ from command import COMMAND, LIMIT_SECONDS
 from test_chat_ids import INSTRUCT, WITH_SYSTEM
 from test_chat_session import ASK, CHAT, MORE, counts, typed
 
-NOT_SAID = "no system role here: the system text goes into the first turn"
-BASE_NOTICE = (
-    "has no chat template: a pretrained base model, without any moderation mechanisms; it continues what you write"
-)
+NOT_SAID = "the chat template has no system role; the system prompt goes into the first turn"
+BASE_NOTICE = "has no chat template: a pretrained base model, without any moderation mechanisms; it continues your text"
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +32,13 @@ def test_every_bad_line_is_one_error_line_and_the_session_goes_on(qmix, tmp_path
     (tmp_path / "bytes").write_bytes(b"\xff")
     (tmp_path / "empty").touch()
     cases = {
-        "/regn": "/regn: no such command; the nearest is /regen",
-        "/xyz": "/xyz: no such command; the nearest is /",
-        "/clear all": "/clear: takes nothing behind it",
+        "/regn": "/regn: unknown command; did you mean /regen?",
+        "/xyz": "/xyz: unknown command; did you mean /",
+        "/clear all": "/clear: takes no argument",
         "/save": "/save: needs FILE [--cache]",
         "/undo": "nothing has been said yet",
         "/regen": "/regen: nothing has been said yet",
-        "/set heat 1": "/set heat: no such setting; there are temperature, top_p",
+        "/set heat 1": "/set heat: unknown setting; choose one of temperature, top_p",
         "/set temperature": "/set temperature: give a value, or default",
         "/set temperature hot": "/set temperature hot: give a number, or default",
         "/set temperature 900": "/set temperature 900.0: must be 0 (greedy)",
@@ -51,7 +49,7 @@ def test_every_bad_line_is_one_error_line_and_the_session_goes_on(qmix, tmp_path
         '/read "': "no closing quotation",
         "a b " * 1100: "this turn is 2204 tokens, too long for a context of 2048, the model's longest; shorten it",
         "word " * 2100: "this turn is 10500 bytes, too long for a context of 2048, the model's longest; shorten it",
-        "word " * 20000: "stdin: a line is longer than 65536 bytes, which no context here holds; shorten it",
+        "word " * 20000: "stdin: a line is longer than 65536 bytes, more than the context holds; shorten it",
         "/read /dev/zero": "/read /dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB",
     }
     done = qmix(*CHAT, "--quiet", stdin=typed(*cases, "", "  ", ASK))
@@ -75,7 +73,7 @@ def test_commands_say_on_stderr_what_they_did(qmix, tmp_path):
     assert done.status == 0
     assert done.out.count("\n") == 1
     assert done.lines[:7] == [
-        f"taken back: {ASK}",
+        f"removed: {ASK}",
         "system: Be brief.",
         "system: Be brief.",
         "system: none",
@@ -109,7 +107,7 @@ def test_a_file_is_a_turn_with_a_question_behind_it(qmix, tmp_path):
     read = qmix(*CHAT, stdin=typed(f"/read '{tmp_path}/a file' In short?", "/stats"))
     assert read.out == whole.out
     assert counts(read) == counts(whole)
-    assert read.lines[1].startswith("1 turns, 0 of them out of the context; ")
+    assert read.lines[1].startswith("1 turn (0 dropped from the context), ")
 
 
 def test_a_base_model_continues_and_its_notice_comes_once(qmix, models):

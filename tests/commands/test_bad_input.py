@@ -141,7 +141,7 @@ UNPRINTABLE = [
     Wrong(
         "generate -m tiny",
         2,
-        "qmix: stdin: longer than 4194304 bytes, which no context holds; shorten it",
+        "qmix: stdin: longer than 4194304 bytes, more than any context holds; shorten it",
         b"\0" * (2**22 + 1),
     ),
 ]
@@ -253,7 +253,7 @@ def test_what_another_checkpoint_began_is_compared_before_it_is_gone_on_with(qmi
         (
             "ZeroDivisionError('by\\nnought')",
             1,
-            "a bug in qmix: ZeroDivisionError: by nought; QMIX_DEBUG=1 shows where",
+            "a bug in qmix: ZeroDivisionError: by nought; QMIX_DEBUG=1 shows the traceback",
         ),
         ("OSError(28, 'No space left on device', '/full')", 1, "/full: No space left on device"),
         ("MemoryError()", 1, "out of memory; give a smaller --ram or --context"),

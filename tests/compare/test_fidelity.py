@@ -90,7 +90,7 @@ def test_a_budget_that_is_too_small_is_refused_before_any_work(qmix, text):
 def test_a_window_longer_than_the_model_sees_is_refused(qmix, text):
     run = qmix("compare", "tiny", "--text", text, "--window", "4096")
     assert run.status == 2
-    assert "--window 4096: the model sees 2048 tokens at once" in run.err
+    assert "--window 4096: must be at most 2048" in run.err
 
 
 def test_without_a_text_the_bundled_ones_are_taken(qmix):

@@ -145,7 +145,7 @@ def test_a_token_takes_what_its_states_take():
 
 
 def test_a_request_longer_than_the_asked_batch_is_refused(layout):
-    with pytest.raises(UsageError, match="batch_tokens 50: the longest request has 60 tokens"):
+    with pytest.raises(UsageError, match="batch_tokens 50: must be at least 60, the tokens of the longest request"):
         plan_scoring(layout, 60, 100, 24 * GIB, batch_tokens=50)
 
 

@@ -67,7 +67,7 @@ def test_a_process_held_to_a_path_is_built_for_it(path):
 
 
 def test_a_path_that_is_none_or_cannot_run_here_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="'sse9' is no CPU path; choose one of avx512bf16, avx512, avx2, portable"):
+    with pytest.raises(UsageError, match="'sse9' is not a CPU path; choose one of avx512bf16, avx512, avx2, portable"):
         environment("sse9")
     monkeypatch.setattr("qmix.kernels.cpu.paths.supported", lambda: (PATHS["portable"],))
     with pytest.raises(UsageError, match="cannot run the CPU path avx2; choose one of portable"):
@@ -84,7 +84,7 @@ def test_the_command_line_takes_the_path_from_its_variable(first_use, path):
 def test_a_path_that_is_none_is_refused_by_every_command(qmix):
     done = qmix("generate", "x", QMIX_CPU="sse9")
     assert done.status == 2
-    assert done.err.startswith("qmix: 'sse9' is no CPU path; choose one of ")
+    assert done.err.startswith("qmix: 'sse9' is not a CPU path; choose one of ")
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_an_interrupted_run_goes_on_only_as_it_began(checkpoint: Path, tmp_path:
 
 def test_without_a_4_bit_expert_there_is_nothing_to_clip(checkpoint: Path) -> None:
     opened = open_checkpoint(LocalSource(checkpoint))
-    with pytest.raises(UsageError, match=r"clip: int8 has no expert in nf4 or fp4, whose scales it chooses"):
+    with pytest.raises(UsageError, match=r"clip: int8 has no 4-bit experts \(nf4, fp4\)"):
         layout_for(opened, "int8", None, clip=True)
     assert layout_for(opened, "int8,*.1=fp4", None, clip=True).clip
 
@@ -310,6 +310,6 @@ def test_the_command_makes_a_store_and_compares_it(qmix, checkpoint: Path, tiny:
     assert rows["nf4 --clip"] != rows["nf4"]
     refused = qmix("compare", "tiny", "--clip", "--precision=int8", "--text", text)
     assert refused.status == 2
-    assert "--clip: --precision has no expert in nf4 or fp4" in refused.err
+    assert "--clip: --precision has no 4-bit experts (nf4, fp4)" in refused.err
     assert qmix("quantize", tiny, store).status == 1  # the store is another
     assert qmix("quantize", tiny, tmp_path / "int8", "--clip", "--precision=int8").status == 2

@@ -138,8 +138,8 @@ def test_a_table_as_text_is_read_as_that_table(table):
         (Profile("small", None, USE, {"nf4": USE[:1]}), "other layers or experts"),
         (Profile("small", None, USE, {"nf4": ((1.0, 1.0, 1.0, -1.0), USE[1])}), "not a number from 0 on"),
         (Profile("small", None, USE, {"nf4": ((1.0, 1.0, 1.0, float("nan")), USE[1])}), "not a number from 0 on"),
-        (Profile("small", None, USE, precisions=(("nf4",) * 4, ("nf5",) * 4)), "a precision is none of"),
-        (Profile("small", None, USE, policy="clairvoyant"), "the policy 'clairvoyant' is none of"),
+        (Profile("small", None, USE, precisions=(("nf4",) * 4, ("nf5",) * 4)), "a precision is not one of"),
+        (Profile("small", None, USE, policy="clairvoyant"), "the policy 'clairvoyant' is not one of"),
     ],
 )
 def test_a_profile_of_something_else_is_refused(profile, reason):

@@ -121,7 +121,7 @@ def test_errors_of_the_disk_at_any_write_lose_nothing(
     make_store(checkpoint, tmp_path / "s", SPEC)
     for each in range(1, calls + 1, 7):
         store, calls, fatal = tmp_path / f"s{each}", 0, each
-        told = "Input/output error; the disk failed there: see `dmesg`; the same command goes on where it was"
+        told = "Input/output error; the disk failed there: see `dmesg`; run the same command again to continue"
         assert re.fullmatch(rf"{store}(\.partial/[\w.-]+)?: {told}", refusal(checkpoint, store, SPEC))
         make_store(checkpoint, store, SPEC)
         assert files_of(store) == whole
@@ -173,7 +173,7 @@ def test_files_that_changed_between_two_runs_are_named(checkpoint: Path, begun: 
     else:
         os.truncate(file, 5000)
     assert refusal(checkpoint, begun, SPEC) == (
-        f"{file}: not as an earlier run left it; delete {file.parent} and start again"
+        f"{file}: changed since it was written; delete {file.parent} and start again"
     )
 
 

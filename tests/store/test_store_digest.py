@@ -202,7 +202,7 @@ def test_a_chat_takes_the_texts_and_says_what_differs(commands, store: Path, tmp
     EDITS[name](store)
     done = commands(*chat, "--resume", saved, stdin=b"More\n")
     assert done.status == 0
-    assert f"saved with m with other {name}; its texts are taken, all is read anew" in done.err
+    assert f"saved with m with other {name}; only its texts are used, and the next turn computes them again" in done.err
 
 
 @pytest.mark.parametrize("name", EDITS)

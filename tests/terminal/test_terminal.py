@@ -25,7 +25,7 @@ from qmix.terminal.tables import ProgressDisplay
 PROMPT = "To install a package,"
 LONG = ("generate", PROMPT, "-m", "tiny", "--seed", "1", "--ignore-eos", "--max-new-tokens", "2000")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-GOES_ON = "qmix: interrupted; the same command goes on where it was stopped\r\n"
+GOES_ON = "qmix: interrupted; run the same command again to continue\r\n"
 
 
 def on_terminal(*argv: str | Path, columns: int = 100, **environment: str) -> pexpect.spawn:

@@ -92,7 +92,7 @@ def environment(name: str) -> dict[str, str]:
     whose instructions this processor lacks.
     """
     if name not in PATHS:
-        raise UsageError(f"{name!r} is no CPU path; choose one of {', '.join(PATHS)}")
+        raise UsageError(f"{name!r} is not a CPU path; choose one of {', '.join(PATHS)}")
     path = PATHS[name]
     if path not in supported():
         known = ", ".join(path.name for path in supported())
