@@ -1,4 +1,4 @@
-"""What a batch shows beside its answers: how far it is, how fast, how long still, and what it came to."""
+"""The progress display and the summary line of a batch."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from qmix.units import format_bytes, plural
 
 
 class BatchDisplay(WorkDisplay):
-    """Called with a summary after each pass."""
+    """A progress display, called with a summary after each pass."""
 
     def __init__(self, title: str) -> None:
         super().__init__(title)
         self._total = 0
 
     def __call__(self, summary: Summary) -> None:
-        self._total = max(self._total, summary.tokens_left)  # what was left at first
+        self._total = max(self._total, summary.tokens_left)  # tokens left at the start
         told = [f"{summary.done} of {plural(summary.lines, 'line')}", f"{100 * summary.done // summary.lines}%"]
         count, rate = f"{summary.done}/{summary.lines} lines", f"{summary.rate:.1f} tok/s"
         self.show(summary.done, summary.lines, count, told, rate, self._time_left(summary))
 
     def _time_left(self, summary: Summary) -> str:
-        """By what the finished lines could have needed; unknown until there is one."""
+        """Return the time left, from the tokens that finished lines could have needed; "" until there is one."""
         finished = self._total - summary.tokens_left
         if not finished or not summary.tokens_left:
             return ""
@@ -29,7 +29,7 @@ class BatchDisplay(WorkDisplay):
 
 
 def summary_line(summary: Summary, seed: int) -> str:
-    """The one line behind a batch."""
+    """Return the line that follows a batch."""
     parts = [f"{summary.done} of {plural(summary.lines, 'line')}"]
     if summary.refused:
         parts.append(plural(summary.refused, "error"))

@@ -1,6 +1,6 @@
-"""OpenAI's request fields that qmix has no option for: which values are taken, and which are refused. Loads no torch.
+"""OpenAI's request fields that qmix does not support, with the values that it accepts. Loads no torch.
 
-A field is taken where its value leaves the answer as it is anyway. Any other value is an error of that request alone.
+A value is accepted where it does not change the answer. Any other value is an error of that request alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field with the values besides null that change nothing; None where no value changes an answer."""
+    """A field with its neutral values besides null, None where no value changes the answer."""
 
     name: str
     neutral: tuple[Any, ...] | None
@@ -26,7 +26,7 @@ class Field:
             return True
         try:
             value = msgspec.json.decode(raw)
-        except msgspec.DecodeError:  # a number beyond all others
+        except msgspec.DecodeError:  # a number out of range
             return False
         return value is None or any(_same(value, neutral) for neutral in self.neutral)
 
@@ -80,7 +80,7 @@ TOOL_ROLES = ("tool", "function")
 
 
 def not_taken(fields: Iterable[Field], given: Mapping[str, msgspec.Raw], where: str = "") -> str | None:
-    """Return what is said of the first field whose value would change the answer, None where all are taken."""
+    """Return the message about the first field whose value would change the answer, None where there is none."""
     for field in fields:
         if field.name in given and not field.takes(given[field.name]):
             return f"{where}{field.name}: qmix takes only {taken(field)} ({field.why}); leave it out"
@@ -88,10 +88,10 @@ def not_taken(fields: Iterable[Field], given: Mapping[str, msgspec.Raw], where: 
 
 
 def taken(field: Field) -> str:
-    """Return the values that are taken, as JSON."""
+    """Return the accepted values as JSON."""
     return " or ".join(["null", *(json.dumps(value) for value in field.neutral or ())])
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equal as JSON: 0 is 0.0, and false is not 0."""
+    """Return whether two values are equal as JSON: 0 is 0.0, and false is not 0."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)

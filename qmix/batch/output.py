@@ -1,7 +1,7 @@
-"""The file of answers: whole lines that are on the disk, one run at a time, and a run that goes on where it ended.
+"""The file of answers, from which an interrupted run continues. Loads no torch.
 
-Beside OUT.jsonl lies OUT.jsonl.qmix.json, which says what the answers belong to: input, model, options. It is written
-before the first answer. Loads no torch.
+Its lines are whole and on the disk; one run at a time writes it. OUT.jsonl.qmix.json beside OUT.jsonl holds what the
+answers belong to: input, model, options. It is written before the first answer.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from qmix.errors import QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
-LONGEST_LINE = 256 * 2**20  # bytes: an answer of 65,536 tokens with the 20 likeliest at each place has half of that
+LONGEST_LINE = 256 * 2**20  # bytes: twice an answer of 65,536 tokens with 20 logprobs each
 ELSEWHERE = "choose another name for the answers"
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """The fields of an answer's line that are read back."""
+    """The fields of an answer that are read back."""
 
     custom_id: str
     error: dict[str, msgspec.Raw] | None
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """The choices that a run takes over from the one before it."""
+    """The choices that a run takes over from an earlier one."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int
@@ -41,9 +41,9 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 
 class Answers(Protocol):
-    """Where answers go. `done` are the ids that have a line, `refused` how many of those say an error.
+    """A destination of answers. `done` are the ids that have a line, `refused` is the number of errors among them.
 
-    `lasting` says whether a later run finds them.
+    `lasting` is true where a later run finds the answers.
     """
 
     @property
@@ -57,7 +57,7 @@ class Answers(Protocol):
 
 
 class StreamAnswers:
-    """Answers that go to a stream, and are gone with it."""
+    """Answers written to a stream, which a later run cannot read."""
 
     lasting = False
 
@@ -77,10 +77,10 @@ class StreamAnswers:
 
 
 class FileAnswers:
-    """Answers in a file, held by one run at a time; close it, or use it as a context manager.
+    """Answers in a file, locked by one run at a time; close it, or use it as a context manager.
 
-    A last line that was cut off is dropped. Raises UsageError where the file is no output of a batch or belongs to
-    another, QmixError where it cannot be written.
+    A truncated last line is dropped. Raises UsageError where the file is not the output of this batch, QmixError where
+    it cannot be written.
     """
 
     lasting = True
@@ -101,8 +101,10 @@ class FileAnswers:
         self._file.close()
 
     def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """What the answers belong to: `subject`, which must be that of the file where it has answers, and `chosen`,
-        which a run takes over from the one before it."""
+        """Return the choices of this run: those of the file if it has answers, else `chosen`, which is written.
+
+        Raises UsageError where the file has answers to another `subject`: other input, model or options.
+        """
         known = self._known()
         if known is None and self.done:
             raise UsageError(f"{self.path}: exists without its {self.manifest.name}; choose another name, or delete it")
@@ -117,11 +119,11 @@ class FileAnswers:
         return dict(chosen)
 
     def append(self, lines: list[bytes]) -> None:
-        """Add lines, and return when they are on the disk."""
+        """Append lines, and return when they are on the disk."""
         self._file.append(lines)
 
     def _read(self) -> tuple[set[str], int]:
-        """Ids that have a line, and how many of them say an error."""
+        """Return the ids that have a line, and the number of errors among them."""
         done: set[str] = set()
         refused = 0
         for number, raw in enumerate(self._file.lines(LONGEST_LINE), 1):
@@ -147,7 +149,7 @@ class FileAnswers:
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Where two runs differ: options with both values, what is known by a checksum by name."""
+    """Return how two runs differ: options with both values, files by name."""
     found = []
     for name in [*known, *(name for name in asked if name not in known)]:
         was, now = known.get(name), asked.get(name)

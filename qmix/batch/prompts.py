@@ -1,4 +1,4 @@
-"""From lines to what the model is asked: templates applied, ids counted, room for the answer."""
+"""Turn lines into requests to the model: apply templates, count tokens, leave room for the answer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from qmix.units import plural
 
 
 class LineRefused(Exception):
-    """What the model cannot answer, and why."""
+    """A line that the model cannot answer; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Makes requests of lines: `encoder` has the tokenizer and what prompt and answer may take together, `options` are
-    Sampling's fields for lines that have none of their own, `seed` is the run's. Where the template has no place for a
-    system text it goes into the first turn of the user."""
+    """Makes requests from lines.
+
+    `encoder` has the tokenizer and the context of prompt and answer, `options` are Sampling's fields for lines that do
+    not set them, `seed` is that of the run. Where the template has no system role, the system message is put into the
+    first turn.
+    """
 
     encoder: PromptEncoder
     template: ChatTemplate | None
@@ -33,9 +36,9 @@ class Asking:
     seed: int
 
     def request(self, line: Line) -> Request:
-        """Raises LineRefused where the model cannot answer it.
+        """Return the request of a line. Raises LineRefused where the model cannot answer it.
 
-        A line with a seed of its own draws by that alone, all others by the run's seed and their id.
+        A line with its own seed is sampled with that; any other with the run's seed and its id.
         """
         if line.refused is not None:
             raise LineRefused(line.refused)
@@ -72,7 +75,7 @@ class Asking:
         if not self.template.takes_system and roles in (["system"], ["system", "user"]):
             content = "\n\n".join(message["content"] for message in messages[:2])
             messages = [{"role": "user", "content": content}, *messages[2:]]
-        if len(messages) >= self.encoder.context:  # a template puts tokens around each
+        if len(messages) >= self.encoder.context:  # a template adds tokens to each
             raise self.encoder.too_long(f"the prompt has {plural(len(messages), 'message')}")
         try:
             text = self.template.text(messages, True)

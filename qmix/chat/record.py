@@ -1,12 +1,12 @@
-"""A session as a JSON file: who said what, the token ids of it, and the settings.
+"""A session as a JSON file: turns, their token ids, and the settings.
 
     {"schema": "qmix-chat-1",
      "model": {"name": ..., "parts": {"weights": ..., "tokenizer.json": ...}},
      "system": "...", "settings": {"temperature": 0.7}, "forgotten": 0,
      "turns": [{"user": "...", "answer": "...", "kept": 0, "opening": [1, 3, ...], "answer_ids": [...]}]}
 
-`parts` are the checksums of all that a store's answers depend on. Where a reader has the same, it goes on from the ids;
-another takes the texts. `kept` and `opening` are as in `Turn`.
+`parts` are the checksums of the files that a store's answers depend on. With the same parts a session continues from
+the ids, else from the texts. `kept` and `opening` are as in `Turn`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class SavedTurn(msgspec.Struct):
-    """A turn, as in `Turn` but for the system text."""
+    """A turn, as in `Turn` without the system prompt."""
 
     user: str
     answer: str
@@ -46,14 +46,14 @@ class SavedTurn(msgspec.Struct):
 
 
 class SavedModel(msgspec.Struct):
-    """The model that a session was saved with."""
+    """The model of a saved session."""
 
     name: str | None
-    parts: dict[str, str] = {}  # none of an earlier qmix
+    parts: dict[str, str] = {}  # empty in files of earlier versions
 
 
 class SavedSession(msgspec.Struct):
-    """The content of a file."""
+    """The content of a session file."""
 
     schema: str
     model: SavedModel
@@ -64,7 +64,7 @@ class SavedSession(msgspec.Struct):
 
 
 def save(session: Session, path: Path) -> None:
-    """Write the session; the file is replaced at once or not at all, and private. Raises SessionError."""
+    """Write the session to a private file, replaced in one step. Raises SessionError."""
     conversation = session.conversation
     rendered = all(turn.system == conversation.system for turn in conversation.turns)
     turns = conversation.turns if rendered else [_text_alone(turn) for turn in conversation.turns]
@@ -80,15 +80,15 @@ def save(session: Session, path: Path) -> None:
         with written_whole(path) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
-    except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a lone surrogate, a NUL in the name
         advice = write_advice(error, ELSEWHERE) if isinstance(error, OSError) else "remove that text"
         raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}") from None
 
 
 def load(session: Session, path: Path) -> str | None:
-    """Put a saved conversation and its settings into the session; a notice where ids could not be used.
+    """Load a saved conversation and its settings into the session. Returns a notice where its ids cannot be used.
 
-    Raises SessionError, and leaves the session as it is, where the file is none of ours.
+    Raises SessionError, and leaves the session unchanged, where the file cannot be used.
     """
     saved = _read(path)
     turns = [
@@ -117,7 +117,7 @@ def load(session: Session, path: Path) -> str | None:
 
 
 def save_cache(session: Session, path: Path) -> int:
-    """Write the KV cache of the conversation beside its session file; returns how many tokens. Raises SessionError."""
+    """Write the KV cache beside the session file and return its tokens. Raises SessionError."""
     try:
         return session.runner.save_cache(kv_path(path))
     except OSError as error:
@@ -126,7 +126,7 @@ def save_cache(session: Session, path: Path) -> int:
 
 
 def load_cache(session: Session, path: Path) -> str | None:
-    """Read the KV cache beside a session file, if there is one; what to say about it."""
+    """Read the KV cache beside a session file, if there is one, and return a notice about it."""
     path = kv_path(path)
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""The commands of a chat, beginning with a slash."""
+"""The commands of a chat, which begin with a slash."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from qmix.units import format_bytes, plural
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command comes to: lines to show, and perhaps a turn to ask, or the end.
+    """The outcome of a command: lines to show, and perhaps a turn to ask or the end of the chat.
 
-    `again` makes the turn take the place of the last one.
+    With `again` the turn replaces the last one.
     """
 
     lines: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class SlashCommand:
-    """`takes` says what stands behind the name, in brackets where it may be left out; "" for nothing."""
+    """A command. `takes` names its arguments, in brackets where they are optional."""
 
     takes: str
     help: str
@@ -40,7 +40,7 @@ class SlashCommand:
 
 
 def run(line: str, session: Session) -> Outcome:
-    """Do what a line that begins with a slash says. Raises QmixError where that is not possible."""
+    """Run the command of a line that begins with a slash. Raises QmixError where it fails."""
     name, _, rest = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
     if command is None:
@@ -109,7 +109,7 @@ def _save(session: Session, rest: str) -> Outcome:
 
 
 def load(session: Session, path: Path) -> Outcome:
-    """Take a saved session's place in this one."""
+    """Load a saved session into this one."""
     notices = [record.load(session, path), record.load_cache(session, path)]
     told = f"loaded {plural(len(session.conversation.turns), 'turn')} from {path}"
     return Outcome((told, *(notice for notice in notices if notice)))

@@ -1,4 +1,4 @@
-"""Say what a directory or repository is that holds something else than a Mixtral's weights in half precision."""
+"""Refuse files that are not a Mixtral's weights in half precision, and name what they are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qmix.errors import CheckpointError, UsageError
 from qmix.files import read_json
 
 HALF_NEEDED = "give the half-precision checkpoint that it was made from"
-_QUANTISED = re.compile(  # tensors that only formats of quantised weights have
+_QUANTISED = re.compile(  # tensors that only quantised checkpoints have
     r".*(\.(qweight|qzeros|scales|g_idx|SCB|weight_(format|scale|scale_inv|packed|shape|zero_point))"
     r"|\.weight_scale_2|\.input_scale|\.(absmax|nested_absmax|quant_map|nested_quant_map)|\.quant_state\..*)"
 )
@@ -25,7 +25,7 @@ class _Adapter(msgspec.Struct):
 
 
 def check_file(path: Path) -> None:
-    """Raise UsageError for a file that is given in place of a directory."""
+    """Raise UsageError where a path is a file."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -36,9 +36,9 @@ def check_file(path: Path) -> None:
 
 
 def hub_snapshot(path: Path) -> Path:
-    """Return the snapshot inside a `models--ORG--NAME` folder of the hub's cache, or the path itself if it is none.
+    """Return the snapshot inside a `models--ORG--NAME` folder of the Hub cache, or `path` if it is another directory.
 
-    Raises CheckpointError where there are several and none of them is the main branch.
+    Raises CheckpointError where there are several snapshots and none is the main branch.
     """
     snapshots = path / "snapshots"
     if not (path.name.startswith("models--") and snapshots.is_dir()):
@@ -55,7 +55,7 @@ def hub_snapshot(path: Path) -> Path:
 
 
 def check_files(source: Source) -> None:
-    """Raise CheckpointError for adapters and GGUF files, by the names of the files that are there."""
+    """Raise CheckpointError where the file names are those of an adapter or a GGUF model."""
     there = source.files()
     adapter = source.small_file("adapter_config.json")
     if adapter is not None:
@@ -72,7 +72,7 @@ def check_files(source: Source) -> None:
 def check_not_quantised(where: str, config: dict[str, Any], tensors: Iterable[tuple[str, str]]) -> None:
     """Raise CheckpointError where `tensors` (name, type) are those of a quantised checkpoint.
 
-    What the config says of quantising counts only beside such tensors: weights in half precision are what they are.
+    A quantization_config alone is ignored: some checkpoints in half precision have one.
     """
     named = config.get("quantization_config") or config.get("quantization")
     method = named.get("quant_method") if isinstance(named, dict) else None

@@ -19,6 +19,7 @@ from qmix.commands.shared import (
     context_option,
     dtype_option,
     hold_to,
+    max_new_tokens_option,
     model_or_default,
     out,
     plan_option,
@@ -48,7 +49,7 @@ BATCH_HELP = "sequences computed together [chosen by the plan]"
 @clip_option
 @dtype_option
 @plan_option
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@max_new_tokens_option
 @sampling_options
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="print the summary as one JSON object on stdout")

@@ -37,7 +37,7 @@ NEW_HELP = "numbers of tokens to generate, such as 128 or 128,512; 0 for none [1
 @plan_option
 @click.option("-p", "--prompt-tokens", multiple=True, metavar="LIST", default=["512"], help=PROMPTS_HELP)
 @click.option("-n", "--new-tokens", multiple=True, metavar="LIST", default=["128"], help=NEW_HELP)
-@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="runs of each test")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of a table")
 def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **options: Any) -> None:
     """Measure MODEL's speed and compare it with the roofline.

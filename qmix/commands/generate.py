@@ -10,7 +10,16 @@ from typing import Any
 
 import click
 
-from qmix.commands.shared import MODEL_HELP, draft_option, given, loaded, loading_options, out, sampling_options
+from qmix.commands.shared import (
+    MODEL_HELP,
+    draft_option,
+    given,
+    loaded,
+    loading_options,
+    max_new_tokens_option,
+    out,
+    sampling_options,
+)
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT
 
@@ -19,7 +28,7 @@ from qmix.files import TEXT_LIMIT
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
 @loading_options
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@max_new_tokens_option
 @sampling_options
 @draft_option
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of streamed text")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before progress is shown
 MODEL_HELP = "a store, a checkpoint directory, a Hub id (org/name[@revision]), or the embedded `tiny`"
-PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; of some, as in nf4,0.*=int8,*.3=half"
+PRECISION_HELP = "precision of the experts: nf4 (default), fp4, int8, half; of some, as in nf4,0.*=int8,*.3=half"
 CLIP_HELP = "choose the scales of 4-bit blocks by least squared error; see docs/fidelity.md"
 
 
@@ -69,7 +69,10 @@ clip_option = click.option("--clip", is_flag=True, help=CLIP_HELP)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16"]),
-    help="of the dense weights [the checkpoint's own]",
+    help="precision of the dense weights [the checkpoint's own]",
+)
+max_new_tokens_option = click.option(
+    "--max-new-tokens", type=int, default=256, show_default=True, help="most tokens to generate"
 )
 ram_option = click.option(
     "--ram", type=Size(), metavar="SIZE", help="memory of the whole process, such as 12GiB [90% of free memory]"
@@ -85,7 +88,11 @@ plan_option = click.option(
     help="a plan written by `qmix plan --json`, in place of --ram and --context",
 )
 attention_option = click.option(
-    "--attn", type=click.Choice(["eager", "sdpa", "flash_attention_2"]), default="sdpa", show_default=True
+    "--attn",
+    type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
+    default="sdpa",
+    show_default=True,
+    help="attention implementation",
 )
 
 

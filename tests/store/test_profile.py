@@ -116,7 +116,7 @@ def test_auto_is_what_was_chosen_or_what_bytes_buy():
     assert PROFILE.spec("auto", 6 * FOUR + 2 * EIGHT, *asked) == "nf4,0.0=int8,1.1=int8"
     assert PROFILE.spec("auto", 2**40, *asked) == "half"
     without = Profile("org/small", "abc", USE)
-    assert "does not say what quantisation costs" in refusal(without.spec, "auto", 2**40, *asked)
+    assert "has no quantisation errors" in refusal(without.spec, "auto", 2**40, *asked)
     refusal(PROFILE.spec, None, 8 * FOUR - 1, *asked, kind=DoesNotFitError)
 
 

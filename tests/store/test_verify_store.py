@@ -87,7 +87,7 @@ def test_a_store_that_is_well_is_one_line_of_figures(qmix, store):
     done = qmix("verify", store)
     assert done.status == 0
     (line,) = done.out.splitlines()
-    assert line.startswith(f"{store}: all well, ")
+    assert line.startswith(f"{store}: no damage found, ")
     assert " in 25 parts and 3 small files, read at " in line
     found = json.loads(qmix("verify", store, "--json").out)
     whole = sum(part.nbytes for part in verify_store_parts(open_store(store)))
@@ -104,7 +104,7 @@ def test_everything_damaged_is_told_with_file_and_bytes(qmix, store, made):
     expected = damage_some(store, made)
     done = qmix("verify", store)
     assert (done.status, done.out.splitlines()) == (1, expected)
-    assert done.lines[-1] == f"qmix: {store}: 4 parts are damaged; repair it with `qmix quantize {store}`"
+    assert done.lines[-1] == f"qmix: {store}: 4 damaged parts; repair it with `qmix quantize {store}`"
     content = qmix("verify", store, "--json")
     assert content.status == 1
     damaged = json.loads(content.out)["damaged"]
