@@ -63,7 +63,7 @@ def test_both_forms_come_back_as_openais_output(run, tmp_path):
     }
     done = run(*LINES, {"custom_id": "chat", **openai}, {"custom_id": "text", **completion})
     assert (done.status, done.out) == (0, ""), done.err
-    assert done.lines[0] == "lines name 'gpt-4o' as their model; tiny answers all of them"
+    assert done.lines[0] == "lines name 'gpt-4o' as their model; all are answered by tiny"
     assert re.fullmatch(SUMMARY.format(done=7, lines=7, batch=7), done.lines[1]), done.err
     found = read(tmp_path / "out.jsonl")
     assert found.keys() == {*(line["id"] for line in LINES), "chat", "text"}
@@ -215,7 +215,7 @@ def test_answers_of_another_run_are_left_alone_and_the_difference_is_said(run, t
     before = (tmp_path / "out.jsonl").read_bytes()
     done = run(*lines, options=options)
     assert done.status == 2
-    assert f"out.jsonl: has answers of another run ({differs}); give what it was begun with" in done.lines[-1]
+    assert f"out.jsonl: has answers from another run ({differs}); use the options of that run" in done.lines[-1]
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -227,7 +227,7 @@ def test_a_file_that_is_no_output_is_left_alone(run, tmp_path):
         "choose another name, or delete the file"
     ]
     output.write_text(json.dumps({"custom_id": "a", "error": None}) + "\n")
-    assert "is there, without out.jsonl.qmix.json" in run().lines[-1]
+    assert "exists without its out.jsonl.qmix.json" in run().lines[-1]
     assert output.read_text() == json.dumps({"custom_id": "a", "error": None}) + "\n"
 
 
@@ -263,7 +263,7 @@ MANIFEST = {"schema": "qmix-batch-1", "subject": {"input": "a"}, "chosen": {"see
         (json.dumps(MANIFEST | {"chosen": {"seed": "x", "created": 2}}), "chosen.seed: expected int, got str"),
         (json.dumps(MANIFEST | {"chosen": {"seed": -1, "created": 2}}), "chosen.seed: expected int >= 0"),
         (json.dumps(MANIFEST | {"chosen": {"seed": 1}}), "chosen: object missing required field created"),
-        (json.dumps(MANIFEST | {"schema": "qmix-batch-9"}), "of another version of qmix"),
+        (json.dumps(MANIFEST | {"schema": "qmix-batch-9"}), "from another version of qmix"),
     ],
 )
 def test_a_manifest_that_is_damaged_is_named(tmp_path, content, told):

@@ -115,7 +115,7 @@ def test_an_odd_session_is_an_error_line_and_the_conversation_goes_on(qmix, tmp_
     for number, name in enumerate(ODD):
         assert done.lines[number].startswith(f"qmix: {tmp_path}/{number}: "), name
     assert done.lines[-2].startswith("qmix: /set stop \\x: ")
-    assert done.lines[-1] == "qmix: --stop: not UTF-8 text (character 1)"
+    assert done.lines[-1] == "qmix: /set stop: not UTF-8 text (character 1)"
     assert done.out == qmix(*CHAT, "-q", stdin=typed(ASK, MORE)).out
 
 

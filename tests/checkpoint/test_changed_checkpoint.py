@@ -72,7 +72,7 @@ def test_a_run_does_not_go_on_with_a_checkpoint_that_changed(
 ) -> None:
     interrupt_store(checkpoint, tmp_path / "s", SPEC, after=30)  # of 39 weights, the last in their files' order
     change(checkpoint / f"model-0000{shard}-of-00003.safetensors")
-    with pytest.raises(StoreError, match=r"s\.partial: begun with another checkpoint; delete that directory"):
+    with pytest.raises(StoreError, match=r"s\.partial: started with another checkpoint; delete that directory"):
         make_store(checkpoint, tmp_path / "s", SPEC)
     assert not (tmp_path / "s").exists()
 

@@ -80,7 +80,7 @@ def test_names_that_are_not_there(hub: HubServer) -> None:
             {"status": 404, "code": "RepoNotFound"},
             "org/name: not on {url}, or private; check the name, or set HF_TOKEN",
         ),
-        ({"status": 418}, "org/name: {url} answers with HTTP 418; if it seems passing, " + KEPT),
+        ({"status": 418}, "org/name: {url} answers with HTTP 418; if the failure looks temporary, " + KEPT),
     ],
 )
 def test_refusals(hub: HubServer, fault: dict[str, Any], message: str) -> None:

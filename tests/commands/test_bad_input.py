@@ -165,7 +165,7 @@ def test_one_line_names_what_is_wrong_and_what_to_do(qmix, first_use, stage, wro
         assert done.lines[-1] == told
     else:
         progress = [line for line in done.lines if line.startswith("quantizing ")]
-        notice = [line for line in done.lines if line.startswith("no model named: ")]
+        notice = [line for line in done.lines if line.startswith("no model given: ")]
         assert done.err == "".join(f"{line}\n" for line in (*notice, *progress, told))
     assert listing(stage, first_use.cache) == before
     shutil.rmtree(stage / "new.partial", ignore_errors=True)

@@ -150,7 +150,7 @@ def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
         (("generate", "x", "-m", "tiny", "--plan", "{plan}"), "a model of other sizes"),
         (("generate", "x", "-m", "tiny", "--plan", "{plan}", "--ram", "1GiB"), "--plan and --ram"),
         (("bench", "tiny", "--plan", "{plan}", "--context", "9"), "--plan and --context"),
-        (("generate", "x", "-m", "mixtral-8x7b"), "its weights are mistralai/Mixtral-8x7B-v0.1"),
+        (("generate", "x", "-m", "mixtral-8x7b"), "only usable with `plan`; to run it, use mistralai/Mixtral-8x7B"),
         (("plan", "tiny", "--gpu", "none", "--gpu", "1GiB"), "--gpu none"),
         (("plan", "tiny", "--gpu", "big"), "--gpu: 'big' is not a size"),
         (("plan", "tiny", "--compare", "1GiB+x,2GiB"), "--compare: 'x' is not a size"),

@@ -76,7 +76,7 @@ def test_the_command_shows_a_table_and_a_line(qmix, text):
     assert run.status == 0, run.err
     lines = [line.split() for line in run.out.splitlines() if line.strip()]
     assert [line[0] for line in lines if line[0] in ("half", "nf4")] == ["half", "nf4"]
-    assert "79 tokens predicted in windows of 1024, against half" in run.err
+    assert "79 predicted tokens, windows of 1024, reference half" in run.err
 
 
 def test_a_budget_that_is_too_small_is_refused_before_any_work(qmix, text):

@@ -282,7 +282,7 @@ def test_results_are_of_one_model_and_survive_a_cut_line(tmp_path):
         first, second = results.key(b"score", b"a", b"bc"), results.key(b"score", b"ab", b"c")
         assert first != second
         results.add({first: [-1.5, True]})
-        with pytest.raises(QmixError, match="another qmix is writing it"):
+        with pytest.raises(QmixError, match="another qmix process is writing it"):
             Results(tmp_path, "one")
     with (tmp_path / REQUESTS).open("ab") as file:
         file.write(b'{"key": "00')

@@ -272,7 +272,7 @@ def test_an_interrupted_run_goes_on_only_as_it_began(checkpoint: Path, tmp_path:
         store = tmp_path / f"s{clip}"
         interrupt_store(checkpoint, store, SPEC, 5, clip)
         told = refusal(checkpoint, store, SPEC, None, not clip)
-        assert told == f"{store}.partial: begun with another clip; delete that directory, or choose another name"
+        assert told == f"{store}.partial: started with another clip; delete that directory, or choose another name"
         files = files_of(make_store(checkpoint, store, SPEC, clip=clip).directory)
         assert (files == whole) is clip
 

@@ -217,9 +217,9 @@ def test_a_precision_spec_names_every_expert(spec: str, table: str) -> None:
         ("nf4,0.*=int4", "'int4' is not a precision"),
         ("nf4,0.*", "'0.*' is not a rule; write LAYER.EXPERT=PRECISION"),
         ("nf4,", "'' is not a rule; write LAYER.EXPERT=PRECISION"),
-        ("nf4,2.*=int8", "'2.*=int8' names no expert"),
-        ("nf4,0.4=int8", "'0.4=int8' names no expert"),
-        ("nf4,=int8", "'=int8' names no expert"),
+        ("nf4,2.*=int8", "'2.*=int8' matches no expert"),
+        ("nf4,0.4=int8", "'0.4=int8' matches no expert"),
+        ("nf4,=int8", "'=int8' matches no expert"),
     ],
 )
 def test_a_spec_that_says_nothing_is_refused(spec: str, message: str) -> None:

@@ -43,7 +43,7 @@ def test_the_example_of_the_docstring():
     assert allocator.within(3) == Allocation((("int8", "nf4"),), 3, 4)
     assert allocator.within(100) == Allocation((("int8", "int8"),), 4, 3)
     assert allocator.smallest == 2
-    with pytest.raises(DoesNotFitError, match="at the least; give 2 bytes or more") as caught:
+    with pytest.raises(DoesNotFitError, match="take at least 2 B; give 2 bytes or more") as caught:
         allocator.within(1)
     assert caught.value.smallest == 2
 
@@ -136,8 +136,8 @@ def test_a_table_as_text_is_read_as_that_table(table):
         (Profile("small", None, ((1.5, 0.2, 0.2, 0.1), USE[1])), "not between 0 and 1"),
         (Profile("small", None, ((0.5, 0.5, 0.5, 0.2), USE[1])), "do not add up to 2"),
         (Profile("small", None, USE, {"nf4": USE[:1]}), "other layers or experts"),
-        (Profile("small", None, USE, {"nf4": ((1.0, 1.0, 1.0, -1.0), USE[1])}), "not a number from 0 on"),
-        (Profile("small", None, USE, {"nf4": ((1.0, 1.0, 1.0, float("nan")), USE[1])}), "not a number from 0 on"),
+        (Profile("small", None, USE, {"nf4": ((1.0, 1.0, 1.0, -1.0), USE[1])}), "not a number of at least 0"),
+        (Profile("small", None, USE, {"nf4": ((1.0, 1.0, 1.0, float("nan")), USE[1])}), "not a number of at least 0"),
         (Profile("small", None, USE, precisions=(("nf4",) * 4, ("nf5",) * 4)), "a precision is not one of"),
         (Profile("small", None, USE, policy="clairvoyant"), "the policy 'clairvoyant' is not one of"),
     ],

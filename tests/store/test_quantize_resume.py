@@ -194,7 +194,7 @@ def test_a_store_begun_for_something_else_says_what_differs(
     partial = begun.with_name("s.partial")
     before = files_of(partial)
     assert refusal(checkpoint, begun, spec, dtype) == (
-        f"{partial}: begun with another {differs}; delete that directory, or choose another name"
+        f"{partial}: started with another {differs}; delete that directory, or choose another name"
     )
     assert files_of(partial) == before
 

@@ -184,10 +184,10 @@ def test_a_batch_does_not_go_on_with_another_store(commands, store: Path, tmp_pa
     EDITS[name](store)
     refused = commands(*argv)
     assert refused.status == 2
-    assert f"has answers of another run (another {name}); give what it was begun with" in refused.lines[-1]
+    assert f"has answers from another run (another {name}); use the options of that run" in refused.lines[-1]
     (store / name).unlink()
     if name in EDITABLE:
-        assert f"another run (now without {name}); give" in commands(*argv).lines[-1]
+        assert f"another run (now without {name}); use" in commands(*argv).lines[-1]
     for each, content in original.items():
         (store / each).write_bytes(content)
     assert commands(*argv).status == 0

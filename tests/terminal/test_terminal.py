@@ -104,7 +104,7 @@ def test_an_impatient_second_ctrl_c_shows_no_traceback(qmix):
 
 def test_no_prompt_on_a_terminal_is_an_error_and_no_waiting(qmix):
     terminal = on_terminal("generate")
-    assert end(terminal) == "qmix: no prompt: give one as an argument, or on stdin\r\n"
+    assert end(terminal) == "qmix: no prompt: give one as an argument or on stdin\r\n"
     assert terminal.exitstatus == 2
 
 
