@@ -1,6 +1,6 @@
-"""The command line: exit codes, and what becomes of a failure; the commands are in `qmix.commands`.
+"""The command line: runs a command of `qmix.commands` and turns failures into messages and exit codes.
 
-stdout carries the answer, stderr the rest. The exit codes are those of `qmix.errors.EXIT_CODES`.
+stdout has the answer, stderr the rest. The exit codes are those of `qmix.errors.EXIT_CODES`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from qmix.commands import Commands
+from qmix.commands import Commands, in_options
 from qmix.errors import QmixError
 from qmix.kernels.cpu.paths import environment
 from qmix.version import __version__
@@ -29,19 +29,19 @@ def qmix() -> None:
 
 
 def _run() -> Any:
-    """Run the command that was typed; click's own `main` would put an empty line before an interrupt's."""
-    if "_QMIX_COMPLETE" in os.environ:  # the shell asks what could follow
+    """Run the command in sys.argv; click's own `main` prints an empty line before the message of an interrupt."""
+    if "_QMIX_COMPLETE" in os.environ:  # shell completion
         return qmix.main()
     with qmix.make_context("qmix", sys.argv[1:]) as context:
         return qmix.invoke(context)
 
 
 def main(run: Callable[[], Any] = _run) -> None:
-    """The console command: every failure is one line on stderr and an exit code."""
+    """Run the console command; a failure is one line on stderr and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that the locale lacks is no reason to stop
+        sys.stdout.reconfigure(errors="replace")  # do not fail at a character that the locale lacks
     try:
-        if "QMIX_CPU" in os.environ:  # which instructions the kernels may use; child processes keep to them too
+        if "QMIX_CPU" in os.environ:  # the instructions that kernels may use, in child processes too
             os.environ.update(environment(os.environ["QMIX_CPU"]))
         status = run()
     except click.exceptions.Exit as done:
@@ -55,8 +55,8 @@ def main(run: Callable[[], Any] = _run) -> None:
         error.show()
         status = error.exit_code
     except QmixError as error:
-        status = _fail(str(error), error.exit_code)
-    except BrokenPipeError:  # whoever read stdout is gone: nothing is left to say it to
+        status = _fail(in_options(error), error.exit_code)
+    except BrokenPipeError:  # the reader of stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
     except OSError as error:
@@ -66,7 +66,7 @@ def main(run: Callable[[], Any] = _run) -> None:
     except Exception as error:
         if os.environ.get("QMIX_DEBUG"):
             raise
-        status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows where", 1)
+        status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows the traceback", 1)
     sys.exit(status or 0)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.files import read_text
 
 LANGUAGES = ("en", "fr", "de", "es", "it")
@@ -77,7 +77,7 @@ def windows(passages: Sequence[Passage], length: int, tokens: int | None = None)
                 found.append(Passage(passage.language, window))
                 left -= len(window)
     if not found:
-        raise UsageError("the text gives no token to predict; give a longer one, or more --tokens")
+        raise UsageError(f"the text has no token to predict; give a longer text, or more {arg('tokens')}")
     return found
 
 
@@ -85,5 +85,5 @@ def _texts(path: Path) -> list[str]:
     content = read_text(path)
     texts = [stripped for text in SEPARATOR.split(content) if (stripped := text.strip())]
     if not texts:
-        raise UsageError(f"{path}: holds no text; give a file that has some")
+        raise UsageError(f"{path}: has no text; give another file")
     return texts

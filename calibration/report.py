@@ -15,7 +15,7 @@ from calibration.routing import RoutingStatistics
 from calibration.run import UNKNOWN, Calibration
 from calibration.tables import UseMap, error_table, hit_table, language_table
 from qmix.pool.replay import BELADY
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +59,19 @@ def draw(found: Calibration, path: Path) -> None:
 def _sentences(found: Calibration, pool: PoolSize | None) -> Iterator[str]:
     routing, replay, geometry = found.routing, found.replay, found.geometry
     tokens = sum(routing.tokens.values())
-    yield f"{tokens} tokens; {routing.total.min()} to {routing.total.max()} for each expert"
+    yield f"{tokens} tokens; each expert got {routing.total.min()} to {routing.total.max()} of them"
     chance = geometry.experts_per_token / geometry.num_experts
     if not np.isnan(routing.repeated).all():
-        yield f"same expert as the previous token: {np.nanmean(routing.repeated):.0%} ({chance:.0%} by chance)"
-    yield f"correct guesses: {_guesses(routing)}"
+        yield f"experts shared with the previous token: {np.nanmean(routing.repeated):.0%} ({chance:.0%} by chance)"
+    yield f"experts predicted correctly: {_guesses(routing)}"
     if pool is not None:
         best = replay.best(pool.slots)
         yield (
-            f"this machine: {format_bytes(pool.ram)} of RAM for {min(pool.slots, replay.records)} of {replay.records} "
-            f"experts; best policy: {best} ({replay.hit_rate(best, pool.slots):.1%} hits, "
+            f"with {format_bytes(pool.ram)} of RAM, {min(pool.slots, replay.records)} of {replay.records} experts are "
+            f"in memory: best policy {best} ({replay.hit_rate(best, pool.slots):.1%} hits, "
             f"at most {replay.hit_rate(BELADY, pool.slots):.1%} possible)"
         )
-    yield f"policy in the profile: {found.profile.policy}"
+    yield f"policy of the profile: {found.profile.policy}"
 
 
 def _guesses(routing: RoutingStatistics) -> str:
@@ -81,4 +81,4 @@ def _guesses(routing: RoutingStatistics) -> str:
         for ahead, column in enumerate(routing.lookahead.T, 1)
         if not np.isnan(column).all()
     ]
-    return ", ".join(f"{share:.0%} {ahead} {'layer' if ahead == 1 else 'layers'} ahead" for ahead, share in shares)
+    return ", ".join(f"{share:.0%} {plural(ahead, 'layer')} ahead" for ahead, share in shares)

@@ -1,11 +1,14 @@
-"""Errors meant for the user: what happened, in which file or option, and what to do.
+"""Errors meant for the user: what happened, in which file or argument, and what to do.
 
-Each class carries the exit code that the command line ends with; a message is one line.
+Each class has the exit code that the command line ends with. A message is one line. It names arguments with `arg`, so
+that a caller from Python reads `context` and a user of the command line `--context`.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 EXIT_CODES = {
@@ -13,35 +16,61 @@ EXIT_CODES = {
     1: "failed",
     2: "wrong usage",
     3: "does not fit the budget; the message names the smallest that does",
-    4: "done but for some lines of a batch, each of which says why",
+    4: "done, except for some lines of a batch; each of these says why",
     130: "interrupted",
 }
-REMAKE = "delete the store and quantize the model again"  # where not even the manifest can be trusted
+LONGEST = 1500  # characters of a message
+REMAKE = "delete the store and quantize the model again"  # when not even the manifest can be trusted
+ARGUMENT = re.compile("⟪([a-z_]+)(?:=([^⟪⟫]*))?⟫")
 
 
 def mending(store: Path) -> str:
-    """Return what to do where something of a store is damaged but its manifest is not."""
-    return f"mend it with `qmix quantize {shlex.quote(str(store))}` (`qmix verify` shows all damage)"
+    """Return the advice for a store that is damaged but has a good manifest."""
+    return f"repair it with `qmix quantize {shlex.quote(str(store))}` (`qmix verify` shows all damage)"
 
 
-LONGEST = 1500  # characters of a message
+def arg(name: str, value: str | None = None) -> str:
+    """Return an argument as a message marks it, with a value where the user should give one.
+
+    UsageError(f"give a larger {arg('context')}, or {arg('ram', '9GiB')}")
+      as text                give a larger context, or ram='9GiB'
+      on the command line    give a larger --context, or --ram 9GiB
+    """
+    return f"⟪{name}⟫" if value is None else f"⟪{name}={value}⟫"
 
 
 class QmixError(Exception):
     """Base of all errors that qmix reports without a traceback.
 
-    As text it is one printable line whatever it quotes: control characters, line ends and halves of surrogate pairs in
-    the names of files, tokens or tensors are escaped, so that they neither break the line nor steer a terminal. A long
-    one loses its middle: what happened is said first, what to do last.
+    Its text is one printable line whatever it quotes: control characters, line ends and lone surrogates in the names
+    of files, tokens or tensors are escaped, so that they neither break the line nor steer a terminal. A long text loses
+    its middle: it begins with what happened and ends with what to do.
     """
 
     exit_code = 1
 
-    def __str__(self) -> str:
+    @property
+    def message(self) -> str:
+        """The text with its arguments still marked, to become a part of another error's."""
         message = super().__str__()
         if not message.isprintable():
             message = "".join(char if char.isprintable() else _escaped(char) for char in message)
         return message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 + 3 :]}"
+
+    def __str__(self) -> str:
+        return self._with(lambda name, value: name if value is None else f"{name}={value!r}")
+
+    def for_command(self, options: Mapping[str, str]) -> str:
+        """Return the text with options in place of arguments: that of `options`, else the name with dashes."""
+
+        def option(name: str, value: str | None) -> str:
+            flag = options.get(name) or f"--{name.replace('_', '-')}"
+            return flag if value is None else f"{flag} {value}"
+
+        return self._with(option)
+
+    def _with(self, shown: Callable[[str, str | None], str]) -> str:
+        return ARGUMENT.sub(lambda found: shown(found[1], found[2]), self.message)
 
 
 def _escaped(char: str) -> str:
@@ -57,11 +86,11 @@ class StoreError(QmixError):
 
 
 class HubError(QmixError):
-    """The Hugging Face hub did not give what was asked of it."""
+    """The Hugging Face Hub did not answer as expected."""
 
 
 class DataError(QmixError):
-    """The data of a task to be evaluated is missing, or cannot be read."""
+    """The data of an evaluation task is missing, or cannot be read."""
 
 
 class SessionError(QmixError):
@@ -69,16 +98,13 @@ class SessionError(QmixError):
 
 
 class UsageError(QmixError):
-    """An option or argument has a value that cannot be used."""
+    """An argument has a value that cannot be used."""
 
     exit_code = 2
 
 
 class DoesNotFitError(QmixError):
-    """The budget cannot hold what must be resident.
-
-    `smallest` is the smallest budget, in bytes, that works.
-    """
+    """The budget cannot hold what must be in memory. `smallest` is the smallest budget that works, in bytes."""
 
     exit_code = 3
 
@@ -88,4 +114,4 @@ class DoesNotFitError(QmixError):
 
 
 class Cancelled(Exception):
-    """The work was stopped because its caller asked for it; not an error of anything."""
+    """The caller stopped the work; not an error."""

@@ -75,7 +75,7 @@ class Geometry:
         if config.get("model_type") != "mixtral":
             raise CheckpointError(f"{where}: model_type is {config.get('model_type')!r}; qmix runs Mixtral models only")
         if config.get("per_layer_config"):
-            raise CheckpointError(f"{where}: per_layer_config: qmix runs models only whose layers are all alike")
+            raise CheckpointError(f"{where}: per_layer_config: qmix runs only models whose layers are all alike")
         read = convert_json(config, _Config, where, CheckpointError)
         sizes = {name: getattr(read, key) for name, key in CONFIG_KEYS.items()}
         if read.num_key_value_heads is None:

@@ -29,7 +29,7 @@ def parse_bytes(text: str | int) -> int:
     bare = str(text).strip()
     if value < LEAST_MEANT and bare[-1].isdecimal():
         meant = f"{bare}{'GiB' if value < 4096 else 'MiB'}"
-        raise UsageError(f"{quoted(text)} is not a size: so few bytes cannot be meant; did you mean {meant}?")
+        raise UsageError(f"{quoted(text)} is not a size: too few bytes; did you mean {meant}?")
     return value
 
 
@@ -48,6 +48,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def plural(count: int, noun: str, many: str = "") -> str:
+    """Return "1 turn" or "2 turns"; `many` is the plural of a noun that takes no s."""
+    return f"{count} {noun if count == 1 else many or noun + 's'}"
+
+
 def parse_rate(text: str) -> float:
     """Return the bytes/s of '25GB/s', '3.2 GB' or '900G'. Raises UsageError."""
     bare = re.sub(r"\s*/\s*s\s*$", "", text).strip()
@@ -62,10 +67,10 @@ def parse_flops(text: str) -> float:
     """Return the FLOP/s of '80TFLOP/s', '800 GFLOPS' or '80T'. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]?)(?:flops?(?:\s*/\s*s)?)?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"{quoted(text)} is not a rate of arithmetic; write it like 80TFLOP/s")
+        raise UsageError(f"{quoted(text)} is not a compute rate; write it like 80TFLOP/s")
     rate = float(match[1]) * _FACTORS[match[2].lower()]
     if rate < LEAST_MEANT and not match[2]:
-        raise UsageError(f"{quoted(text)} is not a rate of arithmetic; did you mean {match[1]}TFLOP/s?")
+        raise UsageError(f"{quoted(text)} is not a compute rate; did you mean {match[1]}TFLOP/s?")
     return rate
 
 

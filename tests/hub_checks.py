@@ -12,7 +12,7 @@ from qmix.errors import HubError
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 COMMIT = "c0ffee" + "0" * 34
-KEPT = "run the same command again, files already done are kept"
+KEPT = "run the same command again (finished files are kept)"
 
 
 def below(folder: Path) -> list[str]:

@@ -151,7 +151,7 @@ def block_with(start: str) -> str:
 
 def test_the_first_command_says_what_the_readme_shows(qmix):
     done = qmix("generate", "Click the button to", "--temperature", "0", "--ram", "1GiB")
-    notice, *rest = masked(block_with("no model named"))
+    notice, *rest = masked(block_with("no model given"))
     assert masked(done.err) == [notice, rest[-1]]
     assert masked(done.out) == rest[:-1]
 

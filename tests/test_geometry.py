@@ -144,7 +144,7 @@ MAY_BE_NULL = ("num_key_value_heads", "sliding_window", "head_dim")
 BAD_CONFIGS = [
     ({"model_type": "llama"}, "model_type is 'llama'"),
     ({"model_type": None}, "model_type is None"),
-    ({"per_layer_config": {"0": {"num_experts_per_tok": 1}}}, "per_layer_config: qmix runs models only whose"),
+    ({"per_layer_config": {"0": {"num_experts_per_tok": 1}}}, "per_layer_config: qmix runs only models whose"),
     *(({key: value}, f"{key} must be a whole number above zero, not {value!r}") for key in SIZES for value in (0, -1)),
     *(
         ({key: value}, f"{key}: expected int{' | null' * (key in MAY_BE_NULL)}, got {kind}")

@@ -1,1 +1,1 @@
-"""`qmix batch`: a file of requests in, a file of answers out."""
+"""Answer a file of requests: `qmix batch`. May import every room up to `engine`."""

@@ -1,28 +1,33 @@
-"""What a batch shows beside its answers: how far it is, how fast, how long still, and what it came to."""
+"""The progress display and the summary line of a batch."""
 
 from __future__ import annotations
 
 from qmix.batch.run import Summary
 from qmix.terminal.progress import JobDisplay, time_left
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 
 class BatchDisplay(JobDisplay):
-    """Called with a summary after each pass."""
+    """A progress display, called with a summary after each pass."""
 
     def __init__(self, title: str) -> None:
         super().__init__(title)
         self._total = 0
 
     def __call__(self, summary: Summary) -> None:
-        self._total = max(self._total, summary.tokens_left)  # what was left at first
+        self._total = max(self._total, summary.tokens_left)  # tokens left at the start
         count, rate = f"{summary.done}/{summary.lines} lines", f"{summary.rate:.1f} tok/s"
         left = self._time_left(summary)
-        told = [f"{summary.done} of {summary.lines} lines", f"{100 * summary.done // summary.lines}%", rate, left]
+        told = [
+            f"{summary.done} of {plural(summary.lines, 'line')}",
+            f"{100 * summary.done // summary.lines}%",
+            rate,
+            left,
+        ]
         self.show(summary.done, summary.lines, told, count=count, rate=rate, left=left)
 
     def _time_left(self, summary: Summary) -> str:
-        """By what the finished lines could have needed; unknown until there is one."""
+        """Return the time left, from the tokens that finished lines could have needed; "" until there is one."""
         finished = self._total - summary.tokens_left
         if not finished or not summary.tokens_left:
             return ""
@@ -30,17 +35,17 @@ class BatchDisplay(JobDisplay):
 
 
 def summary_line(summary: Summary, seed: int) -> str:
-    """The one line behind a batch."""
-    parts = [f"{summary.done} of {summary.lines} lines"]
+    """Return the line that follows a batch."""
+    parts = [f"{summary.done} of {plural(summary.lines, 'line')}"]
     if summary.refused:
-        parts.append(f"{summary.refused} of them errors")
+        parts.append(plural(summary.refused, "error"))
     if summary.resumed:
         parts.append(f"{summary.resumed} from earlier runs")
     if summary.passes:
         parts += [
-            f"{summary.new_tokens} new tokens in {summary.seconds:.2f} s ({summary.rate:.2f} tok/s)",
-            f"{summary.prompt_tokens} prompt tokens",
-            f"{summary.batch} at once",
+            f"{plural(summary.new_tokens, 'new token')} in {summary.seconds:.2f} s ({summary.rate:.2f} tok/s)",
+            plural(summary.prompt_tokens, "prompt token"),
+            f"batch {summary.batch}",
             f"{100 * summary.hit_rate:.1f}% of experts in memory",
             f"{format_bytes(summary.bytes_read)} read",
             f"peak {format_bytes(summary.peak_memory)} of {format_bytes(summary.budget)}",

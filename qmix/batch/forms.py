@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A token as answers report it. `data` are its own bytes, None for a special token, which no text has.
+    """A token in an answer. `data` are its bytes, None for a special token, which is in no text.
 
-    `text` has U+FFFD where these are no whole character; `name` is then `bytes:\\xf0\\x9f`, as OpenAI's completions
-    have it, so that two parts of characters are not taken for the same token.
+    Where the bytes are not whole characters, `text` has U+FFFD, and `name` is `bytes:\\xf0\\x9f` as in OpenAI's
+    completions, so that two parts of characters are not taken for the same token.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Told:
 
 
 def told_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Told]:
-    """Return what tells of a token."""
+    """Return a function from a token id to its `Told`."""
     bytes_of = TokenBytes(tokenizer)
 
     @cache
@@ -52,10 +52,10 @@ def told_by(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Told]:
 
 @dataclass(frozen=True, slots=True)
 class Forms:
-    """What the lines of one run have in common.
+    """Forms the lines of one run.
 
-    `run` is its identity, from which the ids in its lines follow: a line does not depend on when it was computed.
-    `created` is when the run was first begun, in seconds since 1970; `told` tells of one token.
+    The ids in the lines follow from `run`, its identity: a line does not depend on when it was computed. `created` is
+    the start of the first run, in seconds since 1970; `told` describes a token.
     """
 
     run: str
@@ -64,7 +64,7 @@ class Forms:
     told: Callable[[int], Told]
 
     def answered(self, line: Line, answer: BatchResult) -> bytes:
-        """The line of an answer."""
+        """Return the line of an answer."""
         mark = self._mark(line.id)
         chat = line.url == CHAT
         choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason, "logprobs": None}
@@ -92,7 +92,7 @@ class Forms:
         return self._line(line.id, response, None)
 
     def refused(self, name: str, message: str) -> bytes:
-        """The line of a request that the model cannot answer."""
+        """Return the line of a request that cannot be answered."""
         return self._line(name, None, {"code": "invalid_request", "message": message})
 
     def _line(self, name: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bytes:
@@ -124,7 +124,7 @@ class Forms:
         }
 
     def _likeliest(self, chosen: Chosen) -> dict[str, float]:
-        """By name; of two tokens with the same text the likelier, which comes first."""
+        """Return logprobs by name; of two tokens with the same text, that of the likelier."""
         found: dict[str, float] = {}
         for token, logprob in chosen.likeliest:
             found.setdefault(self.told(token).name, logprob)
@@ -132,7 +132,7 @@ class Forms:
 
 
 def offsets(tokens: Sequence[Told]) -> list[int]:
-    """Return how many characters of the text are complete before each token."""
+    """Return the number of complete characters of the text before each token."""
     decoder = getincrementaldecoder("utf-8")(errors="replace")
     found, count = [], 0
     for each in tokens:

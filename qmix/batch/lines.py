@@ -1,9 +1,9 @@
-"""What a file of requests says, checked line by line before anything is computed. Loads no torch.
+"""A file of requests, checked line by line before anything is computed. Loads no torch.
 
-A line is OpenAI's (`custom_id`, `method`, `url`, `body`) or short (`id`, `prompt` or `messages`, options beside them).
-What is wrong in the file itself (JSON, types, ranges, unknown fields, ids) is an error of the file: nothing is run with
-it. A request that is right but cannot be answered becomes an error line among the answers: OpenAI's fields that qmix
-has no option for are refused here, and what only the model can tell (a prompt that is too long for it) is found later.
+A line has OpenAI's form (`custom_id`, `method`, `url`, `body`) or the short one (`id`, `prompt` or `messages`, and
+options). An invalid line (JSON, types, ranges, unknown fields, ids) is an error of the file: nothing is run. A valid
+request that cannot be answered gets an error line among the answers: OpenAI's fields that qmix does not support are
+refused here, and what depends on the model (a prompt that is too long for it) is found later.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ OPENAI_FORM = {"custom_id", "method", "url", "body"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MOST_LOGPROBS = 20
 LONGEST_ID = 512  # bytes
-LINE_LIMIT = TEXT_LIMIT  # bytes of a line, which holds a prompt
-TOLD = 20  # of a file's problems and of the names of its models: more are only counted
-ENTRY_BYTES = 600  # what a line takes in memory besides its id: its place, what it needs, or what is wrong with it
+LINE_LIMIT = TEXT_LIMIT  # bytes of a line
+TOLD = 20  # problems and model names that are kept; more are only counted
+ENTRY_BYTES = 600  # bytes that a line takes in memory besides its id
 T = TypeVar("T")
 
 
 class LineError(UsageError):
-    """What is wrong with a line, in words that go behind its number."""
+    """An invalid line; the text follows the line's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A request: `messages` to answer, or without any a `prompt` to continue, text or ids.
+    """A request: `messages` to answer, or, if empty, a `prompt` (text or ids) to continue.
 
-    `options` are Sampling's fields as far as the line has its own; `logprobs` is how many of the likeliest tokens are
-    told at each place, None for none at all. `model` is what the line calls the model. `refused` says why qmix cannot
-    answer the request, None where nothing in the line itself stands against it.
+    `options` are the fields of Sampling that the line sets. `logprobs` is the number of likeliest tokens to report at
+    each position, None for no logprobs. `model` is the model that the line asks for. `refused` is the reason why qmix
+    cannot answer the request, None where the line has no such reason.
     """
 
     id: str
@@ -59,7 +59,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a line is in the input: its number, counted from 1, and its bytes."""
+    """The place of a line in the input: its number, from 1, and its bytes."""
 
     number: int
     id: str
@@ -68,11 +68,10 @@ class Entry:
 
 
 class Requests:
-    """The lines of a seekable binary file. They stay there: of each only its place and its id are kept.
+    """The lines of a seekable binary file. Only the place and the id of each line are kept in memory.
 
-    `problems` says what is wrong with the first bad lines, `bad` how many there are; `digest` is the sha256 of the
-    whole file, and `models` names that its lines call the model by. `has_system` says whether any line has a system
-    message.
+    `problems` are messages about the first invalid lines, `bad` is the number of invalid lines. `digest` is the sha256
+    of the file, `models` are the models that lines ask for, and `has_system` is true where a line has a system message.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -91,21 +90,21 @@ class Requests:
 
     @property
     def held(self) -> int:
-        """Bytes that the lines take in memory."""
+        """Return the bytes that the lines take in memory."""
         return sum(ENTRY_BYTES + len(entry.id) for entry in self.entries)
 
     def line(self, entry: Entry) -> Line:
-        """The request at a place."""
+        """Return the request of a line."""
         self._file.seek(entry.offset)
         try:
-            return parse_line(self._file.read(entry.size), unique=False)  # which was looked at before
+            return parse_line(self._file.read(entry.size), unique=False)  # checked before
         except LineError as error:
-            raise UsageError(f"line {entry.number}: {error}; the input was changed, give it again as it was") from None
+            raise UsageError(f"line {entry.number}: {error}; the input changed during the run, run it again") from None
 
     def _check(self, entry: Entry, raw: bytes, seen: dict[str, int]) -> None:
         try:
             if entry.size > LINE_LIMIT:
-                raise LineError(f"longer than {LINE_LIMIT} bytes; shorten it (nothing behind it was looked at)")
+                raise LineError(f"longer than {LINE_LIMIT} bytes; shorten it (the lines after it were not checked)")
             line = parse_line(raw)
             if (first := seen.setdefault(line.id, entry.number)) != entry.number:
                 raise LineError(f"duplicate id {line.id!r} (first on line {first})")
@@ -121,7 +120,7 @@ class Requests:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """Yield number, place and bytes of each line; one that is longer than the limit is cut there, and is the last."""
+    """Yield number, offset and bytes of each line; one longer than the limit is cut there, and is the last."""
     file.seek(0)
     offset = number = 0
     while raw := file.readline(LINE_LIMIT + 1):
@@ -133,7 +132,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
 
 
 def copy_lines(source: BinaryIO, target: BinaryIO) -> None:
-    """Copy lines of what cannot be gone back in, up to one that is longer than the limit."""
+    """Copy the lines of a stream, up to the first one longer than the limit."""
     while raw := source.readline(LINE_LIMIT + 1):
         target.write(raw)
         if len(raw) > LINE_LIMIT:
@@ -141,7 +140,7 @@ def copy_lines(source: BinaryIO, target: BinaryIO) -> None:
 
 
 def parse_line(raw: bytes, unique: bool = True) -> Line:
-    """Return the request of a line. Raises LineError, with `unique` also where a key is given twice."""
+    """Return the request of a line. Raises LineError, with `unique` also for a duplicate key."""
     given = _decoded(raw, Fields, unique=unique)
     return _openai(raw, given) if OPENAI_FORM & given.keys() else _short(raw, given)
 
@@ -170,7 +169,7 @@ def _short(raw: bytes, given: Fields) -> Line:
 
 
 def _request(name: str, url: str, body: bytes, refused: str | None) -> Line:
-    """Return the request of a body, `refused` if it is for any reason, or for what its messages or prompt are."""
+    """Return the request of a body; it is refused for the reason `refused`, or for its messages or prompt."""
     asked = _decoded(body, BODIES[url])
     options, logprobs = _options(asked), _logprobs(asked)
     try:
@@ -182,7 +181,7 @@ def _request(name: str, url: str, body: bytes, refused: str | None) -> Line:
 
 
 class _Refused(Exception):
-    """A prompt or message that OpenAI takes and qmix does not."""
+    """A prompt or message that OpenAI supports and qmix does not."""
 
 
 def _checked_id(name: str) -> str:
@@ -200,8 +199,8 @@ def _prompt(asked: CompletionBody) -> str | list[int]:
     if len(ids) == len(asked.prompt):
         return ids
     if len(asked.prompt) > 1:
-        raise _Refused("prompt: qmix takes one prompt a request; give each a line of its own")
-    return asked.prompt[0]  # type: ignore[return-value]  # a text or ids: a list of one
+        raise _Refused("prompt: one prompt per request; put each on its own line")
+    return asked.prompt[0]  # type: ignore[return-value]  # a list of one text or of one list of ids
 
 
 def _messages(asked: ChatBody) -> list[dict[str, str]]:
@@ -216,7 +215,7 @@ def _message(given: Fields, where: str) -> dict[str, str]:
     if refused := not_taken(MESSAGE_FIELDS, given, f"{where}."):
         raise _Refused(refused)
     if message.role in TOOL_ROLES:
-        raise _Refused(f"{where}: role {message.role!r}: qmix calls no tools; leave the message out")
+        raise _Refused(f"{where}: role {message.role!r}: qmix does not call tools; leave the message out")
     if message.role not in ROLES:
         raise LineError(f"{where}: role {message.role[:100]!r}: must be 'system', 'user' or 'assistant'")
     content = message.content if isinstance(message.content, str) else _joined(message.content, where)
@@ -229,12 +228,12 @@ def _joined(parts: list[Part] | None, where: str) -> str:
             raise _Refused(f"{where}.content[{index}]: type {part.type[:100]!r}: the model reads text only")
     texts = [part.text for part in parts or () if part.text is not None]
     if parts is None or len(texts) < len(parts):
-        raise LineError(f"{where}: content must be a text, or a list of parts of type 'text'")
+        raise LineError(f"{where}: content must be text, or a list of parts of type 'text'")
     return "".join(texts)
 
 
 def _options(asked: ChatBody | CompletionBody) -> dict[str, Any]:
-    """Return Sampling's fields, in range."""
+    """Return the fields of Sampling that a request sets. Raises LineError where one is out of range."""
     names = [name for name in Options.__struct_fields__ if name not in ("model", "max_tokens", "stop")]
     options = {name: value for name in names if (value := getattr(asked, name)) is not None}
     most = asked.max_tokens
@@ -249,9 +248,7 @@ def _options(asked: ChatBody | CompletionBody) -> dict[str, Any]:
     try:
         Sampling(**options)
     except UsageError as error:
-        option, rest = str(error).removeprefix("--").split(" ", 1)
-        names_here = {"max-new-tokens": "max_tokens"}
-        raise LineError(f"{names_here.get(option, option.replace('-', '_'))} {rest}") from None
+        raise LineError(str(error).replace("max_new_tokens", "max_tokens", 1)) from None
     return options
 
 
@@ -271,7 +268,7 @@ def _count(name: str, count: int | None) -> int | None:
 
 
 def _decoded(data: bytes, kind: type[T], where: str = "", unique: bool = False) -> T:
-    """Return JSON as `kind`; the place of a failure is told from `where` on."""
+    """Return JSON as `kind`. Raises LineError with the place of the failure, which starts with `where`."""
     try:
         return decode_json(data, kind, where, LineError, unique=unique)
     except LineError as error:
@@ -279,7 +276,7 @@ def _decoded(data: bytes, kind: type[T], where: str = "", unique: bool = False) 
 
 
 def _known(given: Fields, names: Collection[str], where: str = "") -> None:
-    """Every unknown field is named, with what it may have been meant to be."""
+    """Raise LineError where fields are unknown, with the nearest known names."""
     problems = []
     for name in given:
         if name not in names:

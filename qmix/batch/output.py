@@ -1,7 +1,7 @@
-"""The file of answers: whole lines that are on the disk, one run at a time, and a run that goes on where it ended.
+"""The file of answers, from which an interrupted run continues. Loads no torch.
 
-Beside OUT.jsonl lies OUT.jsonl.qmix.json, which says what the answers belong to: input, model, options. It is written
-before the first answer. Loads no torch.
+Its lines are whole and on the disk; one run at a time writes it. OUT.jsonl.qmix.json beside OUT.jsonl holds what the
+answers belong to: input, model, options. It is written before the first answer.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
-LONGEST_LINE = 256 * 2**20  # bytes: an answer of 65,536 tokens with the 20 likeliest at each place has half of that
+LONGEST_LINE = 256 * 2**20  # bytes: twice an answer of 65,536 tokens with 20 logprobs each
 ELSEWHERE = "choose another name for the answers"
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """The fields of an answer's line that are read back."""
+    """The fields of an answer that are read back."""
 
     custom_id: str
     error: dict[str, msgspec.Raw] | None
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """The choices that a run takes over from the one before it."""
+    """The choices that a run takes over from an earlier one."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int
@@ -41,9 +41,9 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 
 class Answers(Protocol):
-    """Where answers go. `done` are the ids that have a line, `refused` how many of those say an error.
+    """A destination of answers. `done` are the ids that have a line, `refused` is the number of errors among them.
 
-    `lasting` says whether a later run finds them.
+    `lasting` is true where a later run finds the answers.
     """
 
     @property
@@ -57,7 +57,7 @@ class Answers(Protocol):
 
 
 class StreamAnswers:
-    """Answers that go to a stream, and are gone with it."""
+    """Answers written to a stream, which a later run cannot read."""
 
     lasting = False
 
@@ -73,14 +73,14 @@ class StreamAnswers:
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise QmixError(f"stdout: {error.strerror}; give the answers another place to go") from None
+            raise QmixError(f"stdout: {error.strerror}; choose another output") from None
 
 
 class FileAnswers:
-    """Answers in a file, held by one run at a time; close it, or use it as a context manager.
+    """Answers in a file, locked by one run at a time; close it, or use it as a context manager.
 
-    A last line that was cut off is dropped. Raises UsageError where the file is no output of a batch or belongs to
-    another, QmixError where it cannot be written.
+    A truncated last line is dropped. Raises UsageError where the file is not the output of this batch, QmixError where
+    it cannot be written.
     """
 
     lasting = True
@@ -101,15 +101,17 @@ class FileAnswers:
         self._file.close()
 
     def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-        """What the answers belong to: `subject`, which must be that of the file where it has answers, and `chosen`,
-        which a run takes over from the one before it."""
+        """Return the choices of this run: those of the file if it has answers, else `chosen`, which is written.
+
+        Raises UsageError where the file has answers to another `subject`: other input, model or options.
+        """
         known = self._known()
         if known is None and self.done:
-            raise UsageError(f"{self.path}: is there, without {self.manifest.name}; choose another name, or delete it")
+            raise UsageError(f"{self.path}: exists without its {self.manifest.name}; choose another name, or delete it")
         if known is not None and self.done:
             if differs := _differences(known.subject, subject):
                 raise UsageError(
-                    f"{self.path}: has answers of another run ({differs}); give what it was begun with, "
+                    f"{self.path}: has answers from another run ({differs}); use the options of that run, "
                     "choose another name, or delete it"
                 )
             return msgspec.structs.asdict(known.chosen)
@@ -117,15 +119,15 @@ class FileAnswers:
         return dict(chosen)
 
     def append(self, lines: list[bytes]) -> None:
-        """Add lines, and return when they are on the disk."""
+        """Append lines, and return when they are on the disk."""
         self._file.append(lines)
 
     def _read(self) -> tuple[set[str], int]:
-        """Ids that have a line, and how many of them say an error."""
+        """Return the ids that have a line, and the number of errors among them."""
         done: set[str] = set()
         refused = 0
         for number, raw in enumerate(self._file.lines(LONGEST_LINE), 1):
-            where = f"{self.path}: line {number} is no answer of a batch"
+            where = f"{self.path}: line {number} is not an answer of a batch"
             answer = decode_json(raw, _Answer, where, UsageError, "choose another name, or delete the file")
             done.add(answer.custom_id)
             refused += answer.error is not None
@@ -136,18 +138,18 @@ class FileAnswers:
             return None
         content = read_json(self.manifest, dict[str, Any], UsageError, ELSEWHERE)
         if content.get("schema") != SCHEMA:
-            raise UsageError(f"{self.manifest}: of another version of qmix; {ELSEWHERE}")
+            raise UsageError(f"{self.manifest}: from another version of qmix; {ELSEWHERE}")
         return convert_json(content, _Manifest, str(self.manifest), UsageError, ELSEWHERE)
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
         try:
             write_whole(self.manifest, json.dumps(content).encode())
         except OSError as error:
-            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was begun") from None
+            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was run") from None
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """Where two runs differ: options with both values, what is known by a checksum by name."""
+    """Return how two runs differ: options with both values, files by name."""
     found = []
     for name in [*known, *(name for name in asked if name not in known)]:
         was, now = known.get(name), asked.get(name)
@@ -157,7 +159,8 @@ def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
             elif _is_checksum(was or now) and not (was and now):
                 found.append(f"now {'without' if was else 'with'} {name}")
             else:
-                found.append(f"{name} {json.dumps(was)}, now {json.dumps(now)}")
+                option = arg(name[2:].replace("-", "_")) if name.startswith("--") else name
+                found.append(f"{option} {json.dumps(was)}, now {json.dumps(now)}")
     return "; ".join(found)
 
 

@@ -1,4 +1,4 @@
-"""From lines to what the model is asked: templates applied, ids counted, room for the answer."""
+"""Turn lines into requests to the model: apply templates, count tokens, leave room for the answer."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from qmix.geometry import Geometry
 from qmix.text.chat_template import ChatTemplate, TemplateRefusal
 from qmix.text.prompt import PromptEncoder, PromptTooLong
 from qmix.text.tokenizer import encode
+from qmix.units import plural
 
 
 class LineRefused(Exception):
-    """What the model cannot answer, and why."""
+    """A line that the model cannot answer; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """Makes requests of lines: `encoder` has the tokenizer and what prompt and answer may take together, `options` are
-    Sampling's fields for lines that have none of their own, `seed` is the run's. Where the template has no place for a
-    system text it goes into the first turn of the user."""
+    """Makes requests from lines.
+
+    `encoder` has the tokenizer and the context of prompt and answer, `options` are Sampling's fields for lines that do
+    not set them, `seed` is that of the run. Where the template has no system role, the system message is put into the
+    first turn.
+    """
 
     encoder: PromptEncoder
     template: ChatTemplate | None
@@ -32,9 +36,9 @@ class Asking:
     seed: int
 
     def request(self, line: Line) -> BatchRequest:
-        """Raises LineRefused where the model cannot answer it.
+        """Return the request of a line. Raises LineRefused where the model cannot answer it.
 
-        A line with a seed of its own draws by that alone, all others by the run's seed and their id.
+        A line with its own seed is sampled with that; any other with the run's seed and its id.
         """
         if line.refused is not None:
             raise LineRefused(line.refused)
@@ -66,16 +70,16 @@ class Asking:
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self.template is None:
-            raise LineRefused("the model has no chat template: it continues text, so give a prompt")
+            raise LineRefused("the model has no chat template; give a prompt instead of messages")
         roles = [message["role"] for message in messages[:2]]
         if not self.template.takes_system and roles in (["system"], ["system", "user"]):
             content = "\n\n".join(message["content"] for message in messages[:2])
             messages = [{"role": "user", "content": content}, *messages[2:]]
-        if len(messages) >= self.encoder.context:  # a template puts tokens around each
-            raise self.encoder.too_long(f"the prompt has {len(messages)} messages")
+        if len(messages) >= self.encoder.context:  # a template adds tokens to each
+            raise self.encoder.too_long(f"the prompt has {plural(len(messages), 'message')}")
         try:
             text = self.template.text(messages, True)
         except TemplateRefusal as error:
-            raise LineRefused(f"the model's chat template does not take these messages ({error})") from None
+            raise LineRefused(f"the model's chat template rejects these messages ({error})") from None
         self.encoder.check(text)
         return encode(self.encoder.tokenizer, text, add_special_tokens=False)

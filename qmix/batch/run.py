@@ -1,4 +1,4 @@
-"""One run over a file of requests: what is left of it is answered, each answer on the disk before it counts."""
+"""One run over a file of requests, which answers the lines that are left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFUSED_AT_ONCE = 1000  # lines that are written together
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a run has to do: lines to answer, the tokens that each may need, and lines that cannot be answered."""
+    """The work of a run: lines to answer, the tokens that each may need, and lines that cannot be answered."""
 
     entries: list[Entry]
     needs: list[int]
@@ -27,7 +27,7 @@ class Job:
 
     @classmethod
     def of(cls, requests: Requests, asking: Asking, answers: Answers) -> Job:
-        """Of every line that has no answer yet, the whole way to its prompt is gone once."""
+        """Tokenise each pending line once."""
         job = cls([], [], [])
         for entry in requests.entries:
             if entry.id in answers.done:
@@ -44,9 +44,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """How far a run is, or what it came to. Seconds are of this run alone, `resumed` are lines of earlier ones.
+    """Counts of a run so far. `seconds` are of this run alone, `resumed` are lines of earlier runs.
 
-    `rate` is new tokens a second. `tokens_left` is what the lines without an answer may still need at most.
+    `rate` is new tokens/s. `tokens_left` is the most that the lines without an answer may need.
     """
 
     lines: int
@@ -67,7 +67,7 @@ class Summary:
 
     @property
     def done(self) -> int:
-        """Lines that have their line in the output."""
+        """Return the number of lines in the output."""
         return self.answered + self.refused
 
     @property
@@ -80,7 +80,7 @@ class Summary:
 
 
 class BatchRun:
-    """Answers the lines of a job with a runner, and writes them."""
+    """Answers the lines of a job with a runner and writes the answers."""
 
     def __init__(self, requests: Requests, job: Job, asking: Asking, forms: Forms, answers: Answers) -> None:
         self.requests, self.job, self.asking, self.forms, self.answers = requests, job, asking, forms, answers
@@ -91,18 +91,18 @@ class BatchRun:
 
     @property
     def resumable(self) -> bool:
-        """Whether what is done stays done when the run is stopped."""
+        """Return whether another run can continue this one."""
         return self.answers.lasting
 
     def refuse(self) -> None:
-        """Write the lines that cannot be answered."""
+        """Write the error lines of requests that cannot be answered."""
         for start in range(0, len(self.job.refused), REFUSED_AT_ONCE):
             some = self.job.refused[start : start + REFUSED_AT_ONCE]
             self.answers.append([self.forms.refused(name, reason) for name, reason in some])
             self._refused += len(some)
 
     def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None]) -> Summary:
-        """Answer everything; `on_pass` is told after each pass how far it is."""
+        """Answer all lines; `on_pass` is called with a summary after each pass."""
         self._started = time.perf_counter()
         entries = dict(zip((entry.id for entry in self.job.entries), self.job.entries, strict=True))
         needs = dict(zip(entries, self.job.needs, strict=True))
@@ -121,7 +121,7 @@ class BatchRun:
             yield self.asking.request(self.requests.line(entry))
 
     def summary(self, runner: BatchRunner | None) -> Summary:
-        """How far the run is; without a runner there was nothing to compute."""
+        """Return the summary so far, without a runner where there was nothing to compute."""
         work, counters = (runner.work, runner.pool.counters) if runner else (None, None)
         return Summary(
             lines=len(self.requests.entries),

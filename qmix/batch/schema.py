@@ -1,4 +1,4 @@
-"""The JSON of a request, OpenAI's and the short form: one schema of options for both. Loads no torch."""
+"""The JSON of a request in OpenAI's and in the short form, with one schema of options for both. Loads no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of a batch from its parts: what the file, the model and earlier runs say, put together."""
+"""Put a batch run together from the file, the model and earlier runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
 from qmix.batch.run import BatchRun, Job, Summary
 from qmix.engine.batch import BatchRunner
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
 from qmix.plan import Plan, default_context
 from qmix.plan.batching import plan_lines
@@ -27,6 +27,7 @@ from qmix.store.opened import WEIGHTS, Store
 from qmix.text.chat_template import ChatTemplate
 from qmix.text.prompt import PromptEncoder
 from qmix.text.tokenizer import load_tokenizer
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A run that can begin: `run` has looked at every line, `plan` is None where nothing is left to compute."""
+    """A run that is ready: all lines are checked; `plan` is None where nothing is left to compute."""
 
     store: Store
     requests: Requests
@@ -44,23 +45,23 @@ class Session:
     folds_system: bool
 
     def notes(self, name: str) -> list[str]:
-        """What the user should know before it begins."""
+        """Return notes for the user before the run starts."""
         notes = []
         others = sorted(self.requests.models - {name, self.store.source_name})
         if others:
-            notes.append(f"lines name {', '.join(map(repr, others[:3]))} as their model; {name} answers all of them")
+            notes.append(f"lines name {', '.join(map(repr, others[:3]))} as their model; all are answered by {name}")
         if self.folds_system and self.requests.has_system:
-            notes.append("the model's template has no system role: system texts go into the first turn of the user")
+            notes.append("the chat template has no system role; the system prompt goes into the first turn")
         return notes
 
     def interrupted(self) -> str:
-        """What to say of a run that was stopped."""
+        """Return the message about an interrupted run."""
         done = self.run.summary(None).done
-        lines = f"interrupted; {done} of {len(self.requests.entries)} lines are done"
-        return f"{lines}, the same command goes on" if self.run.resumable else lines
+        lines = f"interrupted; {done} of {plural(len(self.requests.entries), 'line')} done"
+        return f"{lines}, run the same command again to continue" if self.run.resumable else lines
 
     def answer(self, on_load: OnProgress, on_pass: Callable[[Summary], None]) -> Summary:
-        """Write what is left, lines that cannot be answered first."""
+        """Answer the lines that are left; write those that cannot be answered first."""
         self.run.refuse()
         if self.plan is None:
             return self.run.summary(None)
@@ -78,7 +79,7 @@ def begin(
     ram: int | None,
     batch: int | None,
 ) -> Session:
-    """Check that earlier answers belong to this run, look at every line, and make the plan.
+    """Check every line and that earlier answers belong to this run, and make the plan.
 
     `options` are Sampling's fields but the seed. Raises UsageError, and DoesNotFitError.
     """
@@ -109,7 +110,7 @@ def check_budget(
     ram: int | None,
     batch: int | None,
 ) -> None:
-    """Look at every line before there is a store. Raises as `begin` does where the plan could not be made."""
+    """Check every line before a store is made. Raises as `begin` does."""
     limit = _limit(layout.geometry, context)
     asking = _asking(tokenizer, layout.geometry, limit, options, seed=0)
     _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None)
@@ -124,26 +125,26 @@ def _asking(
 
 
 def _limit(geometry: Geometry, context: int | None) -> int:
-    """Return the tokens that prompt and answer of a line may take together."""
+    """Return the context of a line: tokens of prompt and answer together."""
     longest = geometry.max_position
     if context is not None and not 1 <= context <= longest:
-        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
+        raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
     return context or default_context(geometry)
 
 
 def _plan(
     layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: ExpertFrequency | None
 ) -> Plan | None:
-    """Return the plan for what is left, None where nothing is."""
+    """Return the plan for the lines that are left, None where there are none."""
     return plan_lines(layout, job.needs, ram, batch, requests.held, use) if job.needs else None
 
 
 def _subject(
     store: Store, requests: Requests, options: Mapping[str, Any], context: int, seed: int | None
 ) -> dict[str, Any]:
-    """What answers belong to, as JSON has it: input, model, and all options that change them."""
+    """Return what answers depend on, in JSON types: input, model, and the options that change answers."""
     model = {"model" if part == WEIGHTS else part: digest for part, digest in sorted(store.parts.items())}
-    named = {f"--{name.replace('_', '-')}": value for name, value in sorted(options.items())}
-    subject = {"input": requests.digest, **model, **named, "--context": context, "--seed": seed}
+    named = [*sorted(options.items()), ("context", context), ("seed", seed)]
+    subject = {"input": requests.digest, **model, **{f"--{name.replace('_', '-')}": value for name, value in named}}
     whole: dict[str, Any] = json.loads(json.dumps(subject))
     return whole

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.pool.replay import belady_hits, requests
 from qmix.pool.stack import Array
@@ -38,18 +38,19 @@ class Workload:
 
 def workloads(prompts: Sequence[str], new: Sequence[str]) -> list[Workload]:
     """Return the workloads of lists as typed, `512,1024`; 0 omits a kind. Raises UsageError."""
-    found = [Workload(count) for count in _counts("--prompt-tokens", prompts)]
-    found += [Workload(SHORT_PROMPT, count) for count in _counts("--new-tokens", new)]
+    found = [Workload(count) for count in _counts(arg("prompt_tokens"), prompts)]
+    found += [Workload(SHORT_PROMPT, count) for count in _counts(arg("new_tokens"), new)]
     if not found:
-        raise UsageError("--prompt-tokens 0 --new-tokens 0: nothing to measure; give a number above 0 for one of them")
+        zeros = f"{arg('prompt_tokens')} 0 {arg('new_tokens')} 0"
+        raise UsageError(f"{zeros}: nothing to measure; give a number above 0 for one of them")
     return found
 
 
-def _counts(option: str, texts: Sequence[str]) -> list[int]:
+def _counts(argument: str, texts: Sequence[str]) -> list[int]:
     counts: dict[int, None] = {}  # without duplicates, in order
     for text in ",".join(texts).split(","):
         if not (text.strip().isascii() and text.strip().isdigit() and len(text.strip()) < 10):
-            raise UsageError(f"{option}: {text!r} is not a number of tokens; write it like 512, or 512,1024")
+            raise UsageError(f"{argument}: {text!r} is not a number of tokens; write it like 512, or 512,1024")
         counts[int(text)] = None
     return [count for count in counts if count]
 

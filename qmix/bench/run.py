@@ -20,7 +20,7 @@ from qmix.bench.roofline import Bound, Workload, bound, decode_cost, prefill_cos
 from qmix.engine.compute import compute_threads
 from qmix.engine.resolve import prepare_store
 from qmix.engine.stream import Runner
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.machine.found import cpu_name
 from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
 from qmix.model.build import check_attention
@@ -71,7 +71,7 @@ def prepare(
         if context is None:
             check_context(workloads, layout.geometry.max_position, "the model's longest is", "give fewer tokens")
         else:
-            check_context(workloads, context, "--context is", "give a larger one, or fewer tokens")
+            check_context(workloads, context, f"{arg('context')} is", "give a larger one, or fewer tokens")
         tokens = context or max(workload.context for workload in workloads)
         return plan_for(layout, ram, tokens, attention, use=use)
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qmix.machine.rates import SLOW_FOUR_BIT
 from qmix.terminal.tables import format_seconds
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 if TYPE_CHECKING:  # it imports torch
     from qmix.bench.report import BenchReport, Row
@@ -51,9 +51,9 @@ def bench_conditions(report: BenchReport) -> Table:
     row("model", f"{report.model}, experts {report.precision}, the rest {report.dtype}")
     row("memory", f"{format_bytes(plan.ram)} budget, peak {format_bytes(report.peak_memory)}")
     row("experts", f"{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
-    row("machine", f"{report.cpu}, {report.threads} {'thread' if report.threads == 1 else 'threads'}")
+    row("machine", f"{report.cpu}, {plural(report.threads, 'thread')}")
     if not report.fast_kernels:
-        row("", f"no fast 4-bit kernel for this model here: 4-bit products are {SLOW_FOUR_BIT:.0f} times slower")
+        row("", f"no fast 4-bit kernel for this model here: 4-bit matmuls are {SLOW_FOUR_BIT:.0f} times slower")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     row("memory read", _rate(ceilings.memory_read))
     if ceilings.disk_read is not None:

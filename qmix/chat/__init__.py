@@ -1,11 +1,12 @@
-"""A conversation with a model: what is said becomes token ids, answers are kept as they were generated.
+"""A conversation with a model: `qmix chat`. May import every room up to `engine`.
 
-format        a turn to ids, by the model's chat template or as plain continuation
-conversation  turns and their ids; the oldest go when the context is full
+format        turns to ids, by the model's chat template or as plain continuation
+conversation  turns and their ids; the oldest are dropped when the context is full
 session       a model, a conversation and settings: ask, regenerate, undo
+settings      settings of the answers, typed and saved
 record        a session as JSON
-kept          a file for each chat while it goes on
+kept          a file for each running chat
 slash         /commands
-reader        lines from a terminal, or from a pipe
+reader        lines from a terminal or from a pipe
 loop          reads, asks, shows
 """

@@ -1,7 +1,7 @@
-"""A turn of a conversation to token ids: by the model's chat template, or as the plain continuation of a text.
+"""Turn a conversation into token ids, by the model's chat template or as the continuation of a text.
 
-Answers stay the ids that were generated: encoding their text may give others, and the KV cache would be lost from
-there on. So only a new turn is encoded, as what it adds to the rendered conversation before it.
+Answers keep the ids that were generated: encoding their text may give other ids, and the KV cache would be lost from
+there on. So only a new turn is encoded: the part that it adds to the rendered conversation.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from qmix.text.tokenizer import encode
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """One turn's two texts."""
+    """The texts of one turn."""
 
     user: str
     answer: str
 
 
 class Format(Protocol):
-    """How conversations are put to a model.
+    """A way to encode conversations.
 
-    `takes_roles` is false for a base model; `takes_system` is false where a system text goes into the first turn.
+    `takes_roles` is false for a base model; `takes_system` is false where the system prompt is put into the first turn.
     """
 
     takes_roles: bool
     takes_system: bool
 
     def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:
-        """Everything that was said, and a new turn, encoded from its text."""
+        """Return the ids of a conversation and a new turn, encoded from the texts."""
         ...
 
     def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
-        """`ids`, which is what was said as it was computed, with a new turn behind it.
+        """Return `ids`, the conversation as it was computed, followed by a new turn.
 
-        What differs from `whole` is only that answers are the ids that were generated; where a template changes what
-        lies before a new turn, this is `whole`.
+        It differs from `whole` only in the ids of the answers, which are as generated. Where the template changes the
+        text before a new turn, it is `whole`.
         """
         ...
 
 
 def format_of(tokenizer: PreTrainedTokenizerBase) -> Format:
-    """The template's, where the tokenizer has one. Raises StoreError where it cannot be rendered."""
+    """Return the format of a tokenizer's template, or the plain one. Raises StoreError where the template fails."""
     return TemplateFormat(tokenizer) if tokenizer.chat_template else PlainFormat(tokenizer)
 
 
 class TemplateFormat:
-    """By the tokenizer's chat template."""
+    """The format of the tokenizer's chat template."""
 
     takes_roles = True
 
@@ -63,7 +63,7 @@ class TemplateFormat:
             self._template.text([{"role": "user", "content": PROBE}], True)
             self._closing = self._behind_an_answer()
         except TemplateRefusal as error:
-            raise StoreError(f"{error}; its chat template cannot be used, put the model's own there") from None
+            raise StoreError(f"{error}; the chat template cannot be used; restore the model's own") from None
         self.takes_system = self._template.takes_system
 
     def whole(self, system: str, said: Sequence[Said], user: str) -> list[int]:
@@ -72,7 +72,7 @@ class TemplateFormat:
     def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
         messages = self._messages(system, said, user)
         before, now = self._template.ids(messages[:-1], False), self._template.ids(messages, True)
-        asked = self._template.text(messages[:-2], True)  # what `ids` were rendered from, without the last answer
+        asked = self._template.text(messages[:-2], True)  # the text of `ids` without the last answer
         if now[: len(before)] != before or not self._template.text(messages[:-1], False).startswith(asked):
             return now
         return ids + _missing(ids, self._closing) + now[len(before) :]
@@ -89,7 +89,7 @@ class TemplateFormat:
         return messages
 
     def _behind_an_answer(self) -> list[int]:
-        """What the template puts behind an answer: the end that two conversations with different answers share."""
+        """Return the ids that the template puts after an answer: the end that two different answers share."""
         one, other = (
             self._template.ids([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], False)
             for answer in ("0", "1")
@@ -99,7 +99,7 @@ class TemplateFormat:
 
 
 class PlainFormat:
-    """One text that user and model write in turns. A system text is its beginning."""
+    """One text that user and model write in turns. It begins with the system prompt."""
 
     takes_roles = takes_system = False
 
@@ -114,13 +114,13 @@ class PlainFormat:
 
     def after(self, ids: list[int], system: str, said: Sequence[Said], user: str) -> list[int]:
         end = self._tokenizer.eos_token_id
-        while ids and ids[-1] == end:  # the text goes on
+        while ids and ids[-1] == end:  # the text continues
             ids = ids[:-1]
         last = (said[-1].user + said[-1].answer)[-1:]
         return ids + self._encoded_behind(last, _joined(last, user)[len(last) :])
 
     def _encoded_behind(self, anchor: str, text: str) -> list[int]:
-        """Ids of a text that follows a character; tokenizers put a space of their own before a text that begins."""
+        """Return the ids of a text that follows a character; a tokenizer may add a space at the start of a text."""
         before, both = (encode(self._tokenizer, part, add_special_tokens=False) for part in (anchor, anchor + text))
         if both[: len(before)] == before:
             return both[len(before) :]
@@ -128,12 +128,12 @@ class PlainFormat:
 
 
 def _joined(before: str, after: str) -> str:
-    """Two parts of a text, a space between them where neither has one."""
+    """Join two texts, with a space between them where neither has one."""
     apart = not before or before[-1].isspace() or after[:1].isspace()
     return before + ("" if apart else " ") + after
 
 
 def _missing(ids: list[int], closing: list[int]) -> list[int]:
-    """What of `closing` the ids do not end with yet: a model that ended by itself has generated some of it."""
+    """Return the part of `closing` that the ids do not end with yet: a model may have generated some of it."""
     there = next(count for count in range(len(closing), -1, -1) if ids[len(ids) - count :] == closing[:count])
     return closing[there:]

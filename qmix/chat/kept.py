@@ -1,7 +1,7 @@
-"""Chats that are kept while they go on, so that none is lost with its process or its terminal.
+"""Files of running chats, so that no chat is lost with its process or terminal.
 
-Each chat has a file of its own, written after every turn. While the chat goes on it is called NAME.running; a start
-finds those whose process is gone. When a chat has ended, its file is kept with those of the last few.
+Each chat has its own file, written after every turn. While the chat runs, it is called NAME.running; the next start
+finds those whose process is gone. The files of the last chats that ended are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MOST = 20  # ended chats
 
 
 class KeptChat:
-    """A chat's file in `directory`; `notice` is told once where nothing can be kept."""
+    """A chat's file in `directory`; `notice` is called once where it cannot be written."""
 
     def __init__(self, directory: Path, notice: Callable[[str], None]) -> None:
         self._notice = notice
@@ -34,7 +34,7 @@ class KeptChat:
         self._works = True
 
     def keep(self, session: Session) -> None:
-        """Write the session, unless it has no turns or is written already."""
+        """Write the session if it has turns and has changed."""
         conversation = session.conversation
         content = (list(conversation.turns), conversation.forgotten, conversation.system, dict(session.settings))
         if not conversation.turns or content == self._written or not self._works:
@@ -44,7 +44,7 @@ class KeptChat:
             record.save(session, self._path)
         except (OSError, SessionError) as error:
             self._works = False
-            self._notice(f"this chat is not kept: {error}; /save FILE writes it elsewhere")
+            self._notice(f"this chat is not saved automatically: {error}; save it with /save FILE")
         else:
             self._written = content
 
@@ -58,7 +58,7 @@ class KeptChat:
 
 
 def interrupted(directory: Path) -> list[str]:
-    """Return a line about each chat whose process is gone without having ended it; each is told of once."""
+    """Return a line about each chat whose process is gone; each is reported once."""
     lines = []
     for path in sorted(directory.glob(f"*{RUNNING}")):
         process = path.stem.rpartition("-")[2]
@@ -66,5 +66,5 @@ def interrupted(directory: Path) -> list[str]:
             continue
         with suppress(OSError):
             kept = path.replace(path.with_suffix(ENDED))
-            lines.append(f"a chat was interrupted; to go on with it: /load {kept}")
+            lines.append(f"a chat was interrupted; to continue it: /load {kept}")
     return lines

@@ -1,4 +1,4 @@
-"""A chat from its first turn to its last: reads, asks, shows."""
+"""The loop of a chat: reads, asks, shows."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from qmix.chat.reader import Reader
 from qmix.chat.session import Answer, Session
 from qmix.engine.completion import Result
 from qmix.errors import QmixError
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"
 
 
 @dataclass(frozen=True)
 class Screen:
-    """Where things go. `show` takes an answer's text, `say` a line beside it, `thinking` a function that describes
-    what is going on until the first text. `sum_up` makes a line of a result; None where nothing is to be said."""
+    """The output of a chat. `show` takes an answer's text, `say` a line beside it, and `thinking` a function that
+    describes the work until the first text. `sum_up` makes a line from a result, None for no line; `explain` makes one
+    from an error."""
 
     show: Callable[[str], None]
     say: Callable[[str], None]
     thinking: Callable[[Callable[[], str]], AbstractContextManager[object]]
     sum_up: Callable[[Result], str] | None
+    explain: Callable[[QmixError], str] = str
 
 
 @dataclass
 class Chat:
-    """With `keeps_on`, an interrupt stops an answer and not the chat: somebody sits there. `kept`, if there is one,
-    holds the chat's file."""
+    """A chat. With `keeps_on`, for a user at a terminal, an interrupt stops an answer and not the chat. `kept` is the
+    chat's file, if there is one."""
 
     session: Session
     reader: Reader
@@ -43,7 +45,7 @@ class Chat:
     failed: bool = False
 
     def run(self) -> None:
-        """Until the end of what is typed, or /exit; `failed` says then whether anything could not be done."""
+        """Run until the input ends or /exit; `failed` is then true where a turn failed."""
         goes_on = True
         while goes_on:
             try:
@@ -57,13 +59,13 @@ class Chat:
                 if not self.reader.left_something():
                     self.screen.say(HINT)
             except QmixError as error:
-                self._tell(str(error))
+                self._tell(self.screen.explain(error))
         if self.kept is not None:
             self.kept.end()
 
     def _attempt(self, text: str) -> bool:
-        """Do what was typed, and keep what came of it; False where that is to leave. A failure ends nothing but the
-        turn, unless nobody can read the answers any more."""
+        """Do one turn or command and keep the chat. Returns False to leave. A failure ends only the turn, except a
+        closed stdout."""
         try:
             return self._turn(text)
         except (QmixError, BrokenPipeError):
@@ -85,7 +87,7 @@ class Chat:
         self.screen.say(f"qmix: {' '.join(message.splitlines())}")
 
     def _turn(self, text: str) -> bool:
-        """Do what was typed; False where that is to leave."""
+        """Do one turn or command. Returns False to leave."""
         if not text.strip():
             return True
         if not text.startswith("/"):
@@ -113,7 +115,7 @@ class Chat:
             self._sum_up(answer, stopped, said)
 
     def _stream(self, answer: Answer) -> bool:
-        """Show an answer as it comes; whether it was stopped."""
+        """Show an answer as it is generated. Returns whether it was stopped."""
         try:
             with self._interruptible(), closing(answer.pieces) as pieces:
                 with self.screen.thinking(self._describe()):
@@ -139,7 +141,7 @@ class Chat:
         elif self.screen.sum_up is None:
             return
         elif stopped:
-            self.screen.say(f"stopped after {len(answer.ids)} tokens")
+            self.screen.say(f"stopped after {plural(len(answer.ids), 'token')}")
         elif answer.result is not None:
             self.screen.say(self.screen.sum_up(answer.result))
 
@@ -158,8 +160,7 @@ class Chat:
 
 
 def _forgotten(turns: int, context: int) -> str:
-    oldest = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
-    return f"the context of {context} tokens is full: {oldest} out of it"
+    return f"the context of {context} tokens is full: dropped the oldest {'turn' if turns == 1 else f'{turns} turns'}"
 
 
 @contextmanager
@@ -172,6 +173,6 @@ def _on_interrupt(handler: Any) -> Iterator[None]:
 
 
 def _once(number: int, frame: object) -> None:
-    """An impatient second Ctrl-C must not interrupt what the first one sets in order."""
+    """Ignore a second Ctrl-C, which would interrupt the clean-up after the first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Turns as they are typed: a line of prompt_toolkit's on a terminal, plain lines elsewhere."""
+"""Readers of turns: prompt_toolkit's line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from qmix.text.detokenizer import check_text
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
-LEAST_LIMIT = 2**16  # bytes of a turn that are taken in any case: a command can be longer than a short context
+LEAST_LIMIT = 2**16  # bytes of a turn that are always accepted: a command may be longer than a short context
 SKIPPED, PART = 2**30, 2**20  # bytes
 TAKE_FILES = ("/read", "/save", "/load")
 
 
 class Reader(Protocol):
     def read(self) -> str:
-        """The next turn. Raises EOFError after the last; KeyboardInterrupt; UsageError where it is no text."""
+        """Return the next turn. Raises EOFError after the last, KeyboardInterrupt, UsageError where it is not text."""
         ...
 
     def left_something(self) -> bool:
-        """Whether the read that was interrupted had some text already."""
+        """Return whether the interrupted read had some text."""
         ...
 
 
 def open_history(path: Path, notice: Callable[[str], None]) -> History:
-    """The history in a file that nobody else can read, or only this session's where that cannot be."""
+    """Open the history, a file private to the user; where that fails, use a history of this session only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)
         with path.open("ab"):
             return _LastingHistory(path)
     except OSError as error:
-        notice(f"no history: {error.filename}: {error.strerror}")
+        notice(f"history is not saved: {error.filename}: {error.strerror}")
         return InMemoryHistory()
 
 
 class _LastingHistory(FileHistory):
-    """A history in a file; what cannot be written there is in this session's only, and no reason to end it."""
+    """A history in a file; a line that cannot be written is kept in this session only."""
 
     def store_string(self, string: str) -> None:
         with suppress(OSError):
@@ -58,9 +58,9 @@ class _LastingHistory(FileHistory):
 
 
 class TerminalReader:
-    """Enter ends a turn, Alt-Enter begins a new line in it; so does Enter after an opening `\"\"\"`.
+    """A reader for a terminal. Enter ends a turn; Alt-Enter, or Enter after an opening `\"\"\"`, starts a new line.
 
-    What is pasted beyond `limit` bytes is not kept.
+    Pasted text beyond `limit` bytes is dropped.
     """
 
     def __init__(self, history: History, limit: int) -> None:
@@ -77,9 +77,9 @@ class TerminalReader:
 
     def read(self) -> str:
         text = self._session.prompt()
-        check_text(text, "this turn")  # a terminal's bytes that are not UTF-8 come as halves of surrogate pairs
+        check_text(text, "this turn")  # bytes that are not UTF-8 arrive as lone surrogates
         if len(text) > self._limit:
-            raise UsageError(f"this turn is longer than {self._limit} bytes, which no context here holds; shorten it")
+            raise UsageError(f"this turn is longer than {self._limit} bytes, more than the context holds; shorten it")
         return unquoted(text)
 
     def left_something(self) -> bool:
@@ -87,9 +87,8 @@ class TerminalReader:
 
 
 class PlainReader:
-    """A line is a turn, and so are the lines between two `\"\"\"`. `before` is called ahead of each line.
-
-    Turns of more than `limit` bytes are read over. So is the rest of such a line, to the end of the input if need be.
+    """A reader of plain lines. A line is a turn, and so are the lines between two `\"\"\"`. `before` is called before
+    each line. Turns longer than `limit` bytes are skipped.
     """
 
     def __init__(self, stream: BinaryIO, before: Callable[[str], None], limit: int) -> None:
@@ -101,7 +100,7 @@ class PlainReader:
         return unquoted(text + self._rest() if is_open(text) else text)
 
     def _rest(self) -> str:
-        """The lines up to the closing quotes. Raises UsageError, behind them, for the first that cannot be used."""
+        """Return the lines up to the closing quotes. Raises UsageError for the first invalid line, after the last."""
         text, room, failure = [""], self._limit, None
         while QUOTES not in text[-1]:
             try:
@@ -136,7 +135,7 @@ class PlainReader:
             raise UsageError(f"stdin: a line is not UTF-8 text (byte {error.start})") from None
 
     def _skip(self, raw: bytes) -> None:
-        """Read to the end of a line; what has none within SKIPPED bytes is taken as the end of the input."""
+        """Skip to the end of a line; one longer than SKIPPED bytes ends the input."""
         for _ in range(SKIPPED // PART):
             if not raw or raw.endswith(b"\n"):
                 return
@@ -144,11 +143,11 @@ class PlainReader:
         self._ended = True
 
     def _too_long(self, what: str) -> UsageError:
-        return UsageError(f"stdin: {what} is longer than {self._limit} bytes, which no context here holds; shorten it")
+        return UsageError(f"stdin: {what} is longer than {self._limit} bytes, more than the context holds; shorten it")
 
 
 class SlashCompleter(Completer):
-    """Names of commands, the files behind those that take one, and the settings behind /set."""
+    """Completes commands, files after those that take one, and settings after /set."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)
@@ -167,13 +166,13 @@ class SlashCompleter(Completer):
 
 
 def is_open(text: str) -> bool:
-    """Whether a turn has begun with quotes that nothing has ended yet."""
+    """Return whether a turn starts with quotes that are not closed yet."""
     start = text.lstrip()
     return start.startswith(QUOTES) and QUOTES not in start[len(QUOTES) :]
 
 
 def unquoted(text: str) -> str:
-    """A turn without the quotes around its lines."""
+    """Return a turn without the quotes around its lines."""
     inner = text.strip()
     if not inner.startswith(QUOTES):
         return text
@@ -186,7 +185,7 @@ def _key_bindings(limit: int) -> KeyBindings:
     @bindings.add(Keys.BracketedPaste)
     def _(event: KeyPressEvent) -> None:
         buffer: Buffer = event.current_buffer
-        room = limit + 1 - len(buffer.text)  # one more than is taken, so that the turn is refused
+        room = limit + 1 - len(buffer.text)  # one more than accepted, so that the turn is refused
         buffer.insert_text(event.data[: max(0, room)].replace("\r\n", "\n").replace("\r", "\n"))
 
     @bindings.add("enter")

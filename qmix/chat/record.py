@@ -1,12 +1,12 @@
-"""A session as a JSON file: who said what, the token ids of it, and the settings.
+"""A session as a JSON file: turns, their token ids, and the settings.
 
     {"schema": "qmix-chat-1",
      "model": {"name": ..., "parts": {"weights": ..., "tokenizer.json": ...}},
      "system": "...", "settings": {"temperature": 0.7}, "forgotten": 0,
      "turns": [{"user": "...", "answer": "...", "kept": 0, "opening": [1, 3, ...], "answer_ids": [...]}]}
 
-`parts` are the checksums of all that a store's answers depend on. Where a reader has the same, it goes on from the ids;
-another takes the texts. `kept` and `opening` are as in `Turn`.
+`parts` are the checksums of the files that a store's answers depend on. With the same parts a session continues from
+the ids, else from the texts. `kept` and `opening` are as in `Turn`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from qmix.disk.faults import write_advice
 from qmix.engine.sampling import Sampling
 from qmix.errors import QmixError, SessionError
 from qmix.files import JSON_LIMIT, decode_json, read_bounded, written_whole
+from qmix.units import plural
 
 SCHEMA = "qmix-chat-1"
 ELSEWHERE = "give another name"
@@ -35,7 +36,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class SavedTurn(msgspec.Struct):
-    """A turn, as in `Turn` but for the system text."""
+    """A turn, as in `Turn` without the system prompt."""
 
     user: str
     answer: str
@@ -45,14 +46,14 @@ class SavedTurn(msgspec.Struct):
 
 
 class SavedModel(msgspec.Struct):
-    """The model that a session was saved with."""
+    """The model of a saved session."""
 
     name: str | None
-    parts: dict[str, str] = {}  # none of an earlier qmix
+    parts: dict[str, str] = {}  # empty in files of earlier versions
 
 
 class SavedSession(msgspec.Struct):
-    """The content of a file."""
+    """The content of a session file."""
 
     schema: str
     model: SavedModel
@@ -63,7 +64,7 @@ class SavedSession(msgspec.Struct):
 
 
 def save(session: Session, path: Path) -> None:
-    """Write the session; the file is replaced at once or not at all, and private. Raises SessionError."""
+    """Write the session to a private file, replaced in one step. Raises SessionError."""
     conversation = session.conversation
     rendered = all(turn.system == conversation.system for turn in conversation.turns)
     turns = conversation.turns if rendered else [_text_alone(turn) for turn in conversation.turns]
@@ -79,15 +80,15 @@ def save(session: Session, path: Path) -> None:
         with written_whole(path) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
-    except (OSError, ValueError) as error:  # ValueError: half of a surrogate pair, a NUL in the name
-        advice = write_advice(error, ELSEWHERE) if isinstance(error, OSError) else "take that text back"
+    except (OSError, ValueError) as error:  # ValueError: a lone surrogate, a NUL in the name
+        advice = write_advice(error, ELSEWHERE) if isinstance(error, OSError) else "remove that text"
         raise SessionError(f"{path}: cannot be written ({_reason(error)}); {advice}") from None
 
 
 def load(session: Session, path: Path) -> str | None:
-    """Put a saved conversation and its settings into the session; a notice where ids could not be used.
+    """Load a saved conversation and its settings into the session. Returns a notice where its ids cannot be used.
 
-    Raises SessionError, and leaves the session as it is, where the file is none of ours.
+    Raises SessionError, and leaves the session unchanged, where the file cannot be used.
     """
     saved = _read(path)
     turns = [
@@ -98,7 +99,7 @@ def load(session: Session, path: Path) -> str | None:
         settings = restored_settings(saved.settings)
         Sampling(**settings)
         if saved.forgotten > len(turns):
-            raise ValueError("more turns forgotten than there are")
+            raise ValueError("more turns dropped than there are")
         if same:
             _check_ids(turns, session.runner.store.geometry.vocab_size)
     except (ValueError, QmixError) as error:
@@ -112,11 +113,11 @@ def load(session: Session, path: Path) -> str | None:
     now, was = session.runner.store.parts, saved.model.parts
     others = [name for name in sorted({*was, *now}) if was.get(name) != now.get(name)]
     what = f"{saved.model.name} with other {' and '.join(others)}"
-    return f"{path}: saved with {what}; its texts are taken, all is read anew"
+    return f"{path}: saved with {what}; only its texts are used, and the next turn computes them again"
 
 
 def save_cache(session: Session, path: Path) -> int:
-    """Write the KV cache of the conversation beside its session file; returns how many tokens. Raises SessionError."""
+    """Write the KV cache beside the session file and return its tokens. Raises SessionError."""
     try:
         return session.runner.save_cache(kv_path(path))
     except OSError as error:
@@ -125,19 +126,19 @@ def save_cache(session: Session, path: Path) -> int:
 
 
 def load_cache(session: Session, path: Path) -> str | None:
-    """Read the KV cache beside a session file, if there is one; what to say about it."""
+    """Read the KV cache beside a session file, if there is one, and return a notice about it."""
     path = kv_path(path)
     if not path.is_file():
         return None
     try:
         tokens = session.runner.load_cache(path)
     except SessionError as error:
-        return f"{error}; the conversation is read anew with the next turn"
+        return f"{error}; the next turn computes the conversation again"
     except (OSError, EOFError) as error:
-        return f"{path}: cannot be read ({_reason(error)}); the conversation is read anew with the next turn"
+        return f"{path}: cannot be read ({_reason(error)}); the next turn computes the conversation again"
     if session.runner.held != session.conversation.ids[:tokens]:
-        return f"{path}: of another conversation; what differs is read anew with the next turn"
-    return f"{tokens} tokens read back into the KV cache"
+        return f"{path}: of another conversation; the next turn computes what differs"
+    return f"loaded {plural(tokens, 'token')} into the KV cache"
 
 
 def kv_path(path: Path) -> Path:
@@ -149,7 +150,7 @@ def _read(path: Path) -> SavedSession:
     data = read_bounded(path, JSON_LIMIT, SessionError, remedy)
     schema = decode_json(data, dict[str, Any], str(path), SessionError, remedy, unique=True).get("schema")
     if schema != SCHEMA:
-        raise SessionError(f"{path}: not a chat that this qmix reads (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
+        raise SessionError(f"{path}: not a chat of this qmix version (schema {str(schema)[:40]!r}, not {SCHEMA!r})")
     return decode_json(data, SavedSession, str(path), SessionError, remedy)
 
 

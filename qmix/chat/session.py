@@ -18,7 +18,7 @@ from qmix.text.detokenizer import Detokenizer
 
 @dataclass(slots=True)
 class Totals:
-    """What a session has taken so far, stopped answers included but for their rates."""
+    """Counts of a session so far, of whole answers."""
 
     answers: int = 0
     prefilled: int = 0
@@ -34,10 +34,10 @@ class Totals:
 
 @dataclass(slots=True)
 class Answer:
-    """An answer that is being generated; iterate `pieces`, whatever ends that, then call `keep`.
+    """An answer that is being generated. Iterate `pieces`, to the end or not, then call `keep`.
 
-    `result` is there once the model has come to an end by itself. `forgotten` turns went to make room for it;
-    `before` is what the conversation returns to if nothing is said.
+    `result` is set when the generation ends by itself. `forgotten` turns were dropped to make room for it; `before` is
+    the state of the conversation to restore if there is no answer.
     """
 
     prompt: Prompt
@@ -50,15 +50,15 @@ class Answer:
 
 
 class Session:
-    """`settings` are Sampling's fields as far as they were set; a seed among them is that of the first answer, and
-    each later answer takes the next one."""
+    """A model, a conversation and settings. `settings` are the fields of Sampling that were set; a seed among them is
+    that of the first answer, and each later answer takes the next one."""
 
     def __init__(self, runner: Runner, settings: Mapping[str, Any], system: str = "") -> None:
         self.runner, self.settings = runner, dict(settings)
         form = format_of(runner.tokenizer)
         self.conversation = Conversation(form, runner.plan.context, system, runner.encoder.longest_context)
         self.totals = Totals()
-        self._drawn = 0  # answers, since the seed was set
+        self._drawn = 0  # answers since the seed was set
 
     @property
     def form(self) -> Format:
@@ -66,11 +66,11 @@ class Session:
 
     @property
     def most_bytes(self) -> int:
-        """Bytes of the longest text that could fit the context."""
+        """Return the bytes of the longest text that could fit the context."""
         return self.runner.encoder.most_bytes
 
     def set(self, name: str, value: object) -> None:
-        """Change a setting, or put it back with None. Raises UsageError where the value cannot be used."""
+        """Change a setting; None restores the default. Raises UsageError where the value cannot be used."""
         changed = {key: known for key, known in self.settings.items() if key != name}
         changed |= {} if value is None else {name: value}
         Sampling(**changed)
@@ -79,7 +79,7 @@ class Session:
             self._drawn = 0
 
     def ask(self, text: str, again: bool = False) -> Answer:
-        """Begin the answer to a new turn, `again` to one that takes the last one's place.
+        """Start the answer to a new turn; with `again` the turn replaces the last one.
 
         Raises UsageError where the turn is empty or does not fit the context.
         """
@@ -101,11 +101,11 @@ class Session:
         return answer
 
     def drop(self, answer: Answer) -> None:
-        """Return to what was before an answer that failed."""
+        """Restore the conversation before an answer that failed."""
         self.conversation.state = answer.before
 
     def keep(self, answer: Answer) -> bool:
-        """Add an answer to the conversation, as far as it has come. False where it has no token: nothing was said."""
+        """Add an answer, whole or stopped, to the conversation. Returns False, and drops it, where it has no token."""
         self._drawn += 1
         if answer.result is not None:
             self.totals.add(answer.result)
@@ -119,7 +119,7 @@ class Session:
         return True
 
     def _texts(self, pieces: Iterator[Piece], answer: Answer) -> Generator[str, None, None]:
-        """The text to show, piece by piece; a chat model's answer begins with its first word."""
+        """Yield the text to show, piece by piece; leading space of a chat model's answer is dropped."""
         with closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
                 bare = piece.text if answer.text.strip() or not self.form.takes_roles else piece.text.lstrip()
@@ -142,7 +142,7 @@ class Session:
 def shown_ids(
     decode: Callable[[Sequence[int]], str], prompt: Sequence[int], ids: Sequence[int], text: str
 ) -> list[int]:
-    """The ids of an answer up to the end of the text that was shown of it: a stop sequence is no part of it."""
+    """Return the ids of an answer up to the end of the text that was shown, without a stop sequence."""
     detokenizer, so_far, kept = Detokenizer(decode, prompt), "", 0
     for count, token in enumerate(ids, 1):
         so_far += detokenizer.add(token)

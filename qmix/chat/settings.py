@@ -1,4 +1,4 @@
-"""Settings of a chat's answers as they are typed, and as they are saved: the fields of Sampling."""
+"""Settings of a chat's answers, typed and saved: the fields of Sampling."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NAMES = (*NUMBERS, "stop")
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """`temperature 0.7` to a name and a value, `temperature default` to the name and None. Raises UsageError."""
+    """Return name and value of `temperature 0.7`, the name and None of `temperature default`. Raises UsageError."""
     name, _, value = text.strip().partition(" ")
     name, value = name.replace("-", "_").lower(), value.strip()
     if name not in NAMES:
-        raise UsageError(f"/set {name}: no such setting; there are {', '.join(NAMES)}")
+        raise UsageError(f"/set {name}: unknown setting; choose one of {', '.join(NAMES)}")
     if not value:
         raise UsageError(f"/set {name}: give a value, or {DEFAULT}")
     if value == DEFAULT:
@@ -54,7 +54,7 @@ def saved_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises ValueError where a name is unknown or a value of another type."""
+    """Return saved settings. Raises ValueError where a name is unknown or a value has the wrong type."""
     found: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "stop" and isinstance(value, list) and all(isinstance(text, str) for text in value):

@@ -1,4 +1,4 @@
-"""The commands of a chat, beginning with a slash."""
+"""The commands of a chat, which begin with a slash."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qmix.chat.settings import parse_setting
 from qmix.errors import UsageError
 from qmix.files import read_text
 from qmix.machine.found import peak_memory
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command comes to: lines to show, and perhaps a turn to ask, or the end.
+    """The outcome of a command: lines to show, and perhaps a turn to ask or the end of the chat.
 
-    `again` makes the turn take the place of the last one.
+    With `again` the turn replaces the last one.
     """
 
     lines: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class SlashCommand:
-    """`takes` says what stands behind the name, in brackets where it may be left out; "" for nothing."""
+    """A command. `takes` names its arguments, in brackets where they are optional."""
 
     takes: str
     help: str
@@ -40,16 +40,16 @@ class SlashCommand:
 
 
 def run(line: str, session: Session) -> Outcome:
-    """Do what a line that begins with a slash says. Raises QmixError where that is not possible."""
+    """Run the command of a line that begins with a slash. Raises QmixError where it fails."""
     name, _, rest = line.strip().partition(" ")
     command = COMMANDS.get(name.lower())
     if command is None:
         near = difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.0)[0]
         raise UsageError(
-            f"{name}: no such command; the nearest is {near} (text that begins with / needs a space first)"
+            f"{name}: unknown command; did you mean {near}? (To send text that begins with /, put a space first)"
         )
     if rest.strip() and not command.takes:
-        raise UsageError(f"{name}: takes nothing behind it")
+        raise UsageError(f"{name}: takes no argument")
     if not rest.strip() and command.takes and not command.takes.startswith("["):
         raise UsageError(f"{name}: needs {command.takes}")
     return command.run(session, rest.strip())
@@ -58,7 +58,7 @@ def run(line: str, session: Session) -> Outcome:
 def _help(session: Session, rest: str) -> Outcome:
     width = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
     lines = [f"{f'{name} {command.takes}':{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return Outcome((*lines, '"""  begins and ends a turn of several lines; so does Alt-Enter for each new line'))
+    return Outcome((*lines, '"""  starts and ends a turn of several lines; Alt-Enter starts a new line, too'))
 
 
 def _clear(session: Session, rest: str) -> Outcome:
@@ -75,7 +75,7 @@ def _regen(session: Session, rest: str) -> Outcome:
 def _undo(session: Session, rest: str) -> Outcome:
     turn = session.conversation.take_back()
     first = (turn.user.strip().splitlines() or [""])[0]
-    return Outcome((f"taken back: {first[:60]}{'…' if len(first) > 60 else ''}",))
+    return Outcome((f"removed: {first[:60]}{'…' if len(first) > 60 else ''}",))
 
 
 def _system(session: Session, rest: str) -> Outcome:
@@ -86,9 +86,13 @@ def _system(session: Session, rest: str) -> Outcome:
 
 def _set(session: Session, rest: str) -> Outcome:
     if rest:
-        session.set(*parse_setting(rest))
+        name, value = parse_setting(rest)
+        try:
+            session.set(name, value)
+        except UsageError as error:
+            raise UsageError(f"/set {error}") from None
     shown = ", ".join(f"{name} {value}" for name, value in record.saved_settings(session.settings).items())
-    return Outcome((f"settings: {shown or 'the model’s own'}",))
+    return Outcome((f"settings: {shown or 'the defaults of the model'}",))
 
 
 def _save(session: Session, rest: str) -> Outcome:
@@ -96,18 +100,18 @@ def _save(session: Session, rest: str) -> Outcome:
     with_cache = "--cache" in words
     path = _path("/save", [word for word in words if word != "--cache"])
     record.save(session, path)
-    lines = [f"saved {len(session.conversation.turns)} turns to {path}"]
+    lines = [f"saved {plural(len(session.conversation.turns), 'turn')} to {path}"]
     if with_cache:
         tokens = record.save_cache(session, path)
         size = format_bytes(record.kv_path(path).stat().st_size)
-        lines.append(f"saved the KV cache, {tokens} tokens in {size}, to {record.kv_path(path)}")
+        lines.append(f"saved the KV cache ({plural(tokens, 'token')}, {size}) to {record.kv_path(path)}")
     return Outcome(tuple(lines))
 
 
 def load(session: Session, path: Path) -> Outcome:
-    """Take a saved session's place in this one."""
+    """Load a saved session into this one."""
     notices = [record.load(session, path), record.load_cache(session, path)]
-    told = f"loaded {len(session.conversation.turns)} turns from {path}"
+    told = f"loaded {plural(len(session.conversation.turns), 'turn')} from {path}"
     return Outcome((told, *(notice for notice in notices if notice)))
 
 
@@ -130,10 +134,10 @@ def _stats(session: Session, rest: str) -> Outcome:
     used = len(conversation.ids)
     return Outcome(
         (
-            f"{len(conversation.turns)} turns, {conversation.forgotten} of them out of the context; "
+            f"{plural(len(conversation.turns), 'turn')} ({conversation.forgotten} dropped from the context), "
             f"{used} of {plan.context} tokens used",
-            f"{totals.answers} whole answers: {totals.prefilled} prompt tokens computed, "
-            f"{totals.reused} kept from before, {totals.generated} new",
+            f"{plural(totals.answers, 'whole answer')}: {plural(totals.prefilled, 'new prompt token')} "
+            f"({totals.reused} cached), {plural(totals.generated, 'new token')}",
             f"{100 * pool.hit_rate:.1f}% of experts in memory, {format_bytes(pool.bytes_read)} read, "
             f"peak {format_bytes(peak_memory())} of {format_bytes(plan.ram)}",
         )
@@ -147,9 +151,9 @@ def _model(session: Session, rest: str) -> Outcome:
     return Outcome(
         (
             f"{store.source_name} in {store.directory}, {roles}",
-            f"experts in {precisions}, {plan.slots} of {plan.num_records} in memory, the rest in {store.layout.dtype}; "
-            f"context {plan.context}, {format_bytes(plan.ram)} of RAM",
-            "another model: leave, and start `qmix chat` with it; --resume takes this conversation along",
+            f"experts in {precisions}, {plan.slots} of {plan.num_records} in memory; dense weights in "
+            f"{store.layout.dtype}; context {plan.context}, {format_bytes(plan.ram)} of RAM",
+            "for another model: /save FILE, then `qmix chat MODEL --resume FILE`",
         )
     )
 
@@ -175,16 +179,16 @@ def _path(command: str, words: list[str]) -> Path:
 
 
 COMMANDS = {
-    "/help": SlashCommand("", "this", _help),
-    "/clear": SlashCommand("", "forget everything that was said", _clear),
-    "/regen": SlashCommand("", "another answer to the last turn", _regen),
-    "/undo": SlashCommand("", "take back the last turn and its answer", _undo),
-    "/system": SlashCommand("[TEXT]", 'show or change the system text; "" for none', _system),
-    "/set": SlashCommand("[NAME VALUE]", "show the settings, or change one, as temperature 0.7", _set),
-    "/save": SlashCommand("FILE [--cache]", "write the session; with --cache what was computed, too", _save),
-    "/load": SlashCommand("FILE", "go on with a saved session", _load),
-    "/read": SlashCommand("FILE [QUESTION]", "a file's text as your turn, with a question behind it", _read),
-    "/stats": SlashCommand("", "what the session has taken so far", _stats),
-    "/model": SlashCommand("", "what is running", _model),
-    "/exit": SlashCommand("", "leave (as Ctrl-D)", _exit),
+    "/help": SlashCommand("", "show this help", _help),
+    "/clear": SlashCommand("", "forget the conversation", _clear),
+    "/regen": SlashCommand("", "answer the last turn again", _regen),
+    "/undo": SlashCommand("", "remove the last turn and its answer", _undo),
+    "/system": SlashCommand("[TEXT]", 'show or set the system prompt; "" removes it', _system),
+    "/set": SlashCommand("[NAME VALUE]", "show the settings, or change one, such as temperature 0.7", _set),
+    "/save": SlashCommand("FILE [--cache]", "save the session; --cache also saves the KV cache", _save),
+    "/load": SlashCommand("FILE", "continue a saved session", _load),
+    "/read": SlashCommand("FILE [QUESTION]", "send a file's text as a turn, then the question", _read),
+    "/stats": SlashCommand("", "show the tokens and memory used so far", _stats),
+    "/model": SlashCommand("", "show the model that is running", _model),
+    "/exit": SlashCommand("", "leave (also Ctrl-D)", _exit),
 }

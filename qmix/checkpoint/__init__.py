@@ -1,8 +1,9 @@
-"""Published weights: where they come from, what their tensors are called, and how their rows are read.
+"""Published weights, read tensor by tensor. May import `disk` and what lies flat in `qmix`.
 
-source      a local directory or a hub repository: files, fetched as they are needed
-naming      the published formats' tensor names, and the rows of a matrix in each
-reader      the checkpoint as a whole: an index over all shards, checked against the geometry
+source      a local directory or a Hub repository: files, fetched as they are needed
+naming      tensor names of the published formats, and the rows of a matrix in each
+reader      the whole checkpoint: an index over all shards, checked against the geometry
+rows        rows of a weight, read from a shard
 """
 
 from qmix.checkpoint.reader import Checkpoint, open_checkpoint

@@ -1,6 +1,6 @@
-"""A digest of every weight of a checkpoint, whatever its files: the same for copies and for other published forms.
+"""A digest of all weights of a checkpoint, the same for copies and for other published forms.
 
-Each weight counts with the XXH3 (128 bits) of its numbers, row by row, as they come when it is quantised.
+It is made from the XXH3 (128 bits) of each weight's numbers, row by row, in the order of quantising.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK_BYTES = 8 * 2**20
 
 
 class WeightDigest:
-    """The digest of one weight, from its rows in their order."""
+    """The digest of one weight, updated with its rows in order."""
 
     def __init__(self, weight: Weight) -> None:
         self._digest = xxhash.xxh3_128(f"{weight.dtype} {weight.rows} {weight.cols} ".encode())
@@ -42,7 +42,7 @@ def fingerprint_of(config: Mapping[str, Any], digests: Mapping[str, str]) -> str
 def read_fingerprint(
     checkpoint: Checkpoint, on_read: Callable[[int], None] = lambda nbytes: None, read: Mapping[str, str] | None = None
 ) -> str:
-    """Read all weights but those of which `read` has the digest, and remember the fingerprint.
+    """Return a checkpoint's fingerprint, and remember it. Weights whose digest is in `read` are not read.
 
     Raises CheckpointError where a file changes meanwhile.
     """
@@ -56,9 +56,9 @@ def read_fingerprint(
 def weight_digests(
     checkpoint: Checkpoint, keys: Iterable[str], on_read: Callable[[int], None] = lambda nbytes: None
 ) -> dict[str, str]:
-    """Read some weights for their digests; `on_read` is told of bytes that were read."""
+    """Read some weights and return their digests by key; `on_read` is called with the bytes read."""
     wanted, found = set(keys), {}
-    checkpoint.check_unchanged()  # and not only afterwards: before the first byte is read
+    checkpoint.check_unchanged()  # also before the first byte is read
     memory = DirectMemory(CHUNK_BYTES)
     for file in checkpoint.files:
         todo = [weight for weight in checkpoint.of_file(file) if weight.key in wanted]

@@ -1,4 +1,4 @@
-"""Say what a directory or repository is that holds something else than a Mixtral's weights in half precision."""
+"""Refuse files that are not a Mixtral's weights in half precision, and name what they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from qmix.checkpoint.source import Source
 from qmix.errors import CheckpointError, UsageError
 from qmix.files import read_json
 
-HALF_NEEDED = "name the half-precision checkpoint that it was made from"
-_QUANTISED = re.compile(  # tensors that only formats of quantised weights have
+HALF_NEEDED = "give the half-precision checkpoint that it was made from"
+_QUANTISED = re.compile(  # tensors that only quantised checkpoints have
     r".*(\.(qweight|qzeros|scales|g_idx|SCB|weight_(format|scale|scale_inv|packed|shape|zero_point))"
     r"|\.weight_scale_2|\.input_scale|\.(absmax|nested_absmax|quant_map|nested_quant_map)|\.quant_state\..*)"
 )
@@ -25,20 +25,20 @@ class _Adapter(msgspec.Struct):
 
 
 def check_file(path: Path) -> None:
-    """Raise UsageError for a file that is given in place of a directory."""
+    """Raise UsageError where a path is a file."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         gguf = file.read(4) == b"GGUF"
     if gguf or path.suffix == ".gguf":
         raise UsageError(f"{path}: is a GGUF file, quantised for llama.cpp; {HALF_NEEDED}")
-    raise UsageError(f"{path}: is a file; name the directory of the checkpoint or store that it belongs to")
+    raise UsageError(f"{path}: is a file; give the directory of the checkpoint or store that it belongs to")
 
 
 def hub_snapshot(path: Path) -> Path:
-    """Return the snapshot inside a `models--ORG--NAME` folder of the hub's cache, or the path itself if it is none.
+    """Return the snapshot inside a `models--ORG--NAME` folder of the Hub cache, or `path` if it is another directory.
 
-    Raises CheckpointError where there are several and none of them is the main branch.
+    Raises CheckpointError where there are several snapshots and none is the main branch.
     """
     snapshots = path / "snapshots"
     if not (path.name.startswith("models--") and snapshots.is_dir()):
@@ -49,20 +49,20 @@ def hub_snapshot(path: Path) -> Path:
     there = sorted(each for each in snapshots.iterdir() if each.is_dir())
     if len(there) != 1:
         raise CheckpointError(
-            f"{path}: a folder of the hub's cache with {len(there)} snapshots; name one of {snapshots}/"
+            f"{path}: a folder of the Hub cache with {len(there)} snapshots; give one of {snapshots}/"
         )
     return there[0]
 
 
 def check_files(source: Source) -> None:
-    """Raise CheckpointError for adapters and GGUF files, by the names of the files that are there."""
+    """Raise CheckpointError where the file names are those of an adapter or a GGUF model."""
     there = source.files()
     adapter = source.small_file("adapter_config.json")
     if adapter is not None:
         base = read_json(adapter, _Adapter, CheckpointError, "fetch it again").base_model_name_or_path
         raise CheckpointError(
             f"{source.name}: is an adapter (adapter_config.json) of {base or 'another model'}; "
-            "merge it into that model's weights, and name the result"
+            "merge it into that model's weights, and give the result"
         )
     gguf = next((name for name in there if name.lower().endswith(".gguf")), None)
     if gguf is not None and not any(name.endswith((".safetensors", ".bin", ".pth", ".pt")) for name in there):
@@ -72,11 +72,11 @@ def check_files(source: Source) -> None:
 def check_not_quantised(where: str, config: dict[str, Any], tensors: Iterable[tuple[str, str]]) -> None:
     """Raise CheckpointError where `tensors` (name, type) are those of a quantised checkpoint.
 
-    What the config says of quantising counts only beside such tensors: weights in half precision are what they are.
+    A quantization_config alone is ignored: some checkpoints in half precision have one.
     """
     named = config.get("quantization_config") or config.get("quantization")
     method = named.get("quant_method") if isinstance(named, dict) else None
     for name, dtype in tensors:
         if _QUANTISED.fullmatch(name) or (dtype.startswith(("F8", "F4", "F6", "I", "U")) and named):
             how = f"quant_method {method!r}" if isinstance(method, str) else f"tensor {name!r}"
-            raise CheckpointError(f"{where}: is quantised already ({how}); {HALF_NEEDED}")
+            raise CheckpointError(f"{where}: is already quantised ({how}); {HALF_NEEDED}")

@@ -1,7 +1,7 @@
-"""Checkpoints on the Hugging Face hub: what a repository holds, and its files one at a time.
+"""Checkpoints on the Hugging Face Hub: the files of a repository, fetched one at a time.
 
 All traffic goes through huggingface_hub (imported on first use), so HF_HOME, HF_TOKEN, HF_ENDPOINT and
-HF_HUB_OFFLINE mean what they mean everywhere else.
+HF_HUB_OFFLINE work as usual.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _MODEL = re.compile(r"(?!.*\.\.)(?![^@]*--)(\w[\w.-]*/\w(?:[\w.-]*\w)?)(?:@(\w\S
 
 
 def parse(model: str) -> tuple[str, str | None] | None:
-    """(repo, revision) of "org/name" or "org/name@revision"; None for any other form, as a path's."""
+    """Return (repo, revision) of "org/name" or "org/name@revision", None for any other text, such as a path."""
     match = _MODEL.fullmatch(model)
     return (match[1], match[2]) if match else None
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class HubFile:
-    """A file of a repository: its size in bytes, and its sha256 (hex) if it is a large one."""
+    """A file of a repository: its size in bytes, and its sha256 (hex) if it is large."""
 
     name: str
     size: int | None
@@ -43,20 +43,20 @@ class HubRepo:
     """A model repository at one commit. Every method raises HubError and may be called from any thread."""
 
     repo: str
-    revision: str | None  # as asked for
+    revision: str | None  # as given
     endpoint: str
     commit: str = ""
     files: tuple[HubFile, ...] = ()  # by name
-    away: str = ""  # why the hub could not be asked; then `files` are those in the cache
+    away: str = ""  # why the Hub did not answer; `files` are then those in the cache
 
     @classmethod
     def open(cls, model: str, endpoint: str | None = None) -> HubRepo:
-        """Look up "org/name[@revision]"; in the cache if HF_HUB_OFFLINE is set or the hub is out of reach."""
+        """Look up "org/name[@revision]", in the cache if HF_HUB_OFFLINE is set or the Hub cannot be reached."""
         from huggingface_hub import HfApi, constants
 
         parsed = parse(model)
         if parsed is None:
-            raise HubError(f"{model!r} is not a model on the hub; write org/name or org/name@revision")
+            raise HubError(f"{model!r} is not a model on the Hub; write org/name or org/name@revision")
         asked = cls(*parsed, endpoint=(endpoint or constants.ENDPOINT).rstrip("/"))
         with asked._calling():
             api = HfApi(endpoint=asked.endpoint)
@@ -72,14 +72,14 @@ class HubRepo:
             for each in info.siblings or ():
                 size, sha256 = (each.lfs.size, each.lfs.sha256) if each.lfs else (each.size, None)
                 told = {"name": each.rfilename, "size": size, "sha256": sha256}
-                files.append(convert_json(told, HubFile, f"{asked._label}: the hub's list of files", HubError, AGAIN))
+                files.append(convert_json(told, HubFile, f"{asked._label}: the Hub's list of files", HubError, AGAIN))
             return replace(asked, commit=str(info.sha), files=tuple(sorted(files)))
 
     def fetch(self, name: str, *, into: Path | None = None, progress: Progress | None = None) -> Path:
-        """The path of a file, which is downloaded and checked against size and sha256 unless it is there.
+        """Return the path of a file, downloaded and checked against its size and sha256 if it is not there yet.
 
-        Without `into` it is kept in the shared cache. With `into`, a file that the shared cache does not have
-        goes to that folder and nowhere else, until evict(); a folder serves one process at a time.
+        Without `into` it is kept in the shared cache. With `into`, a file that is not in the shared cache is kept in
+        that folder only, until evict(). A folder serves one process at a time.
         """
         file = self._file(name)
         with self._calling(file, into):
@@ -91,7 +91,7 @@ class HubRepo:
             return path
 
     def evict(self, path: Path, into: Path) -> None:
-        """Delete a file that fetch() put below `into`; one elsewhere, as in the shared cache, stays."""
+        """Delete a file that fetch() put below `into`; keep any other, such as one in the shared cache."""
         from huggingface_hub import constants
 
         folder, into = path.parent.resolve(), into.resolve()
@@ -100,13 +100,13 @@ class HubRepo:
             return
         with self._calling(into=into):
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # a folder that still holds something stays
+        with suppress(OSError):  # keep a folder that is not empty
             while folder != into:
                 folder.rmdir()
                 folder = folder.parent
 
     def headers(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The safetensors header of each file as JSON: from the cache, else by range requests (100 kB)."""
+        """Return the safetensors header of each file as JSON, from the cache or by range requests (100 kB)."""
         names = list(names)
         pool = ThreadPoolExecutor(8)
         with self._calling():
@@ -137,11 +137,11 @@ class HubRepo:
 
     @contextmanager
     def _calling(self, file: HubFile | None = None, into: Path | None = None) -> Iterator[None]:
-        """Inside, huggingface_hub's messages are muted, and what it raises becomes a one-line HubError."""
+        """Mute huggingface_hub, and turn its exceptions into one-line HubErrors."""
         with muted():
             try:
                 yield
-            except (QmixError, Cancelled):  # also what `progress` raises
+            except (QmixError, Cancelled):  # also raised by `progress`
                 raise
             except Exception as error:
                 told = explain(error, self.endpoint, self.repo, self._label, file, into)
@@ -155,14 +155,14 @@ class HubRepo:
         raise HubError(f"{name} of {self._label}: {gone}")
 
     def cached(self, name: str) -> Path | None:
-        """Where the shared cache has a file; None if it does not."""
+        """Return the path of a file in the shared cache, None if it is not there."""
         from huggingface_hub import try_to_load_from_cache
 
         path = try_to_load_from_cache(self.repo, name, revision=self.commit)
         return Path(path) if isinstance(path, str) else None
 
     def _from_cache(self) -> HubRepo:
-        """Commit and files as the shared cache has them, in whole or in part."""
+        """Return the repository with the commit and files of the shared cache, complete or not."""
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -172,19 +172,19 @@ class HubRepo:
             if not hasattr(error, "snapshot_path"):
                 where = f"{self._label}: not in the cache ({constants.HF_HUB_CACHE})"
                 raise HubError(f"{where}, and {self.away}") from error
-            folder = Path(error.snapshot_path)  # there, but incomplete
+            folder = Path(error.snapshot_path)  # incomplete
         files = []
         for path in folder.rglob("*"):
             if path.is_file():
                 blob = path.readlink().name if path.is_symlink() else ""
-                sha256 = blob if re.fullmatch("[0-9a-f]{64}", blob) else None  # so are large ones named
+                sha256 = blob if re.fullmatch("[0-9a-f]{64}", blob) else None  # the name of a large file's blob
                 files.append(HubFile(path.relative_to(folder).as_posix(), path.stat().st_size, sha256))
         return replace(self, commit=folder.name, files=tuple(sorted(files)))
 
     def _fetch_into(self, file: HubFile, into: Path, progress: Progress | None) -> Path:
-        """A file reaches its place in `into` only when it is whole and checked."""
+        """Download a file into a folder; it appears there only when it is complete and checked."""
         target, part = into / file.name, into / f".{file.name.replace('/', '--')}.part"
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left behind
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed run
         if file.sha256 and target.is_file() and _sha256(target) == file.sha256:
             return target
         try:
@@ -196,16 +196,16 @@ class HubRepo:
         return target
 
     def _download(self, file: HubFile, folder: Path | None, progress: Progress | None) -> Path:
-        """The file in `folder` or the shared cache, checked."""
+        """Download a file into `folder` or the shared cache and check it. Raises HubError."""
         from huggingface_hub import hf_hub_download
 
         options: dict[str, Any] = {"revision": self.commit, "local_dir": folder, "endpoint": self.endpoint}
         options["tqdm_class"] = silent_bar(progress, file.size or 0)
         path = Path(retried(lambda: hf_hub_download(self.repo, file.name, **options)))
         if file.size is not None and path.stat().st_size != file.size:
-            wrong = f"came with {path.stat().st_size} bytes instead of {file.size}"
+            wrong = f"has {path.stat().st_size} bytes instead of {file.size}"
         elif file.sha256 is not None and _sha256(path) != file.sha256:
-            wrong = "came damaged (its sha256 is not the one the hub lists)"
+            wrong = "is damaged (its sha256 is not the one that the Hub lists)"
         else:
             return path
         for each in (path.resolve(), path):  # in the shared cache, a blob and the link to it
@@ -213,9 +213,9 @@ class HubRepo:
         raise HubError(f"{file.name} of {self._label}: {wrong} and was deleted; {AGAIN}")
 
     def _remember_revision(self, snapshot: Path) -> None:
-        """Note in the shared cache which commit the revision is, which fetching by commit does not do."""
+        """Note the commit of the revision in the shared cache, which fetching by commit does not do."""
         ref = snapshot.parents[1] / "refs" / (self.revision or "main")
-        with suppress(OSError):  # a cache that cannot be written to only costs the look-up when offline
+        with suppress(OSError):  # a cache that is not writable only costs the look-up when offline
             if ref.name != self.commit and not (ref.is_file() and ref.read_text() == self.commit):
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(ref, self.commit.encode())

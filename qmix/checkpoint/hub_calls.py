@@ -1,4 +1,4 @@
-"""Calls to huggingface_hub: what it prints is muted, passing failures are retried, the rest is explained."""
+"""Calls to huggingface_hub: mute its output, retry temporary failures, explain the others."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from qmix.checkpoint.hub import HubFile
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]  # (bytes done, bytes in all); may be called from another thread
+Progress = Callable[[int, int], None]  # (bytes done, total bytes); may be called from another thread
 
-NO_FILE = "no such file; check the name or the revision"
-AGAIN = "run the same command again, files already done are kept"
+NO_FILE = "file not found; check the name or the revision"
+AGAIN = "run the same command again (finished files are kept)"
 
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Inside, huggingface_hub logs nothing and warns of nothing."""
+    """Mute the logs and warnings of huggingface_hub."""
     from huggingface_hub.utils import logging
 
     level = logging.get_verbosity()
@@ -38,7 +38,7 @@ def muted() -> Iterator[None]:
 
 
 def silent_bar(progress: Progress | None, size: int) -> type:
-    """A class for `tqdm_class`: it draws nothing and passes the bytes written on to `progress`."""
+    """Return a class for `tqdm_class` that draws nothing and passes the bytes written to `progress`."""
 
     class Bar:
         def __init__(self, *_: Any, total: int | None = None, initial: int = 0, **__: Any) -> None:
@@ -50,7 +50,7 @@ def silent_bar(progress: Progress | None, size: int) -> type:
                 progress(self.n, self.total or size)
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Without it, Xet asks for a second bar, for the bytes on the wire."""
+            """Exist, so that Xet does not ask for a second bar for the bytes on the wire."""
 
         def __enter__(self) -> Any:
             return self
@@ -65,7 +65,7 @@ def silent_bar(progress: Progress | None, size: int) -> type:
 
 
 def retried(call: Callable[[], T], tries: int = 3) -> T:
-    """`call()`, again after 1 s and 2 s for passing failures that huggingface_hub does not retry itself."""
+    """Return `call()`, retried after 1 s and 2 s at temporary failures that huggingface_hub does not retry itself."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     for pause in range(1, tries):
@@ -83,15 +83,15 @@ def retried(call: Callable[[], T], tries: int = 3) -> T:
 
 
 def explain(error: BaseException, host: str, repo: str, label: str, file: HubFile | None, into: Path | None) -> str:
-    """What a call about a repository, or a file of it, failed for, and what to do, in one line.
+    """Return one line on why a call about a repository, or a file of it, failed, and what to do.
 
-    `label` is how the user named the repository; `into` is the folder of a download, None for the shared cache.
+    `label` is the name that the user gave; `into` is the folder of a download, None for the shared cache.
     """
     from huggingface_hub import constants
     from huggingface_hub import errors as hf
 
     if isinstance(error, hf.LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # why a download could not even begin
+        error = error.__cause__  # why a download did not start
     page = f"{host}/{repo}"
     where = f"{file.name} of {label}" if file else label
     if away := why_away(error, host):
@@ -101,11 +101,11 @@ def explain(error: BaseException, host: str, repo: str, label: str, file: HubFil
         (hf.GatedRepoError, f"{label}: gated; accept its licence at {page} and set HF_TOKEN"),
         (hf.RepositoryNotFoundError, f"{label}: not on {host}, or private; check the name, or set HF_TOKEN"),
         (hf.DisabledRepoError, f"{label}: disabled on {host}; take another repository"),
-        (hf.RevisionNotFoundError, f"{label}: no such revision; check what stands after the @"),
+        (hf.RevisionNotFoundError, f"{label}: revision not found; check the name after the @"),
         (hf.EntryNotFoundError, f"{where}: {NO_FILE}"),
         (hf.SafetensorsParsingError, f"{where}: not a safetensors file; check the name or the revision"),
         (401, f"{label}: {host} does not accept the token; check HF_TOKEN"),
-        (403, f"{label}: the token may not read it; give it that right at {host}/settings/tokens"),
+        (403, f"{label}: the token has no access; grant it at {host}/settings/tokens"),
     ):
         if kind == status or (isinstance(kind, type) and isinstance(error, kind)):
             return told
@@ -115,11 +115,11 @@ def explain(error: BaseException, host: str, repo: str, label: str, file: HubFil
         return f"{where}: {full}; free some and {AGAIN}"
     reason = str(error).strip().partition("\n")[0] or "no reason given"
     what = f"{host} answers with HTTP {status}" if status else f"{type(error).__name__}: {reason}"
-    return f"{where}: {what}; if it seems passing, {AGAIN}"
+    return f"{where}: {what}; if the failure looks temporary, {AGAIN}"
 
 
 def why_away(error: BaseException, host: str) -> str:
-    """Why the hub could not answer, and what to do; "" where it is something else."""
+    """Return why the Hub did not answer and what to do, "" for any other failure."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     if isinstance(error, OfflineModeIsEnabled):
@@ -129,6 +129,6 @@ def why_away(error: BaseException, host: str) -> str:
         return f"{host} answers with HTTP {status}; later, {AGAIN}" if status == 429 or status >= 500 else ""
     if isinstance(error, HTTPError):
         broken = type(error).__name__ not in ("ConnectError", "ConnectTimeout")
-        what = f"the connection to {host} broke off" if broken else f"there is no connection to {host}"
+        what = f"the connection to {host} was lost" if broken else f"there is no connection to {host}"
         return f"{what}; check the network and {AGAIN}"
     return ""

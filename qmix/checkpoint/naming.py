@@ -1,13 +1,13 @@
 """Tensor names of the published formats, mapped to one set of keys.
 
-Keys are Hugging Face names: a dense weight's own ("model.norm.weight"), and for an expert's matrix
+Keys are Hugging Face names: "model.norm.weight" for a dense weight, and for an expert's matrix
 "model.layers.L.block_sparse_moe.experts.E.w1.weight". Three formats are known:
 
-- Hugging Face, as published; transformers 5 may also write a layer's experts fused into
+- Hugging Face, as published; transformers 5 may also write the experts of a layer fused into
   `mlp.experts.gate_up_proj` [E, 2I, H] and `mlp.experts.down_proj` [E, H, I];
 - the Mistral release (`consolidated*.safetensors`), whose q and k rows are interleaved for rotary;
-- the first release of 8x7B, the same but for a layer's experts: they are one tensor a matrix, one below the other,
-  `block_sparse_moe.w1` and `.w3` [E * I, H], and `.w2` [E * I, H], each expert's transposed.
+- the first release of 8x7B, like the Mistral release, but with the experts of a layer stacked in one tensor per matrix:
+  `block_sparse_moe.w1` and `.w3` [E * I, H], and `.w2` [E * I, H] with each expert transposed.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _FUSED = re.compile(
     r"model\.layers\.(?P<new>\d+)\.mlp\.experts\.(?P<kind>gate_up_proj|down_proj)"
     r"|layers\.(?P<old>\d+)\.block_sparse_moe\.(?P<matrix>w[123])"
 )
-_SKIPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed from the config; old checkpoints carry it
+_SKIPPED = re.compile(r".*rotary_emb\.inv_freq")  # computed from the config; in old checkpoints
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Rows [first_row, first_row + shape[0]) of a published tensor, seen as a matrix, hold the weight `key`.
 
-    `shape` is the weight's own; `interleaved` rows come in the Mistral release's rotary order. Of a `transposed` one
-    the weight's columns are rows there: [first_row, first_row + shape[1]).
+    `shape` is the shape of the weight. `interleaved` rows are in the rotary order of the Mistral release. If
+    `transposed`, the columns of the weight are the rows [first_row, first_row + shape[1]) of the tensor.
     """
 
     key: str
@@ -65,7 +65,7 @@ def expert_key(layer: int, expert: int, matrix: str) -> str:
 
 
 def expected_weights(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield every key that a checkpoint of this geometry must give, with its shape; there are `num_weights`."""
+    """Yield every key of a checkpoint with this geometry, with its shape: `num_weights` in all."""
     yield from geometry.each_dense_tensor()
     for layer in range(geometry.num_layers):
         for expert in range(geometry.num_experts):
@@ -76,8 +76,8 @@ def expected_weights(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...]]
 def resolve(found: dict[str, tuple[int, ...]], geometry: Geometry, where: str) -> dict[str, Piece]:
     """Return key to piece for every expected weight, from the published names and shapes in `found`.
 
-    What it does and holds is bounded by what was found, whatever sizes the config states. Raises CheckpointError
-    naming a tensor that is missing, unknown or of the wrong shape.
+    Time and memory are bounded by what was found, whatever the sizes in the config. Raises CheckpointError naming a
+    tensor that is missing, unknown or of the wrong shape.
     """
     pieces: dict[str, Piece] = {}
     for tensor, shape in found.items():
@@ -105,7 +105,7 @@ def resolve(found: dict[str, tuple[int, ...]], geometry: Geometry, where: str) -
 
 
 def _expected_shape(key: str, geometry: Geometry) -> tuple[int, ...] | None:
-    """Return the shape that `expected_weights` has for a key, None where it has none."""
+    """Return the shape of a key in `expected_weights`, None if it is not there."""
     inside = _IN_LAYER.fullmatch(key)
     if inside is None:
         return geometry.outer_tensors.get(key)

@@ -1,4 +1,4 @@
-"""A checkpoint as a whole: which file holds which rows of which weight, checked before any weight is read."""
+"""The index of a checkpoint: the place of each weight in its files, checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from qmix.geometry import HEAD, Geometry, config_from_params
 if TYPE_CHECKING:
     import torch
 
-HEADS = frozenset((HEAD, "output.weight"))  # by their published names
+HEADS = frozenset((HEAD, "output.weight"))  # in the published formats
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # either will do
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # one of them is enough
 TOKENIZER_FILES = (
     *TOKENIZERS,
     "tokenizer_config.json",
@@ -42,8 +42,8 @@ TOKENIZER_FILES = (
 class Weight:
     """One weight of the model, as rows and columns in one file of the checkpoint.
 
-    `offset` is where its first row starts in the file, in bytes (None in pickle files); a one-dimensional
-    weight is one row.
+    `offset` is the position of its first row in the file, in bytes (None in pickle files). A one-dimensional weight is
+    one row.
     """
 
     key: str
@@ -61,7 +61,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: `config` (from `config_file`) in Hugging Face form; `weights` maps keys to their places."""
+    """An opened checkpoint: `config` (from `config_file`) in Hugging Face form; `weights` maps keys to places."""
 
     source: Source
     config: dict[str, Any]
@@ -71,20 +71,20 @@ class Checkpoint:
 
     @cached_property
     def seen(self) -> dict[str, str]:
-        """Return the identity of each weight file, as it was when this was first asked."""
+        """Return the identity of each weight file at the first call."""
         return self.source.identities(self.files)
 
     @cached_property
     def identity(self) -> str:
-        """A digest of config and weight files as they lie there; no weight is read. A copy has another."""
+        """Return a digest of the config and the weight files, without reading weights. A copy has another."""
         seen = self.source.fingerprint(self.files) or sorted(self.seen.items())
         return hashlib.sha256(json.dumps([self.config, seen], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of config and weights: the same for copies, another for another training run.
+        """Return a digest of config and weights: the same for copies, another for another training run.
 
-        Reads all weights where that is not known yet for these files.
+        Reads all weights if it is not known yet for these files.
         """
         from qmix.checkpoint.fingerprint import read_fingerprint
 
@@ -92,25 +92,25 @@ class Checkpoint:
 
     @property
     def known_fingerprint(self) -> str | None:
-        """The fingerprint where it is known without reading."""
+        """Return the fingerprint if it is known without reading, else None."""
         return self.identity if self.source.fingerprint(self.files) else self.source.recall(self.identity)
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
-        """Raises CheckpointError where one of these weight files, by default all, is not as it was."""
+        """Raise CheckpointError where one of these weight files (default: all) has changed."""
         names = self.files if files is None else list(files)
         for name, identity in self.source.identities(names).items():
             if identity != self.seen[name]:
                 raise CheckpointError(
-                    f"{self.source.name}: {name} was changed while it was read; run the same command again"
+                    f"{self.source.name}: {name} changed while it was read; run the same command again"
                 )
 
     @property
     def files(self) -> list[str]:
-        """The weight files, in the order in which they are to be read."""
+        """Return the weight files in reading order."""
         return sorted({weight.file for weight in self.weights.values()})
 
     def of_file(self, file: str) -> list[Weight]:
-        """The weights in one file, in the order of their bytes."""
+        """Return the weights in one file in the order of their bytes."""
         mine = [weight for weight in self.weights.values() if weight.file == file]
         return sorted(mine, key=lambda weight: (weight.offset or 0, weight.key))
 
@@ -122,12 +122,12 @@ class Checkpoint:
 
     @property
     def half_dtype(self) -> str:
-        """The half precision that loses least: fp16 for a checkpoint in fp16, else bf16."""
+        """Return the half precision with the least error: fp16 for a checkpoint in fp16, else bf16."""
         return "fp16" if all(weight.dtype == "F16" for weight in self.weights.values()) else "bf16"
 
 
 def check_tokenizer(source: Source, required: bool = True) -> None:
-    """Raise CheckpointError where a checkpoint has no tokenizer; if not `required`, only where it has one of no use."""
+    """Raise CheckpointError where a checkpoint has no tokenizer, or, if not `required`, only an unknown one."""
     there = source.files()
     if any(name in there for name in TOKENIZERS):
         return
@@ -136,23 +136,23 @@ def check_tokenizer(source: Source, required: bool = True) -> None:
 
 
 def no_tokenizer(where: str, there: Iterable[str]) -> str:
-    """Return what to say of a directory, with files of these names, that has no tokenizer which qmix reads."""
+    """Return the message for a directory with these files and no tokenizer that qmix reads."""
     lacks = f"{where}: has no {' or '.join(TOKENIZERS)}"
     other = max(filter(_is_other_tokenizer, there), default="")
     if other.startswith("tokenizer.model"):
         return f"{lacks}; copy its {other} to tokenizer.model"
     if other:
-        return f"{lacks}, and qmix does not read its {other}; put the model's own tokenizer.json there"
-    return f"{lacks}; put the model's own there"
+        return f"{lacks}, and qmix does not read its {other}; copy the model's own tokenizer.json there"
+    return f"{lacks}; copy the model's own there"
 
 
 def _is_other_tokenizer(name: str) -> bool:
-    """Say whether a file is a tokenizer in a form that qmix does not take as it is."""
+    """Return whether a file is a tokenizer in a form that qmix does not read."""
     return name == "tekken.json" or re.fullmatch(r"tokenizer\.model\.v\d+\w*", name) is not None
 
 
 class _Index(msgspec.Struct):
-    """The index: which shard holds which tensor."""
+    """The index file of a checkpoint: the shard of each tensor."""
 
     weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
 
@@ -165,7 +165,7 @@ def read_config(source: Source) -> tuple[dict[str, Any], str]:
     path = source.small_file("params.json")
     if path is not None:
         return config_from_params(read_json(path, dict[str, Any], CheckpointError, AGAIN), str(path)), str(path)
-    raise CheckpointError(f"{source.name}: neither config.json nor params.json is there; is it a Mixtral checkpoint?")
+    raise CheckpointError(f"{source.name}: has no config.json or params.json; is it a Mixtral checkpoint?")
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -186,7 +186,7 @@ def open_checkpoint(source: Source) -> Checkpoint:
             first = places[info.name][0]
             raise CheckpointError(f"{source.name}: tensor {info.name!r} is both in {first} and in {file}")
         shapes[info.name], places[info.name] = info.shape, (file, info)
-    if geometry.tie_embeddings and HEADS.intersection(shapes):  # a head that is there is used, whatever a flag says
+    if geometry.tie_embeddings and HEADS.intersection(shapes):  # a head in the files is used, whatever the flag says
         config, geometry = config | {"tie_word_embeddings": False}, replace(geometry, tie_embeddings=False)
     pieces = resolve(shapes, geometry, source.name)
     weights = {key: _weight(piece, *places[piece.tensor], source.name) for key, piece in pieces.items()}
@@ -195,14 +195,14 @@ def open_checkpoint(source: Source) -> Checkpoint:
 
 def _weight_files(source: Source) -> list[str]:
     there = [name for name in source.files() if "/" not in name]
-    lost = ""  # what an index names and nothing stands in for
+    lost = ""  # the message for shards that an index names and that are missing
     for single, pattern in (
         ("model.safetensors", r"model-\d+-of-\d+\.safetensors"),
         ("consolidated.safetensors", r"consolidated[-.]\d+.*\.safetensors"),
         ("pytorch_model.bin", r"pytorch_model-\d+-of-\d+\.bin"),
         ("consolidated.pth", r"consolidated\.\d+\.(pth|pt)"),
     ):
-        if single in there:  # before an index, as in transformers
+        if single in there:  # before an index, like transformers
             return [single]
         index = source.small_file(single + ".index.json")
         if index is not None:
@@ -214,7 +214,7 @@ def _weight_files(source: Source) -> list[str]:
             if len(missing) < len(named) or not all(re.fullmatch(pattern, name) for name in named):
                 raise CheckpointError(lost)
         files = sorted(name for name in there if re.fullmatch(pattern, name))
-        if files:  # with an index of other shards, it was left over from them
+        if files:  # an index of other shards is a leftover
             return files
     raise CheckpointError(
         lost or f"{source.name}: no weights found (model*.safetensors, consolidated*.safetensors, pytorch_model*.bin)"
@@ -242,22 +242,22 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _pickle_tensors(source: Source, names: list[str]) -> list[tuple[str, TensorInfo]]:
-    """Names, types and shapes in pickle files; opened with `weights_only`, their payload stays on disk."""
+    """Return names, types and shapes in pickle files; `weights_only` leaves the payload on disk."""
     if not isinstance(source, LocalSource):
-        raise CheckpointError(f"{source.name}: from the hub only safetensors are read; it has {names[0]}")
+        raise CheckpointError(f"{source.name}: only safetensors files are read from the Hub, and it has {names[0]}")
     dtypes = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
     found = []
     for name in names:
         for key, tensor in load_pickle(source.fetch(name)).items():
             if tensor.untyped_storage().nbytes() < tensor.nbytes:
-                raise CheckpointError(f"{source.name}: tensor {key!r} in {name} lacks bytes of its shape; {AGAIN}")
+                raise CheckpointError(f"{source.name}: tensor {key!r} in {name} is smaller than its shape; {AGAIN}")
             dtype = dtypes.get(str(tensor.dtype), str(tensor.dtype))
             found.append((name, TensorInfo(key, dtype, tuple(tensor.shape), -1, tensor.nbytes)))
     return found
 
 
 def load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pt, .pth or .bin file, mapped from disk; code in it is never run."""
+    """Return the tensors of a .pt, .pth or .bin file, mapped from disk; code in it is never run."""
     import torch
 
     check_no_pointer(path)
@@ -267,15 +267,15 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         except RuntimeError as error:
             if "mmap" not in str(error):
                 raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before zip files
+            loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}; {disk_advice(error)}") from None
     except Exception:
         raise CheckpointError(
-            f"{path}: damaged, or a pickle with code in it, which is never run; fetch it again, or take the safetensors"
+            f"{path}: damaged, or a pickle with code, which qmix never runs; fetch it again, or use safetensors files"
         ) from None
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
     ):
-        raise CheckpointError(f"{path}: holds something else than named tensors; take the safetensors")
+        raise CheckpointError(f"{path}: does not hold named tensors; use the safetensors files")
     return {name: value.detach() for name, value in loaded.items()}

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's rows: straight reads of byte ranges, nothing mapped, nothing kept in the cache."""
+"""Read rows of a checkpoint's weights past the page cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class WeightFile:
-    """One weight file, open for reading rows; several threads may read at once."""
+    """A weight file open for reading rows, from several threads at once if need be."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,10 +42,10 @@ class WeightFile:
     def rows(
         self, weight: Weight, start: int, stop: int, head_dim: int = 0, memory: DirectMemory | None = None
     ) -> torch.Tensor:
-        """Rows [start, stop) of a weight, [stop - start, cols], in the checkpoint's own type.
+        """Return rows [start, stop) of a weight, [stop - start, cols], in the checkpoint's own type.
 
-        They lie in `memory` if it is given: good until it is used again. Rows of an interleaved weight are put in
-        Hugging Face order; `start` and `stop` must then be multiples of `head_dim`.
+        They lie in `memory` if it is given, and are valid until it is used again. Rows of an interleaved weight are put
+        in Hugging Face order; `start` and `stop` must then be multiples of `head_dim`.
         """
         raw = self._columns(weight, start, stop) if weight.piece.transposed else self._read(weight, start, stop, memory)
         if not weight.piece.interleaved:
@@ -54,7 +54,7 @@ class WeightFile:
         return raw.view(-1, head_dim // 2, 2, weight.cols).transpose(1, 2).reshape(-1, weight.cols)
 
     def _columns(self, weight: Weight, start: int, stop: int) -> torch.Tensor:
-        """Rows of a weight that lies transposed, [cols, rows], in the file; mapped, since each touches all of it."""
+        """Return rows of a transposed weight, [cols, rows] in the file; mapped, since each row touches all of it."""
         piece = weight.piece
         last = piece.first_row + weight.cols
         if self._pickle is not None:
@@ -82,7 +82,7 @@ class WeightFile:
         except EOFError as error:
             what = f"cut short inside {weight.piece.tensor!r}, {error}"
             raise CheckpointError(f"{self.path}: {what}; fetch it again") from None
-        if begin % dtype.itemsize:  # a header of odd length; the kernels take whole numbers of 2 or 4 bytes
+        if begin % dtype.itemsize:  # after a header of odd length: kernels need aligned numbers
             memory.view[:nbytes] = data
             data = memory.view[:nbytes]
         return torch.frombuffer(data, dtype=dtype).view(-1, weight.cols)

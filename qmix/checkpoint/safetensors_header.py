@@ -1,8 +1,8 @@
 """The header of a safetensors file: read and checked, or written.
 
-safetensors' own reader hides where a tensor's bytes lie; reading by row chunks past the page cache,
-and writing every matrix at its final offset, needs just that. The payload format is 8 bytes of header
-length (little-endian), the header as JSON, then the tensors' bytes without holes.
+The reader of safetensors hides the offset of a tensor, which is needed to read row chunks past the page cache and to
+write each matrix at its final offset. A file is 8 bytes of header length (little-endian), the header as JSON, then the
+bytes of the tensors without holes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qmix.disk.faults import disk_advice
 from qmix.errors import CheckpointError
 from qmix.files import convert_json, decode_json
 
-DTYPES = {"bf16": "BF16", "fp16": "F16"}  # the two half precisions, as users and as safetensors name them
+DTYPES = {"bf16": "BF16", "fp16": "F16"}  # half precisions: the name for users, the name in safetensors
 ITEM_BYTES = {
     "BF16": 2,
     "F16": 2,
@@ -50,7 +50,7 @@ class _Entry(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: `offset` is absolute in the file, in bytes."""
+    """The place of one tensor: `offset` is absolute in the file, in bytes."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The checked tensors of a file on disk. Raises CheckpointError naming it."""
+    """Return the checked tensors of a file. Raises CheckpointError naming it."""
     check_no_pointer(path)
     try:
         with path.open("rb") as file:
@@ -76,7 +76,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def check_no_pointer(path: Path) -> None:
-    """Raise CheckpointError where git-lfs has left its pointer in a file's place."""
+    """Raise CheckpointError where a file is a git-lfs pointer."""
     try:
         with path.open("rb") as file:
             pointer = file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER
@@ -89,9 +89,9 @@ def check_no_pointer(path: Path) -> None:
 
 
 def check_header(header: Any, data_start: int, file_size: int | None, where: str) -> dict[str, TensorInfo]:
-    """The tensors of a header, checked to fill the file exactly, without overlaps or holes.
+    """Return the tensors of a header, which must fill the file exactly, without overlaps or holes.
 
-    `data_start` is where the payload begins; `file_size` may be None if it is not known.
+    `data_start` is the offset of the payload; `file_size` is None if it is not known. Raises CheckpointError.
     """
     damaged = f"{where}: its header is damaged"
     tensors = []
@@ -106,7 +106,7 @@ def check_header(header: Any, data_start: int, file_size: int | None, where: str
         if end - begin != nbytes:
             raise CheckpointError(f"{damaged}: tensor {name!r} does not have the size of its shape; {AGAIN}")
         tensors.append(TensorInfo(name, entry.dtype, shape, data_start + begin, nbytes))
-    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))  # empty ones lie before what follows
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))  # empty tensors come first
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
@@ -119,7 +119,7 @@ def check_header(header: Any, data_start: int, file_size: int | None, where: str
 
 
 def aligned(offset: int, alignment: int) -> int:
-    """The first multiple of `alignment` not below `offset`."""
+    """Return the first multiple of `alignment` that is at least `offset`."""
     return -(-offset // alignment) * alignment
 
 
@@ -129,10 +129,10 @@ def build_header(
     alignment: int,
     metadata: dict[str, str] | None = None,
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Header bytes for tensors (name, dtype, shape, offset in the payload) in rising order of offset.
+    """Return the header for tensors (name, dtype, shape, offset in the payload), sorted by offset, and their places.
 
-    Holes become U8 tensors named `__pad__.N`, so that the file stays a plain safetensors file; the payload
-    is `size` bytes and starts at a multiple of `alignment`. Returns the bytes and where each tensor lies.
+    Holes become U8 tensors named `__pad__.N`, so that the file stays a plain safetensors file. The payload is `size`
+    bytes and starts at a multiple of `alignment`.
     """
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = pads = 0

@@ -1,7 +1,7 @@
-"""Where a checkpoint's files come from: a local directory, or a repository on the hub.
+"""The files of a checkpoint, in a local directory or a Hub repository.
 
-Both answer the same few questions: which files there are, a small file's path, a weight file's header
-without its weights, and the weight file itself when its turn comes.
+Both list the files, and give the path of a small file, the header of a weight file without its weights, and the weight
+file itself when it is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """Files of one checkpoint; `name` is how messages call it, `location` finds it again from anywhere."""
+    """Files of one checkpoint. `name` is for messages; `location` names it from any working directory."""
 
     name: str
 
@@ -36,41 +36,41 @@ class Source(Protocol):
     def location(self) -> str: ...
 
     def files(self) -> dict[str, int | None]:
-        """File name to size in bytes, or None where it is not known."""
+        """Return the size in bytes of each file, None where it is not known."""
 
     def small_file(self, name: str) -> Path | None:
-        """The local path of a config or tokenizer file; None if there is no such file."""
+        """Return the local path of a config or tokenizer file, None if there is none."""
 
     def headers(self, names: Iterable[str]) -> dict[str, dict[str, TensorInfo]]:
-        """The checked safetensors header of each named file, without its weights."""
+        """Return the checked safetensors header of each file, without its weights."""
 
     def fetch(self, name: str, progress: Progress | None = None) -> Path:
-        """The local path of a weight file, downloaded if need be."""
+        """Return the local path of a weight file, downloaded if necessary."""
 
     def release(self, name: str) -> None:
-        """Say that a file is used up, by this run or an earlier one; a source that evicts deletes it."""
+        """Release a file that is used up, by this run or an earlier one; a source that evicts deletes it."""
 
     def space_needed(self, names: Iterable[str]) -> list[tuple[Path, int]]:
-        """Directories that fetching these files will fill, and by how many bytes at most."""
+        """Return directories that fetching these files fills, with the most bytes for each."""
 
     def identities(self, names: Iterable[str]) -> dict[str, str]:
-        """Return what tells each weight file from another or a changed one, without reading its weights."""
+        """Return a text for each weight file that differs for another or a changed file, without reading weights."""
 
     def fingerprint(self, names: Iterable[str]) -> str | None:
-        """Return a digest of the content of these weight files, where the source knows it without reading them."""
+        """Return a digest of the content of these weight files if it is known without reading them, else None."""
 
     def recall(self, identity: str) -> str | None:
-        """Return the fingerprint that a checkpoint of this identity was found to have when it was read."""
+        """Return the remembered fingerprint of a checkpoint with this identity, None if there is none."""
 
     def remember(self, identity: str, fingerprint: str) -> None:
-        """Keep a fingerprint for `recall`."""
+        """Store a fingerprint for `recall`."""
 
 
 class LocalSource:
     """A directory on this machine."""
 
     def __init__(self, directory: Path, known: Path | None = None) -> None:
-        """`known` is the directory where fingerprints are kept for checkpoints that were read."""
+        """`known` is the directory of remembered fingerprints."""
         self.directory, self.known = directory, known
         self.name = str(directory)
 
@@ -104,7 +104,7 @@ class LocalSource:
         return []
 
     def identities(self, names: Iterable[str]) -> dict[str, str]:
-        """Size, times, inode, and the header where there is one: what is left alone keeps them, a copy does not."""
+        """Return size, times, inode and a digest of the header, which stay for an untouched file only."""
         return {name: _identity(self.directory / name) for name in names}
 
     def fingerprint(self, names: Iterable[str]) -> str | None:
@@ -118,7 +118,7 @@ class LocalSource:
 
     def remember(self, identity: str, fingerprint: str) -> None:
         if self.known is not None:
-            with suppress(OSError):  # a cache that cannot be written only costs another reading
+            with suppress(OSError):  # a cache that is not writable only costs another reading
                 self.known.mkdir(parents=True, exist_ok=True)
                 path = self.known / f"{identity[:32]}.json"
                 write_whole(path, msgspec.json.encode(_Known(identity, fingerprint)))
@@ -137,12 +137,12 @@ def _identity(path: Path) -> str:
             header = file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; {disk_advice(error)}") from None
-    times = stat.st_mtime_ns, stat.st_ctime_ns  # the second cannot be set back
+    times = stat.st_mtime_ns, stat.st_ctime_ns  # ctime cannot be set
     return f"{stat.st_size} {times} {stat.st_ino} {hashlib.sha256(start + header).hexdigest()}"
 
 
 class HubSource:
-    """A hub repository; with `evict`, weight files pass through `scratch` one by one and are deleted."""
+    """A Hub repository. With `scratch`, weight files are downloaded there one by one and deleted after use."""
 
     def __init__(self, repo: HubRepo, scratch: Path | None = None) -> None:
         self.repo = repo
@@ -165,9 +165,9 @@ class HubSource:
         for name, header in self.repo.headers(list(names)).items():
             where, size = f"{self.name}: {name}", sizes[name]
             if size is None:
-                raise CheckpointError(f"{where}: the hub does not say how large it is; download the model")
+                raise CheckpointError(f"{where}: the Hub does not give its size; download the model")
             ends = (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-            # the header's own length is not in its JSON: it is what the payload leaves of the file's size
+            # the length of the header is not in its JSON: it is the file's size less the payload
             found[name] = check_header(header, size - max(ends, default=0), size, where)
         return found
 
@@ -179,7 +179,7 @@ class HubSource:
             self.repo.evict(self.scratch / name, self.scratch)
 
     def space_needed(self, names: Iterable[str]) -> list[tuple[Path, int]]:
-        """All that the shared cache lacks; of files that are evicted only the largest at a time."""
+        """Return the bytes missing in the shared cache; with `scratch`, those of the largest missing file."""
         from huggingface_hub import constants
 
         sizes = self.files()
@@ -189,7 +189,7 @@ class HubSource:
         return [(Path(constants.HF_HUB_CACHE), sum(missing))]
 
     def identities(self, names: Iterable[str]) -> dict[str, str]:
-        """The hub's own SHA-256 of each file; the commit where it gives none."""
+        """Return the SHA-256 that the Hub lists for each file, the commit where it lists none."""
         wanted = set(names)
         return {file.name: file.sha256 or self.repo.commit for file in self.repo.files if file.name in wanted}
 

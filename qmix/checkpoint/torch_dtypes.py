@@ -1,4 +1,4 @@
-"""torch's types for those that safetensors names, and for the two half precisions as users name them."""
+"""torch types by their names in safetensors, and the half precisions by their names for users."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The commands of the command line, a module each, named like its command and imported when it is used.
+"""The commands of the command line, one module each: options, exit codes and streams. May import every room.
 
-Such a module has the command under its own name, and imports what the command needs when it runs: `--help` loads no
-torch.
+A module and its command have the same name. The module is imported when the command is used, and imports the rest when
+the command runs: `--help` loads no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 
 import click
+
+from qmix.errors import QmixError
 
 COMMANDS = (
     "generate",
@@ -23,10 +25,16 @@ COMMANDS = (
     "bench",
     "doctor",
 )
+OPTIONS = {"attention": "--attn", "output": "--out", "source": "--from"}  # others have the argument's name
+
+
+def in_options(error: QmixError) -> str:
+    """Return the text of an error with options in place of arguments."""
+    return error.for_command(OPTIONS)
 
 
 class Commands(click.Group):
-    """A group that knows its commands' names, and imports a command when it is asked for."""
+    """A group that imports a command when it is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(COMMANDS)

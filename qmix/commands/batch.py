@@ -1,4 +1,4 @@
-"""`qmix batch`: a file of requests in, a file of answers out."""
+"""`qmix batch`: answer a file of requests."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from qmix.commands.shared import (
     context_option,
     dtype_option,
     hold_to,
+    max_new_tokens_option,
     model_or_default,
     out,
     plan_option,
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from qmix.store.layout import StoreLayout
 
 EXIT_SOME_REFUSED = 4
-OUTPUT_HELP = "where answers go, a line each as it is finished; - is stdout"
-BATCH_HELP = "sequences continued together [by the plan, from --ram and the lines]"
+OUTPUT_HELP = "answers, one line each, written as they finish; - is stdout"
+BATCH_HELP = "sequences computed together [chosen by the plan]"
 
 
 @click.command()
@@ -48,28 +49,29 @@ BATCH_HELP = "sequences continued together [by the plan, from --ram and the line
 @clip_option
 @dtype_option
 @plan_option
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@max_new_tokens_option
 @sampling_options
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
-@click.option("--json", "as_json", is_flag=True, help="the summary as one JSON object on stdout")
+@click.option("--json", "as_json", is_flag=True, help="print the summary as one JSON object on stdout")
 def batch(requests: Path, output: Path, model: str | None, as_json: bool, **options: Any) -> None:
-    """Answer every request of IN.jsonl (- is stdin), many at once.
+    """Answer a file of requests, many at a time.
 
-    A line is a request in the form of OpenAI's batches (custom_id, method, url, body), or short: an id, a prompt or
-    messages, and any of max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, ignore_eos,
-    logprobs. The options below are for lines that have none of their own. A line's answer depends on the line alone.
+    Each line of IN.jsonl (- is stdin) is a request in OpenAI's batch format (custom_id, method, url, body) or in the
+    short format: id, prompt or messages, and any of max_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
+    seed, stop, ignore_eos, logprobs. The options below apply to lines that do not set their own. The answer to a line
+    depends on that line alone.
 
-    A run that was stopped goes on with the same command. Exit codes: 2 the file has lines that cannot be used (nothing
-    is run), 4 some lines could not be answered (each has a line that says why), 130 interrupted.
+    Run the same command again to continue an interrupted run. Exit codes: 2 some lines are invalid (nothing is run),
+    4 some lines could not be answered (each has a line with the reason), 130 interrupted.
     """
     from qmix.engine.sampling import Sampling
 
     to_stdout = str(output) == "-"
     if as_json and to_stdout:
-        raise UsageError("--json: stdout has the answers already; leave one of them, or give -o a file")
+        raise UsageError("--json: stdout has the answers; write them to a file with -o, or leave it out")
     loading = {name: options.pop(name) for name in ("ram", "context", "precision", "clip", "dtype", "batch")}
     loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
-    defaults = {name: value for name, value in options.items() if value is not None}  # what resuming compares
+    defaults = {name: value for name, value in options.items() if value is not None}  # compared when a run is continued
     Sampling(**defaults)
     seed = defaults.pop("seed", None)
     with _input(requests, output) as file:
@@ -111,7 +113,7 @@ def _answer(
 
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
         if plan is not None and plan.plan_of(layout, fingerprint).devices:
-            raise UsageError(f"{plan.path}: uses GPUs, and batches are computed by the CPU; make a plan without any")
+            raise UsageError(f"{plan.path}: uses GPUs, and batches run on the CPU; make a plan without GPUs")
 
     def check_all(layout: StoreLayout) -> None:
         check(layout)
@@ -140,17 +142,17 @@ def _answer(
 
 @contextmanager
 def _input(path: Path, output: Path) -> Iterator[BinaryIO]:
-    """The requests as a file that can be gone back in."""
+    """Open the requests as a seekable file."""
     if str(path) == "-":
         with _copied(None if sys.stdin is None else sys.stdin.buffer) as copy:
             yield copy
         return
     try:
         if output.exists() and output.samefile(path):
-            raise UsageError(f"{output}: is the input too; choose another name for the answers")
+            raise UsageError(f"{output}: is also the input; choose another name for the answers")
         file = path.open("rb")
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give a file of requests, a JSON object a line") from None
+        raise UsageError(f"{path}: {error.strerror}; give a file with one JSON object per line") from None
     with file:
         if path.is_file():
             yield file
@@ -161,7 +163,7 @@ def _input(path: Path, output: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _copied(stream: BinaryIO | None) -> Iterator[BinaryIO]:
-    """The lines of what cannot be gone back in, in a file that nobody else sees."""
+    """Copy the lines of a stream that is not seekable to a temporary file."""
     from qmix.batch.lines import copy_lines
 
     with tempfile.TemporaryFile() as copy:
@@ -171,7 +173,7 @@ def _copied(stream: BinaryIO | None) -> Iterator[BinaryIO]:
 
 
 def _checked(path: Path, file: BinaryIO) -> Any:
-    """The requests, all of them as they should be; what is wrong is said a line at a time."""
+    """Return the requests. Raises UsageError where a line is invalid, after a message for each such line."""
     from qmix.batch.lines import Requests
 
     where = "stdin" if str(path) == "-" else str(path)
@@ -184,9 +186,9 @@ def _checked(path: Path, file: BinaryIO) -> Any:
     for problem in found.problems:
         click.echo(f"{where}: {problem}", err=True)
     if found.bad > len(found.problems):
-        click.echo(f"{where}: and {found.bad - len(found.problems)} more", err=True)
+        click.echo(f"{where}: {found.bad - len(found.problems)} more invalid lines", err=True)
     if found.bad:
-        raise UsageError(f"{where}: {found.bad} lines cannot be used; nothing was run, correct them")
+        raise UsageError(f"{where}: {found.bad} lines are invalid; nothing was run, correct them")
     if not found.entries:
-        raise UsageError(f"{where}: holds no requests; give a JSON object a line")
+        raise UsageError(f"{where}: has no requests; give one JSON object per line")
     return found

@@ -1,4 +1,4 @@
-"""`qmix bench`: speed beside the least time it could take."""
+"""`qmix bench`: speed, compared with the roofline of the machine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from qmix.commands.shared import (
     read_plan_option,
 )
 
-PROMPTS_HELP = "prompts to time, as 512 or 512,1024; 0 for none [512]"
-NEW_HELP = "tokens to generate, as 128 or 128,512; 0 for none [128]"
+PROMPTS_HELP = "prompt lengths, such as 512 or 512,1024; 0 for none [512]"
+NEW_HELP = "numbers of tokens to generate, such as 128 or 128,512; 0 for none [128]"
 
 
 @click.command()
 @click.argument("model", required=False)
 @ram_option
-@click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[what the longest test takes]")
+@click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[as long as the longest test]")
 @precision_option
 @clip_option
 @dtype_option
@@ -37,10 +37,14 @@ NEW_HELP = "tokens to generate, as 128 or 128,512; 0 for none [128]"
 @plan_option
 @click.option("-p", "--prompt-tokens", multiple=True, metavar="LIST", default=["512"], help=PROMPTS_HELP)
 @click.option("-n", "--new-tokens", multiple=True, metavar="LIST", default=["128"], help=NEW_HELP)
-@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
+@click.option("-r", "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, help="runs of each test")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of a table")
 def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **options: Any) -> None:
-    """Measure how fast MODEL takes in a prompt (pp) and generates (tg), beside what this machine could do at best."""
+    """Measure MODEL's speed and compare it with the roofline.
+
+    A pp test processes a prompt, a tg test generates tokens. The bound of a test is the highest speed that the memory,
+    disk and cores of this machine allow.
+    """
     given = read_plan_option(options.pop("plan_path"), ram=options["ram"], context=options["context"])
     name = model_or_default(model)
     from qmix.bench.roofline import workloads
@@ -56,7 +60,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store, plan = prepare(name, tests, attention=attn, plan=given, on_progress=making, **options)
-    say("measuring this machine's memory and cores")
+    say("measuring the memory and cores of this machine")
     machine = probe_in_child()
     hold_to(plan.ram)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:

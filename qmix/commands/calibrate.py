@@ -1,4 +1,4 @@
-"""`qmix calibrate`: where a model routes text, and what quantising each of its experts costs."""
+"""`qmix calibrate`: how often a model uses each expert, and what quantising it costs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from calibration.report import PoolSize
     from calibration.run import Calibration
 
-BUDGET_HELP = "of all experts, as 60GB: choose the precisions that lose least in so many bytes"
-PLOT_HELP = "draw what was found into FILE.png or .svg"
-NAMED = 6  # experts in a sentence; of more it gives the number
+BUDGET_HELP = "bytes of all experts, such as 60GB: choose the precisions with the least error that fit"
+PLOT_HELP = "also write the charts to a .png or .svg file"
+NAMED = 6  # experts that a sentence lists; more are only counted
 
 
 @click.command()
@@ -31,11 +31,11 @@ NAMED = 6  # experts in a sentence; of more it gives the number
 @dtype_option
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help=PLOT_HELP)
 def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, **options: Any) -> None:
-    """Run text through the checkpoint MODEL once, and write what it shows to PROFILE.
+    """Measure expert use and quantisation error on text.
 
-    The text goes through layer by layer, so the model may be larger than memory, and every expert is read once. The
-    profile says how often each expert is used, what quantising it costs, and how well caches do; `plan` and
-    `quantize` take it with --profile, and a store carries it to the runs that read it.
+    The text runs through the checkpoint MODEL layer by layer, so the model may be larger than memory, and each expert
+    is read once. PROFILE holds how often each expert is used, the error of quantising it, and the best cache policy.
+    `plan`, `quantize` and `compare` read it with --profile; a store made with it keeps a copy.
     """
     from qmix.checkpoint import open_checkpoint
     from qmix.store.sources import open_source
@@ -45,8 +45,8 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
 
         check_target(plot, "calibration")
     for path in filter(None, (profile, plot)):
-        if not os.access(path.absolute().parent, os.W_OK):  # known now, and not after hours
-            raise UsageError(f"{path}: its directory is not there, or cannot be written; name another place")
+        if not os.access(path.absolute().parent, os.W_OK):  # checked before hours of work
+            raise UsageError(f"{path}: its directory does not exist or is not writable; choose another path")
     checkpoint = open_checkpoint(open_source(model))
     window = window_of(checkpoint.geometry, options["window"])
     quiet_libraries()
@@ -76,22 +76,22 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
         found = run(checkpoint, dtype, passages, budget, display)
     write_profile(profile, found.to_json())
     if scarce := found.routing.scarce:
-        say(f"fewer than {ENOUGH} tokens went to {_named(scarce)}: what is measured of them is rough; give more text")
+        say(f"fewer than {ENOUGH} tokens went to {_named(scarce)}: their figures are rough; give more text")
     print_table(*report(found, _pool(found, options["ram"])))
     if plot is not None:
         draw(found, plot)
-    say(f"{profile}: written; `qmix plan {model} --profile {profile}` shows what it is good for")
+    say(f"{profile}: written; use it with `qmix plan {model} --profile {profile}`")
 
 
 def _named(keys: Sequence[tuple[int, int]]) -> str:
-    """Some experts, or how many there are."""
+    """Return the names of some experts, and their number if there are many."""
     if len(keys) > NAMED:
-        return f"{len(keys)} experts, {_named(keys[:NAMED])} among them"
+        return f"{len(keys)} experts, such as {_named(keys[:NAMED])}"
     return ", ".join(f"{layer}.{expert}" for layer, expert in keys)
 
 
 def _pool(found: Calibration, ram: int | None) -> PoolSize | None:
-    """What this machine's memory holds of the store; None where it is too small for any."""
+    """Return the slots that fit this machine's memory, None where no plan fits."""
     from calibration.report import PoolSize
     from qmix.plan.here import plan_for, this_machine
 

@@ -1,4 +1,4 @@
-"""`qmix chat`: a conversation."""
+"""`qmix chat`: a conversation with a model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from typing import Any
 
 import click
 
+from qmix.commands import in_options
 from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
 from qmix.files import read_text
 from qmix.text.detokenizer import check_text
 
-MAX_HELP = "of an answer [what the context leaves]"
+MAX_HELP = "longest answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("-s", "--system", metavar="TEXT", help="a text that stands before the conversation")
-@click.option("--system-file", type=FILE, metavar="FILE", help="the same from a file")
-@click.option("--resume", type=FILE, metavar="FILE", help="go on with a session that /save wrote")
-@click.option("--no-history", is_flag=True, help="neither read nor keep what is typed, in this session or others")
-@click.option("-q", "--quiet", is_flag=True, help="no statistics behind the answers")
+@click.option("-s", "--system", metavar="TEXT", help="system prompt")
+@click.option("--system-file", type=FILE, metavar="FILE", help="system prompt from a file")
+@click.option("--resume", type=FILE, metavar="FILE", help="continue a session saved by /save")
+@click.option(
+    "--no-history", is_flag=True, help="do not read or write the history of typed lines, and do not keep this chat"
+)
+@click.option("-q", "--quiet", is_flag=True, help="no statistics after the answers")
 @loading_options
 @click.option("--max-new-tokens", type=int, help=MAX_HELP)
 @sampling_options
@@ -38,10 +41,10 @@ def chat(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Talk with MODEL, a turn a line; /help says what else can be typed.
+    """Chat with MODEL, in a terminal or through a pipe.
 
-    A model with a chat template answers, one without continues the text. Where stdin is no terminal, each of its
-    lines is a turn; the answers go to stdout, everything else to stderr, and the exit code is 1 where a line failed.
+    Each line is a turn; /help lists the commands. A model with a chat template answers, one without continues the text.
+    Answers go to stdout, everything else to stderr. If stdin is not a terminal, the exit code is 1 when a line failed.
     """
     from qmix.engine.sampling import Sampling
 
@@ -69,7 +72,7 @@ def chat(
         for line in () if no_history else interrupted(directory):
             say(line)
         kept = None if no_history else KeptChat(directory, say)
-        screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary)
+        screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
         reader = _reader(no_history, session.most_bytes)
         running = Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
         running.run()
@@ -79,7 +82,7 @@ def chat(
 
 def _system_text(text: str | None, path: Path | None) -> str | None:
     if text is not None and path is not None:
-        raise UsageError("--system and --system-file: give one of them")
+        raise UsageError("--system and --system-file: give only one of them")
     if path is None:
         check_text(text or "", "--system")
         return text
@@ -87,22 +90,22 @@ def _system_text(text: str | None, path: Path | None) -> str | None:
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
-    """What is to be known beforehand, once."""
+    """Tell once, at the start, what the model can and cannot do."""
     from qmix.terminal.tables import say
 
     if not session.form.takes_roles:
         say(
             f"{name} has no chat template: a pretrained base model, without any moderation mechanisms; "
-            "it continues what you write"
+            "it continues your text"
         )
     if session.conversation.system and not session.form.takes_system:
-        say("no system role here: the system text goes into the first turn")
+        say("the chat template has no system role; the system prompt goes into the first turn")
     if not quiet and _is_terminal(sys.stdin):
-        say(f"{name}: /help says what can be typed, Ctrl-D leaves")
+        say(f"{name}: /help lists the commands, Ctrl-D leaves")
 
 
 def _reader(no_history: bool, limit: int) -> Any:
-    """prompt_toolkit's line where a terminal is on both sides, plain lines elsewhere."""
+    """Return prompt_toolkit's reader where stdin and stdout are terminals, else a reader of plain lines."""
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
     from qmix.terminal.tables import say
 
@@ -110,13 +113,13 @@ def _reader(no_history: bool, limit: int) -> Any:
         path = state_directory() / "chat-history"
         return TerminalReader(InMemoryHistory() if no_history else open_history(path, say), limit)
     if sys.stdin is None:
-        raise UsageError("stdin is closed; there is nobody to talk with")
+        raise UsageError("stdin is closed; give it a terminal or a file")
     asks = _is_terminal(sys.stdin)
     return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None, limit)
 
 
 def _shown(text: str) -> None:
-    """An answer's text to stdout; on a terminal without the control characters that would move it."""
+    """Write an answer's text to stdout; on a terminal, replace control characters, which could steer it."""
     out("".join(_visible(character) for character in text) if _is_terminal(sys.stdout) else text)
 
 

@@ -1,4 +1,4 @@
-"""`qmix compare`: what quantisation does to a model's answers."""
+"""`qmix compare`: how quantisation changes a model's predictions."""
 
 from __future__ import annotations
 
@@ -29,27 +29,28 @@ if TYPE_CHECKING:
     from qmix.checkpoint import Checkpoint
     from qmix.compare.fidelity import Fidelity
 
-BUDGETS_HELP = "of all experts: the precisions that by the profile lose least in so many bytes; may be given again"
-CLIP_TOO_HELP = "compare each 4-bit --precision also with blocks as `quantize --clip` makes them"
+BUDGETS_HELP = "bytes of all experts: compare the profile's precisions with the least error that fit; repeatable"
+CLIP_TOO_HELP = "compare each 4-bit --precision also as `quantize --clip` makes it"
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.argument("stores", metavar="[STORE]...", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--precision", "precisions", metavar="SPEC", multiple=True, help=f"{PRECISION_HELP}; may be given again")
+@click.option("--precision", "precisions", metavar="SPEC", multiple=True, help=f"{PRECISION_HELP}; repeatable")
 @profile_option
 @click.option("--budget", "budgets", type=Size(), metavar="SIZE", multiple=True, help=BUDGETS_HELP)
 @click.option("--clip", is_flag=True, help=CLIP_TOO_HELP)
-@click.option("--against", metavar="SPEC", default="half", show_default=True, help="the precision to measure from")
+@click.option("--against", metavar="SPEC", default="half", show_default=True, help="reference precision")
 @text_options
 @ram_option
 @dtype_option
-@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of a table")
 def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: bool, **options: Any) -> None:
-    """Compare the next-token distributions of the checkpoint MODEL, quantised, with those it has in half precision.
+    """Measure how quantisation changes next-token predictions.
 
-    Each --precision is made in memory, layer by layer, and so is the reference: the model may be larger than memory,
-    and every weight is read once for all of them. STOREs that were made from MODEL are compared as they are.
+    The next-token distributions of the checkpoint MODEL in each --precision are compared with those in the reference
+    precision. All are computed in memory, layer by layer: the model may be larger than memory, and each weight is read
+    once for all precisions. A STORE made from MODEL is compared as it is.
     """
     name = model_or_default(model)
     from qmix.checkpoint import open_checkpoint
@@ -69,10 +70,10 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
 
-    if stores or options["profile"]:  # which must be of the same weights
+    if stores or options["profile"]:  # their weights must be the same
         with ProgressDisplay(f"reading {name}") as display:
             fingerprint_of(checkpoint, display)
-    dtype = layout_for(checkpoint, against, options["dtype"], option="--against").dtype
+    dtype = layout_for(checkpoint, against, options["dtype"], argument="against").dtype
     specs = _specs(checkpoint, dtype, options["precisions"], options["profile"], options["budgets"])
     if not specs and not stores:
         specs = {DEFAULT_PRECISION: DEFAULT_PRECISION}
@@ -92,7 +93,7 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
         out(json.dumps(_content(name, fingerprint, predicted, window, found)) + "\n")
         return
     print_table(fidelity_table(found))
-    say(f"{predicted} tokens predicted in windows of {window}, against {against}; KL in nats, +/- its standard error")
+    say(f"{predicted} predicted tokens, windows of {window}, reference {against}; KL in nats +/- standard error")
 
 
 def _content(name: str, fingerprint: str, predicted: int, window: int, found: Sequence[Fidelity]) -> dict[str, Any]:
@@ -104,14 +105,14 @@ def _content(name: str, fingerprint: str, predicted: int, window: int, found: Se
 def _specs(
     checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], path: Path | None, budgets: Sequence[int]
 ) -> dict[str, str]:
-    """What is to be compared, by the name that its row has: precisions as they were typed, or a profile's."""
+    """Return the precisions to compare by the names of their rows: as typed, or chosen by a profile."""
     from qmix.store.profile import AUTO, check_profile
 
     profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
     if profile is None or path is None:
         return {spec: spec for spec in precisions}
     if AUTO not in precisions and not budgets:
-        raise UsageError(f"--profile: nothing is asked of it; give --precision {AUTO} or --budget, or leave it out")
+        raise UsageError(f"--profile: not used without --precision {AUTO} or --budget; give one, or leave it out")
     check_profile(profile, path, checkpoint.geometry, checkpoint.fingerprint)
     asked = checkpoint.geometry, dtype
     typed = {spec: profile.auto(None, *asked) if spec == AUTO else spec for spec in precisions}
@@ -121,7 +122,7 @@ def _specs(
 def _variants(
     checkpoint: Checkpoint, dtype: str, against: str, specs: Mapping[str, str], clip: bool, stores: Sequence[Path]
 ) -> list[Any]:
-    """The reference, each of `specs` (with `clip` also with clipped blocks, where it has any), and the stores."""
+    """Return the reference, each of `specs` (with `clip` also its clipped form, if it has blocks) and the stores."""
     from qmix.engine.variants import Quantised, Stored
     from qmix.store.layout import has_blocks
     from qmix.store.opened import open_store

@@ -1,4 +1,4 @@
-"""`qmix doctor`: what this machine is, and how fast."""
+"""`qmix doctor`: examine and measure this machine."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from qmix.commands.shared import out, quiet_libraries, refuse
 @click.option(
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),
-    help="on the disk that stores lie on [the user's cache directory]",
+    help="a directory on the disk of the stores [the user's cache directory]",
 )
-@click.option("--no-measure", is_flag=True, help="measure no rates, only try what must work; some seconds")
-@click.option("--self-test", is_flag=True, help="check that GPUs give the CPU's values and take the planned bytes")
-@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of a table")
+@click.option("--no-measure", is_flag=True, help="only test what must work, in seconds; measure no rates")
+@click.option("--self-test", is_flag=True, help="check that GPUs give the values of the CPU and use the planned bytes")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of a table")
 def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: bool) -> None:
-    """Report on this machine, and measure what plans are predicted from: memory, disk, products, GPUs.
+    """Examine this machine and measure its memory, disk and GPUs.
 
-    Takes half a minute and a gigabyte each of memory and disk; run it while nothing else runs. What it finds is kept,
-    and used by plan and by every run from then on. Whether 4-bit products take a fast kernel is tried, not read off the
-    processor's name: run it again after installing another torch or bitsandbytes.
+    Takes half a minute, 1 GB of memory and 1 GB of disk; run it while nothing else runs. The results are kept, and
+    `plan` and every run use them. The fast kernel for 4-bit matmul is tested, not assumed from the processor's name:
+    run `doctor` again after installing another version of torch or bitsandbytes.
     """
     if self_test:
         others = {"directory": directory, "no_measure": no_measure, "as_json": as_json}
-        refuse(others, "is not for --self-test, which measures nothing")
+        refuse(others, "not used with --self-test")
         _self_test()
         return
     from qmix.disk.places import cache_directory
@@ -54,7 +54,7 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
         kept = keep(found, four_bit)
         if not no_measure:
             say(f"kept in {kept}")
-    except QmixError as error:  # said last: the report is worth having all the same
+    except QmixError as error:  # raised at the end: the report is useful all the same
         lost = error
     report = examine(where, rates, four_bit)
     if as_json:
@@ -62,16 +62,16 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     else:
         print_table(report_table(report))
     if report.typical and not as_json:
-        say(f"not measured: {', '.join(report.typical)}; typical values stand in. `qmix doctor` measures them")
+        say(f"not measured: {', '.join(report.typical)}; typical values are used. `qmix doctor` measures them")
     if lost is not None:
         raise lost
 
 
 def _self_test() -> None:
-    """Some minutes; without a GPU on pretend ones. Raises QmixError where a check fails."""
+    """Run the self-test, which takes minutes, on pretend devices without a GPU. Raises QmixError where it fails."""
     quiet_libraries()
     from qmix.errors import QmixError
     from qmix.verify.selftest import self_test
 
     if not self_test(lambda line: out(line + "\n")):
-        raise QmixError("the self-test found faults; please report its lines")
+        raise QmixError("the self-test failed; please report its output")

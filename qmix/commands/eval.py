@@ -1,4 +1,4 @@
-"""`qmix eval`: a model's figures on lm-evaluation-harness's tasks."""
+"""`qmix eval`: a model's results on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from qmix.commands.shared import (
     read_plan_option,
 )
 from qmix.errors import UsageError
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from qmix.evaluate.engine import StoreEngine
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
     from qmix.store.opened import Store
 
 PLACE = click.Path(path_type=Path)
-TASKS_HELP = "the harness's or those in --data, as arc_easy,gsm8k; `card` is the model card's [all in --data, or card]"
-DATA_HELP = "tasks of your own, and data sets as `hf download` leaves them; with it the tasks use no network"
-OUT_HELP = "where results are kept, each request's as soon as it is known [qmix-eval]"
-SHOTS_HELP = "examples in a prompt [the task's own]"
-CONTEXT_HELP = "seen at once; longer requests lose their beginning [all that the model sees]"
-BATCH_HELP = "through the model together [by the plan, from --ram and the requests]"
+TASKS_HELP = "tasks of the harness or in --data, such as arc_easy,gsm8k; `card`: see above [all in --data, or card]"
+DATA_HELP = "your own tasks, and data sets from `hf download`; the network is then not used"
+OUT_HELP = "directory of the results [qmix-eval]"
+SHOTS_HELP = "examples in each prompt [the task's own]"
+CONTEXT_HELP = "longest request; longer ones lose their beginning [the model's longest]"
+BATCH_HELP = "tokens computed together [chosen by the plan]"
 
 
 @click.command("eval")
@@ -58,28 +59,28 @@ BATCH_HELP = "through the model together [by the plan, from --ram and the reques
 @dtype_option
 @plan_option
 @click.option("--batch-tokens", type=click.IntRange(min=1), metavar="N", help=BATCH_HELP)
-@click.option("--json", "as_json", is_flag=True, help="the results as one JSON object instead of a table")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of a table")
 def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None, **options: Any) -> None:
     """Evaluate MODEL on tasks of lm-evaluation-harness.
 
-    `--tasks card` is ARC-Challenge (25 examples), HellaSwag (10), MMLU (5), TruthfulQA (0), Winogrande (5) and GSM8K
-    (5), beside the figures of Mixtral 8x22B's model card.
+    `--tasks card` runs ARC-Challenge (25 examples), HellaSwag (10), MMLU (5), TruthfulQA (0), Winogrande (5) and GSM8K
+    (5), and compares the results with those of Mixtral 8x22B's model card.
 
-    A result is kept in --out as soon as it is known, and never computed again: a run that was stopped goes on with the
-    same command. results.json there has the figures of the last run.
+    Each result is written to --out at once and not computed again: run the same command to continue an interrupted run.
+    results.json in that directory has the figures of the last run.
     """
     plan = read_plan_option(plan_path, ram=options["ram"], context=options["context"])
     if plan is not None:
         options |= {"ram": plan.plan.ram, "context": plan.plan.context}
         options["precision"] = options["precision"] or plan.precision
     if options["data"] is not None and not options["data"].is_dir():
-        raise UsageError(f"--data {options['data']}: no such directory")
+        raise UsageError(f"--data {options['data']}: directory not found")
     if find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed; pip install 'qmix-moe[eval]'")
     name = model_or_default(model)
     quiet_libraries()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # it would resample in processes of its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the harness
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise it resamples in child processes
     store = _store(name, plan, options)
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import StoreEngine
@@ -105,7 +106,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
 
 
 def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
-    """The model's store, made once the budget is known to do for all that there is to do."""
+    """Return the model's store; it is made after checking that the budget suffices for all requests."""
     from qmix.engine.resolve import prepare_store
     from qmix.terminal.progress import ProgressDisplay
 
@@ -114,7 +115,7 @@ def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
         if context is not None and context > longest:
             raise UsageError(f"--context {context}: must be 2 to {longest}, the model's longest")
         if plan is not None and plan.plan_of(layout, fingerprint).devices:
-            raise UsageError(f"{plan.path}: uses GPUs, and this is computed by the CPU; make a plan without any")
+            raise UsageError(f"{plan.path}: uses GPUs, and evaluations run on the CPU; make a plan without GPUs")
 
     def check_all(layout: StoreLayout) -> None:
         check(layout)
@@ -127,10 +128,10 @@ def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
 
 
 def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> None:
-    """Look at all requests with the checkpoint's tokenizer. Raises DoesNotFitError with a budget that does."""
+    """Check all requests with the checkpoint's tokenizer. Raises DoesNotFitError with a budget that suffices."""
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
-    from qmix.evaluate import engine  # noqa: F401 -- what it imports is none of what tasks and requests take
+    from qmix.evaluate import engine  # noqa: F401 -- its imports must not count as memory of the tasks and requests
     from qmix.evaluate.budget import Budget, BudgetCheck, Checked
     from qmix.machine.found import own_memory
     from qmix.store.sources import open_source
@@ -142,10 +143,10 @@ def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> No
 
 
 def _evaluate(engine: StoreEngine, output: Path, options: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """What results.json says, and where it lies.
+    """Return the content of results.json and its path.
 
-    The harness is imported here, after the engine has looked at what this process takes: it is a part of what is held
-    beside the model.
+    The harness is imported here, after the engine has measured this process, so that it counts as memory held beside
+    the model.
     """
     from qmix.terminal.tables import say
     from qmix.text.tokenizer import load_tokenizer
@@ -156,7 +157,7 @@ def _evaluate(engine: StoreEngine, output: Path, options: dict[str, Any]) -> tup
 
     shots, limit = options["shots"], options["limit"]
     if "card" in names and limit:
-        say("with --limit the difference to the card is of other questions")
+        say("with --limit the figures are of other questions than the card's")
     content = report(lm, found, {"tasks": names, "limit": limit, "num_fewshot": shots})
     return content, write_report(output, content)
 
@@ -164,7 +165,7 @@ def _evaluate(engine: StoreEngine, output: Path, options: dict[str, Any]) -> tup
 def _run(
     engine: RequestEngine, tokenizer: Any, layout: StoreLayout, options: dict[str, Any], notify: Callable[[str], None]
 ) -> tuple[QmixLM, dict[str, Any], list[str]]:
-    """The harness's model over an engine, what came out, and the names of the tasks."""
+    """Return the harness's model over an engine, its results, and the names of the tasks."""
     from qmix.evaluate import tasks
     from qmix.evaluate.data import offline
     from qmix.evaluate.harness import QmixLM
@@ -174,7 +175,7 @@ def _run(
     data, shots = options["data"], options["shots"]
     names = _names(options["tasks"]) or (tasks.own_tasks(data) if data else []) or ["card"]
     if "card" in names and shots is not None:
-        raise UsageError("--num-fewshot: the model card's tasks have theirs; leave it out, or name the tasks")
+        raise UsageError("--num-fewshot: the tasks of `card` have their own; leave it out, or give other --tasks")
     lm = QmixLM(engine, tokenizer, options["context"] or layout.geometry.max_position, notify)
     with offline() if data else nullcontext():
         return lm, run_tasks(lm, tasks.load_tasks(names, data, shots), options["limit"]), names
@@ -185,11 +186,11 @@ def _names(asked: str | None) -> list[str]:
         return []
     names = list(dict.fromkeys(filter(None, map(str.strip, asked.split(",")))))
     if not names:
-        raise UsageError("--tasks: names no task; give some, or leave it out")
+        raise UsageError("--tasks: empty; give some tasks, or leave it out")
     return names
 
 
 def _interrupted(engine: StoreEngine) -> str:
     work = engine.work
-    done = f"; {work.done} of {work.requests} requests are done" if work.requests else ""
-    return f"interrupted{done}, the same command goes on"
+    done = f"; {work.done} of {plural(work.requests, 'request')} done" if work.requests else ""
+    return f"interrupted{done}, run the same command again to continue"

@@ -1,4 +1,4 @@
-"""`qmix generate`: text to continue in, its continuation out."""
+"""`qmix generate`: continue a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import Any
 
 import click
 
-from qmix.commands.shared import MODEL_HELP, draft_option, given, loaded, loading_options, out, sampling_options
+from qmix.commands.shared import (
+    MODEL_HELP,
+    draft_option,
+    given,
+    loaded,
+    loading_options,
+    max_new_tokens_option,
+    out,
+    sampling_options,
+)
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT
 
@@ -19,12 +28,15 @@ from qmix.files import TEXT_LIMIT
 @click.argument("prompt", required=False)
 @click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
 @loading_options
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@max_new_tokens_option
 @sampling_options
 @draft_option
-@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of streamed text")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of streamed text")
 def generate(prompt: str | None, **options: Any) -> None:
-    """Continue PROMPT (or stdin, with - or nothing) and stream the text to stdout."""
+    """Continue a prompt and stream the text to stdout.
+
+    The prompt is PROMPT, or stdin if PROMPT is - or left out.
+    """
     from qmix.engine.sampling import Sampling
 
     as_json = options.pop("as_json")
@@ -37,7 +49,7 @@ def generate(prompt: str | None, **options: Any) -> None:
         from qmix.terminal.tables import say
 
         result = None
-        with closing(runner.generate(text, sampling)) as pieces:  # what ends the loop ends the computation
+        with closing(runner.generate(text, sampling)) as pieces:  # whatever ends the loop ends the computation
             for piece in pieces:
                 result = piece.result
                 if not as_json:
@@ -48,15 +60,15 @@ def generate(prompt: str | None, **options: Any) -> None:
 
 
 def _read_prompt(prompt: str | None) -> str:
-    """The prompt from the argument or stdin; refused before anything is loaded if it is no text."""
+    """Return the prompt from the argument or stdin. Raises UsageError where it is not text."""
     if prompt is not None and prompt != "-":
         where, raw = "PROMPT", os.fsencode(prompt)
     elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
-        raise UsageError("no prompt: give one as an argument, or on stdin")
+        raise UsageError("no prompt: give one as an argument or on stdin")
     else:
         where, raw = "stdin", sys.stdin.buffer.read(TEXT_LIMIT + 1)
     if len(raw) > TEXT_LIMIT:
-        raise UsageError(f"{where}: longer than {TEXT_LIMIT} bytes, which no context holds; shorten it")
+        raise UsageError(f"{where}: longer than {TEXT_LIMIT} bytes, more than any context holds; shorten it")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,9 +1,10 @@
-"""`qmix plan`: what would lie where, and how fast it would be."""
+"""`qmix plan`: where the parts of a model lie, and how fast it runs."""
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,16 +35,16 @@ if TYPE_CHECKING:
     from qmix.planner.planned import Planned
     from qmix.verify.rehearsal import Verification
 
-PRECISION_HELP = "as for quantize, or `auto`: what the profile has chosen"
-RATES = {  # option: what it states, whether in FLOP/s, help
-    "--disk-read": ("disk_read", False, "of the disk, as 3.5GB/s"),
-    "--memory-read": ("memory_read", False, "of main memory, as 60GB/s"),
-    "--pcie": ("pcie", False, "from memory to a GPU, as 25GB/s"),
-    "--gpu-memory": ("gpu_memory", False, "of a GPU's own memory, as 900GB/s"),
-    "--gpu-matmul": ("gpu_matmul", True, "of a GPU in half precision, as 80TFLOP/s"),
+PRECISION_HELP = "as for `quantize`, or `auto`: chosen by the profile"
+RATES = {  # option: name of the rate, whether in FLOP/s, help
+    "--disk-read": ("disk_read", False, "disk reads, such as 3.5GB/s"),
+    "--memory-read": ("memory_read", False, "memory bandwidth, such as 60GB/s"),
+    "--pcie": ("pcie", False, "memory to GPU, such as 25GB/s"),
+    "--gpu-memory": ("gpu_memory", False, "GPU memory bandwidth, such as 900GB/s"),
+    "--gpu-matmul": ("gpu_matmul", True, "GPU matmul in half precision, such as 80TFLOP/s"),
 }
 OF_GPUS = ("pcie", "gpu_memory", "gpu_matmul")
-COMPARE_HELP = "a machine beside others, as 24GiB+24GiB,64GiB: its GPUs, then its RAM; may be given again"
+COMPARE_HELP = "compare machines, each as GPUs,RAM, such as 24GiB+24GiB,64GiB; repeatable"
 
 
 def _rate_options(command: Any) -> Any:
@@ -55,30 +56,34 @@ def _rate_options(command: Any) -> Any:
 @click.command()
 @click.argument("model", required=False)
 @ram_option
-@click.option("--gpu", multiple=True, metavar="SIZE", help="memory of a GPU, once for each; `none` [those found]")
-@click.option("--disk", type=Size(), metavar="SIZE", help="room for the store [what is free]")
+@click.option("--gpu", multiple=True, metavar="SIZE", help="memory of a GPU; repeat for each, or `none` [those found]")
+@click.option("--disk", type=Size(), metavar="SIZE", help="disk space for the store [what is free]")
 @_rate_options
 @context_option
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="prompts decoded together")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="sequences decoded together")
 @click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
 @dtype_option
 @attention_option
 @profile_option
 @budget_option
 @click.option("--compare", multiple=True, metavar="MACHINE", help=COMPARE_HELP)
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="draw the plan into FILE.png or .svg")
-@click.option("--verify", is_flag=True, help="run the model on pretend devices, at full size, and compare its bytes")
-@click.option("--json", "as_json", is_flag=True, help="the plan as JSON, which --plan of other commands takes")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="also draw the plan to a .png or .svg file"
+)
+@click.option(
+    "--verify", is_flag=True, help="run the model at full size on pretend devices and check the planned bytes"
+)
+@click.option("--json", "as_json", is_flag=True, help="print the plan as JSON, for --plan of other commands")
 def plan(model: str | None, as_json: bool, **options: Any) -> None:
-    """Say what of MODEL lies where on a machine and how fast it runs, reading no weights.
+    """Plan what lies where on a machine, and predict its speed.
 
-    Without a network, MODEL may be mixtral-8x7b or mixtral-8x22b. What is not stated of the machine is this one's.
-    Exit code 3: it does not fit; then the nearest plan is shown that does.
+    Reads no weights. MODEL may also be mixtral-8x7b or mixtral-8x22b, which need no download. Values of the machine
+    that are not given are those of this one. Exit code 3 if the model does not fit; then the nearest plan is shown.
     """
     plot = _plot_target(options["plot"])
     if options["compare"]:
         of_one = {name: options[name] for name in ("ram", "gpu", "verify")}
-        refuse(of_one, "is of one machine, and each --compare names its own")
+        refuse(of_one, "not used with --compare, which names each machine's own")
     machine = _machine(options)
     machines = {text: _compared(text, machine) for text in options["compare"]}
     if not any(each.gpus for each in machines.values() or [machine]):
@@ -94,7 +99,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     planned, refusal = _planned(subject, machine, options, how)
     verified = _verified(planned) if options["verify"] else None
     if as_json:
-        content = planned.to_json()
+        content = _content(planned)
         if verified is not None:
             from qmix.verify.view import to_json
 
@@ -103,7 +108,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
             content = {"schema": content["schema"], "fits": False, "smallest": refusal.smallest, "nearest": content}
         out(json.dumps(content) + "\n")
     else:
-        _show(planned, name if refusal is None else f"{name}: the nearest that fits")
+        _show(planned, name if refusal is None else f"{name}: the nearest plan that fits")
     if verified is not None:
         if not as_json:
             from qmix.terminal.tables import print_table
@@ -122,7 +127,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
 def _planned(
     subject: PlanTarget, machine: Machine, options: dict[str, Any], how: dict[str, Any]
 ) -> tuple[Planned, DoesNotFitError | None]:
-    """The plan, or the nearest one that fits with why this one does not."""
+    """Return the plan and None, or the nearest plan that fits and the error of this one."""
     from qmix.planner.planned import check_disk, nearest, plan_on
 
     try:
@@ -135,7 +140,7 @@ def _planned(
 
 
 def _verified(planned: Planned) -> Verification:
-    """What running the plan on pretend devices shows; a minute for the largest models."""
+    """Run the plan on pretend devices, which takes a minute for the largest models."""
     quiet_libraries()
     from qmix.terminal.tables import say
     from qmix.verify.rehearsal import verify
@@ -152,11 +157,35 @@ def _show(planned: Planned, title: str) -> None:
 
     placed = ExpertMap(planned.plan.placement)
     print_table(Text(title), device_table(planned.plan), placed, details(planned))
-    out("run it:\n" + "".join(f"  {line}\n" for line in planned.commands))  # unfolded, so that it can be copied
+    out("run it:\n" + "".join(f"  {line}\n" for line in run_lines(planned)))  # not wrapped, so that it can be copied
+
+
+def _content(planned: Planned) -> dict[str, Any]:
+    return planned.to_json() | {"commands": run_lines(planned)}
+
+
+def run_lines(planned: Planned) -> list[str]:
+    """Return shell lines that run a plan."""
+    from qmix.models.published import PUBLISHED
+
+    plan, name = planned.plan, planned.subject.name
+    model = shlex.quote(PUBLISHED[name].hub_id if name in PUBLISHED else name)
+    limits = f"--ram {math.ceil(plan.ram / 2**20)}MiB --context {plan.context}"
+    if planned.precision is not None:
+        limits += f" --precision {shlex.quote(planned.precision)}"
+    attention = "" if planned.attention == "sdpa" else f" --attn {planned.attention}"
+    limits += attention
+    if not plan.devices:
+        return [f"qmix generate -m {model} {limits}"]
+    gpus = " ".join(f"--gpu {budget // 2**20}MiB" for budget in planned.machine.gpus)
+    return [
+        f"qmix plan {model} {gpus} {limits} --json > plan.json",
+        f"qmix generate -m {model} --plan plan.json{attention}",
+    ]
 
 
 def _machine(options: dict[str, Any]) -> Machine:
-    """This machine, with what is stated in place of what was found."""
+    """Return this machine, with given values in place of those found."""
     from dataclasses import replace
 
     from qmix.plan.here import this_machine
@@ -168,18 +197,18 @@ def _machine(options: dict[str, Any]) -> Machine:
 
 
 def _gpus(sizes: Sequence[str]) -> tuple[int, ...] | None:
-    """Bytes of each GPU; none for `none`; None where nothing was said."""
+    """Return the bytes of each GPU: () for `none`, None where no size was given."""
     if not sizes:
         return None
     if "none" in sizes:
         if len(sizes) > 1:
-            raise UsageError("--gpu none: and others besides; leave one or the other out")
+            raise UsageError("--gpu none: not together with other GPUs; leave one of them out")
         return ()
     return tuple(_size("--gpu", size) for size in sizes)
 
 
 def _compared(text: str, machine: Machine) -> Machine:
-    """A machine as `--compare` names it: 24GiB+24GiB,64GiB, or 128GiB without a GPU."""
+    """Return the machine that a value of `--compare` names: 24GiB+24GiB,64GiB, or 128GiB without a GPU."""
     from dataclasses import replace
 
     gpus, comma, ram = text.rpartition(",")
@@ -195,7 +224,7 @@ def _size(option: str, text: str) -> int:
 
 
 def _subject(name: str, options: dict[str, Any]) -> tuple[PlanTarget, str | None]:
-    """The model with what a profile says of it, and its precision as --precision takes it."""
+    """Return the model, calibrated by the profile if there is one, and its precision as --precision takes it."""
     from qmix.plan.target import target_of
 
     path, precision, budget = options["profile"], options["precision"], options["budget"]
@@ -212,7 +241,7 @@ def _subject(name: str, options: dict[str, Any]) -> tuple[PlanTarget, str | None
 
 
 def _warn_of_disk(subject: PlanTarget, machine: Machine) -> None:
-    """Say where the disk that was found has no room for the store; another one may be meant."""
+    """Warn where the store does not fit the disk that was found; the user may have another one."""
     from qmix.disk.places import cache_directory
     from qmix.terminal.tables import say
     from qmix.units import format_bytes
@@ -233,7 +262,7 @@ def _compare(
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Machines side by side. Raises DoesNotFitError where none is large enough."""
+    """Show machines side by side. Raises DoesNotFitError where none is large enough."""
     from qmix.planner.planned import Planned, check_disk, plan_on
 
     found: dict[str, Planned | str] = {}
@@ -243,13 +272,13 @@ def _compare(
             found[name] = planned = plan_on(subject, machine, options["context"], **how)
         except DoesNotFitError as error:
             refusals.append(error)
-            found[name] = f"does not fit; from --ram {math.ceil(error.smallest / 2**20)}MiB on"
+            found[name] = f"does not fit; needs --ram {math.ceil(error.smallest / 2**20)}MiB"
         else:
-            if options["disk"] is not None:  # of every machine alike
+            if options["disk"] is not None:  # the same for every machine
                 check_disk(planned)
     if as_json:
         plans = {
-            name: {"fits": False, "reason": each} if isinstance(each, str) else each.to_json()
+            name: {"fits": False, "reason": each} if isinstance(each, str) else _content(each)
             for name, each in found.items()
         }
         out(json.dumps({"schema": "qmix-compare-1", "machines": plans}) + "\n")
@@ -267,7 +296,7 @@ def _compare(
 
 
 def _plot_target(path: Path | None) -> Path | None:
-    """Refused before any work: matplotlib missing, or a name that is neither .png nor .svg."""
+    """Check a picture's path before any work. Raises UsageError."""
     if path is None:
         return None
     from qmix.terminal.figure import check_target

@@ -1,4 +1,4 @@
-"""`qmix quantize`: a checkpoint in, a store out."""
+"""`qmix quantize`: make a store from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from qmix.commands.shared import (
     refuse,
 )
 from qmix.errors import UsageError
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
-FROM_HELP = "where the checkpoint of a store alone is now [where it was]"
+FROM_HELP = "when repairing: the checkpoint of the store [where it was]"
 
 
 @click.command()
@@ -31,27 +31,28 @@ FROM_HELP = "where the checkpoint of a store alone is now [where it was]"
 @profile_option
 @budget_option
 @dtype_option
-@click.option("--evict", is_flag=True, help="hub only: delete each shard when it is used up")
+@click.option("--evict", is_flag=True, help="with a model on the Hub: delete each shard after use")
 @click.option("--from", "source", metavar="MODEL", help=FROM_HELP)
 def quantize(model: str, store: Path | None, source: str | None, **options: Any) -> None:
-    """Turn the checkpoint MODEL into the store STORE; run again, it goes on where it was stopped.
+    """Make a store from a checkpoint, or repair a store.
 
-    Given a store alone, read all of it and make anew, from its checkpoint, what is damaged.
+    MODEL is the checkpoint, STORE the directory to make. Run the same command again to continue an interrupted run.
+    With a store as MODEL and no STORE, check all of it and make its damaged parts again from its checkpoint.
 
-    With a --profile, experts are held as it has chosen, or as loses least within --budget, where no --precision is
-    given; and the store carries it, so that runs know from the start which experts are used most.
+    With --profile and no --precision, the experts get the precisions that the profile chose, or those with the least
+    error within --budget. The store keeps the profile, so that runs know from the start which experts are used most.
     """
     from qmix.store.opened import is_store
 
     if store is not None:
         if source is not None:
-            raise UsageError("--from: is for a store alone, to be mended; leave it out")
+            raise UsageError("--from: only for repairing a store; leave it out")
         _make(model, store, **options)
     elif is_store(Path(model).expanduser()):
-        refuse(options, "a store alone is mended as it was made")
+        refuse(options, "a store is repaired as it was made")
         _mend(Path(model).expanduser(), source)
     else:
-        raise UsageError(f"{model}: is no store; name a store to mend, or where the store of this checkpoint is to be")
+        raise UsageError(f"{model}: not a store; give a store to repair, or a checkpoint and a path for its store")
 
 
 def _mend(store: Path, source: str | None) -> None:
@@ -59,16 +60,15 @@ def _mend(store: Path, source: str | None) -> None:
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import say
 
-    with ProgressDisplay(f"verifying {store}") as reading, ProgressDisplay(f"mending {store}") as mending:
+    with ProgressDisplay(f"verifying {store}") as reading, ProgressDisplay(f"repairing {store}") as mending:
         done = mend(store, source, reading, mending)
     for damage in done.found.damages:
         say(str(damage))
     if not done.found.damages:
-        say(f"{store}: all well, nothing to mend")
+        say(f"{store}: no damage found")
     else:
         from_where = f" from {done.source}" if done.source else ""
-        count = len(done.found.damages)
-        say(f"{store}: {'1 part' if count == 1 else f'{count} parts'} mended{from_where}")
+        say(f"{store}: repaired {plural(len(done.found.damages), 'part')}{from_where}")
 
 
 def _make(

@@ -1,4 +1,4 @@
-"""`python -m qmix.commands.reference` writes docs/commands.md: the commands as they describe themselves."""
+"""Write docs/commands.md from the help texts of the commands: `python -m qmix.commands.reference`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PATH = Path(__file__).parents[2] / "docs" / "commands.md"
 HEAD = """\
 # Commands
 
-Made by `make reference` from the commands themselves; change them, not this file. In brackets is what holds where an
-option is left out.
+Made by `make reference` from the help texts of the commands; change those, not this file. Brackets hold the default of
+an option.
 """
 
 

@@ -1,4 +1,4 @@
-"""What several commands have in common: options, the model they name, and what goes to stdout."""
+"""Options and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ if TYPE_CHECKING:
     from qmix.store.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before a run says so
-MODEL_HELP = "a store, a checkpoint directory, a hub id (org/name[@revision]), or the embedded `tiny`"
-PRECISION_HELP = "of the experts: nf4 (default), fp4, int8, half; single ones as in nf4,0.*=int8,*.3=half"
-
-
-CLIP_HELP = "choose each 4-bit block's scale by its weights' squared error; docs/fidelity.md says what that gains"
+LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before progress is shown
+MODEL_HELP = "a store, a checkpoint directory, a Hub id (org/name[@revision]), or the embedded `tiny`"
+PRECISION_HELP = "precision of the experts: nf4 (default), fp4, int8, half; of some, as in nf4,0.*=int8,*.3=half"
+CLIP_HELP = "choose the scales of 4-bit blocks by least squared error; see docs/fidelity.md"
 
 
 class Size(click.ParamType[int]):
-    """Bytes as people write them, refused before any work begins."""
+    """A parameter in bytes, such as 12GiB."""
 
     name = "size"
 
@@ -40,7 +38,7 @@ class Size(click.ParamType[int]):
 
 
 class Rate(click.ParamType[float]):
-    """Bytes/s, or FLOP/s, as people write them."""
+    """A parameter in bytes/s, such as 25GB/s, or in FLOP/s."""
 
     name = "rate"
 
@@ -59,40 +57,47 @@ profile_option = click.option(
     "--profile",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="what `qmix calibrate` wrote: how often each expert is used, and what quantising it costs",
+    help="expert use and quantisation errors, written by `qmix calibrate`",
 )
 budget_option = click.option(
     "--budget",
     type=Size(),
     metavar="SIZE",
-    help="of all experts: the profile's `auto` is then what loses least in so many bytes",
+    help="bytes of all experts: the profile chooses the precisions with the least error that fit",
 )
 clip_option = click.option("--clip", is_flag=True, help=CLIP_HELP)
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["bf16", "fp16"]),
-    help="of dense weights; by default the checkpoint's own half",
+    help="precision of the dense weights [the checkpoint's own]",
+)
+max_new_tokens_option = click.option(
+    "--max-new-tokens", type=int, default=256, show_default=True, help="most tokens to generate"
 )
 ram_option = click.option(
-    "--ram", type=Size(), metavar="SIZE", help="ceiling for the whole process, as 12GiB [90% of free memory]"
+    "--ram", type=Size(), metavar="SIZE", help="memory of the whole process, such as 12GiB [90% of free memory]"
 )
 context_option = click.option(
-    "--context", type=click.IntRange(min=1), metavar="TOKENS", help="prompt and answer together [4096]"
+    "--context", type=click.IntRange(min=1), metavar="TOKENS", help="tokens of prompt and answer together [4096]"
 )
 plan_option = click.option(
     "--plan",
     "plan_path",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="what `qmix plan --json` wrote: budgets, context and what lies where",
+    help="a plan written by `qmix plan --json`, in place of --ram and --context",
 )
 attention_option = click.option(
-    "--attn", type=click.Choice(["eager", "sdpa", "flash_attention_2"]), default="sdpa", show_default=True
+    "--attn",
+    type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
+    default="sdpa",
+    show_default=True,
+    help="attention implementation",
 )
 
 
 def together(*options: Decorator) -> Decorator:
-    """One decorator for several options, in the order in which help shows them."""
+    """Return one decorator for several options, in the order of the help text."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -111,22 +116,20 @@ sampling_options = together(
     click.option("--top-k", type=int, help="0 turns it off [the model's own]"),
     click.option("--min-p", type=float, help="[the model's own]"),
     click.option("--repetition-penalty", type=float, help="[the model's own]"),
-    click.option("--seed", type=int, help="fixes the draws [random]"),
-    click.option("--stop", multiple=True, metavar="TEXT", help="end before this text; may be given again"),
-    click.option("--ignore-eos", is_flag=True, help="go on after the end-of-text token"),
+    click.option("--seed", type=int, help="seed of the sampling [random]"),
+    click.option("--stop", multiple=True, metavar="TEXT", help="stop before this text; repeatable"),
+    click.option("--ignore-eos", is_flag=True, help="continue after the end-of-text token"),
 )
-draft_option = click.option(
-    "--draft-ngram", type=int, metavar="N", help="draft N tokens from repetitions in the text [0: off]"
-)
+draft_option = click.option("--draft-ngram", type=int, metavar="N", help="draft N tokens from repeated text [0: off]")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given a value; the others are left to what they have by default."""
+    """Return the options that were given a value."""
     return {name: value for name, value in options.items() if value is not None and value != () and value is not False}
 
 
 def refuse(options: dict[str, Any], why: str) -> None:
-    """Raise UsageError where any of these options was given: another one makes them meaningless, as `why` says."""
+    """Raise UsageError where any of these options was given; `why` says why it has no effect."""
     context = click.get_current_context()
     names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     typed = (None, click.core.ParameterSource.DEFAULT)
@@ -140,12 +143,12 @@ def refuse(options: dict[str, Any], why: str) -> None:
 def model_or_default(model: str | None) -> str:
     if model is not None:
         return model
-    click.echo(f"no model named: using the embedded {DEFAULT_MODEL}, a toy for trying things out", err=True)
+    click.echo(f"no model given: using the embedded {DEFAULT_MODEL}, a toy model", err=True)
     return DEFAULT_MODEL
 
 
 def loaded(model: str | None, attention: str, plan_path: Path | None = None, **options: Any) -> Any:
-    """The runner of a model, with what is shown while it is made ready."""
+    """Return the runner of a model, showing progress while it is made ready."""
     plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
     quiet_libraries()
@@ -160,12 +163,12 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
 
 
 def hold_to(budget: int) -> None:
-    """Have the command say on stderr, however it ends, that its process took more memory than `budget` bytes."""
+    """Warn on stderr at the end of the command, however it ends, if its process used more than `budget` bytes."""
     click.get_current_context().call_on_close(partial(_say_overrun, budget))
 
 
 def _say_overrun(budget: int) -> None:
-    """Say what the peak was where it is above the budget; the next command then measures Python's own memory again."""
+    """Warn of a peak above the budget, and have the next command measure Python's own memory again."""
     from qmix.machine.found import forget_interpreter_memory, peak_memory
     from qmix.units import format_bytes
 
@@ -174,40 +177,40 @@ def _say_overrun(budget: int) -> None:
         return
     forget_interpreter_memory()
     less = (2 * budget - peak) // 2**20
-    otherwise = f"; if it is above again, give --ram {less}MiB" if less > 0 else ""
+    otherwise = f"; if it is above again, use --ram {less}MiB" if less > 0 else ""
     click.echo(
         f"peak memory {format_bytes(peak)} is above the budget of {format_bytes(budget)}: run the command again, "
-        f"it measures what Python itself takes anew{otherwise}",
+        f"it will measure Python's own memory again{otherwise}",
         err=True,
     )
 
 
 def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:
-    """The profile that `--profile` names. Raises UsageError where another option asks for one that is not given."""
+    """Return the profile of `--profile`. Raises UsageError where another option needs one and it is not given."""
     from qmix.store.profile import AUTO, read_profile
 
     if budget is not None and precision not in (None, AUTO):
         raise UsageError(f"--budget and --precision {precision}: leave one of them out")
     if path is None and (precision == AUTO or budget is not None):
         asking = "--budget" if budget is not None else f"--precision {AUTO}"
-        raise UsageError(f"{asking}: takes a --profile that says what quantising each expert costs")
+        raise UsageError(f"{asking}: needs a --profile with the quantisation errors of the experts")
     return None if path is None else read_profile(path)
 
 
 def read_plan_option(path: Path | None, **others: Any) -> PlanFile | None:
-    """The plan that `--plan` names. Raises UsageError where an option that the plan answers is given besides."""
+    """Return the plan of `--plan`. Raises UsageError where another option sets what the plan sets."""
     if path is None:
         return None
     for name, value in others.items():
         if value is not None:
-            raise UsageError(f"--plan and --{name}: the plan says that already; leave one of them out")
+            raise UsageError(f"--plan and --{name}: the plan sets it already; leave one of them out")
     from qmix.plan.file import read_plan
 
     return read_plan(path)
 
 
 def quiet_libraries() -> None:
-    """Keep what transformers and torch say to their developers away from the user."""
+    """Hide the warnings that transformers and torch print for developers."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -221,4 +224,4 @@ def out(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise QmixError(f"stdout: {error.strerror}; give the answer another place to go") from None
+        raise QmixError(f"stdout: {error.strerror}; redirect it to another file") from None

@@ -1,4 +1,4 @@
-"""The text that a command runs a checkpoint on: options, and the passages that they name."""
+"""Options for the text that a command runs through a checkpoint, and its passages."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from qmix.geometry import Geometry
 
 WINDOW = 1024
-TEXT_HELP = "UTF-8 text in place of the bundled one, documents apart by lines of ---; may be given again"
-TOKENS_HELP = "of the text at most; memory grows with them [all]"
+TEXT_HELP = "UTF-8 text in place of the bundled one, with --- lines between documents; repeatable"
+TOKENS_HELP = "use at most so many tokens of the text; memory grows with them [all]"
 
 text_options = together(
     click.option("--text", "texts", type=click.Path(path_type=Path), metavar="FILE", multiple=True, help=TEXT_HELP),
     click.option("--tokens", type=click.IntRange(min=2), help=TOKENS_HELP),
     click.option(
-        "--window", type=click.IntRange(min=2), help="tokens seen together [1024, or all that the model sees]"
+        "--window", type=click.IntRange(min=2), help="tokens of context [1024, or the model's longest if less]"
     ),
 )
 
 
 def window_of(geometry: Geometry, asked: int | None) -> int:
-    """At most what the model sees at once."""
+    """Return the window: `asked`, or the default. Raises UsageError where the model's context is shorter."""
     longest = min(geometry.max_position, geometry.sliding_window or geometry.max_position)
     if asked is None:
         return min(WINDOW, longest)
     if asked > longest:
-        raise UsageError(f"--window {asked}: the model sees {longest} tokens at once; take so many or fewer")
+        raise UsageError(f"--window {asked}: must be at most {longest}, the model's longest")
     return asked
 
 
 def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, tokens: int | None) -> list[Passage]:
-    """Windows of the files' documents, or of the bundled ones, whose first few are of every language.
+    """Return windows of the documents in these files, or of the bundled ones, which alternate between languages.
 
-    Files are read one after another, and tokenised only as far as `tokens` go.
+    Files are read one after another and tokenised only as far as `tokens` reach.
     """
     from calibration.corpus import Passage, alternating, bundled, from_file, windows
     from qmix.text.prompt import encoded_pieces
@@ -59,7 +59,7 @@ def passages_of(checkpoint: Checkpoint, paths: Sequence[Path], window: int, toke
             if len(ids) >= left + window:
                 break
         found.append(Passage(document.language, ids))
-        left -= len(ids) - (len(ids) % window == 1)  # which is no window
+        left -= len(ids) - (len(ids) % window == 1)  # too short for a window
         if left <= 0:
             break
     return windows(found, window, tokens)

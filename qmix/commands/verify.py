@@ -1,4 +1,4 @@
-"""`qmix verify`: a whole store read and compared with its checksums."""
+"""`qmix verify`: check a store against its checksums."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import click
 
 from qmix.commands.shared import out, quiet_libraries
 from qmix.errors import REMAKE, StoreError
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="one JSON object instead of lines")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of lines")
 def verify(store: Path, as_json: bool) -> None:
-    """Read all of STORE at the disk's speed and say everything that is damaged.
+    """Check every byte of a store against its checksums.
 
-    A line for each damaged part: its file, what it is, its bytes, and what is wrong. Exit code 1: something is damaged;
-    `qmix quantize STORE` mends it.
+    Prints a line for each damaged part: file, part, bytes, and what is wrong. Exit code 1 if there is damage;
+    `qmix quantize STORE` repairs it.
     """
     quiet_libraries()
     from qmix.store.verify import verify_store
@@ -34,13 +34,12 @@ def verify(store: Path, as_json: bool) -> None:
         for damage in found.damages:
             out(f"{damage}\n")
         for name in found.unchecked:
-            out(f"{name}: not checked, for nothing is known of what it should hold\n")
+            out(f"{name}: not checked: the store has no checksum of it\n")
     if found.damages:
-        count = len(found.damages)
-        advice = REMAKE if found.is_lost else f"mend it with `qmix quantize {shlex.quote(str(store))}`"
-        raise StoreError(f"{store}: {count} {'part is' if count == 1 else 'parts are'} damaged; {advice}")
+        advice = REMAKE if found.is_lost else f"repair it with `qmix quantize {shlex.quote(str(store))}`"
+        raise StoreError(f"{store}: {plural(len(found.damages), 'damaged part')}; {advice}")
     if not as_json:
         out(
-            f"{store}: all well, {format_bytes(found.nbytes)} in {found.parts} parts and {found.small_files} small "
-            f"files, read at {format_bytes(found.rate)}/s\n"
+            f"{store}: no damage found, {format_bytes(found.nbytes)} in {plural(found.parts, 'part')} and "
+            f"{plural(found.small_files, 'small file')}, read at {format_bytes(found.rate)}/s\n"
         )

@@ -9,7 +9,7 @@ from typing import Any
 from qmix.engine.generation_config import Decoding
 from qmix.engine.sampler import Chosen
 from qmix.text.detokenizer import Detokenizer, StopScanner
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 
 class GrowingCompletion:
@@ -114,11 +114,11 @@ class Result(Completion):
         return 1 / self.tpot_s if self.tpot_s else 0.0
 
     def summary(self) -> str:
-        """Return the line of statistics behind an answer."""
+        """Return the line of statistics after an answer."""
         new, cached = ("new ", f" ({self.reused_tokens} cached)") if self.reused_tokens else ("", "")
         return (
-            f"{self.prefilled_tokens} {new}prompt tokens{cached} in {self.ttft_s:.2f} s "
-            f"({self.prompt_rate:.1f} tok/s), {self.completion_tokens} new at {self.rate:.2f} tok/s, "
+            f"{plural(self.prefilled_tokens, f'{new}prompt token')}{cached} in {self.ttft_s:.2f} s "
+            f"({self.prompt_rate:.1f} tok/s), {plural(self.completion_tokens, 'new token')} at {self.rate:.2f} tok/s, "
             f"{100 * self.hit_rate:.1f}% of experts in memory, "
             f"{format_bytes(self.bytes_read)} read, peak {format_bytes(self.peak_memory)} "
             f"of {format_bytes(self.budget)}, seed {self.seed}"

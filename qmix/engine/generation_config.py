@@ -25,7 +25,7 @@ from qmix.model.build import mixtral_config
 
 FILE = "generation_config.json"
 SIZE_LIMIT = 2**20  # bytes
-REMEDY = "correct it, or take it out of the file"
+REMEDY = "correct it, or remove it from the file"
 PAD = 0  # never used: transformers asks for one where a sequence can end
 
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -158,7 +158,7 @@ def _problem(content: dict[str, Any], honoured: Honoured, vocab_size: int) -> st
     for name in IDS:
         bad = next((token for token in _tokens(getattr(honoured, name)) if not 0 <= token < vocab_size), None)
         if bad is not None:
-            return f"{name}: {bad} is no token id of this model, they are 0 to {vocab_size - 1}"
+            return f"{name}: {bad} is not a token id of this model (0 to {vocab_size - 1})"
     return None
 
 

@@ -20,7 +20,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.engine.passes import Pass, PathSegment, chunks
 from qmix.engine.variants import Variant
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, arg
 from qmix.units import format_bytes
 
 CHUNK = 512  # tokens through an expert or a norm at once
@@ -53,7 +53,7 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
     if needed > budget:
         raise DoesNotFitError(
             f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
-            f"take fewer --tokens, or --ram {math.ceil(needed / 2**20)}MiB",
+            f"take fewer {arg('tokens')}, or {arg('ram', f'{math.ceil(needed / 2**20)}MiB')}",
             needed,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.text.detokenizer import check_text
 
 LEAST_HEAT = 1e-6  # logits divided by less may overflow
@@ -61,13 +61,13 @@ class Sampling:
         for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is not None and not allowed.holds(value):
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be {allowed.wanted}")
+                raise UsageError(f"{arg(name)} {value}: must be {allowed.wanted}")
         if not all(self.stop):
-            raise UsageError("--stop '': must be a text that is not empty")
+            raise UsageError(f"{arg('stop')} '': must not be empty")
         for text in self.stop:
-            check_text(text, "--stop")
+            check_text(text, arg("stop"))
         if (characters := sum(map(len, self.stop))) > MOST_STOP:
-            raise UsageError(f"--stop of {characters} characters: must be at most {MOST_STOP} in all")
+            raise UsageError(f"{arg('stop')} of {characters} characters: must be at most {MOST_STOP} in all")
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of a transformers GenerationConfig that these options change."""

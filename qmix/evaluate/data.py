@@ -15,6 +15,8 @@ import datasets
 from huggingface_hub import constants
 from lm_eval.api.task import ConfigurableTask
 
+from qmix.errors import arg
+
 FORMS = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` for files that a task names itself
 SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv"}
 FETCH = "hf download --repo-type dataset {path} --local-dir {place}/{path}"
@@ -99,8 +101,8 @@ def what_to_fetch(missing: Mapping[str, MissingData], data: Path | None) -> str:
         return f"{', '.join(missing)}: the data cannot be read ({first.reason})"
     place = data or Path("DATA")
     commands = "; ".join(FETCH.format(path=path, place=place) for path in hub)
-    where = f"not in {data}" if data else "not on this machine, and the hub did not give it"
-    again = "then the same command again" if data else f"then give --data {place}"
+    where = f"not in {data}" if data else "not on this machine, and the Hub did not provide it"
+    again = "then run the same command again" if data else f"then give {arg('data', str(place))}"
     return f"{', '.join(missing)}: the data is {where} ({first.reason}); fetch it with: {commands}; {again}"
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qmix.evaluate.card import CARD, CardRow, card_rows
 from qmix.terminal.progress import JobDisplay, time_left
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 if TYPE_CHECKING:
     from qmix.evaluate.engine import Work
@@ -30,7 +30,7 @@ class EvaluationDisplay(JobDisplay):
         rate = f"{tokens / seconds:.0f} tok/s" if seconds else ""
         left = time_left(work.tokens_left * seconds / tokens) if tokens and work.tokens_left else ""
         count = f"{work.done}/{work.requests} requests"
-        told = [f"{work.done} of {work.requests} requests", f"{work.tokens} tokens", rate, left]
+        told = [f"{work.done} of {plural(work.requests, 'request')}", plural(work.tokens, "token"), rate, left]
         self.show(work.tokens, work.tokens + work.tokens_left, told, count=count, rate=rate, left=left)
 
 
@@ -79,13 +79,13 @@ def card_table(rows: Sequence[CardRow]) -> Table:
 
 def work_line(work: Work, budget: int | None) -> str:
     """Return the line that ends an evaluation."""
-    parts = [f"{work.done} requests"]
+    parts = [plural(work.done, "request")]
     if work.kept:
         parts.append(f"{work.kept} from earlier runs")
     if work.passes:
         asked = work.hits + work.misses
         parts += [
-            f"{work.tokens} tokens in {work.passes} passes and {work.seconds:.2f} s",
+            f"{plural(work.tokens, 'token')} in {plural(work.passes, 'pass', 'passes')} and {work.seconds:.2f} s",
             f"{100 * work.hits / asked if asked else 100:.1f}% of experts in memory",
             f"{format_bytes(work.bytes_read)} read",
             f"peak {format_bytes(work.peak_memory)}" + (f" of {format_bytes(budget)}" if budget else ""),

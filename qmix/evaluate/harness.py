@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qmix.engine.passes import Query
 from qmix.engine.sampler import stream_seed
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.evaluate.prompt import Prompt
 from qmix.text.prompt import longest_token
 from qmix.text.tokenizer import encode, tokenizing
@@ -124,7 +124,7 @@ class QmixLM(TemplateLM):
 
     def _query(self, context: list[int], continuation: list[int]) -> Query:
         if not context or not continuation:
-            raise QmixError("a task asks for a continuation without a token; correct its choices, or leave it out")
+            raise QmixError("a task has an empty continuation; correct its choices, or leave it out")
         if len(continuation) > self.max_length:
             raise self._too_long(f"{len(continuation)} tokens")
         whole = context + continuation
@@ -134,7 +134,7 @@ class QmixLM(TemplateLM):
     def _too_long(self, size: str) -> UsageError:
         return UsageError(
             f"a task's continuation has {size}, a context of {self.max_length} is too short for it; "
-            "give a larger --context, or leave the task out"
+            f"give a larger {arg('context')}, or leave the task out"
         )
 
     def _end(self, text: str) -> str:
@@ -181,13 +181,13 @@ class QmixLM(TemplateLM):
         most, samples = int(given.pop("max_gen_toks")), given.pop("do_sample", False)
         if unknown := sorted(given.keys() - DRAWS):
             raise UsageError(
-                f"a task generates with {', '.join(unknown)}, which qmix does not have; leave the task out"
+                f"a task generates with {', '.join(unknown)}, which qmix does not support; leave the task out"
             )
         room = self.max_length - most
         if room < 1:
             raise UsageError(
                 f"a task generates up to {most} tokens, a context of {self.max_length} leaves no room for its prompts; "
-                "give a larger --context, or leave the task out"
+                f"give a larger {arg('context')}, or leave the task out"
             )
         ids = self.tok_encode(self._end(context))
         self._cut += len(ids) > room

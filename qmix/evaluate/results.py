@@ -13,14 +13,14 @@ from typing import Any
 
 import msgspec
 
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.files import LineFile, decode_json
 from qmix.store.opened import Store
 
 FORMAT = "qmix-eval-requests-1"  # part of every key: changes when results are computed in another way
 REQUESTS = "requests.jsonl"
 KEY_BYTES = 16
-AGAIN = "choose another --out, or delete the file"
+AGAIN = f"choose another {arg('output')}, or delete the file"
 
 
 class _Line(msgspec.Struct):
@@ -40,8 +40,8 @@ class Results:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise QmixError(f"{directory}: {error.strerror}; choose another --out") from None
-        self._file = LineFile(directory / REQUESTS, "choose another --out")
+            raise QmixError(f"{directory}: {error.strerror}; choose another {arg('output')}") from None
+        self._file = LineFile(directory / REQUESTS, f"choose another {arg('output')}")
         try:
             self._values = self._read()
         except BaseException:

@@ -16,7 +16,7 @@ import numpy as np
 from lm_eval.evaluator import evaluate
 
 from qmix.disk.faults import write_advice
-from qmix.errors import QmixError
+from qmix.errors import QmixError, arg
 from qmix.evaluate.card import card_rows
 from qmix.evaluate.engine import StoreEngine
 from qmix.evaluate.harness import QmixLM
@@ -74,8 +74,8 @@ def write_report(directory: Path, content: Mapping[str, Any]) -> Path:
     try:
         write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
-        advice = write_advice(error, "choose another --out")
-        raise QmixError(f"{path}: {error.strerror}; {advice}. Nothing is computed anew in this one") from None
+        advice = write_advice(error, f"choose another {arg('output')}")
+        raise QmixError(f"{path}: {error.strerror}; {advice}. The results so far are kept in it") from None
     return path
 
 

@@ -17,7 +17,7 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Kind
 
 from qmix.checkpoint.hub_calls import muted
-from qmix.errors import DataError, UsageError
+from qmix.errors import DataError, UsageError, arg
 from qmix.evaluate.card import CARD
 from qmix.evaluate.data import MissingData, offline, reason_of, task_class, what_to_fetch
 
@@ -39,8 +39,8 @@ def load_tasks(names: Sequence[str], data: Path | None, shots: int | None) -> di
         built = _built(manager, _expanded(names), data)
     try:
         loaded: dict[str, Any] = dict(manager.load(built))
-    except ValueError as error:  # a task was named, and is also in a group
-        raise UsageError(f"--tasks: {error}; leave one of them out") from None
+    except ValueError as error:  # a task by itself, and once more in a group
+        raise UsageError(f"{arg('tasks')}: {error}; leave one of them out") from None
     fixed = {known.task: known.shots for known in CARD} if "card" in names else {}
     for item in built:
         for task in _leaves(item):
@@ -61,8 +61,8 @@ def _built(manager: TaskManager, names: Sequence[str], data: Path | None) -> lis
                 if not missing:  # do not wait for the Hub again
                     after_a_failure.enter_context(offline())
                 missing[name] = error
-            except Exception as error:  # a task's own templates and functions can raise anything
-                raise UsageError(f"{name}: the harness does not take it ({reason_of(error)}); correct it") from None
+            except Exception as error:  # whatever a task's own templates and functions do
+                raise UsageError(f"{name}: the harness rejects it ({reason_of(error)}); correct it") from None
             else:
                 built += found if isinstance(found, list) else [found]
     if missing:
@@ -82,7 +82,7 @@ def _check_sizes(data: Path) -> None:
     """Raise UsageError if a YAML file is too large: the harness takes a hundred times its size in memory."""
     for path in data.rglob("*.yaml"):
         if path.is_file() and path.stat().st_size > YAML_LIMIT:
-            raise UsageError(f"{path}: larger than {YAML_LIMIT} bytes; is it a task? Take it out of {data}")
+            raise UsageError(f"{path}: larger than {YAML_LIMIT} bytes; is it a task? Move it out of {data}")
 
 
 def mute() -> None:
@@ -109,7 +109,7 @@ def _manager(names: Sequence[str], data: Path | None) -> TaskManager:
     manager = TaskManager(include_path=own)
     if unknown := [name for name in wanted if name not in manager.task_index]:
         where = "" if data is None else f", nor in {data}"
-        raise UsageError(f"--tasks {','.join(unknown)}: no such task in lm-evaluation-harness{where}")
+        raise UsageError(f"{arg('tasks')} {','.join(unknown)}: no such task in lm-evaluation-harness{where}")
     return manager
 
 
@@ -119,7 +119,7 @@ def _prepare(task: Task, shots: int | None) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise UsageError(f"{name}: runs code that the model writes, which qmix does not; leave it out")
     if getattr(task, "MULTIMODAL", False):
-        raise UsageError(f"{name}: shows the model pictures or sounds, and it reads text only; leave it out")
+        raise UsageError(f"{name}: has images or audio, and the model reads text only; leave it out")
     fixed = task.get_config("num_fewshot")
     if fixed is None or (shots is not None and fixed != 0):
         task.set_config(key="num_fewshot", value=shots or 0)

@@ -33,7 +33,7 @@ class LineFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise QmixError(f"{path}: another qmix is writing it; wait until that one ends") from None
+            raise QmixError(f"{path}: another qmix process is writing it; wait until it ends") from None
 
     def __enter__(self) -> LineFile:
         return self
@@ -74,8 +74,7 @@ class LineFile:
             if not isinstance(error, OSError):
                 raise
             raise QmixError(
-                f"{self.path}: {error.strerror}; {disk_advice(error)}. What is in it is whole, and the same command "
-                "goes on from there"
+                f"{self.path}: {error.strerror}; {disk_advice(error)}. Run the same command again to continue"
             ) from None
         self._end += len(data)
 

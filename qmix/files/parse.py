@@ -137,7 +137,7 @@ def _syntax(data: bytes, message: str) -> str:
         try:
             json.dumps(json.loads(data), ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            return "half of a surrogate pair is not text"
+            return "an unpaired surrogate"
     return re.sub(r"^JSON is malformed: ", "", message)
 
 

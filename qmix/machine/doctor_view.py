@@ -1,4 +1,4 @@
-"""What `qmix doctor` shows."""
+"""The table that `qmix doctor` shows."""
 
 from __future__ import annotations
 
@@ -7,21 +7,10 @@ from rich.text import Text
 
 from qmix.kernels.cpu.paths import PORTABLE
 from qmix.machine.doctor import MachineReport
-from qmix.machine.rates import RATE_NAMES, SLOW_FOUR_BIT, rate_text
-from qmix.units import format_bytes
+from qmix.machine.rates import RATE_LABELS, SLOW_FOUR_BIT, rate_text
+from qmix.units import format_bytes, plural
 
-REINSTALL = "`pip install --force-reinstall --no-deps {}` may mend it"
-MEANINGS = {
-    "memory_read": "reading memory",
-    "disk_read": "reading the disk",
-    "pcie": "memory to GPU",
-    "matmul": "bf16 products",
-    "four_bit_read": "4-bit products",
-    "gpu_memory": "reading GPU memory",
-    "gpu_matmul": "products on a GPU",
-    "layer_seconds": "a layer's own time",
-    "read_seconds": "a read's own time",
-}
+REINSTALL = "`pip install --force-reinstall --no-deps {}` may fix it"
 
 
 def report_table(report: MachineReport) -> Table:
@@ -33,7 +22,7 @@ def report_table(report: MachineReport) -> Table:
     def row(name: str, value: str) -> None:
         table.add_row(name, Text(value, overflow="fold"))
 
-    row("CPU", f"{report.cpu}, {report.cores} {'core' if report.cores == 1 else 'cores'}")
+    row("CPU", f"{report.cpu}, {plural(report.cores, 'core')}")
     row("4-bit kernel", _kernels(report))
     limit = "" if report.memory_limit is None else f"; a control group leaves {format_bytes(report.memory_limit)}"
     row("memory", f"{format_bytes(report.memory_available)} of {format_bytes(report.memory_total)} free{limit}")
@@ -41,14 +30,14 @@ def report_table(report: MachineReport) -> Table:
     how = "read past the page cache" if report.direct_io else "no O_DIRECT here: reads go through the page cache"
     row("disk", f"{format_bytes(report.disk_free)} free at {report.directory}, {how}")
     for index, gpu in enumerate(report.gpus):
-        fault = f"; does not work: {gpu.fault}" if gpu.fault else ", a product on it tried"
+        fault = f"; does not work: {gpu.fault}" if gpu.fault else ", a matmul on it tested"
         row(f"gpu:{index}", f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free{fault}")
     if not report.gpus:
         row("GPU", "a driver, but no GPU that this torch can use" if report.gpu_driver else "none")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
-    for name in RATE_NAMES:
+    for name in RATE_LABELS:
         if report.gpus or not name.startswith(("gpu", "pcie")):
-            row(MEANINGS[name], f"{rate_text(report.rates, name)}, {report.rates.source(name)}")
+            row(RATE_LABELS[name], f"{rate_text(report.rates, name)}, {report.rates.source(name)}")
     return table
 
 
@@ -56,24 +45,24 @@ def _kernels(report: MachineReport) -> str:
     """Return what the trial of a 4-bit product showed, and what to do about it."""
     trial = report.four_bit
     if not trial.correct:
-        return "tried: a 4-bit product gives wrong values here; use --precision int8, and please report it"
-    rate = f"{format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without"
+        return "tested: 4-bit matmul gives wrong values here; use precision int8, and please report it"
+    rate = f"{format_bytes(trial.rate)}/s from cache, {trial.times:.0f} times as fast as without it"
     if trial.large is None:
-        slower = f"4-bit products take about {SLOW_FOUR_BIT:.0f} times as long"
-        return f"none, tried: {slower}; {REINSTALL.format('numba llvmlite')}"
+        slower = f"4-bit matmul takes about {SLOW_FOUR_BIT:.0f} times as long"
+        return f"none, tested: {slower}; {REINSTALL.format('numba llvmlite')}"
     if trial.small is None:
-        return f"tried: none for small matrices; {REINSTALL.format('bitsandbytes')}. For large ones: {rate}"
+        return f"tested: none for small matrices; {REINSTALL.format('bitsandbytes')}. For large ones: {rate}"
     if trial.path == PORTABLE and report.best_path == PORTABLE:
-        return f"a slow one, tried: this CPU has no AVX2, {rate}"
+        return f"a slow one, tested: this CPU has no AVX2, {rate}"
     better = f"; the CPU has {report.best_path}" if trial.path != report.best_path else ""
-    return f"{'a slow one' if trial.path == PORTABLE else 'yes'}, tried: {trial.path}, {rate}{better}"
+    return f"{'a slow one' if trial.path == PORTABLE else 'yes'}, tested: {trial.path}, {rate}{better}"
 
 
 def _huge_pages(report: MachineReport) -> str:
     if report.on_huge_pages:
-        return ", tried: memory comes in them"
+        return ", tested: memory is in huge pages"
     if report.on_huge_pages is None:
-        return ", not tried: this kernel does not count them"
+        return ", not tested: this kernel does not count them"
     if report.huge_pages in ("always", "madvise"):
-        return ", tried: memory does not come in them; it may be in pieces, which a restart mends"
-    return "; with `madvise` records are read and multiplied faster"
+        return ", tested: memory is not in huge pages; it may be fragmented, which a restart fixes"
+    return "; `madvise` would make reads and matmuls faster"

@@ -7,7 +7,7 @@ machine; where nothing was measured or stated, typical ones stand in, and say th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qmix.units import format_bytes, format_flops
@@ -63,8 +63,18 @@ class Rates:
         return {name: {"value": getattr(self, name), "source": self.source(name)} for name in RATE_NAMES}
 
 
-RATE_NAMES = tuple(field.name for field in fields(Rates) if field.name not in ("measured", "stated"))
-
+RATE_LABELS = {
+    "memory_read": "memory bandwidth",
+    "disk_read": "disk reads",
+    "pcie": "memory to GPU",
+    "matmul": "bf16 matmul",
+    "four_bit_read": "4-bit matmul bandwidth",
+    "gpu_memory": "GPU memory bandwidth",
+    "gpu_matmul": "GPU matmul",
+    "layer_seconds": "per-layer overhead",
+    "read_seconds": "per-read overhead",
+}
+RATE_NAMES = tuple(RATE_LABELS)
 
 SLOW_FOUR_BIT = 40.0  # times slower 4-bit weights are dequantised and multiplied with one token (slow_path.py)
 

@@ -20,7 +20,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.errors import StoreError, UsageError
+from qmix.errors import StoreError, UsageError, arg
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.attention import GROUPED_SDPA, register
@@ -54,11 +54,12 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 def check_attention(name: str) -> None:
     """Raise UsageError where an attention implementation cannot run here."""
     if name not in ATTENTION:
-        raise UsageError(f"--attn {name!r}: choose one of {', '.join(ATTENTION)}")
+        raise UsageError(f"{arg('attention')} {name!r}: choose one of {', '.join(ATTENTION)}")
     if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UsageError("--attn flash_attention_2: the package flash-attn is not installed; use sdpa, or install it")
+        missing = "the package flash-attn is not installed; use sdpa, or install it"
+        raise UsageError(f"{arg('attention')} {name}: {missing}")
     if name == "flash_attention_2" and not torch.cuda.is_available():
-        raise UsageError("--attn flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
+        raise UsageError(f"{arg('attention')} flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
 
 
 def build_model(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.pool.experts import ExpertPool
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
@@ -65,7 +65,7 @@ class PoolExperts(nn.Module):
         )
 
 
-CONVERTED = "quantize it with another --dtype, or save_pretrained(DIRECTORY) and load that with transformers"
+CONVERTED = f"quantize it with another {arg('dtype')}, or save_pretrained(DIRECTORY) and load that with transformers"
 
 
 def refuse(reason: str, instead: str) -> NoReturn:

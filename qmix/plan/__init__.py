@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, arg
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.machine.rates import Rates
 from qmix.plan.demand import PREFILL_CHUNK, Arrangement, Demand, DevicePlan, Holding, StepUse
@@ -220,7 +220,7 @@ class _Host:
             f"KV cache for {tokens} tokens {format_bytes(parts['kv_cache'])}, "
             f"work space {format_bytes(parts['work'])}, "
             f"{sum(self.least.values())} experts {format_bytes(self.least_bytes)}); the smallest budget that works is "
-            f"--ram {math.ceil(smallest / 2**20)}MiB"
+            f"{arg('ram', f'{math.ceil(smallest / 2**20)}MiB')}"
         )
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import msgspec
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.files import read_versioned
 from qmix.machine.found import available_memory, found_gpus, own_memory
 from qmix.plan import SCHEMA, Plan
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 AGAIN = "make it again with `qmix plan --json`"
 DEVICE = re.compile(r"gpu:\d{1,4}", re.ASCII)
@@ -72,7 +72,7 @@ class PlanFile:
     def plan_of(self, layout: StoreLayout, fingerprint: str | None = None, attention: str = "sdpa") -> Plan:
         """The plan, for a store of this layout on this machine. Raises UsageError where it is for another."""
         if attention != self.attention:
-            needed = f"made for --attn {self.attention}, which takes other work space than {attention}"
+            needed = f"made for {arg('attention', self.attention)}, which needs other work space than {attention}"
             raise UsageError(f"{self.path}: is {needed}; give the same, or {AGAIN}")
         self._check_model(layout, fingerprint)
         self._check_machine()
@@ -91,14 +91,16 @@ class PlanFile:
         free = own_memory() + available_memory()
         if self.plan.total > free:
             need = f"takes {format_bytes(self.plan.total)} of memory, {format_bytes(free)} are free here"
-            raise UsageError(f"{self.path}: {need}; {AGAIN} on this machine, with a smaller --ram")
+            raise UsageError(f"{self.path}: {need}; {AGAIN} on this machine, with a smaller {arg('ram')}")
         if not self.plan.devices:
             return
         gpus = found_gpus()
         for device in self.plan.devices:
             index = int(device.name.removeprefix("gpu:"))
             if index >= len(gpus):
-                raise UsageError(f"{self.path}: wants {device.name}, this machine has {len(gpus)} GPUs; {AGAIN} here")
+                raise UsageError(
+                    f"{self.path}: wants {device.name}, this machine has {plural(len(gpus), 'GPU')}; {AGAIN} here"
+                )
             if device.total > gpus[index]:
                 need = f"takes {format_bytes(device.total)} of {device.name}, {format_bytes(gpus[index])} are free"
                 raise UsageError(f"{self.path}: {need}; {AGAIN} on this machine")

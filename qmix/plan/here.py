@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qmix.disk.places import cache_directory
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.machine.found import default_budget, found_gpus, free_disk, interpreter_memory
 from qmix.machine.measured import four_bit_products, measured_rates
 from qmix.machine.rates import Machine
@@ -41,7 +41,7 @@ def plan_for(
     """The plan of a store on a machine, by default this one, with the defaults that `qmix.load` has."""
     longest = layout.geometry.max_position
     if context is not None and not 1 <= context <= longest:
-        raise UsageError(f"--context {context}: must be 1 to {longest}, the model's longest")
+        raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
     on = machine or this_machine(ram)
     tokens = context or default_context(layout.geometry)
     own = interpreter_memory(kernels=uses_kernels(layout.geometry))

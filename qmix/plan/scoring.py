@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qmix.errors import DoesNotFitError, UsageError
+from qmix.errors import DoesNotFitError, UsageError, arg
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.machine.found import default_budget, interpreter_memory
 from qmix.plan import PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
@@ -58,7 +58,7 @@ def plan_scoring(
     """
     if batch_tokens is not None and batch_tokens < longest:
         raise UsageError(
-            f"--batch-tokens {batch_tokens}: the longest request has {longest} tokens; take so many or more"
+            f"{arg('batch_tokens')} {batch_tokens}: must be at least {longest}, the tokens of the longest request"
         )
     budget = default_budget() if ram is None else ram
     fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
@@ -83,7 +83,7 @@ def does_not_fit(budget: int, requests: str, smallest: int) -> DoesNotFitError:
     """Return the refusal of a budget that is too small for the model and requests."""
     return DoesNotFitError(
         f"does not fit {format_bytes(budget)} of RAM: the model and {requests} take {format_bytes(smallest)}; "
-        f"the smallest budget that works is --ram {math.ceil(smallest / 2**20)}MiB",
+        f"the smallest budget that works is {arg('ram', f'{math.ceil(smallest / 2**20)}MiB')}",
         smallest,
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmix.checkpoint import open_checkpoint
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
 from qmix.models.published import PUBLISHED
 from qmix.store.expert_frequency import ExpertFrequency
@@ -38,7 +38,7 @@ class PlanTarget:
             return replace(self, use=profile.use)
         precisions = precisions_of(precision, self.geometry)
         if self.is_store and precisions != self.layout.precisions:
-            raise UsageError(f"--precision {precision}: the store {self.name} has another; {AS_IT_IS}")
+            raise UsageError(f"{arg('precision')} {precision}: not that of the store {self.name}; {AS_IT_IS}")
         return replace(self, use=profile.use, layout=replace(self.layout, precisions=precisions))
 
 

@@ -1,15 +1,13 @@
-"""A plan with all that it is to be read with: the model, the machine, the speed, and the command that runs it."""
+"""A plan with the model, the machine and the predicted speed."""
 
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, arg
 from qmix.machine.rates import Machine
-from qmix.models.published import PUBLISHED
 from qmix.plan import Plan, predict
 from qmix.plan.here import plan_for
 from qmix.plan.predict import Prediction
@@ -21,7 +19,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Planned:
-    """`precision` is as `--precision` takes it, None where the model decides."""
+    """`precision` is the text that `load` takes, None for the model's own."""
 
     subject: PlanTarget
     machine: Machine
@@ -29,24 +27,6 @@ class Planned:
     prediction: Prediction
     attention: str
     precision: str | None
-
-    @property
-    def commands(self) -> list[str]:
-        """Shell lines that run this plan."""
-        plan, name = self.plan, self.subject.name
-        model = shlex.quote(PUBLISHED[name].hub_id if name in PUBLISHED else name)
-        limits = f"--ram {math.ceil(plan.ram / MIB)}MiB --context {plan.context}"
-        if self.precision is not None:
-            limits += f" --precision {shlex.quote(self.precision)}"
-        attention = "" if self.attention == "sdpa" else f" --attn {self.attention}"
-        limits += attention
-        if not plan.devices:
-            return [f"qmix generate -m {model} {limits}"]
-        gpus = " ".join(f"--gpu {budget // MIB}MiB" for budget in self.machine.gpus)
-        return [
-            f"qmix plan {model} {gpus} {limits} --json > plan.json",
-            f"qmix generate -m {model} --plan plan.json{attention}",
-        ]
 
     def to_json(self) -> dict[str, Any]:
         """As docs/plan.md describes it."""
@@ -65,7 +45,6 @@ class Planned:
             },
             "machine": self.machine.to_json(),
             "predicted": self.prediction.to_json(),
-            "commands": self.commands,
         }
 
 
@@ -88,9 +67,9 @@ def check_disk(planned: Planned) -> None:
     """Raises DoesNotFitError where the store is larger than the disk that a machine was said to have."""
     disk, needed = planned.machine.disk, planned.plan.store_bytes
     if disk is not None and needed > disk:
+        advice = f"give a larger {arg('disk')}, or a {arg('precision')} with fewer bits"
         raise DoesNotFitError(
-            f"does not fit {format_bytes(disk)} of disk: the store takes {format_bytes(needed)}; give a larger --disk, "
-            "or a --precision with fewer bits",
+            f"does not fit {format_bytes(disk)} of disk: the store takes {format_bytes(needed)}; {advice}",
             planned.plan.smallest,
         )
 

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from qmix.machine.rates import Machine, Rates, rate_text
+from qmix.machine.rates import RATE_LABELS, Machine, Rates, rate_text
 from qmix.plan import Plan
 from qmix.plan.predict import Speed
 from qmix.planner.planned import Planned
@@ -107,7 +107,7 @@ def details(planned: Planned) -> Table:
     row("rates", rates_text(machine.speeds, bool(plan.devices)))
     free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
     row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
-    row("runs from", f"--ram {_gib(plan.smallest)}; nothing is read from disk from {_gib(plan.roomy)} on")
+    row("runs from", f"{_gib(plan.smallest)} of RAM; all experts fit in RAM with {_gib(plan.roomy)} or more")
     return table
 
 
@@ -119,14 +119,12 @@ def speed_text(speed: Speed) -> str:
 
 def kernel_text(machine: Machine) -> str:
     """Return how the CPU multiplies 4-bit weights, and whether that was tried or read off the CPU's flags."""
-    how = (
-        "tried by `qmix doctor`" if machine.four_bit.tried else "by the CPU's flags, not tried; `qmix doctor` tries it"
-    )
+    how = "tested by `qmix doctor`" if machine.four_bit.tried else "by the CPU's flags; `qmix doctor` tests it"
     if machine.four_bit.fast:
         return f"yes, {how}"
     slower = machine.rates.four_bit_read / machine.speeds.four_bit_read
-    times = f"4-bit products are {slower:.0f} times slower, " if slower > 1 else ""
-    return f"no fast one: {times}{how}"
+    times = f"4-bit matmuls are {slower:.0f} times slower, " if slower > 1 else ""
+    return f"none: {times}{how}"
 
 
 def rates_text(rates: Rates, gpus: bool) -> str:
@@ -135,7 +133,7 @@ def rates_text(rates: Rates, gpus: bool) -> str:
     names += ["pcie", "gpu_memory", "gpu_matmul"] if gpus else []
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(rates.source(name), []).append(f"{name.replace('_', ' ')} {rate_text(rates, name)}")
+        groups.setdefault(rates.source(name), []).append(f"{RATE_LABELS[name]} {rate_text(rates, name)}")
     parts = [f"{source}: {', '.join(found)}" for source, found in groups.items()]
     advice = "; `qmix doctor` measures this machine" if "typical" in groups and "measured" not in groups else ""
     return "; ".join(parts) + advice

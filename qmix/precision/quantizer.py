@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.errors import CheckpointError
+from qmix.errors import CheckpointError, arg
 from qmix.kernels.cpu.quantize import quantize_4bit_flat, quantize_4bit_packed, quantize_int8_rows
 from qmix.kernels.packing import BLOCK
 from qmix.precision.formats import fits_kernels, parts
@@ -79,7 +79,7 @@ class MatrixQuantizer:
 
 def too_large(name: str, dtype: str) -> CheckpointError:
     """Return the error for a tensor with values that `dtype` cannot hold."""
-    advice = "use --dtype bf16" if dtype == "fp16" else "no half precision holds them"
+    advice = f"use {arg('dtype', 'bf16')}" if dtype == "fp16" else "no half precision holds them"
     return CheckpointError(f"tensor {name!r} has values too large for {dtype}; {advice}")
 
 

@@ -21,7 +21,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from qmix.errors import DoesNotFitError
+from qmix.errors import DoesNotFitError, arg
 from qmix.units import format_bytes
 
 Errors = Mapping[str, Sequence[Sequence[float]]]  # precision -> [layer][expert]
@@ -96,8 +96,8 @@ class Allocator:
 
 def too_small(budget: int, smallest: int) -> DoesNotFitError:
     """Return the error for a budget that no allocation fits."""
-    least = f"the experts take {format_bytes(smallest)} at the least; give {smallest} bytes or more"
-    return DoesNotFitError(f"--budget {format_bytes(budget)}: {least}", smallest)
+    least = f"the experts take at least {format_bytes(smallest)}; give {smallest} bytes or more"
+    return DoesNotFitError(f"{arg('budget')} {format_bytes(budget)}: {least}", smallest)
 
 
 def _sums_and_choices(costs: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:

@@ -25,7 +25,7 @@ SAME_QMIX = (
     "import runpy, sys; sys.path[0] = sys.argv.pop(1); "
     "runpy.run_module('qmix.store.child', run_name='__main__', alter_sys=True)"
 )
-INTERRUPTED = "interrupted; the same command goes on where it was stopped"
+INTERRUPTED = "interrupted; run the same command again to continue"
 REPORT_SECONDS = 0.1
 
 
@@ -84,7 +84,7 @@ def quantize_in_child(
         complaint = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
-        raise QmixError(f"quantizing {model}: ended by {name}; the same command goes on where it was stopped")
+        raise QmixError(f"quantizing {model}: killed by {name}; run the same command again to continue")
     if child.returncode != 0:
         raise QmixError(f"quantizing {model} ended with status {child.returncode}: {''.join(complaint)}")
 
@@ -97,11 +97,11 @@ def main() -> None:
     try:
         checkpoint = open_checkpoint(open_source(request.model))
         if checkpoint.identity != request.identity:
-            raise CheckpointError(f"{request.model}: was changed since it was looked at; run the same command again")
+            raise CheckpointError(f"{request.model}: changed while qmix was starting; run the same command again")
         layout = layout_for(checkpoint, request.precision, request.dtype, request.clip)
         quantize(checkpoint, Path(request.directory), layout, _Report())
     except QmixError as error:
-        _say(Message(error=str(error), exit_code=error.exit_code))
+        _say(Message(error=error.message, exit_code=error.exit_code))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(130)

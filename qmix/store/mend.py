@@ -17,7 +17,7 @@ from typing import Any
 from qmix.checkpoint import Checkpoint, open_checkpoint
 from qmix.disk.direct import DirectFile
 from qmix.disk.faults import disk_advice
-from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError
+from qmix.errors import REMAKE, CheckpointError, StoreError, UsageError, arg
 from qmix.files import read_json, write_whole
 from qmix.models import EMBEDDED
 from qmix.progress import OnProgress, Progress, ignore
@@ -33,7 +33,7 @@ from qmix.store.weight_run import WeightRun, write_error
 from qmix.store.writer import UnitWriter
 
 ASIDE = ".aside"  # suffix of a file that does not belong to the store
-NAME_IT = "name the checkpoint with --from"
+NAME_IT = f"give the checkpoint with {arg('source')}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _held(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StoreError(f"{directory}: another qmix is mending it; wait until that one ends") from None
+            raise StoreError(f"{directory}: another qmix process is repairing it; wait until it ends") from None
         yield
 
 
@@ -101,7 +101,7 @@ def _checkpoint(directory: Path, found: Manifest, source: str | None) -> Checkpo
     try:
         checkpoint = open_checkpoint(open_source(location))
     except (CheckpointError, UsageError) as error:
-        reason = str(error).removeprefix(f"{location}: ").split(";")[0]
+        reason = error.message.removeprefix(f"{location}: ").split(";")[0]
         raise StoreError(
             f"{directory}: the checkpoint that it was made from, {location}, cannot be used ({reason}); {NAME_IT}"
         ) from None

@@ -43,7 +43,7 @@ from qmix.store.profile import Profile, Table, check_profile, read_profile, writ
 PROFILE = "profile.json"
 ORIGIN = "source.json"
 WEIGHTS = "weights"  # the part of a store's digest that is not a small file
-RESTORE = "run `qmix quantize` again on its checkpoint and this store, which brings the checkpoint's own back"
+RESTORE = "run `qmix quantize` on its checkpoint and this store to restore it"
 WITHOUT = "delete this file, the store works without it"
 
 
@@ -105,7 +105,7 @@ def open_store(directory: Path) -> Store:
     path = directory / MANIFEST
     if not path.is_file():
         if partial_directory(directory).is_dir():
-            raise StoreError(f"{directory}: not finished yet; run the same `qmix quantize` again and it goes on")
+            raise StoreError(f"{directory}: unfinished; run the same `qmix quantize` again to continue")
         raise StoreError(f"{directory}: not a qmix store ({MANIFEST} is missing)")
     content, found = read_manifest(path)
     config = read_json(directory / CONFIG, dict[str, Any], StoreError, mending(directory))
@@ -147,7 +147,7 @@ def _check_file(path: Path, layout: FileLayout) -> None:
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}; {mending(path.parent)}") from None
     if header != layout.header[: len(header)]:
-        raise StoreError(f"{path}: damaged, or of another model than this store; {mending(path.parent)}")
+        raise StoreError(f"{path}: damaged, or belongs to another model; {mending(path.parent)}")
     if size != layout.size:
         raise StoreError(f"{path}: {size} bytes, {layout.size} expected; {mending(path.parent)}")
 

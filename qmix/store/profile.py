@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from qmix.disk.faults import write_advice
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.files import read_versioned, written_whole
 from qmix.geometry import Geometry
 from qmix.precision.formats import PRECISIONS
@@ -68,7 +68,7 @@ class Profile:
         """Return the allocator over precisions that a store can hold. Raises UsageError without any errors."""
         storable = {name: table for name, table in self.errors.items() if name in PRECISIONS}
         if not storable:
-            raise UsageError(f"the profile of {self.name} does not say what quantisation costs; {AGAIN}")
+            raise UsageError(f"the profile of {self.name} has no quantisation errors; {AGAIN}")
         exact = tuple(tuple(0.0 for _ in row) for row in self.use)
         errors = {**storable, "half": exact}
         return Allocator(errors, {name: record_layout(geometry, name, dtype).nbytes for name in errors})
@@ -92,7 +92,8 @@ class Profile:
         if budget is not None:
             return precision_spec(self.allocator(geometry, dtype).within(budget).precisions)
         if self.precisions is None:
-            raise UsageError(f"--precision {AUTO}: the profile has chosen none; give a --budget for the experts' bytes")
+            auto = f"{arg('precision')} {AUTO}"
+            raise UsageError(f"{auto}: the profile has no precisions; give a {arg('budget')} for the experts' bytes")
         return precision_spec(self.precisions)
 
 
@@ -147,7 +148,7 @@ def write_profile(path: Path, content: Mapping[str, Any]) -> None:
         with written_whole(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
     except OSError as error:
-        advice = write_advice(error, "give it another place")
+        advice = write_advice(error, "choose another path")
         raise QmixError(f"{path}: {error.strerror}; the profile was not written: {advice}") from None
 
 
@@ -160,13 +161,13 @@ def check_profile(profile: Profile, path: Path, geometry: Geometry, fingerprint:
     if fingerprint and profile.fingerprint and fingerprint != profile.fingerprint:
         raise UsageError(f"{path}: is a profile of {profile.name}, whose weights are not this model's")
     if any(not 0 <= share <= 1 for row in profile.use for share in row):
-        raise UsageError(f"{path}: a share of use is not between 0 and 1; {AGAIN}")
+        raise UsageError(f"{path}: a frequency is not between 0 and 1; {AGAIN}")
     experts = geometry.experts_per_token
     if any(abs(sum(row) - experts) > SUM_TOLERANCE * experts for row in profile.use):
-        raise UsageError(f"{path}: a layer's shares do not add up to {experts} experts a token")
+        raise UsageError(f"{path}: a layer's frequencies do not add up to {experts}")
     if any(not 0 <= error < float("inf") for table in profile.errors.values() for row in table for error in row):
-        raise UsageError(f"{path}: an expert's error is not a number from 0 on; {AGAIN}")
+        raise UsageError(f"{path}: an expert's error is not a number of at least 0; {AGAIN}")
     if any(name not in PRECISIONS for row in profile.precisions or () for name in row):
-        raise UsageError(f"{path}: a precision is none of {', '.join(PRECISIONS)}; {AGAIN}")
+        raise UsageError(f"{path}: a precision is not one of {', '.join(PRECISIONS)}; {AGAIN}")
     if profile.policy is not None and profile.policy not in POLICIES:
-        raise UsageError(f"{path}: the policy {profile.policy!r} is none of {', '.join(POLICIES)}; {AGAIN}")
+        raise UsageError(f"{path}: the policy {profile.policy!r} is not one of {', '.join(POLICIES)}; {AGAIN}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qmix.checkpoint.fingerprint import fingerprint_of, read_fingerprint, weight_digests
 from qmix.checkpoint.reader import Checkpoint
-from qmix.errors import StoreError
+from qmix.errors import StoreError, arg
 from qmix.progress import OnProgress, Progress, counted, ignore
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import Store, is_store, open_store, put_origin, put_profile
@@ -67,7 +67,7 @@ def _writer(checkpoint: Checkpoint, directory: Path, layout: StoreLayout, on_pro
         checkpoint.identity,
         checkpoint.source.space_needed(checkpoint.files),
         still_same,
-        lambda: on_progress(Progress(0, total, f"waiting for another qmix, which is writing {directory}")),
+        lambda: on_progress(Progress(0, total, f"waiting for another qmix process that is writing {directory}")),
     )
 
 
@@ -96,14 +96,14 @@ def _finished(
     store = bring_small_files(checkpoint, fingerprint, directory)
     if store.fingerprint != fingerprint and not store.small_files:
         raise StoreError(
-            f"{directory}: made by an earlier qmix, or of another model; choose another name, or delete it"
+            f"{directory}: made by an earlier version of qmix, or from another model; choose another name, or delete it"
         )
     if store.fingerprint != fingerprint:
         raise StoreError(f"{directory}: is the store of another model ({store.source_name}); choose another name")
     if (store.layout.precisions, store.layout.dtype) != (layout.precisions, layout.dtype):
         raise StoreError(f"{directory}: is a store of this model in another precision; choose another name")
     if store.layout.clip != layout.clip:
-        made = f"made {'with' if store.layout.clip else 'without'} --clip"
+        made = f"made {'with' if store.layout.clip else 'without'} {arg('clip')}"
         raise StoreError(f"{directory}: is a store of this model {made}; choose another name")
     if profile is not None and profile != store.profile:
         put_profile(directory, profile)

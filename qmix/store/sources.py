@@ -12,7 +12,7 @@ from qmix.checkpoint.foreign import check_file, hub_snapshot
 from qmix.checkpoint.safetensors_header import DTYPES
 from qmix.checkpoint.source import HubSource, LocalSource, Source
 from qmix.disk.places import cache_directory
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
 from qmix.models import EMBEDDED
 from qmix.models.published import PUBLISHED
@@ -22,8 +22,8 @@ from qmix.store.opened import Store, is_store, open_store, partial_directory
 
 DEFAULT_PRECISION = "nf4"
 CHECKPOINTS = "checkpoints"  # in the cache: fingerprints of checkpoints that were read
-AS_IT_IS = "leave it out, or quantize its checkpoint"
-NOTHING_TO_CLIP = f"has no expert in {' or '.join(FOUR_BITS)}, whose scales it chooses; leave it out"
+AS_IT_IS = "leave it out, or make another store from its checkpoint"
+NOTHING_TO_CLIP = f"has no 4-bit experts ({', '.join(FOUR_BITS)}); leave it out"
 
 
 def open_source(model: str | Path, scratch: Path | None = None) -> Source:
@@ -33,11 +33,11 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
     where the name is none of these.
     """
     if not str(model):
-        raise UsageError("the model's name is empty; leave it out for the embedded one")
+        raise UsageError("the model's name is empty; leave it out to use the embedded model")
     embedded = EMBEDDED.get(str(model))
     path = embedded or Path(model).expanduser()
     if is_store(path):
-        raise UsageError(f"{model}: is a store already; name the checkpoint that it was made from")
+        raise UsageError(f"{model}: is a store; give the checkpoint that it was made from")
     if path.is_dir():
         return LocalSource(hub_snapshot(path), cache_directory() / CHECKPOINTS)
     check_file(path)
@@ -51,26 +51,26 @@ def open_source(model: str | Path, scratch: Path | None = None) -> Source:
 
 
 def layout_for(
-    checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, option: str = "--precision"
+    checkpoint: Checkpoint, precision: str | None, dtype: str | None, clip: bool = False, argument: str = "precision"
 ) -> StoreLayout:
     """Return the layout of a checkpoint's store.
 
-    Raises UsageError for an unknown precision (naming `option`) or dtype, and where there is nothing to clip.
+    Raises UsageError for an unknown precision (the value of `argument`) or dtype, and for `clip` without 4-bit experts.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"{dtype!r} is not a half precision; choose one of {', '.join(DTYPES)}")
-    precisions = precisions_of(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, option)
+    precisions = precisions_of(DEFAULT_PRECISION if precision is None else precision, checkpoint.geometry, argument)
     if clip and not has_blocks(precisions):
-        raise UsageError(f"--clip: {precision} {NOTHING_TO_CLIP}")
+        raise UsageError(f"{arg('clip')}: {precision} {NOTHING_TO_CLIP}")
     return StoreLayout(checkpoint.geometry, precisions, dtype or checkpoint.half_dtype, clip)
 
 
-def precisions_of(spec: str, geometry: Geometry, option: str = "--precision") -> tuple[tuple[str, ...], ...]:
-    """Return the precision of every expert, [layer][expert]. Raises UsageError naming `option`."""
+def precisions_of(spec: str, geometry: Geometry, argument: str = "precision") -> tuple[tuple[str, ...], ...]:
+    """Return the precision of every expert, [layer][expert]. Raises UsageError naming `argument`."""
     try:
         return parse_precisions(spec, geometry)
     except UsageError as error:
-        raise UsageError(f"{option}: {error}") from None
+        raise UsageError(f"{arg(argument)}: {error}") from None
 
 
 def named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
@@ -83,9 +83,9 @@ def named_store(model: str | Path, precision: str | None, dtype: str | None, cli
         return None
     store = open_store(path)
     if precision is not None and precisions_of(precision, store.geometry) != store.layout.precisions:
-        raise UsageError(f"--precision {precision}: the store {store.directory} has another; {AS_IT_IS}")
+        raise UsageError(f"{arg('precision')} {precision}: not that of the store {store.directory}; {AS_IT_IS}")
     if dtype and dtype != store.layout.dtype:
-        raise UsageError(f"--dtype {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
+        raise UsageError(f"{arg('dtype')} {dtype}: the store {store.directory} has {store.layout.dtype}; {AS_IT_IS}")
     if clip and not store.layout.clip:
-        raise UsageError(f"--clip: the store {store.directory} was made without; {AS_IT_IS}")
+        raise UsageError(f"{arg('clip')}: the store {store.directory} was made without it; {AS_IT_IS}")
     return store

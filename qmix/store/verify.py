@@ -35,7 +35,7 @@ from qmix.store.opened import PROFILE, profile_of
 from qmix.store.parts import Part, parts_by_header, parts_of, recheck, sweep
 
 MISSING = "missing"
-STRANGE = "a file beside the store's own"
+STRANGE = "a file that is not part of the store"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _small_files(directory: Path, content: dict[str, Any], found: Manifest) -> t
                 damages.append(Damage(name, "the file", _reason(error, path)))
             continue
         if small_digest(content, data) != want and name not in EDITABLE:
-            damages.append(Damage(name, "the file", "not as the store was made with"))
+            damages.append(Damage(name, "the file", "changed since the store was made"))
     if content["format_version"] != 1 and not known.keys().isdisjoint(TOKENIZERS):
         beside = [name for name in SMALL_FILES if name not in known and name not in EDITABLE]
         why = "not there when the store was made"

@@ -176,7 +176,7 @@ class WeightRun:
         try:
             offset, data = job.quantizer.quantize(rows, start)
         except CheckpointError as error:
-            raise CheckpointError(f"{source.path}: {error}") from None
+            raise CheckpointError(f"{source.path}: {error.message}") from None
         file, offset = job.place.unit.file, job.place.parts[0].offset + offset
         written = copied(data, offset, slot.written)
         del data
@@ -216,11 +216,11 @@ def write_error(error: OSError, directory: Path, layout: StoreLayout) -> StoreEr
     if error.errno in FULL:
         return StoreError(
             f"{directory}: the disk is full; the store takes {format_bytes(layout.total_bytes)} in all. "
-            "Free some space and run the same command: it goes on where it was"
+            "Free some space and run the same command again to continue"
         )
     no_place = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
     if no_place:
         advice = "choose a directory that can be written"
     else:
-        advice = f"{disk_advice(error)}; the same command goes on where it was"
+        advice = f"{disk_advice(error)}; run the same command again to continue"
     return StoreError(f"{error.filename or directory}: {error.strerror}; {advice}")

@@ -170,7 +170,7 @@ class StoreWriter(UnitWriter):
         if differs:
             other = ", ".join(differs)
             raise StoreError(
-                f"{self.partial}: begun with another {other}; delete that directory, or choose another name"
+                f"{self.partial}: started with another {other}; delete that directory, or choose another name"
             )
         if before[-1:] != [identity]:
             self.journal.append([Entry(checkpoint=identity)])
@@ -179,7 +179,7 @@ class StoreWriter(UnitWriter):
         for file in self.layout.files:
             path = self.partial / file.name
             if (self.read or self.checksums) and not (path.is_file() and path.stat().st_size == file.size):
-                raise StoreError(f"{path}: not as an earlier run left it; delete {self.partial} and start again")
+                raise StoreError(f"{path}: changed since it was written; delete {self.partial} and start again")
             self._files[file.name] = DirectFile(path, os.O_RDWR | os.O_CREAT)
             os.ftruncate(self._files[file.name].fd, file.size)
             self.write(file, file.header, 0)

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmix.errors import QmixError, UsageError
+from qmix.errors import QmixError, UsageError, arg
 from qmix.files import written_whole
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def check_target(path: Path, example: str) -> Path:
     Call it before the work. `example` is a name without suffix for the message.
     """
     if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"--plot {path}: write it like {example}.png or {example}.svg")
+        raise UsageError(f"{arg('plot')} {path}: write it like {example}.png or {example}.svg")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot: matplotlib is not installed; pip install 'qmix-moe[plot]'")
+        raise UsageError(f"{arg('plot')}: matplotlib is not installed; pip install 'qmix-moe[plot]'")
     return path
 
 
@@ -39,4 +39,4 @@ def save(figure: Figure, path: Path) -> None:
         with rc_context({"svg.fonttype": "none"}), written_whole(path) as file:
             figure.savefig(file, format=path.suffix[1:].lower(), dpi=DPI)
     except OSError as error:
-        raise QmixError(f"{path}: {error.strerror}; give --plot another place") from None
+        raise QmixError(f"{path}: {error.strerror}; choose another path for {arg('plot')}") from None

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.text.tokenizer import encode
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ class PromptTooLong(UsageError):
 def too_long(found: str, context: int, longest_context: int) -> PromptTooLong:
     """Return the error for a text of length `found`; it advises a larger context only where the model has one."""
     if context < longest_context:
-        return PromptTooLong(f"{found}, too long for a context of {context}; shorten it, or give a larger --context")
+        advice = f"shorten it, or give a larger {arg('context')}"
+        return PromptTooLong(f"{found}, too long for a context of {context}; {advice}")
     return PromptTooLong(f"{found}, too long for a context of {context}, the model's longest; shorten it")
 
 
@@ -58,7 +60,7 @@ class PromptEncoder:
     def check_count(self, tokens: int, what: str = "the prompt") -> None:
         """Raise PromptTooLong where a prompt of `tokens` leaves no room for an answer."""
         if tokens >= self.context:
-            raise self.too_long(f"{what} is {tokens} tokens")
+            raise self.too_long(f"{what} is {plural(tokens, 'token')}")
 
     def too_long(self, found: str) -> PromptTooLong:
         """Return the error for a text of length `found`."""

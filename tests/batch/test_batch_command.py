@@ -19,8 +19,8 @@ from qmix.batch.output import FileAnswers
 from qmix.errors import UsageError
 
 SUMMARY = (
-    r"{done} of {lines} lines(, \d+ of them errors)?(, \d+ from earlier runs)?, "
-    r"\d+ new tokens in [\d.]+ s \([\d.]+ tok/s\), \d+ prompt tokens, {batch} at once, "
+    r"{done} of {lines} lines?(, \d+ errors?)?(, \d+ from earlier runs)?, "
+    r"\d+ new tokens? in [\d.]+ s \([\d.]+ tok/s\), \d+ prompt tokens?, batch {batch}, "
     r"[\d.]+% of experts in memory, [\d.]+ [kMG]?B read, peak \d+ MB of [\d.]+ [MGT]B, seed \d+"
 )
 GREEDY = ("-m", "tiny", "--temperature", "0", "--ram", "1GiB")
@@ -63,7 +63,7 @@ def test_both_forms_come_back_as_openais_output(run, tmp_path):
     }
     done = run(*LINES, {"custom_id": "chat", **openai}, {"custom_id": "text", **completion})
     assert (done.status, done.out) == (0, ""), done.err
-    assert done.lines[0] == "lines name 'gpt-4o' as their model; tiny answers all of them"
+    assert done.lines[0] == "lines name 'gpt-4o' as their model; all are answered by tiny"
     assert re.fullmatch(SUMMARY.format(done=7, lines=7, batch=7), done.lines[1]), done.err
     found = read(tmp_path / "out.jsonl")
     assert found.keys() == {*(line["id"] for line in LINES), "chat", "text"}
@@ -104,7 +104,7 @@ def test_a_file_with_bad_lines_is_not_run_and_all_of_them_are_named(run, tmp_pat
         f"{path}: line 2: invalid JSON: invalid character (byte 0)",
         f"{path}: line 3: duplicate id 'line-0' (first on line 1)",
         f"{path}: line 4: unknown field 'temprature' (did you mean 'temperature'?)",
-        f"qmix: {path}: 3 lines cannot be used; nothing was run, correct them",
+        f"qmix: {path}: 3 lines are invalid; nothing was run, correct them",
     ]
     assert not (tmp_path / "out.jsonl").exists()
     many = run(*["["] * 30)
@@ -120,7 +120,7 @@ def test_a_file_with_bad_lines_is_not_run_and_all_of_them_are_named(run, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no requests; give a JSON object a line"),
+        ("", "has no requests; give one JSON object per line"),
         (None, "No such file or directory; give a file of requests"),
     ],
 )
@@ -145,14 +145,14 @@ def test_what_the_model_cannot_answer_is_an_error_line_and_not_the_end(run, tmp_
     assert found["turns"]["error"] is None
     assert [found[name]["response"] for name in ("long", "empty", "ids")] == [None] * 3
     assert [found[name]["error"]["message"] for name in ("long", "empty", "ids")] == [
-        "line 2: the prompt is 1500 bytes, too long for a context of 64; shorten it, or give a larger --context",
+        "line 2: the prompt is 1500 bytes, too long for a context of 64; shorten it, or give a larger context",
         "line 3: the prompt is empty",
         "line 4: the prompt holds the token id 4096, outside the model's vocabulary",
     ]
     again = run(options=("--context", "64"))
     assert (again.status, again.lines[-1].split(", seed")[0]) == (
         4,
-        "5 of 5 lines, 3 of them errors, 5 from earlier runs",
+        "5 of 5 lines, 3 errors, 5 from earlier runs",
     )
 
 
@@ -160,7 +160,7 @@ def test_a_system_text_goes_into_the_first_turn_where_the_template_has_none(run,
     folded = [{"role": "user", "content": "Be kind.\n\nHello"}]
     apart = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     done = run({"id": "a", "messages": folded, "max_tokens": 9}, {"id": "b", "messages": apart, "max_tokens": 9})
-    assert done.lines[0] == "the model's template has no system role: system texts go into the first turn of the user"
+    assert done.lines[0] == "the chat template has no system role; the system prompt goes into the first turn"
     one, other = (read(tmp_path / "out.jsonl")[name]["response"]["body"]["choices"] for name in "ab")
     assert one == other
 
@@ -215,7 +215,7 @@ def test_answers_of_another_run_are_left_alone_and_the_difference_is_said(run, t
     before = (tmp_path / "out.jsonl").read_bytes()
     done = run(*lines, options=options)
     assert done.status == 2
-    assert f"out.jsonl: has answers of another run ({differs}); give what it was begun with" in done.lines[-1]
+    assert f"out.jsonl: has answers from another run ({differs}); use the options of that run" in done.lines[-1]
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -223,11 +223,11 @@ def test_a_file_that_is_no_output_is_left_alone(run, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("precious\n")
     assert run(*LINES).lines == [
-        f"qmix: {output}: line 1 is no answer of a batch: invalid JSON: invalid character (byte 0); "
+        f"qmix: {output}: line 1 is not an answer of a batch: invalid JSON: invalid character (byte 0); "
         "choose another name, or delete the file"
     ]
     output.write_text(json.dumps({"custom_id": "a", "error": None}) + "\n")
-    assert "is there, without out.jsonl.qmix.json" in run().lines[-1]
+    assert "exists without its out.jsonl.qmix.json" in run().lines[-1]
     assert output.read_text() == json.dumps({"custom_id": "a", "error": None}) + "\n"
 
 
@@ -248,7 +248,7 @@ def test_answers_that_are_damaged_are_named_by_their_line(tmp_path, line, told):
     with pytest.raises(UsageError) as raised:
         FileAnswers(output)
     remedy = "choose another name, or delete the file"
-    assert str(raised.value) == f"{output}: line 2 is no answer of a batch: {told}; {remedy}"
+    assert str(raised.value) == f"{output}: line 2 is not an answer of a batch: {told}; {remedy}"
 
 
 MANIFEST = {"schema": "qmix-batch-1", "subject": {"input": "a"}, "chosen": {"seed": 1, "created": 2}}
@@ -263,7 +263,7 @@ MANIFEST = {"schema": "qmix-batch-1", "subject": {"input": "a"}, "chosen": {"see
         (json.dumps(MANIFEST | {"chosen": {"seed": "x", "created": 2}}), "chosen.seed: expected int, got str"),
         (json.dumps(MANIFEST | {"chosen": {"seed": -1, "created": 2}}), "chosen.seed: expected int >= 0"),
         (json.dumps(MANIFEST | {"chosen": {"seed": 1}}), "chosen: object missing required field created"),
-        (json.dumps(MANIFEST | {"schema": "qmix-batch-9"}), "of another version of qmix"),
+        (json.dumps(MANIFEST | {"schema": "qmix-batch-9"}), "from another version of qmix"),
     ],
 )
 def test_a_manifest_that_is_damaged_is_named(tmp_path, content, told):
@@ -290,7 +290,7 @@ def test_requests_may_come_through_a_pipe(qmix, tmp_path):
     done = qmix("batch", "/dev/stdin", "-o", tmp_path / "out.jsonl", *GREEDY, stdin=json.dumps(LINES[0]).encode())
     assert (done.status, read(tmp_path / "out.jsonl").keys()) == (0, {"line-0"}), done.err
     endless = qmix("batch", "/dev/zero", "-o", tmp_path / "zero.jsonl", *GREEDY)
-    told = "line 1: longer than 4194304 bytes; shorten it (nothing behind it was looked at); nothing was run"
+    told = "line 1: longer than 4194304 bytes; shorten it (the lines after it were not checked); nothing was run"
     assert (endless.status, endless.err) == (2, f"qmix: /dev/zero: {told}\n")
     os.mkfifo(tmp_path / "fifo")
     write(tmp_path / "one", LINES[0])
@@ -321,7 +321,7 @@ def test_openais_fields_are_taken_or_are_error_lines_of_their_own(run, tmp_path)
     assert texts["plain"] == texts["neutral"] == texts["named"] == texts["developer"]
     assert [found[name]["error"]["message"] for name in ("tools", "two", "image")] == [
         "line 5: tools: qmix takes only null or [] (no tools are called); leave it out",
-        "line 6: n: qmix takes only null or 1 (one answer a request); leave it out",
+        "line 6: n: qmix takes only null or 1 (one answer per request); leave it out",
         "line 7: messages[0].content[0]: type 'image_url': the model reads text only",
     ]
 
@@ -345,7 +345,7 @@ def test_what_is_far_too_long_is_an_error_line_too(run, tmp_path):
 def test_input_and_output_are_not_the_same_file(qmix, tmp_path):
     source = write(tmp_path / "in.jsonl", *LINES)
     done = qmix("batch", source, "-o", source, *GREEDY)
-    assert (done.status, done.err) == (2, f"qmix: {source}: is the input too; choose another name for the answers\n")
+    assert (done.status, done.err) == (2, f"qmix: {source}: is also the input; choose another name for the answers\n")
     assert len(source.read_text().splitlines()) == len(LINES)
 
 
@@ -354,7 +354,7 @@ def test_two_runs_do_not_share_an_output(run, tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX)
         done = run(*LINES)
     assert (done.status, len(done.lines)) == (1, 1)
-    assert "out.jsonl: another qmix is writing it; wait until that one ends" in done.err
+    assert "out.jsonl: another qmix process is writing it; wait until it ends" in done.err
 
 
 def test_a_full_disk_loses_nothing_and_the_run_goes_on_later(qmix, tmp_path):
@@ -370,7 +370,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on_later(qmix, tmp_path):
     )  # fmt: skip
     assert full.returncode == 1
     assert "out.jsonl: File too large; write to a disk that takes larger files" in full.stderr
-    assert "What is in it is whole, and the same command goes on from there" in full.stderr
+    assert "Run the same command again to continue" in full.stderr
     assert 1 <= len(read(output)) < len(LINES)
     assert qmix("batch", source, "-o", output, *options).status == 0
     assert {name: _timeless(line) for name, line in read(output).items()} == {
@@ -426,7 +426,7 @@ def test_a_bar_with_rate_and_time_left_and_a_ctrl_c_that_says_how_to_go_on(qmix,
                              timeout=LIMIT_SECONDS)  # fmt: skip
     terminal.expect(r"1/9 lines +[\d.]+ tok/s +\d+ (s|min|h) left")
     terminal.send("\x03")
-    terminal.expect(r"qmix: interrupted; ([1-8]) of 9 lines are done, the same command goes on\r\n")
+    terminal.expect(r"qmix: interrupted; ([1-8]) of 9 lines done, run the same command again to continue\r\n")
     done = int(terminal.match[1])  # one, or more where the machine was slow to hand the key over
     terminal.expect(pexpect.EOF)
     terminal.close()

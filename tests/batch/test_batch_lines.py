@@ -61,7 +61,7 @@ def test_texts_in_parts_are_put_together():
         (b'{"id": "\xff"}', "invalid JSON: not UTF-8 (byte 9)"),
         ('{"id": "a", "id": "b", "prompt": "c"}', "invalid JSON: the key 'id' is given twice"),
         ('{"id": "a", "prompt": "b", "temperature": NaN}', "invalid JSON: invalid character (byte 42)"),
-        ('{"id": "a", "prompt": "\\ud800"}', "invalid JSON: half of a surrogate pair is not text"),
+        ('{"id": "a", "prompt": "\\ud800"}', "invalid JSON: an unpaired surrogate"),
         ("[" * 100000, "expected object, got array"),
         ('{"id": ' + "[" * 100000, "invalid JSON: nested too deeply"),
         ('{"id": "a", "prompt": "b", "temperature": 1' + "0" * 400 + "}", "temperature: number out of range"),
@@ -75,7 +75,7 @@ def test_texts_in_parts_are_put_together():
         ({"id": "ä" * 257, "prompt": "b"}, "the id is 514 bytes; give one of at most 512"),
         ({"id": "a", "prompt": "b", "zzz": {"a": {"b": 1e300}}}, "unknown field 'zzz'"),
         ('{"id": "a", "prompt": "b", "temperature": 1, "stop": ["x", "\\udc00"]}',
-         "invalid JSON: half of a surrogate pair is not text"),
+         "invalid JSON: an unpaired surrogate"),
         ({"prompt": "b"}, "'id' is missing (or 'custom_id', in OpenAI's form)"),
         ({"id": "", "prompt": "b"}, "the id is empty"),
         ({"id": 1.5, "prompt": "b"}, "id: expected int | str, got float"),
@@ -89,7 +89,7 @@ def test_texts_in_parts_are_put_together():
         ({"id": "a", "prompt": "b", "max_tokens": 1.5}, "max_tokens: expected int | null, got float"),
         ({"id": "a", "prompt": "b", "max_tokens": True}, "max_tokens: expected int | null, got bool"),
         ({"id": "a", "prompt": "b", "top_p": 2}, "top_p 2.0: must be above 0 and at most 1"),
-        ({"id": "a", "prompt": "b", "stop": [""]}, "stop '': must be a text that is not empty"),
+        ({"id": "a", "prompt": "b", "stop": [""]}, "stop '': must not be empty"),
         ({"id": "a", "prompt": "b", "stop": 5}, "stop: expected str | array | null, got int"),
         ({"id": "a", "prompt": "b", "logprobs": 21}, "logprobs 21: must be a whole number from 0 to 20"),
         ({"id": "a", **BODY, "logprobs": 3}, "logprobs: expected bool | null, got int"),
@@ -100,9 +100,9 @@ def test_texts_in_parts_are_put_together():
         ({"id": "a", "messages": [{"role": "user", "contents": "a"}]},
          "messages[0]: unknown field 'contents' (did you mean 'content'?)"),
         ({"id": "a", "messages": [{"role": "user", "content": [{"type": "text"}]}]},
-         "messages[0]: content must be a text, or a list of parts of type 'text'"),
+         "messages[0]: content must be text, or a list of parts of type 'text'"),
         ({"id": "a", "messages": [{"role": "user", "content": None}]},
-         "messages[0]: content must be a text, or a list of parts of type 'text'"),
+         "messages[0]: content must be text, or a list of parts of type 'text'"),
         ({"id": "a", "messages": [{"role": "user", "content": 5}]},
          "messages[0]: content: expected str | array | null, got int"),
         ({"id": "a", "messages": [{"content": "x"}]}, "messages[0]: object missing required field role"),
@@ -148,7 +148,7 @@ def test_a_line_is_read_again_from_its_place():
 def test_a_line_that_is_too_long_ends_what_is_read():
     """A file without a newline is not read to its end, /dev/zero among them."""
     good, long = b'{"id": "a", "prompt": "b"}\n', b'{"id": "c", "prompt": "' + b"x" * LINE_LIMIT
-    told = f"longer than {LINE_LIMIT} bytes; shorten it (nothing behind it was looked at)"
+    told = f"longer than {LINE_LIMIT} bytes; shorten it (the lines after it were not checked)"
     found = Requests(io.BytesIO(good + long + b'"}\nx\n'))
     assert (found.problems, found.bad, len(found.entries)) == ([f"line 2: {told}"], 1, 1)
     with Path("/dev/zero").open("rb") as zeros:
@@ -182,7 +182,7 @@ def test_a_file_that_was_changed_while_it_was_read_is_named_by_its_line():
     found = Requests(file)
     file.seek(2)
     file.write(b"xx")
-    with pytest.raises(UsageError, match=r"line 1: 'id' is missing .*; the input was changed"):
+    with pytest.raises(UsageError, match=r"line 1: 'id' is missing .*; the input changed during the run"):
         found.line(found.entries[0])
 
 

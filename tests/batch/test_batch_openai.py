@@ -83,7 +83,7 @@ def told(raw: bytes) -> str:
 @pytest.mark.parametrize("role", TOOL_ROLES)
 def test_messages_of_tools_refuse_the_request(role: str) -> None:
     refused = parse_line(line_with("messages", "role", role)).refused
-    assert refused == f"messages[0]: role {role!r}: qmix calls no tools; leave the message out"
+    assert refused == f"messages[0]: role {role!r}: qmix does not call tools; leave the message out"
 
 
 def test_developer_is_system() -> None:
@@ -107,7 +107,7 @@ def test_a_list_of_one_prompt_is_that_prompt(prompt: object, expected: object) -
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], ["a", 1]])
 def test_several_prompts_refuse_the_request(prompt: object) -> None:
     refused = parse_line(line_with("completions", "prompt", prompt)).refused
-    assert refused == "prompt: qmix takes one prompt a request; give each a line of its own"
+    assert refused == "prompt: one prompt per request; put each on its own line"
 
 
 def test_the_documentation_has_the_table() -> None:

@@ -18,7 +18,7 @@ from qmix.errors import UsageError
 from qmix.machine import probes
 from qmix.machine.probes import Ceilings, Rate
 
-MEASURING = "measuring this machine's memory and cores\n"
+MEASURING = "measuring the memory and cores of this machine\n"
 FIELDS = {
     "test": str,
     "prompt_tokens": int,

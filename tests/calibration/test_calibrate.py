@@ -51,8 +51,8 @@ def test_what_is_shown_goes_to_stdout_and_what_is_to_be_minded_to_stderr(calibra
     directory, done = calibrated
     for title in ("Use of experts", "Languages beside all text", "Hit rate by pool size", "Error against bytes"):
         assert title in done.out
-    assert "same expert as the previous token: " in done.out
-    assert "is rough" not in done.err  # every expert had tokens enough
+    assert "experts shared with the previous token: " in done.out
+    assert "are rough" not in done.err  # every expert had tokens enough
     assert "profile.json: written" in done.err
     assert sorted(path.name for path in directory.iterdir()) == ["pictures.svg", "profile.json"]
     assert (directory / "pictures.svg").read_text().startswith("<?xml")
@@ -141,13 +141,13 @@ def test_a_profile_of_other_weights_is_refused(calibrated, qmix, tmp_path, tiny)
 @pytest.mark.parametrize(
     ("options", "status", "reason"),
     [
-        (("no/profile.json",), 2, "its directory is not there"),
+        (("no/profile.json",), 2, "its directory does not exist"),
         (("p.json", "--plot", "p.pdf"), 2, "write it like calibration.png"),
-        (("p.json", "--plot", "no/p.png"), 2, "its directory is not there"),
+        (("p.json", "--plot", "no/p.png"), 2, "its directory does not exist"),
         (("p.json", "--budget", "1MB"), 3, "give 6291456 bytes or more"),
         (("p.json", "--ram", "64MiB"), 3, "take fewer --tokens, or --ram"),
         (("p.json", "--text", "none.txt"), 2, "none.txt: No such file"),
-        (("p.json", "--window", "5000"), 2, "the model sees 2048 tokens"),
+        (("p.json", "--window", "5000"), 2, "--window 5000: must be at most 2048"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

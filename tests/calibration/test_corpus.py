@@ -113,8 +113,8 @@ def test_what_parts_documents(tmp_path, content, expected):
     [
         (None, "No such file or directory; give a text file of at most 4 MiB"),
         (b"caf\xe9", "not UTF-8 text (byte 3); save it as UTF-8"),
-        (b"", "holds no text; give a file that has some"),
-        (b" \n---\n\n---\n", "holds no text; give a file that has some"),
+        (b"", "has no text; give another file"),
+        (b" \n---\n\n---\n", "has no text; give another file"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, content, message):

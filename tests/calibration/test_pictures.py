@@ -99,7 +99,7 @@ def test_languages_beside_all_text():
 def test_hit_rates_by_pool_size():
     lines = shown(hit_table(REPLAY), width=80)
     assert lines[0] == "Hit rate by pool size"
-    assert lines[-1] == "* best policy of a run; over all sizes: uses per time"
+    assert lines[-1] == "* best policy of a run; over all sizes: decayed use"
     table = [line.split() for line in lines]
     assert table[3] == ["2", "25%", "0.0%", "20.0%", "25.0%", "*", "10.0%", "50.0%"]
     assert table[4] == ["4", "50%", "50.0%", "40.0%", "60.0%", "*", "30.0%", "75.0%"]
@@ -133,7 +133,7 @@ def test_one_picture_of_everything(tmp_path):
     svg = path.read_text(encoding="utf-8")
     words = set(re.findall(r"<text[^>]*>([^<]+)</text>", svg))
     assert words >= {"layer", "expert", "en", "de", "bytes of all experts, GiB", "nf4", "int8", "half", "chosen"}
-    assert words >= {"Hit rate by pool size; best policy: uses per time", "experts in memory, of 8", "best possible"}
+    assert words >= {"Hit rate by pool size; best policy: decayed use", "experts in memory, of 8", "best possible"}
     assert words >= {"error, logarithmic down to 0.001", "0.1", "0.01", "0.001", "0"}
     assert any("which experts are used" in word for word in words)
 
@@ -142,7 +142,7 @@ def test_a_picture_without_languages_or_a_choice(tmp_path):
     path = tmp_path / "calibration.png"
     draw(path, "tiny", USE, REPLAY, FRONTIER, UNIFORM)
     assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(QmixError, match="give --plot another place"):
+    with pytest.raises(QmixError, match="choose another path for plot"):
         draw(tmp_path / "none" / "calibration.png", "tiny", USE, REPLAY, FRONTIER, UNIFORM)
 
 

@@ -285,7 +285,7 @@ def test_an_answer_stays_as_it_was_generated(tiny):
 
 
 def test_a_template_that_cannot_be_rendered_is_an_error_of_one_line(tiny, tmp_path):
-    with pytest.raises(StoreError, match="its chat template cannot be used") as caught:
+    with pytest.raises(StoreError, match="the chat template cannot be used") as caught:
         format_of(with_template(tiny, tmp_path, "{% for %}"))
     assert "\n" not in str(caught.value)
 

@@ -21,7 +21,7 @@ from qmix.engine.stream import Runner
 from qmix.errors import StoreError
 from qmix.plan import make_plan
 
-TOLD = re.compile(r"a chat was interrupted; to go on with it: /load (\S+)")
+TOLD = re.compile(r"a chat was interrupted; to continue it: /load (\S+)")
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
@@ -40,7 +40,7 @@ def test_a_chat_whose_process_ends_is_there_at_the_next_start(qmix, isolated_hom
     again = qmix(*CHAT, "-q", stdin=typed(ASK))
     kept = TOLD.fullmatch(again.lines[0])[1]
     done = qmix(*CHAT, stdin=typed(f"/load {kept}", MORE))
-    assert done.lines[0] == f"loaded 1 turns from {kept}", "and it is told of once"
+    assert done.lines[0] == f"loaded 1 turn from {kept}", "and it is told of once"
     whole = qmix(*CHAT, stdin=typed(ASK, MORE))
     assert whole.out == answer + done.out
 
@@ -53,7 +53,7 @@ def test_a_chat_whose_terminal_is_closed_is_there_at_the_next_start(qmix):
     try:
         kept = TOLD.search(second.greeting)[1]
         assert [user for user, _ in turns_of(Path(kept))] == [ASK]
-        assert second.enter(f"/load {kept}").startswith(f"loaded 1 turns from {kept}")
+        assert second.enter(f"/load {kept}").startswith(f"loaded 1 turn from {kept}")
     finally:
         second.terminal.close()
 
@@ -74,7 +74,7 @@ def test_a_chat_that_cannot_be_kept_says_so_once_and_goes_on(qmix, tmp_path):
     (tmp_path / "file").touch()
     done = qmix(*CHAT, "-q", stdin=typed(ASK, MORE), XDG_STATE_HOME=str(tmp_path / "file"))
     assert (done.status, len(done.lines), done.out.count("\n")) == (0, 1, 2)
-    assert done.lines[0].startswith("this chat is not kept: ")
+    assert done.lines[0].startswith("this chat is not saved automatically: ")
 
 
 DEEP = '{"schema": "qmix-chat-1", "turns": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -115,7 +115,7 @@ def test_an_odd_session_is_an_error_line_and_the_conversation_goes_on(qmix, tmp_
     for number, name in enumerate(ODD):
         assert done.lines[number].startswith(f"qmix: {tmp_path}/{number}: "), name
     assert done.lines[-2].startswith("qmix: /set stop \\x: ")
-    assert done.lines[-1] == "qmix: --stop: not UTF-8 text (character 1)"
+    assert done.lines[-1] == "qmix: /set stop: not UTF-8 text (character 1)"
     assert done.out == qmix(*CHAT, "-q", stdin=typed(ASK, MORE)).out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
 import subprocess
@@ -12,10 +11,8 @@ from command import COMMAND, LIMIT_SECONDS
 from test_chat_ids import INSTRUCT, WITH_SYSTEM
 from test_chat_session import ASK, CHAT, MORE, counts, typed
 
-NOT_SAID = "no system role here: the system text goes into the first turn"
-BASE_NOTICE = (
-    "has no chat template: a pretrained base model, without any moderation mechanisms; it continues what you write"
-)
+NOT_SAID = "the chat template has no system role; the system prompt goes into the first turn"
+BASE_NOTICE = "has no chat template: a pretrained base model, without any moderation mechanisms; it continues your text"
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +31,16 @@ def test_every_bad_line_is_one_error_line_and_the_session_goes_on(qmix, tmp_path
     (tmp_path / "bytes").write_bytes(b"\xff")
     (tmp_path / "empty").touch()
     cases = {
-        "/regn": "/regn: no such command; the nearest is /regen",
-        "/xyz": "/xyz: no such command; the nearest is /",
-        "/clear all": "/clear: takes nothing behind it",
+        "/regn": "/regn: unknown command; did you mean /regen?",
+        "/xyz": "/xyz: unknown command; did you mean /",
+        "/clear all": "/clear: takes no argument",
         "/save": "/save: needs FILE [--cache]",
         "/undo": "nothing has been said yet",
         "/regen": "/regen: nothing has been said yet",
-        "/set heat 1": "/set heat: no such setting; there are temperature, top_p",
+        "/set heat 1": "/set heat: unknown setting; choose one of temperature, top_p",
         "/set temperature": "/set temperature: give a value, or default",
         "/set temperature hot": "/set temperature hot: give a number, or default",
-        "/set temperature 900": "--temperature 900.0: must be 0 (greedy)",
+        "/set temperature 900": "/set temperature 900.0: must be 0 (greedy)",
         "/set top_k 1.5": "/set top_k 1.5: give a number",
         f"/read {tmp_path}/none": f"/read {tmp_path}/none: No such file or directory",
         f"/read {tmp_path}/bytes": f"/read {tmp_path}/bytes: not UTF-8 text",
@@ -51,7 +48,7 @@ def test_every_bad_line_is_one_error_line_and_the_session_goes_on(qmix, tmp_path
         '/read "': "no closing quotation",
         "a b " * 1100: "this turn is 2204 tokens, too long for a context of 2048, the model's longest; shorten it",
         "word " * 2100: "this turn is 10500 bytes, too long for a context of 2048, the model's longest; shorten it",
-        "word " * 20000: "stdin: a line is longer than 65536 bytes, which no context here holds; shorten it",
+        "word " * 20000: "stdin: a line is longer than 65536 bytes, more than the context holds; shorten it",
         "/read /dev/zero": "/read /dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB",
     }
     done = qmix(*CHAT, "--quiet", stdin=typed(*cases, "", "  ", ASK))
@@ -75,7 +72,7 @@ def test_commands_say_on_stderr_what_they_did(qmix, tmp_path):
     assert done.status == 0
     assert done.out.count("\n") == 1
     assert done.lines[:7] == [
-        f"taken back: {ASK}",
+        f"removed: {ASK}",
         "system: Be brief.",
         "system: Be brief.",
         "system: none",
@@ -99,7 +96,8 @@ def test_commands_say_on_stderr_what_they_did(qmix, tmp_path):
         "/exit",
     }
     assert any(
-        re.match(r"experts in nf4, 48 of 48 in memory, the rest in bf16; context 2048, ", line) for line in done.lines
+        line.startswith("experts in nf4, 48 of 48 in memory; dense weights in bf16; context 2048, ")
+        for line in done.lines
     )
 
 
@@ -109,7 +107,7 @@ def test_a_file_is_a_turn_with_a_question_behind_it(qmix, tmp_path):
     read = qmix(*CHAT, stdin=typed(f"/read '{tmp_path}/a file' In short?", "/stats"))
     assert read.out == whole.out
     assert counts(read) == counts(whole)
-    assert read.lines[1].startswith("1 turns, 0 of them out of the context; ")
+    assert read.lines[1].startswith("1 turn (0 dropped from the context), ")
 
 
 def test_a_base_model_continues_and_its_notice_comes_once(qmix, models):
@@ -142,7 +140,7 @@ def test_a_system_text_goes_where_the_template_takes_it(qmix, models, tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("-s", "a", "--system-file", "b"), "--system and --system-file: give one of them"),
+        (("-s", "a", "--system-file", "b"), "--system and --system-file: give only one of them"),
         (("--system-file", "none"), "--system-file none: No such file or directory"),
         (("--temperature", "-1"), "--temperature -1.0: must be 0 (greedy)"),
     ],
@@ -164,7 +162,7 @@ def test_a_seed_fixes_a_session_and_regen_draws_anew(qmix):
 def test_a_long_chat_never_ends_in_an_exception(qmix):
     done = qmix(*CHAT, "--context", "96", stdin=typed(*[f"{ASK} {number}" for number in range(15)]))
     assert (done.status, done.out.count("\n")) == (0, 15)
-    gone = [line for line in done.lines if line.startswith("the context of 96 tokens is full: the ")]
+    gone = [line for line in done.lines if line.startswith("the context of 96 tokens is full: dropped the ")]
     assert len(gone) >= 3
     assert len(counts(done)) == 15
     assert sum(kept > 0 for _, kept, _ in counts(done)) >= 10

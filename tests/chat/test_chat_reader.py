@@ -16,7 +16,7 @@ from qmix.chat import reader
 from qmix.chat.reader import LEAST_LIMIT, PlainReader, TerminalReader
 from qmix.errors import UsageError
 
-TOO_LONG = f"is longer than {LEAST_LIMIT} bytes, which no context here holds; shorten it"
+TOO_LONG = f"is longer than {LEAST_LIMIT} bytes, more than the context holds; shorten it"
 
 
 def turns(stream: bytes | BinaryIO, limit: int = 0) -> list[str]:

@@ -16,7 +16,7 @@ ASK = "How do I install a package?"
 MORE = "And how is it removed again?"
 
 CHAT = ("chat", "tiny", "--temperature", "0", "--max-new-tokens", "24")
-COUNTS = re.compile(r"^(\d+) (?:new )?prompt tokens(?: \((\d+) cached\))? in .* (\d+) new at ", re.MULTILINE)
+COUNTS = re.compile(r"^(\d+) (?:new )?prompt tokens?(?: \((\d+) cached\))? in .* (\d+) new tokens? at ", re.MULTILINE)
 
 
 def counts(finished) -> list[tuple[int, int, int]]:
@@ -51,15 +51,15 @@ def test_a_session_goes_on_in_another_process_as_if_it_had_not_ended(qmix, whole
     """With the cache, the next turn takes in its own tokens alone; without, everything, and says the same here."""
     saved = qmix(*CHAT, stdin=typed(ASK, f"/save {tmp_path}/plain.json", f"/save {tmp_path}/s.json --cache"))
     assert saved.status == 0
-    assert saved.lines[-3:-1] == [f"saved 1 turns to {tmp_path}/plain.json", f"saved 1 turns to {tmp_path}/s.json"]
+    assert saved.lines[-3:-1] == [f"saved 1 turn to {tmp_path}/plain.json", f"saved 1 turn to {tmp_path}/s.json"]
     cache = tmp_path / "s.json.kv.safetensors"
     assert {path.name for path in tmp_path.iterdir()} == {"plain.json", "s.json", cache.name}
     second = whole.out.splitlines()[1] + "\n"
     (_, kept, _) = counts(whole)[1]
     with_cache = qmix(*CHAT, "--resume", tmp_path / "s.json", stdin=typed(MORE))
     assert with_cache.lines[:2] == [
-        f"loaded 1 turns from {tmp_path}/s.json",
-        f"{kept} tokens read back into the KV cache",
+        f"loaded 1 turn from {tmp_path}/s.json",
+        f"loaded {kept} tokens into the KV cache",
     ]
     assert (with_cache.out, counts(with_cache)) == (second, [counts(whole)[1]])
     loaded = qmix(*CHAT, stdin=typed("Something else", f"/load {tmp_path}/s.json", MORE))
@@ -92,16 +92,16 @@ def changed(path, **fields) -> str:
 DAMAGED = (
     (lambda path: path.write_text("{"), "invalid JSON: "),
     (lambda path: path.write_text("[]"), "expected object, got array; give a file that /save wrote"),
-    (lambda path: changed(path, schema="qmix-chat-9"), "not a chat that this qmix reads (schema 'qmix-chat-9'"),
+    (lambda path: changed(path, schema="qmix-chat-9"), "not a chat of this qmix version (schema 'qmix-chat-9'"),
     (
         lambda path: changed(path, turns=[{"user": "a"}]),
         "turns[0]: object missing required field answer;",
     ),
     (lambda path: changed(path, turns=None), "turns: expected array, got null; give a file"),
     (lambda path: changed(path, system=3), "system: expected str, got int; give a file"),
-    (lambda path: changed(path, forgotten=2), "damaged or changed (more turns forgotten than there are)"),
+    (lambda path: changed(path, forgotten=2), "damaged or changed (more turns dropped than there are)"),
     (lambda path: changed(path, settings={"temperature": "hot"}), "damaged or changed (the setting 'temperature')"),
-    (lambda path: changed(path, settings={"temperature": 900.0}), "damaged or changed (--temperature 900.0: must"),
+    (lambda path: changed(path, settings={"temperature": 900.0}), "damaged or changed (temperature 900.0: must"),
     (lambda path: path.write_text(path.read_text().replace('"kept": 0', '"kept": 7')), "the token ids of turn 1"),
     (lambda path: path.unlink(), "No such file or directory"),
     (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
@@ -161,18 +161,18 @@ def test_a_cache_that_does_not_fit_is_told_and_computed_again(qmix, saved, whole
     assert done.status == 0
     for told, (_, expected) in zip(done.lines[1::3], UNFIT, strict=True):
         assert expected in told
-        assert told.endswith("the conversation is read anew with the next turn")
+        assert told.endswith("the next turn computes the conversation again")
     assert [found[:2] for found in counts(done)] == [(sum(counts(whole)[1][:2]), 0)] * len(UNFIT)
     small = qmix(*CHAT, "--context", "24", "--resume", saved / "s.json", stdin=typed("More"))
     assert "holds 30 tokens, more than the context of 24" in small.lines[1]
-    assert "the context of 24 tokens is full: the oldest turn is out of it" in small.err
+    assert "the context of 24 tokens is full: dropped the oldest turn" in small.err
 
 
 def test_the_cache_of_another_conversation_is_used_as_far_as_it_goes(qmix, saved, tmp_path):
     shutil.copy(saved / "s.json.kv.safetensors", tmp_path)
     qmix(*CHAT, stdin=typed("How do I install a printer?", f"/save {tmp_path}/s.json"))
     done = qmix(*CHAT, "--resume", tmp_path / "s.json", stdin=typed(MORE))
-    assert done.lines[1].endswith("of another conversation; what differs is read anew with the next turn")
+    assert done.lines[1].endswith("of another conversation; the next turn computes what differs")
     assert 4 < counts(done)[0][1] < 12
 
 
@@ -183,11 +183,11 @@ def test_another_model_takes_the_texts(qmix, saved, tiny, tmp_path):
     done = qmix("chat", base, *CHAT[2:], "--resume", saved / "s.json", stdin=typed(MORE))
     assert done.status == 0
     said = [line for line in done.lines if not line.startswith("quantizing")]
-    assert "its texts are taken, all is read anew" in said[1]
+    assert "only its texts are used, and the next turn computes them again" in said[1]
     assert "of another conversation" in said[2]
     assert said[3] == (
         f"{base} has no chat template: a pretrained base model, without any moderation mechanisms; "
-        "it continues what you write"
+        "it continues your text"
     )
     assert counts(done)[0][1] < 5
 
@@ -218,7 +218,7 @@ def test_names_with_spaces_and_links_are_files_like_any_other(qmix, tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "a link").symlink_to(tmp_path / "target")
     done = qmix(*CHAT, "-q", stdin=typed(ASK, f'/save "{tmp_path}/a link"', f"/load '{tmp_path}/a link'", "/save 'a"))
-    assert done.lines[:2] == [f"saved 1 turns to {tmp_path}/a link", f"loaded 1 turns from {tmp_path}/a link"]
+    assert done.lines[:2] == [f"saved 1 turn to {tmp_path}/a link", f"loaded 1 turn from {tmp_path}/a link"]
     assert done.lines[2].startswith("qmix: /save 'a: no closing quotation")
     assert (tmp_path / "a link").is_symlink()
     assert json.loads((tmp_path / "target").read_text())["schema"] == "qmix-chat-1"
@@ -234,7 +234,7 @@ def test_killed_while_it_saves_leaves_the_old_session_or_the_new(qmix, tmp_path,
         process.stdin.write(typed(ASK, *[f"/save {tmp_path}/s"] * 200))  # less than what a pipe holds
         process.stdin.flush()
         for _ in range(count):
-            assert process.stderr.readline().startswith(b"saved 1 turns")
+            assert process.stderr.readline().startswith(b"saved 1 turn")
         process.kill()
         process.communicate()
         assert len(json.loads((tmp_path / "s").read_text())["turns"]) == 1

@@ -18,7 +18,7 @@ ENDLESS = ("chat", "tiny", "--temperature", "1", "--seed", "1", "--ignore-eos")
 READY = r"\x1b\[\?2004h.*?>>>.*?\x1b\[\?25h"  # prompt_toolkit reads pastes as such from here on, and shows the cursor
 ENTERED = r"\x1b\[\?2004l"  # and from here on it does not read
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-STATISTICS = r"\d+ (?:new )?prompt tokens.*seed \d+\r\n"
+STATISTICS = r"\d+ (?:new )?prompt tokens?.*seed \d+\r\n"
 HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer\r\n"
 
 
@@ -75,14 +75,14 @@ def turns_of(path: Path) -> list[tuple[str, str]]:
 
 def test_a_turn_is_answered_and_summed_up_and_ctrl_d_leaves(qmix, sit_down, tmp_path):
     typist = sit_down(*GREEDY)
-    assert typist.greeting.endswith("tiny: /help says what can be typed, Ctrl-D leaves\r\n")
+    assert typist.greeting.endswith("tiny: /help lists the commands, Ctrl-D leaves\r\n")
     shown = typist.enter(ASK)
     answer = qmix(*GREEDY, stdin=ASK.encode()).out
     assert re.fullmatch(re.escape(answer.replace("\n", "\r\n")) + STATISTICS, shown), shown
     again = typist.enter("/regen")
     assert again.startswith(answer.rstrip("\n"))
-    assert "1 new prompt tokens (" in again
-    assert typist.enter(f"/save {tmp_path}/s") == f"saved 1 turns to {tmp_path}/s\r\n"
+    assert "1 new prompt token (" in again
+    assert typist.enter(f"/save {tmp_path}/s") == f"saved 1 turn to {tmp_path}/s\r\n"
     assert typist.leave() == 0
     quiet = sit_down(*GREEDY, "--quiet")
     assert quiet.greeting == ""
@@ -153,7 +153,7 @@ def test_history_is_kept_for_the_user_alone_unless_it_is_not_wanted(sit_down, is
     assert sit_down(*GREEDY, "--no-history", **home).enter(up, "/stats").startswith("0 turns")
     (tmp_path / "file").touch()
     odd = sit_down(*GREEDY, XDG_STATE_HOME=str(tmp_path / "file"))
-    assert f"no history: {tmp_path}/file/qmix: Not a directory\r\n" in odd.greeting
+    assert f"history is not saved: {tmp_path}/file/qmix: Not a directory\r\n" in odd.greeting
     assert odd.enter("/undo") == "qmix: nothing has been said yet\r\n"
 
 

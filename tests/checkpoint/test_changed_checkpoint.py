@@ -72,7 +72,7 @@ def test_a_run_does_not_go_on_with_a_checkpoint_that_changed(
 ) -> None:
     interrupt_store(checkpoint, tmp_path / "s", SPEC, after=30)  # of 39 weights, the last in their files' order
     change(checkpoint / f"model-0000{shard}-of-00003.safetensors")
-    with pytest.raises(StoreError, match=r"s\.partial: begun with another checkpoint; delete that directory"):
+    with pytest.raises(StoreError, match=r"s\.partial: started with another checkpoint; delete that directory"):
         make_store(checkpoint, tmp_path / "s", SPEC)
     assert not (tmp_path / "s").exists()
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_makes_no_store(
         if next(calls) == moment:
             change(checkpoint / SHARD)
 
-    with pytest.raises(CheckpointError, match=f"{SHARD} was changed while it was read; run the same command again"):
+    with pytest.raises(CheckpointError, match=f"{SHARD} changed while it was read; run the same command again"):
         quantize(opened, tmp_path / "s", layout_for(opened, SPEC, None), meanwhile)
     assert not (tmp_path / "s").exists()
 
@@ -135,7 +135,7 @@ def test_the_process_that_quantises_refuses_another_checkpoint_than_was_looked_a
         real(opened, *rest)
 
     monkeypatch.setattr(prepare, "quantize_in_child", swapped)
-    with pytest.raises(Exception, match="was changed since it was looked at; run the same command again"):
+    with pytest.raises(Exception, match="changed while qmix was starting; run the same command again"):
         prepare_store(checkpoint, SPEC)
     assert looked_at
     monkeypatch.setattr(prepare, "quantize_in_child", real)

@@ -234,7 +234,7 @@ def test_of_several_snapshots_one_is_to_be_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "models--org--mix" / "snapshots" / name).mkdir(parents=True)
     with pytest.raises(
-        CheckpointError, match=r"models--org--mix: a folder of the hub's cache .*name one of .*/snapshots"
+        CheckpointError, match=r"models--org--mix: a folder of the Hub cache .*give one of .*/snapshots"
     ):
         open_source(tmp_path / "models--org--mix")
 

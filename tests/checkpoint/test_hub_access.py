@@ -50,20 +50,20 @@ def test_names_that_are_not_there(hub: HubServer) -> None:
         f"org/gone: not on {hub.url}, or private; check the name, or set HF_TOKEN"
     )
     assert told(lambda: HubRepo.open("org/name@v9", endpoint=hub.url)) == (
-        "org/name@v9: no such revision; check what stands after the @"
+        "org/name@v9: revision not found; check the name after the @"
     )
     assert told(lambda: HubRepo.open("./a/b", endpoint=hub.url)) == (
-        "'./a/b' is not a model on the hub; write org/name or org/name@revision"
+        "'./a/b' is not a model on the Hub; write org/name or org/name@revision"
     )
     repo = HubRepo.open("org/name", endpoint=hub.url)
     hub.forget()
-    no_file = "tokenizer.json of org/name: no such file; check the name or the revision"
+    no_file = "tokenizer.json of org/name: file not found; check the name or the revision"
     assert told(lambda: repo.fetch("tokenizer.json")) == no_file
     assert told(lambda: repo.headers(["tokenizer.json"])) == no_file
     assert hub.requests == []
     (hub.root / "config.json").unlink()  # deleted on the hub since
     assert told(lambda: repo.fetch("config.json")) == (
-        "config.json of org/name: no such file; check the name or the revision"
+        "config.json of org/name: file not found; check the name or the revision"
     )
 
 
@@ -71,7 +71,7 @@ def test_names_that_are_not_there(hub: HubServer) -> None:
     ("fault", "message"),
     [
         ({"status": 401}, "org/name: {url} does not accept the token; check HF_TOKEN"),
-        ({"status": 403}, "org/name: the token may not read it; give it that right at {url}/settings/tokens"),
+        ({"status": 403}, "org/name: the token has no access; grant it at {url}/settings/tokens"),
         (
             {"status": 403, "code": "GatedRepo"},
             "org/name: gated; accept its licence at {url}/org/name and set HF_TOKEN",
@@ -80,7 +80,7 @@ def test_names_that_are_not_there(hub: HubServer) -> None:
             {"status": 404, "code": "RepoNotFound"},
             "org/name: not on {url}, or private; check the name, or set HF_TOKEN",
         ),
-        ({"status": 418}, "org/name: {url} answers with HTTP 418; if it seems passing, " + KEPT),
+        ({"status": 418}, "org/name: {url} answers with HTTP 418; if the failure looks temporary, " + KEPT),
     ],
 )
 def test_refusals(hub: HubServer, fault: dict[str, Any], message: str) -> None:

@@ -35,8 +35,8 @@ def test_a_damaged_download_is_refused(hub: HubServer, cache: Path, into: Path, 
         hub.fault(f"*/{SHARDS[0]}", cut=7, times=2)
     folder = into if where == "into" else None
     wrong = {
-        "bit": "came damaged (its sha256 is not the one the hub lists)",
-        "size": f"came with {size - 7} bytes instead of {size}",
+        "bit": "is damaged (its sha256 is not the one that the Hub lists)",
+        "size": f"has {size - 7} bytes instead of {size}",
     }[harm]
     message = told(lambda: repo.fetch(SHARDS[0], into=folder))
     assert message == f"{SHARDS[0]} of org/name: {wrong} and was deleted; {KEPT}"
@@ -82,7 +82,7 @@ def test_a_download_that_stays_broken_says_how_to_go_on(hub: HubServer, into: Pa
     repo = HubRepo.open("org/name", endpoint=hub.url)
     hub.fault(f"*/{SHARDS[0]}", break_at=1000, times=math.inf)
     message = told(lambda: repo.fetch(SHARDS[0], into=into))
-    assert message == (f"{SHARDS[0]} of org/name: the connection to {hub.url} broke off; check the network and {KEPT}")
+    assert message == (f"{SHARDS[0]} of org/name: the connection to {hub.url} was lost; check the network and {KEPT}")
     assert below(into) == []
 
 

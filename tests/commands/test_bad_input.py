@@ -141,7 +141,7 @@ UNPRINTABLE = [
     Wrong(
         "generate -m tiny",
         2,
-        "qmix: stdin: longer than 4194304 bytes, which no context holds; shorten it",
+        "qmix: stdin: longer than 4194304 bytes, more than any context holds; shorten it",
         b"\0" * (2**22 + 1),
     ),
 ]
@@ -165,7 +165,7 @@ def test_one_line_names_what_is_wrong_and_what_to_do(qmix, first_use, stage, wro
         assert done.lines[-1] == told
     else:
         progress = [line for line in done.lines if line.startswith("quantizing ")]
-        notice = [line for line in done.lines if line.startswith("no model named: ")]
+        notice = [line for line in done.lines if line.startswith("no model given: ")]
         assert done.err == "".join(f"{line}\n" for line in (*notice, *progress, told))
     assert listing(stage, first_use.cache) == before
     shutil.rmtree(stage / "new.partial", ignore_errors=True)
@@ -253,7 +253,7 @@ def test_what_another_checkpoint_began_is_compared_before_it_is_gone_on_with(qmi
         (
             "ZeroDivisionError('by\\nnought')",
             1,
-            "a bug in qmix: ZeroDivisionError: by nought; QMIX_DEBUG=1 shows where",
+            "a bug in qmix: ZeroDivisionError: by nought; QMIX_DEBUG=1 shows the traceback",
         ),
         ("OSError(28, 'No space left on device', '/full')", 1, "/full: No space left on device"),
         ("MemoryError()", 1, "out of memory; give a smaller --ram or --context"),

@@ -15,11 +15,11 @@ from checkpoints import make_checkpoint
 
 from qmix.units import format_bytes
 
-NOTICE = "no model named: using the embedded tiny, a toy for trying things out\n"
+NOTICE = "no model given: using the embedded tiny, a toy model\n"
 PROGRESS = r"quantizing {}: [\d.]+ [kMG]?B of {}, \d+%(, [\d.]+ [kMG]?B/s)?(, \d+ s left)?\n"
 DONE = r"quantizing {}: {} of {}, 100%, [\d.]+ [kMG]?B/s\n"
 STATISTICS = (
-    r"\d+ prompt tokens in [\d.]+ s \([\d.]+ tok/s\), \d+ new at [\d.]+ tok/s, "
+    r"\d+ prompt tokens? in [\d.]+ s \([\d.]+ tok/s\), \d+ new tokens? at [\d.]+ tok/s, "
     r"[\d.]+% of experts in memory, [\d.]+ [kMG]?B read, peak \d+ MB of [\d.]+ [MGT]B, seed \d+\n"
 )
 PROMPT = "To install a package,"
@@ -246,7 +246,7 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     assert refused.status == 3
     told = re.fullmatch(r"qmix: does not fit 100 MB of RAM: needs .* --ram (\d+)MiB\n", refused.err)
     assert told, refused.err
-    assert refused.out.startswith("tiny: the nearest that fits")
+    assert refused.out.startswith("tiny: the nearest plan that fits")
     assert refused.out.endswith(f"  qmix generate -m tiny --ram {told[1]}MiB --context 64\n")
     options = ("plan", "tiny", "--context", "64", "--json", "--ram")
     accepted, less = qmix(*options, f"{told[1]}MiB"), qmix(*options, f"{int(told[1]) - 1}MiB")

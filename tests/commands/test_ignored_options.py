@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-ONE = "is of one machine, and each --compare names its own; leave it out"
+ONE = "not used with --compare, which names each machine's own; leave it out"
 NO_GPU = "there is no GPU in this plan; give --gpu, or leave it out"
-SAID = "the plan says that already; leave one of them out"
-MENDED = "a store alone is mended as it was made; leave it out"
+SAID = "the plan sets it already; leave one of them out"
+MENDED = "a store is repaired as it was made; leave it out"
 PAIRS = [
     ("plan tiny --compare 16GiB --ram 8GiB", f"--ram: {ONE}"),
     ("plan tiny --compare 16GiB --gpu none", f"--gpu: {ONE}"),
@@ -17,30 +17,30 @@ PAIRS = [
     ("plan tiny --gpu none --pcie 25GB/s", f"--pcie: {NO_GPU}"),
     ("plan tiny --gpu none --gpu-memory 900GB/s", f"--gpu-memory: {NO_GPU}"),
     ("plan tiny --compare 16GiB --gpu-matmul 80T", f"--gpu-matmul: {NO_GPU}"),
-    ("plan tiny --gpu none --gpu 24GiB", "--gpu none: and others besides; leave one or the other out"),
-    ("plan tiny --budget 30GB", "--budget: takes a --profile that says what quantising each expert costs"),
+    ("plan tiny --gpu none --gpu 24GiB", "--gpu none: not together with other GPUs; leave one of them out"),
+    ("plan tiny --budget 30GB", "--budget: needs a --profile with the quantisation errors of the experts"),
     *(
         (f"{command} --plan PLAN --{option} {value}", f"--plan and --{option}: {SAID}")
         for command in ("generate x", "chat", "batch IN -o OUT", "bench", "eval")
         for option, value in (("ram", "8GiB"), ("context", "64"))
     ),
-    ("chat --system x --system-file y", "--system and --system-file: give one of them"),
-    ("batch IN -o - --json", "--json: stdout has the answers already; leave one of them, or give -o a file"),
+    ("chat --system x --system-file y", "--system and --system-file: give only one of them"),
+    ("batch IN -o - --json", "--json: stdout has the answers; write them to a file with -o, or leave it out"),
     (
         "compare tiny --precision int8 --clip",
-        "--clip: --precision has no expert in nf4 or fp4",
+        "--clip: --precision has no 4-bit experts (nf4, fp4)",
     ),
     (
         "compare tiny --precision nf4 --profile PROFILE",
-        "--profile: nothing is asked of it; give --precision auto or --budget, or leave it out",
+        "--profile: not used without --precision auto or --budget; give one, or leave it out",
     ),
     ("quantize tiny S --precision nf4 --budget 30GB", "--budget and --precision nf4: leave one of them out"),
     ("quantize tiny S --evict", "--evict: tiny is not on the hub; your own files are never deleted"),
-    ("quantize tiny S --from tiny", "--from: is for a store alone, to be mended; leave it out"),
+    ("quantize tiny S --from tiny", "--from: only for repairing a store; leave it out"),
     *((f"quantize STORE --{option}", f"--{option.split()[0]}: {MENDED}") for option in ("precision nf4", "evict")),
-    ("doctor --self-test --json", "--json: is not for --self-test, which measures nothing; leave it out"),
-    ("doctor --self-test --no-measure", "--no-measure: is not for --self-test, which measures nothing; leave it out"),
-    ("doctor --self-test --directory .", "--directory: is not for --self-test, which measures nothing; leave it out"),
+    ("doctor --self-test --json", "--json: not used with --self-test; leave it out"),
+    ("doctor --self-test --no-measure", "--no-measure: not used with --self-test; leave it out"),
+    ("doctor --self-test --directory .", "--directory: not used with --self-test; leave it out"),
 ]
 
 

@@ -98,7 +98,7 @@ def test_machines_are_compared_side_by_side(qmix):
     assert len(lines) == 3
     assert "256 / 0 / 0" in lines[0]
     assert re.search(r"0 / \d+ / \d+", lines[1])
-    assert re.search(r"does not fit; from --ram \d+MiB on", lines[2])
+    assert re.search(r"does not fit; needs --ram \d+MiB", lines[2])
     as_json = planned(qmix("plan", "mixtral-8x7b", "--compare", "16GiB", "--compare", "none,32GiB", "--json"))
     first, second = (as_json["machines"][name]["predicted"]["decode"] for name in ("16GiB", "none,32GiB"))
     assert first["tokens_per_s"] < second["tokens_per_s"]
@@ -150,15 +150,15 @@ def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
         (("generate", "x", "-m", "tiny", "--plan", "{plan}"), "a model of other sizes"),
         (("generate", "x", "-m", "tiny", "--plan", "{plan}", "--ram", "1GiB"), "--plan and --ram"),
         (("bench", "tiny", "--plan", "{plan}", "--context", "9"), "--plan and --context"),
-        (("generate", "x", "-m", "mixtral-8x7b"), "its weights are mistralai/Mixtral-8x7B-v0.1"),
+        (("generate", "x", "-m", "mixtral-8x7b"), "only usable with `plan`; to run it, use mistralai/Mixtral-8x7B"),
         (("plan", "tiny", "--gpu", "none", "--gpu", "1GiB"), "--gpu none"),
         (("plan", "tiny", "--gpu", "big"), "--gpu: 'big' is not a size"),
         (("plan", "tiny", "--compare", "1GiB+x,2GiB"), "--compare: 'x' is not a size"),
         (("plan", "tiny", "--pcie", "fast"), "'fast' is not a rate"),
-        (("plan", "tiny", "--gpu-matmul", "0"), "is not a rate of arithmetic"),
+        (("plan", "tiny", "--gpu-matmul", "0"), "is not a compute rate"),
         (("plan", "tiny", "--plot", "plan.pdf"), "write it like plan.png or plan.svg"),
-        (("plan", "tiny", "--precision", "auto"), "--precision auto: takes a --profile"),
-        (("plan", "tiny", "--budget", "7MB"), "--budget: takes a --profile"),
+        (("plan", "tiny", "--precision", "auto"), "--precision auto: needs a --profile"),
+        (("plan", "tiny", "--budget", "7MB"), "--budget: needs a --profile"),
         (("plan", "tiny", "--budget", "7MB", "--precision", "nf4"), "--budget and --precision nf4: leave one"),
         (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-3', this qmix reads 'qmix-profile-2'"),
     ],
@@ -203,7 +203,7 @@ def test_a_plan_is_drawn(qmix, tmp_path, name):
     assert head.startswith(b"\x89PNG") or b"<?xml" in head
     nowhere = qmix("plan", "tiny", "--plot", tmp_path / "none" / name)
     assert nowhere.status == 1
-    assert nowhere.err.endswith("give --plot another place\n")
+    assert nowhere.err.endswith("choose another path for --plot\n")
 
 
 def test_without_matplotlib_a_picture_is_refused_before_any_work(monkeypatch):

@@ -35,3 +35,11 @@ def test_every_command_and_exit_code_is_there(qmix):
     for error in vars(errors).values():
         if isinstance(error, type) and issubclass(error, errors.QmixError):
             assert f"| {error.exit_code} | {errors.EXIT_CODES[error.exit_code]} |" in page
+
+
+def test_a_commands_summary_is_one_short_line(qmix):
+    lines = qmix("--help").out.partition("Commands:\n")[2].splitlines()
+    summaries = dict(line.split(maxsplit=1) for line in lines)
+    assert list(summaries) == list(COMMANDS)
+    assert {name: text for name, text in summaries.items() if len(text) > 60 or not text.endswith(".")} == {}
+    assert {name: text for name, text in summaries.items() if "..." in text} == {}

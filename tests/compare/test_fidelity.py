@@ -76,7 +76,7 @@ def test_the_command_shows_a_table_and_a_line(qmix, text):
     assert run.status == 0, run.err
     lines = [line.split() for line in run.out.splitlines() if line.strip()]
     assert [line[0] for line in lines if line[0] in ("half", "nf4")] == ["half", "nf4"]
-    assert "79 tokens predicted in windows of 1024, against half" in run.err
+    assert "79 predicted tokens, windows of 1024, reference half" in run.err
 
 
 def test_a_budget_that_is_too_small_is_refused_before_any_work(qmix, text):
@@ -90,7 +90,7 @@ def test_a_budget_that_is_too_small_is_refused_before_any_work(qmix, text):
 def test_a_window_longer_than_the_model_sees_is_refused(qmix, text):
     run = qmix("compare", "tiny", "--text", text, "--window", "4096")
     assert run.status == 2
-    assert "--window 4096: the model sees 2048 tokens at once" in run.err
+    assert "--window 4096: must be at most 2048" in run.err
 
 
 def test_without_a_text_the_bundled_ones_are_taken(qmix):

@@ -177,7 +177,7 @@ def test_answers_on_a_full_disk_are_whole_lines_and_what_to_do_is_told(tmp_path,
         assert list(file.lines()) == []
         file.append([b"first\n"])
         befall(Fault("fsync", "out", code, times=1))
-        with pytest.raises(QmixError, match=r"out: .*; free some space\. What is in it is whole, and the same command"):
+        with pytest.raises(QmixError, match=r"out: .*; free some space\. Run the same command again to continue"):
             file.append([b"second\n"])
         assert (tmp_path / "out").read_bytes() == b"first\n"
         file.append([b"second\n"])

@@ -127,7 +127,7 @@ def refused(done, smallest: int, *told: str) -> None:
     [
         (LONG, "the prompt is 1550000 bytes, too long for a context of 2048, the model's longest; shorten it"),
         (b"a" * 34_000, "the prompt is 34000 bytes, too long for a context of 2048, the model's longest; shorten it"),
-        (b"x" * 100_000_000, "stdin: longer than 4194304 bytes, which no context holds; shorten it"),
+        (b"x" * 100_000_000, "stdin: longer than 4194304 bytes, more than any context holds; shorten it"),
     ],
     ids=["1.5 MB", "34 kB of a letter", "100 MB"],
 )
@@ -146,8 +146,8 @@ def test_a_chat_takes_turns_and_files_of_any_length_within_the_budget(qmix, stor
     refused(
         done,
         smallest,
-        "stdin: a line is longer than 65536 bytes, which no context here holds; shorten it",
-        "stdin: a turn is longer than 65536 bytes, which no context here holds; shorten it",
+        "stdin: a line is longer than 65536 bytes, more than the context holds; shorten it",
+        "stdin: a turn is longer than 65536 bytes, more than the context holds; shorten it",
         "this turn is 1550000 bytes, too long for a context of 2048, the model's longest; shorten it",
         "/read /dev/zero: larger than 4194304 bytes; give a text file of at most 4 MiB",
     )

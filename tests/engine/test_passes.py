@@ -153,7 +153,7 @@ def test_no_plan_exceeds_its_budget_and_the_smallest_does(precision, gib, longes
         with pytest.raises(DoesNotFitError) as refused:
             plan_scoring(layout, longest, max(rows, longest), 10 * GIB)
         smallest = refused.value.smallest
-        assert f"--ram {-(-smallest // 2**20)}MiB" in str(refused.value)
+        assert f"ram='{-(-smallest // 2**20)}MiB'" in str(refused.value)
         assert plan_scoring(layout, longest, max(rows, longest), smallest).slots == least_slots(layout)
         plan = plan_scoring(layout, longest, max(rows, longest), max(smallest, gib * GIB))
         assert plan.total < plan.ram
@@ -167,7 +167,7 @@ def test_a_token_takes_what_its_states_take():
 
 
 def test_a_request_longer_than_the_asked_batch_is_refused(layout):
-    with pytest.raises(UsageError, match="--batch-tokens 50: the longest request has 60 tokens"):
+    with pytest.raises(UsageError, match="batch_tokens 50: must be at least 60, the tokens of the longest request"):
         plan_scoring(layout, 60, 100, 24 * GIB, batch_tokens=50)
 
 

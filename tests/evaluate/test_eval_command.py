@@ -190,7 +190,7 @@ def test_an_interrupted_run_says_how_far_it_is(monkeypatch, tmp_path):
 
     monkeypatch.setattr("qmix.evaluate.display.EvaluationDisplay.__call__", stop)
     arguments = ["tiny", "--data", str(TASKS), "--tasks", "help_last", "-o", str(tmp_path / "out"), "--ram", "3GiB"]
-    told = "interrupted; 4 of 4 requests are done, the same command goes on"
+    told = "interrupted; 4 of 4 requests done, run the same command again to continue"
     with made(*arguments) as context, pytest.raises(KeyboardInterrupt, match=told):
         command.invoke(context)
     assert lines_of(tmp_path / "out" / REQUESTS) == 4
@@ -214,11 +214,11 @@ def test_missing_data_is_told_with_what_to_fetch(qmix, tmp_path):
 @pytest.mark.parametrize(
     ("options", "status", "told"),
     [
-        (("--data", "nowhere"), 2, "--data nowhere: no such directory"),
-        (("--tasks", ","), 2, "--tasks: names no task"),
-        (("--tasks", "card", "--num-fewshot", "3"), 2, "--num-fewshot: the model card's tasks have theirs"),
+        (("--data", "nowhere"), 2, "--data nowhere: directory not found"),
+        (("--tasks", ","), 2, "--tasks: empty"),
+        (("--tasks", "card", "--num-fewshot", "3"), 2, "--num-fewshot: the tasks of `card` have their own"),
         (("--context", "4000"), 2, "--context 4000: must be 2 to 2048"),
-        (("--data", str(TASKS), "--batch-tokens", "3"), 2, "--batch-tokens 3: the longest request has "),
+        (("--data", str(TASKS), "--batch-tokens", "3"), 2, "--batch-tokens 3: must be at least "),
         (("--data", str(TASKS), "--ram", "100MiB"), 3, "the smallest budget that works is --ram "),
         (("--data", str(TASKS), "--context", "10", "--tasks", "help_words"), 2, "a task generates up to 12 tokens"),
     ],
@@ -282,7 +282,7 @@ def test_results_are_of_one_model_and_survive_a_cut_line(tmp_path):
         first, second = results.key(b"score", b"a", b"bc"), results.key(b"score", b"ab", b"c")
         assert first != second
         results.add({first: [-1.5, True]})
-        with pytest.raises(QmixError, match="another qmix is writing it"):
+        with pytest.raises(QmixError, match="another qmix process is writing it"):
             Results(tmp_path, "one")
     with (tmp_path / REQUESTS).open("ab") as file:
         file.write(b'{"key": "00')

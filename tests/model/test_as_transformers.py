@@ -134,7 +134,7 @@ def forward_mode(model):
 
 REFUSED = {
     "float": (lambda model: model.float(), "computes in torch.bfloat16"),
-    "half": (lambda model: model.half(), "--dtype"),
+    "half": (lambda model: model.half(), "another dtype"),
     "double": (lambda model: model.double(), "computes in torch.bfloat16"),
     "to a type": (lambda model: model.to(torch.float32), "computes in torch.bfloat16"),
     "to a device": (lambda model: model.to("meta"), "devices are those of its plan"),

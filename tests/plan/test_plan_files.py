@@ -61,7 +61,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
     assert "a model of other sizes" in refusal(found.plan_of, replace(layout(), geometry=replace(SMALL, vocab_size=97)))
     assert "in another precision" in refusal(found.plan_of, layout("int8"))
     assert "weights are not this model's" in refusal(found.plan_of, layout(), "abd")
-    assert "made for --attn sdpa" in refusal(found.plan_of, layout(), "abc", "eager")
+    assert "made for attention='sdpa'" in refusal(found.plan_of, layout(), "abc", "eager")
 
 
 def test_a_plan_for_a_larger_machine_is_refused(tmp_path, monkeypatch):

@@ -119,16 +119,21 @@ def test_doctor_and_plans_tell_what_was_tried_and_not_what_the_flags_promise(mon
     assert (trial.large, trial.small, trial.correct, trial.fast) == (None, None, True, False)
     machine_profile.keep(four_bit=trial, path=path)
     assert machine_profile.four_bit_products(path) == FourBitProducts(fast=False, tried=True)
-    assert "none, tried: 4-bit products take about" in shown(trial, tmp_path, capsys)
+    assert "none, tested: 4-bit matmul takes about" in shown(trial, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     ("path", "small", "fast", "told"),
     [
-        ("avx512bf16", "bitsandbytes", True, r"yes, tried: avx512bf16, 9 GB/s from cache, 90 times as fast as without"),
-        ("avx2", "qmix", True, r"yes, tried: avx2, .* as fast as without; the CPU has avx512bf16"),
-        ("portable", "qmix", False, r"a slow one, tried: portable, .*; the CPU has avx512bf16"),
-        ("avx512bf16", None, False, r"tried: none for small matrices; `pip install .* bitsandbytes` .*"),
+        (
+            "avx512bf16",
+            "bitsandbytes",
+            True,
+            r"yes, tested: avx512bf16, 9 GB/s from cache, 90 times as fast as without it",
+        ),
+        ("avx2", "qmix", True, r"yes, tested: avx2, .* as fast as without it; the CPU has avx512bf16"),
+        ("portable", "qmix", False, r"a slow one, tested: portable, .*; the CPU has avx512bf16"),
+        ("avx512bf16", None, False, r"tested: none for small matrices; `pip install .* bitsandbytes` .*"),
     ],
 )
 def test_doctor_names_the_instructions_that_were_used(monkeypatch, tmp_path, capsys, path, small, fast, told):

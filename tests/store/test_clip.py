@@ -263,8 +263,8 @@ def test_neither_is_taken_for_the_other(checkpoint: Path, tmp_path: Path) -> Non
     make_store(checkpoint, plain, SPEC)
     make_store(checkpoint, clipped, SPEC, clip=True)
     made = "is a store of this model made"
-    assert refusal(checkpoint, plain, SPEC, None, True) == f"{plain}: {made} without --clip; choose another name"
-    assert refusal(checkpoint, clipped, SPEC) == f"{clipped}: {made} with --clip; choose another name"
+    assert refusal(checkpoint, plain, SPEC, None, True) == f"{plain}: {made} without clip; choose another name"
+    assert refusal(checkpoint, clipped, SPEC) == f"{clipped}: {made} with clip; choose another name"
 
 
 def test_an_interrupted_run_goes_on_only_as_it_began(checkpoint: Path, tmp_path: Path) -> None:
@@ -273,14 +273,14 @@ def test_an_interrupted_run_goes_on_only_as_it_began(checkpoint: Path, tmp_path:
         store = tmp_path / f"s{clip}"
         interrupt_store(checkpoint, store, SPEC, 5, clip)
         told = refusal(checkpoint, store, SPEC, None, not clip)
-        assert told == f"{store}.partial: begun with another clip; delete that directory, or choose another name"
+        assert told == f"{store}.partial: started with another clip; delete that directory, or choose another name"
         files = files_of(make_store(checkpoint, store, SPEC, clip=clip).directory)
         assert (files == whole) is clip
 
 
 def test_without_a_4_bit_expert_there_is_nothing_to_clip(checkpoint: Path) -> None:
     opened = open_checkpoint(LocalSource(checkpoint))
-    with pytest.raises(UsageError, match=r"--clip: int8 has no expert in nf4 or fp4, whose scales it chooses"):
+    with pytest.raises(UsageError, match=r"clip: int8 has no 4-bit experts \(nf4, fp4\)"):
         layout_for(opened, "int8", None, clip=True)
     assert layout_for(opened, "int8,*.1=fp4", None, clip=True).clip
 
@@ -291,7 +291,7 @@ def test_a_checkpoints_own_store_is_kept_apart(tiny: Path) -> None:
     assert (plain.layout.clip, clipped.layout.clip) == (False, True)
     assert prepare_store(tiny, clip=True).directory == clipped.directory
     assert prepare_store(clipped.directory).layout.clip  # a store that is named is taken as it is
-    with pytest.raises(UsageError, match=r"--clip: the store .* was made without"):
+    with pytest.raises(UsageError, match=r"clip: the store .* was made without"):
         prepare_store(plain.directory, clip=True)
 
 
@@ -311,6 +311,6 @@ def test_the_command_makes_a_store_and_compares_it(qmix, checkpoint: Path, tiny:
     assert rows["nf4 --clip"] != rows["nf4"]
     refused = qmix("compare", "tiny", "--clip", "--precision=int8", "--text", text)
     assert refused.status == 2
-    assert "--clip: --precision has no expert in nf4 or fp4" in refused.err
+    assert "--clip: --precision has no 4-bit experts (nf4, fp4)" in refused.err
     assert qmix("quantize", tiny, store).status == 1  # the store is another
     assert qmix("quantize", tiny, tmp_path / "int8", "--clip", "--precision=int8").status == 2

@@ -213,7 +213,7 @@ def test_weights_too_large_for_fp16_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         make_store(checkpoint, tmp_path / "s", dtype="fp16")
     assert str(caught.value) == (
-        f"{checkpoint}/model.safetensors: tensor 'model.norm.weight' has values too large for fp16; use --dtype bf16"
+        f"{checkpoint}/model.safetensors: tensor 'model.norm.weight' has values too large for fp16; use dtype='bf16'"
     )
     assert not (tmp_path / "s").exists()
     make_store(checkpoint, tmp_path / "bf16", dtype="bf16")

@@ -82,7 +82,7 @@ def test_a_run_killed_at_a_point_ends_as_an_uninterrupted_one(
     store, (at, count) = tmp_path / "s", point
     assert runs(checkpoint, store, SPEC, at=at, count=count) == -9
     assert not store.exists()
-    with pytest.raises(StoreError, match="not finished yet; run the same `qmix quantize` again and it goes on"):
+    with pytest.raises(StoreError, match="unfinished; run the same `qmix quantize` again to continue"):
         open_store(store)
     assert runs(checkpoint, store, SPEC) == 0
     assert files_of(store) == whole

@@ -122,7 +122,7 @@ def test_errors_of_the_disk_at_any_write_lose_nothing(
     make_store(checkpoint, tmp_path / "s", SPEC)
     for each in range(1, calls + 1, 7):
         store, calls, fatal = tmp_path / f"s{each}", 0, each
-        told = "Input/output error; the disk failed there: see `dmesg`; the same command goes on where it was"
+        told = "Input/output error; the disk failed there: see `dmesg`; run the same command again to continue"
         assert re.fullmatch(rf"{store}(\.partial/[\w.-]+)?: {told}", refusal(checkpoint, store, SPEC))
         make_store(checkpoint, store, SPEC)
         assert files_of(store) == whole
@@ -174,7 +174,7 @@ def test_files_that_changed_between_two_runs_are_named(checkpoint: Path, begun: 
     else:
         os.truncate(file, 5000)
     assert refusal(checkpoint, begun, SPEC) == (
-        f"{file}: not as an earlier run left it; delete {file.parent} and start again"
+        f"{file}: changed since it was written; delete {file.parent} and start again"
     )
 
 
@@ -195,7 +195,7 @@ def test_a_store_begun_for_something_else_says_what_differs(
     partial = begun.with_name("s.partial")
     before = files_of(partial)
     assert refusal(checkpoint, begun, spec, dtype) == (
-        f"{partial}: begun with another {differs}; delete that directory, or choose another name"
+        f"{partial}: started with another {differs}; delete that directory, or choose another name"
     )
     assert files_of(partial) == before
 

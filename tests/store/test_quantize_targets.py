@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_on_the_way_stops_the_run_and_loses_nothing(
         quantize(opened, store, layout, fill)
     assert str(caught.value) == (
         f"{store}: the disk is full; the store takes {layout.total_bytes / 1000:.0f} kB in all. "
-        "Free some space and run the same command: it goes on where it was"
+        "Free some space and run the same command again to continue"
     )
     assert not store.exists()
     filler.unlink()

@@ -87,7 +87,7 @@ def test_a_second_command_waits_for_the_first_and_says_so(
     first = start("first", "-c", COMMAND, gate, *arguments)
     wait_for(lambda: noted(store) > 3)
     second = start("second", "-m", "cli", *arguments)
-    wait_for(lambda: f"waiting for another qmix, which is writing {store}" in (tmp_path / "second").read_text())
+    wait_for(lambda: f"waiting for another qmix process that is writing {store}" in (tmp_path / "second").read_text())
     assert second.poll() is None
     if ending == "killed":
         first.kill()  # what it noted is gone on from

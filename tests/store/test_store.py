@@ -140,7 +140,7 @@ def test_a_file_that_is_too_long_is_named(store: Path, name: str) -> None:
 @pytest.mark.parametrize("offset", [0, 7, 8, 30, 4095])
 def test_a_flipped_bit_of_a_header_is_found_when_the_store_is_opened(store: Path, name: str, offset: int) -> None:
     flip(store / name, offset)
-    want = f"{store / name}: damaged, or of another model than this store; {mending(store)}"
+    want = f"{store / name}: damaged, or belongs to another model; {mending(store)}"
     assert refusal(lambda: open_store(store)) == want
 
 
@@ -258,9 +258,9 @@ def test_wrong_checksums_are_found_when_their_weights_are_read(store: Path) -> N
         ({"model_type": "llama"}, "config.json", "model_type is 'llama'"),
         ({"num_local_experts": 8}, "qmix.json", "belongs to another model than"),
         ({"num_hidden_layers": 3}, "qmix.json", "belongs to another model than"),
-        ({"hidden_size": 128}, "dense.safetensors", "damaged, or of another model than this store"),
-        ({"intermediate_size": 64}, "experts-00000.safetensors", "damaged, or of another model than this store"),
-        ({"tie_word_embeddings": True}, "dense.safetensors", "damaged, or of another model than this store"),
+        ({"hidden_size": 128}, "dense.safetensors", "damaged, or belongs to another model"),
+        ({"intermediate_size": 64}, "experts-00000.safetensors", "damaged, or belongs to another model"),
+        ({"tie_word_embeddings": True}, "dense.safetensors", "damaged, or belongs to another model"),
     ],
 )
 def test_the_config_of_another_model_does_not_open_a_store(
@@ -279,7 +279,7 @@ def test_a_layer_of_another_store_of_the_same_shape_is_found_when_it_is_read(sto
 
 def test_a_store_half_written_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "s.partial").mkdir()
-    want = f"{tmp_path}/s: not finished yet; run the same `qmix quantize` again and it goes on"
+    want = f"{tmp_path}/s: unfinished; run the same `qmix quantize` again to continue"
     assert refusal(lambda: open_store(tmp_path / "s")) == want
 
 

@@ -185,10 +185,10 @@ def test_a_batch_does_not_go_on_with_another_store(commands, store: Path, tmp_pa
     EDITS[name](store)
     refused = commands(*argv)
     assert refused.status == 2
-    assert f"has answers of another run (another {name}); give what it was begun with" in refused.lines[-1]
+    assert f"has answers from another run (another {name}); use the options of that run" in refused.lines[-1]
     (store / name).unlink()
     if name in EDITABLE:
-        assert f"another run (now without {name}); give" in commands(*argv).lines[-1]
+        assert f"another run (now without {name}); use" in commands(*argv).lines[-1]
     for each, content in original.items():
         (store / each).write_bytes(content)
     assert commands(*argv).status == 0
@@ -203,7 +203,7 @@ def test_a_chat_takes_the_texts_and_says_what_differs(commands, store: Path, tmp
     EDITS[name](store)
     done = commands(*chat, "--resume", saved, stdin=b"More\n")
     assert done.status == 0
-    assert f"saved with m with other {name}; its texts are taken, all is read anew" in done.err
+    assert f"saved with m with other {name}; only its texts are used, and the next turn computes them again" in done.err
 
 
 @pytest.mark.parametrize("name", EDITS)

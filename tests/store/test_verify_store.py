@@ -80,14 +80,14 @@ def damage_some(directory: Path, store: Store) -> list[str]:
     place = f"bytes {info.offset} to {info.offset + info.nbytes - 1}"
     lines.insert(0, f"{DENSE}: the tensor model.norm.weight, {place}: wrong checksum")
     (directory / "tokenizer.json").write_text('{"words": ["b", "a"]}')
-    return ["tokenizer.json: the file: not as the store was made with", *lines]
+    return ["tokenizer.json: the file: changed since the store was made", *lines]
 
 
 def test_a_store_that_is_well_is_one_line_of_figures(qmix, store):
     done = qmix("verify", store)
     assert done.status == 0
     (line,) = done.out.splitlines()
-    assert line.startswith(f"{store}: all well, ")
+    assert line.startswith(f"{store}: no damage found, ")
     assert " in 25 parts and 3 small files, read at " in line
     found = json.loads(qmix("verify", store, "--json").out)
     whole = sum(part.nbytes for part in verify_store_parts(open_store(store)))
@@ -104,7 +104,7 @@ def test_everything_damaged_is_told_with_file_and_bytes(qmix, store, made):
     expected = damage_some(store, made)
     done = qmix("verify", store)
     assert (done.status, done.out.splitlines()) == (1, expected)
-    assert done.lines[-1] == f"qmix: {store}: 4 parts are damaged; mend it with `qmix quantize {store}`"
+    assert done.lines[-1] == f"qmix: {store}: 4 damaged parts; repair it with `qmix quantize {store}`"
     content = qmix("verify", store, "--json")
     assert content.status == 1
     damaged = json.loads(content.out)["damaged"]
@@ -140,10 +140,10 @@ def test_the_command_mends_and_says_what_it_did(qmix, store, made, checkpoint):
     expected = damage_some(store, made)
     done = qmix("quantize", store)
     assert (done.status, done.out) == (0, "")
-    assert done.lines[-5:] == [*expected, f"{store}: 4 parts mended from {checkpoint}"]
+    assert done.lines[-5:] == [*expected, f"{store}: repaired 4 parts from {checkpoint}"]
     assert files_of(store) == files_of(made.directory)
     again = qmix("quantize", store)
-    assert (again.status, again.lines[-1]) == (0, f"{store}: all well, nothing to mend")
+    assert (again.status, again.lines[-1]) == (0, f"{store}: no damage found")
 
 
 def cut(path: Path, size: int) -> None:
@@ -198,7 +198,7 @@ def test_a_damaged_manifest_is_told_and_what_cannot_be_checked(qmix, store):
     assert done.status == 1
     first, *rest = done.out.splitlines()
     assert first.startswith("qmix.json: the manifest: damaged, or changed")
-    assert f"{LAYER}: not checked, for nothing is known of what it should hold" in rest
+    assert f"{LAYER}: not checked: the store has no checksum of it" in rest
     assert done.lines[-1].endswith("delete the store and quantize the model again")
     assert qmix("quantize", store).status == 1
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_is_gone_or_another_is_one_line_and_its_new_place_does
     gone = qmix("quantize", store)
     assert gone.status == 1
     assert gone.lines[-1].startswith(f"qmix: {store}: the checkpoint that it was made from, {tmp_path}/gone, cannot be")
-    assert gone.lines[-1].endswith("name the checkpoint with --from")
+    assert gone.lines[-1].endswith("give the checkpoint with --from")
     other = make_checkpoint(tmp_path / "other", shards=3, seed=1)
     (other / "tokenizer.json").write_text('{"words": ["a", "b"]}')
     refused = qmix("quantize", store, "--from", other)
@@ -282,7 +282,7 @@ def test_options_that_mending_has_no_use_for_are_refused(qmix, store):
     for option in (("--precision", "int8"), ("--clip",), ("--dtype", "bf16"), ("--evict",)):
         done = qmix("quantize", store, *option)
         assert (done.status, done.lines[-1]) == (
-            2, f"qmix: {option[0]}: a store alone is mended as it was made; leave it out"
+            2, f"qmix: {option[0]}: a store is repaired as it was made; leave it out"
         )  # fmt: skip
     assert qmix("quantize", store, "elsewhere", "--from", "x").status == 2
     assert qmix("quantize", "nowhere").status == 2

@@ -25,7 +25,7 @@ from qmix.terminal.progress import JobDisplay, ProgressDisplay
 PROMPT = "To install a package,"
 LONG = ("generate", PROMPT, "-m", "tiny", "--seed", "1", "--ignore-eos", "--max-new-tokens", "2000")
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-GOES_ON = "qmix: interrupted; the same command goes on where it was stopped\r\n"
+GOES_ON = "qmix: interrupted; run the same command again to continue\r\n"
 
 
 def on_terminal(*argv: str | Path, columns: int = 100, **environment: str) -> pexpect.spawn:
@@ -104,7 +104,7 @@ def test_an_impatient_second_ctrl_c_shows_no_traceback(qmix):
 
 def test_no_prompt_on_a_terminal_is_an_error_and_no_waiting(qmix):
     terminal = on_terminal("generate")
-    assert end(terminal) == "qmix: no prompt: give one as an argument, or on stdin\r\n"
+    assert end(terminal) == "qmix: no prompt: give one as an argument or on stdin\r\n"
     assert terminal.exitstatus == 2
 
 

@@ -136,7 +136,7 @@ def test_an_error_names_file_and_line(tiny, tmp_path, text, message):
     with pytest.raises(TemplateRefusal) as caught:
         ChatTemplate(tokenizer).text(TALK, True)
     assert str(caught.value).startswith(f"{tmp_path / 'chat_template.jinja'}: {message}")
-    with pytest.raises(StoreError, match="its chat template cannot be used"):
+    with pytest.raises(StoreError, match="the chat template cannot be used"):
         format_of(tokenizer)
 
 

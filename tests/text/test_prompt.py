@@ -62,7 +62,7 @@ def test_what_is_too_long_is_tokenised_in_pieces_at_most(counted, text):
 
 
 def test_advice_is_given_where_it_helps(tokenizer):
-    for longest, told in ((2048, "shorten it, or give a larger --context"), (100, "the model's longest; shorten it")):
+    for longest, told in ((2048, "shorten it, or give a larger context"), (100, "the model's longest; shorten it")):
         for text, size in (("a b " * 100, "202 tokens"), ("word " * 2000, "10000 bytes")):
             with pytest.raises(PromptTooLong) as raised:
                 PromptEncoder(tokenizer, 100, longest).ids(text, "it")

@@ -87,9 +87,9 @@ def test_a_tokenizer_model_of_no_use_is_named(tmp_path, release, damage: str) ->
 @pytest.mark.parametrize(
     ("there", "told"),
     [
-        ([], "put the model's own there"),
+        ([], "copy the model's own there"),
         (["tokenizer.model.v1", "tokenizer.model.v3"], "copy its tokenizer.model.v3 to tokenizer.model"),
-        (["tekken.json"], "and qmix does not read its tekken.json; put the model's own tokenizer.json there"),
+        (["tekken.json"], "and qmix does not read its tekken.json; copy the model's own tokenizer.json there"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_named(tmp_path, there: list[str], told: str) -> None:

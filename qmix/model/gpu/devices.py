@@ -15,6 +15,7 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.plan.device_work import STAGED_RECORDS
+from qmix.units import plural
 
 HOST = "cpu"
 PORTABLE = 1  # of CUDA's driver_types.h, cudaHostRegisterPortable: pinned for every GPU
@@ -69,7 +70,7 @@ def open_devices(names: Sequence[str], kind: str = "cuda") -> dict[str, Device]:
         index = int(name.removeprefix("gpu:"))
         if kind == "cuda" and index >= torch.cuda.device_count():
             raise UsageError(
-                f"the plan uses {name}, and torch finds {torch.cuda.device_count()} CUDA devices here; "
+                f"the plan uses {name}, and torch finds {plural(torch.cuda.device_count(), 'CUDA device')} here; "
                 "make a plan for this machine, or install torch's build for CUDA"
             )
         found[name] = Device(name, torch.device(HOST if kind == HOST else f"{kind}:{index}"))
