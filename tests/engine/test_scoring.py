@@ -56,7 +56,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def asked() -> list[Query]:
-    """Return queries with contexts that are prefixes of others, one longer than a chunk; choices of one or more tokens."""
+    """Return queries with contexts that are prefixes of others, one longer than a chunk; one or more tokens a choice."""
     base = ids(700)
     found = [query for length in (1, 5, 40, 600, 700) for query in question(base[:length], 1, 1, 3, 9)]
     return sorted({*found, *question(ids(30), 2, 20)})
