@@ -151,9 +151,9 @@ class FirstUse:
 
 def _serve() -> None:
     import cli
-    from qmix.commands.shared import quiet_libraries
+    from qmix.commands.shared import load_libraries
 
-    quiet_libraries()  # which a command calls before it imports them
+    load_libraries()  # which a command calls before it imports them
     from transformers import MixtralForCausalLM  # noqa: F401
 
     from qmix.commands import shared

@@ -97,9 +97,9 @@ def _run(argv: list[str]) -> None:
 def _serve() -> None:
     import torch
 
-    from qmix.commands.shared import quiet_libraries
+    from qmix.commands.shared import load_libraries
 
-    quiet_libraries()
+    load_libraries()
     import qmix.batch.display  # noqa: F401 -- imported for the forks
     from qmix.kernels.cpu.products import prepare
 

@@ -19,12 +19,12 @@ from qmix.commands.shared import (
     context_option,
     dtype_option,
     hold_to,
+    load_libraries,
     max_new_tokens_option,
     model_or_default,
     out,
     plan_option,
     precision_option,
-    quiet_libraries,
     ram_option,
     read_plan_option,
     sampling_options,
@@ -97,7 +97,7 @@ def _answer(
     as_json: bool,
 ) -> None:
     name = model_or_default(model)
-    quiet_libraries()
+    load_libraries()
     from qmix.batch.display import BatchDisplay, summary_line
     from qmix.batch.session import begin, check_budget
     from qmix.checkpoint import open_checkpoint

@@ -13,11 +13,11 @@ from qmix.commands.shared import (
     clip_option,
     dtype_option,
     hold_to,
+    load_libraries,
     model_or_default,
     out,
     plan_option,
     precision_option,
-    quiet_libraries,
     ram_option,
     read_plan_option,
 )
@@ -50,7 +50,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.bench.roofline import workloads
 
     tests = workloads(options.pop("prompt_tokens"), options.pop("new_tokens"))
-    quiet_libraries()
+    load_libraries()
     from qmix.bench.run import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.stream import Runner

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.shared import Size, dtype_option, hold_to, quiet_libraries, ram_option
+from qmix.commands.shared import Size, dtype_option, hold_to, load_libraries, ram_option
 from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import DoesNotFitError, UsageError
 
@@ -49,7 +49,7 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
             raise UsageError(f"{path}: its directory does not exist or is not writable; choose another path")
     checkpoint = open_checkpoint(open_source(model))
     window = window_of(checkpoint.geometry, options["window"])
-    quiet_libraries()
+    load_libraries()
     from calibration.report import draw, report
     from calibration.routing import ENOUGH
     from calibration.run import calibrate as run

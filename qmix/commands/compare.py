@@ -14,10 +14,10 @@ from qmix.commands.shared import (
     Size,
     dtype_option,
     hold_to,
+    load_libraries,
     model_or_default,
     out,
     profile_option,
-    quiet_libraries,
     ram_option,
     read_profile_option,
 )
@@ -58,7 +58,7 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
 
     checkpoint = open_checkpoint(open_source(name))
     window = window_of(checkpoint.geometry, options["window"])
-    quiet_libraries()
+    load_libraries()
     from qmix.compare.fidelity import compare as run
     from qmix.compare.table import fidelity_table
     from qmix.engine.checkpoint_weights import CheckpointWeights

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qmix.commands.shared import out, quiet_libraries, refuse
+from qmix.commands.shared import load_libraries, out, quiet_libraries, refuse
 
 
 @click.command()
@@ -46,6 +46,7 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     four_bit, rates, lost = try_four_bit(), measured_rates(), None
     found = None
     if not no_measure:
+        load_libraries()
         from qmix.bench.machine_rates import measure
 
         found = measure(where, say)

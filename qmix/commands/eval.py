@@ -18,11 +18,11 @@ from qmix.commands.shared import (
     clip_option,
     dtype_option,
     hold_to,
+    load_libraries,
     model_or_default,
     out,
     plan_option,
     precision_option,
-    quiet_libraries,
     ram_option,
     read_plan_option,
 )
@@ -78,7 +78,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     if find_spec("lm_eval") is None:
         raise UsageError("lm-evaluation-harness is not installed; pip install 'qmix-moe[eval]'")
     name = model_or_default(model)
-    quiet_libraries()
+    load_libraries()
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the harness
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise it resamples in child processes
     store = _store(name, plan, options)

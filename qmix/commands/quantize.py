@@ -11,6 +11,7 @@ from qmix.commands.shared import (
     budget_option,
     clip_option,
     dtype_option,
+    load_libraries,
     precision_option,
     profile_option,
     quiet_libraries,
@@ -78,7 +79,6 @@ def _make(
     from qmix.checkpoint import open_checkpoint
     from qmix.checkpoint.source import LocalSource
     from qmix.engine.resolve import fingerprint_of
-    from qmix.engine.usable import check_usable
     from qmix.store.child import INTERRUPTED
     from qmix.store.opened import is_store, partial_directory
     from qmix.store.quantize import quantize as run
@@ -102,6 +102,9 @@ def _make(
         precision = profile.spec(precision, options["budget"], checkpoint.geometry, dtype or checkpoint.half_dtype)
     layout = layout_for(checkpoint, precision, dtype, clip)
     if not (store.exists() or store.is_symlink()):
+        load_libraries()
+        from qmix.engine.usable import check_usable
+
         check_usable(checkpoint, layout.dtype)
     with ProgressDisplay(f"quantizing {model}") as display:
         try:

@@ -151,7 +151,7 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     """Return the runner of a model, showing progress while it is made ready."""
     plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
-    quiet_libraries()
+    load_libraries()
     from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay
 
@@ -216,6 +216,14 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def load_libraries() -> None:
+    """Import what a model needs of transformers and the libraries around it, without their warnings."""
+    quiet_libraries()
+    from qmix.model.lean import import_libraries
+
+    import_libraries()
 
 
 def out(text: str) -> None:
