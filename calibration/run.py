@@ -10,12 +10,11 @@ from typing import Any
 
 from calibration.corpus import Passage
 from calibration.routing import RoutingRecorder, RoutingStatistics
-from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
+from calibration.sensitivity import KINDS, SensitivityMeter, Table
 from qmix.checkpoint import Checkpoint
 from qmix.engine.layerwise import LayerwisePass
 from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
-from qmix.pool.prefetch import DEPTH
 from qmix.pool.replay import Replay, replay
 from qmix.progress import OnProgress, ignore
 from qmix.store.allocation import Allocation, Allocator
@@ -117,13 +116,3 @@ def calibrate(
     name = Path(checkpoint.source.name).absolute().name
     model = name, fingerprint, geometry, dtype
     return Calibration(*model, recorder.result(), meter.errors, meter.sampled, budget)
-
-
-def memory_needed(geometry: Geometry, tokens: int) -> int:
-    """Bytes that measuring takes beside the pass itself."""
-    hidden, inner, experts = geometry.hidden_size, geometry.intermediate_size, geometry.num_experts
-    gates = geometry.num_layers * experts * hidden * (2 + 4)
-    chosen = geometry.experts_per_token * 2
-    routing = tokens * (chosen * (geometry.num_layers + DEPTH * (DEPTH + 1) // 2) + experts * 3 * 8)
-    samples = SAMPLES * (experts * hidden * 2 + 4 * inner * 2 + 4 * hidden * 4)
-    return gates + routing + samples + 2 * hidden * inner  # one matrix, as it comes back from being quantised

@@ -19,11 +19,8 @@ from transformers import MixtralForCausalLM
 from qmix.engine.compute import ComputeThread
 from qmix.engine.scheduler import Continuation, Scheduler
 from qmix.model.kv_arena import Arena, Rows, Segment, positions_of
-from qmix.plan import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.experts import ExpertPool
-
-PASS_TOKENS = PREFILL_CHUNK  # in a pass at most, as the plan reckons with
-MAX_BATCH = 256  # sequences at once: half of a pass is left to prompts
 
 OnLogits = Callable[[Continuation, torch.Tensor], bool]
 
@@ -36,7 +33,7 @@ class ContinuousEngine:
 
     def __init__(self, model: MixtralForCausalLM, pool: ExpertPool, arena: Arena, capacity: int, batch: int) -> None:
         self.model, self.pool, self.arena = model, pool, arena
-        self.scheduler = Scheduler(capacity, batch, PASS_TOKENS)
+        self.scheduler = Scheduler(capacity, batch, PREFILL_CHUNK)
         self._thread = ComputeThread(pool)
 
     def clear(self) -> None:

@@ -26,8 +26,8 @@ from qmix.machine.found import give_back_freed_memory
 from qmix.model import kv_arena
 from qmix.model.build import build_model
 from qmix.model.kv_arena import Rows, padded, row_attention
-from qmix.plan import PREFILL_CHUNK
-from qmix.plan.scoring import HEAD_ROWS, ScoringPlan
+from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
+from qmix.plan.scoring import ScoringPlan
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store

@@ -26,7 +26,7 @@ from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.machine.found import peak_memory
 from qmix.model.kv_cache import PlannedCache
-from qmix.plan import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.pool.experts import ExpertPool
 from qmix.text.detokenizer import Detokenizer, StopScanner

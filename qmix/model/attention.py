@@ -82,7 +82,8 @@ def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, m
     nothing that requires a gradient."""
     batch, _, positions, width = key.shape
     return (
-        query.dtype in (torch.bfloat16, torch.float16)
+        type(query) is torch.Tensor  # the kernel takes addresses, which subclasses may not have
+        and query.dtype in (torch.bfloat16, torch.float16)
         and all(rows.dtype == query.dtype and rows.stride()[2:] == (width, 1) for rows in (key, value))
         and all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in (query, key, value))
         and width % KERNEL_COLUMNS == 0

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qmix.disk.files import anonymous_memory
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.plan import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK
 
 ROW_ATTENTION = "qmix_rows"  # its name among transformers' attention functions
 COLUMNS = 16  # of which the kernel wants a multiple: shorter heads are filled up with zeros

@@ -8,9 +8,9 @@ from math import prod
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from qmix.disk.files import anonymous_memory
 from qmix.errors import UsageError
 from qmix.geometry import HALF_BYTES, Geometry
+from qmix.model.gpu.devices import Allocator, take_memory
 
 
 class PlannedLayer(CacheLayerMixin):
@@ -72,6 +72,7 @@ class PlannedCache(Cache):
         dtype: torch.dtype,
         batch: int = 1,
         layer_devices: Sequence[torch.device] | None = None,
+        allocate: Allocator = take_memory,
     ) -> None:
         assert dtype.itemsize == HALF_BYTES
         devices = layer_devices or [torch.device("cpu")] * geometry.num_layers
@@ -79,7 +80,7 @@ class PlannedCache(Cache):
         for device in dict.fromkeys(devices):  # one block on each
             mine = [layer for layer, where in enumerate(devices) if where == device]
             shape = (2, len(mine), batch, geometry.num_kv_heads, context, geometry.head_dim)
-            both = _memory(prod(shape) * HALF_BYTES, device).view(dtype).view(shape)
+            both = allocate(prod(shape) * HALF_BYTES, device).view(dtype).view(shape)
             layers |= {layer: PlannedLayer(*pair) for layer, *pair in zip(mine, both[0], both[1], strict=True)}
         super().__init__(layers=[layers[layer] for layer in range(geometry.num_layers)])
         self.context, self.batch = context, batch
@@ -94,9 +95,3 @@ class PlannedCache(Cache):
         for layer in self.layers:
             assert layer.length >= length
             layer.length = length
-
-
-def _memory(nbytes: int, device: torch.device) -> torch.Tensor:
-    if device.type == "cpu":
-        return anonymous_memory(nbytes)
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)

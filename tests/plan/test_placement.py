@@ -16,8 +16,8 @@ from qmix.machine.rates import Rates
 from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
 from qmix.plan.demand import Demand
-from qmix.plan.device_work import device_record_bytes
-from qmix.plan.placement import GPU_RESERVE_BYTES, JOB, arrange
+from qmix.plan.memory import GPU_RESERVE_BYTES, device_record_bytes
+from qmix.plan.placement import JOB, arrange
 from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout, parse_precisions
 

@@ -1,4 +1,4 @@
-"""Dense weights read to where a plan wants them: in pieces, checked, and none twice in main memory."""
+"""Read dense weights to the devices of a plan: in pieces, checked, and none twice in main memory."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from qmix.disk import PAGE
 from qmix.disk.files import DirectFile, anonymous_memory
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import StoreError, mending
-from qmix.model.gpu.devices import HOST, Device
-from qmix.plan.device_work import ALIGNMENT
+from qmix.model.gpu.devices import Allocator, Device, take_memory
+from qmix.plan.memory import ALIGNMENT
 from qmix.store.opened import Store
 
-STAGING_BYTES = READ_THREADS * PIECE_BYTES  # main memory that they pass through
-
-Fill = Callable[[Store, dict[str, torch.Tensor]], None]
+STAGING_BYTES = READ_THREADS * PIECE_BYTES  # main memory that the weights pass through
 
 
-def dense_memory(store: Store, where: Callable[[str], Device]) -> dict[str, torch.Tensor]:
-    """Memory for every dense weight by published name, uint8, in one block on each device."""
+def dense_memory(
+    store: Store, where: Callable[[str], Device], allocate: Allocator = take_memory
+) -> dict[str, torch.Tensor]:
+    """Return memory for every dense weight by published name, uint8, in one block on each device."""
     tensors = store.layout.dense.tensors
     homes = {name: where(name) for name in tensors}
     found: dict[str, torch.Tensor] = {}
     for device in dict.fromkeys(homes.values()):
         mine = [name for name in tensors if homes[name] is device]
         total = sum(aligned(tensors[name].nbytes, ALIGNMENT) for name in mine)
-        block = anonymous_memory(total) if device.name == HOST else device.empty((total,), torch.uint8)
+        block = allocate(total, device.device)
         position = 0
         for name in mine:
             found[name] = block[position : position + tensors[name].nbytes]
@@ -40,22 +40,22 @@ def dense_memory(store: Store, where: Callable[[str], Device]) -> dict[str, torc
 
 
 def read_dense_to(store: Store, where: Callable[[str], Device]) -> dict[str, torch.Tensor]:
-    """All dense weights by published name, each on its device. Raises StoreError where one is damaged."""
+    """Return all dense weights by published name, each on its device. Raises StoreError where one is damaged."""
     memory = dense_memory(store, where)
     fill_from_disk(store, memory)
     return typed(store, memory)
 
 
 def typed(store: Store, memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights whose bytes these are."""
+    """Return the weights of bytes by published name."""
     tensors, dtype = store.layout.dense.tensors, HALF[store.layout.dtype]
     return {name: raw.view(dtype).view(tensors[name].shape) for name, raw in memory.items()}
 
 
 def fill_from_disk(store: Store, memory: dict[str, torch.Tensor], attempts: int = 2) -> None:
-    """Read each weight's bytes to its memory, wherever that is; one that is wrong is read so many times.
+    """Read each weight's bytes to its memory on any device, `attempts` times at most if its checksum is wrong.
 
-    Raises StoreError where one is still wrong then.
+    Raises StoreError where a checksum is still wrong then.
     """
     layout = store.layout.dense
     staging = anonymous_memory(STAGING_BYTES)
@@ -72,7 +72,7 @@ def fill_from_disk(store: Store, memory: dict[str, torch.Tensor], attempts: int 
 
 
 def _fill(file: DirectFile, reader: Reader, staging: torch.Tensor, target: torch.Tensor, begin: int) -> str:
-    """Read a weight to its memory by way of `staging`, and return the checksum of its bytes."""
+    """Read a weight to its memory through `staging`, and return the checksum of its bytes."""
     digest = xxhash.xxh3_64()
     position, end = begin, begin + len(target)
     while position < end:
