@@ -1,4 +1,4 @@
-"""What `qmix doctor` shows."""
+"""Show the report of `qmix doctor`."""
 
 from __future__ import annotations
 
@@ -7,25 +7,14 @@ from rich.text import Text
 
 from qmix.kernels.cpu.paths import PORTABLE
 from qmix.machine.doctor import MachineReport
-from qmix.machine.rates import RATE_NAMES, SLOW_FOUR_BIT, rate_text
+from qmix.machine.rates import RATE_LABELS, RATE_NAMES, SLOW_FOUR_BIT, rate_text
 from qmix.units import format_bytes
 
 REINSTALL = "`pip install --force-reinstall --no-deps {}` may mend it"
-MEANINGS = {
-    "memory_read": "reading memory",
-    "disk_read": "reading the disk",
-    "pcie": "memory to GPU",
-    "matmul": "bf16 products",
-    "four_bit_read": "4-bit products",
-    "gpu_memory": "reading GPU memory",
-    "gpu_matmul": "products on a GPU",
-    "layer_seconds": "a layer's own time",
-    "read_seconds": "a read's own time",
-}
 
 
 def report_table(report: MachineReport) -> Table:
-    """A line for each thing that decides what runs and how fast."""
+    """Return a table with a line for each part that decides what runs and how fast."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -48,12 +37,12 @@ def report_table(report: MachineReport) -> Table:
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     for name in RATE_NAMES:
         if report.gpus or not name.startswith(("gpu", "pcie")):
-            row(MEANINGS[name], f"{rate_text(report.rates, name)}, {report.rates.source(name)}")
+            row(RATE_LABELS[name], f"{rate_text(report.rates, name)}, {report.rates.source(name)}")
     return table
 
 
 def _kernels(report: MachineReport) -> str:
-    """Return what the trial of a 4-bit product showed, and what to do about it."""
+    """Return the result of the 4-bit trial, and what to do about it."""
     trial = report.four_bit
     if not trial.correct:
         return "tried: a 4-bit product gives wrong values here; use --precision int8, and please report it"
