@@ -1,4 +1,4 @@
-"""Experts as a GPU multiplies them, run for real with the CPU as the device: equality with bitsandbytes' own."""
+"""Products of experts as on a GPU, with the CPU as the device: equality with bitsandbytes' own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights(rows: int, cols: int, seed: int = 1) -> torch.Tensor:
 
 
 def quantised(kind: str, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and absmax as a record has them."""
+    """Return codes and absmax in a record's layout."""
     rows, cols = matrix.shape
     quantizer = MatrixQuantizer(kind, "bf16", rows, cols, "w")
     codes = torch.from_numpy(quantizer.quantize(matrix, 0)[1].copy())

@@ -1,4 +1,4 @@
-"""How many sequences are continued together."""
+"""The number of sequences that are continued together."""
 
 from __future__ import annotations
 
