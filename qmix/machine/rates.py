@@ -91,7 +91,7 @@ def without_kernels(rates: Rates) -> Rates:
 
 @dataclass(frozen=True, slots=True)
 class FourBitProducts:
-    """How the CPU multiplies packed 4-bit weights. `fast` is true if kernels do, without dequantising rows.
+    """The CPU's way to multiply packed 4-bit weights. `fast` is true if kernels do, without dequantising rows.
 
     `tried` is true if `qmix doctor` ran one with the installed versions; otherwise `fast` follows the CPU's flags.
     """

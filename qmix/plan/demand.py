@@ -1,4 +1,4 @@
-"""What a run needs of a machine, and an arrangement of its layers and experts on one. Loads no torch.
+"""The needs of a run, and an arrangement of its layers and experts on a machine. Loads no torch.
 
 Experts are ranked by expected use, 0 the most used; a tier's experts are given as ranks.
 """

@@ -70,7 +70,7 @@ def _cuts(layers: int, gpus: Sequence[int]) -> Iterator[Cut]:
 
 
 class _Holdings:
-    """What each GPU can hold of each run of layers, worked out once."""
+    """The holding of each GPU for each run of layers, worked out once."""
 
     def __init__(self, demand: Demand, gpus: Sequence[int]) -> None:
         self.demand, self.gpus = demand, gpus
