@@ -10,14 +10,13 @@ from typing import Any
 
 from calibration.corpus import Passage
 from calibration.routing import RoutingRecorder, RoutingStatistics
-from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
+from calibration.sensitivity import KINDS, SensitivityMeter, Table
 from qmix.checkpoint import Checkpoint
 from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.engine.layerwise import run_layers
 from qmix.engine.passes import plain_pass
 from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
-from qmix.pool.prefetch import DEPTH
 from qmix.pool.replay import Replay, replay
 from qmix.progress import OnProgress, ignore
 from qmix.store.allocation import Allocation, Allocator
@@ -120,13 +119,3 @@ def calibrate(
     name = Path(checkpoint.source.name).absolute().name
     model = name, fingerprint, geometry, dtype
     return Calibration(*model, recorder.result(), meter.errors, meter.sampled, budget)
-
-
-def memory_needed(geometry: Geometry, tokens: int) -> int:
-    """Return the bytes that the measurements take in addition to the pass."""
-    hidden, inner, experts = geometry.hidden_size, geometry.intermediate_size, geometry.num_experts
-    gates = geometry.num_layers * experts * hidden * (2 + 4)
-    chosen = geometry.experts_per_token * 2
-    routing = tokens * (chosen * (geometry.num_layers + DEPTH * (DEPTH + 1) // 2) + experts * 3 * 8)
-    samples = SAMPLES * (experts * hidden * 2 + 4 * inner * 2 + 4 * hidden * 4)
-    return gates + routing + samples + 2 * hidden * inner  # one matrix after its round trip through a format

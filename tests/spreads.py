@@ -1,4 +1,4 @@
-"""Plans over GPUs, laid out by hand, for tests."""
+"""Make plans over GPUs by hand, for tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ GIB = 2**30
 
 
 def spread_plan(layout: StoreLayout, layer_devices: list[str], residents: set[int], slots: int = 2) -> Plan:
-    """A plan with layers as named, these experts of every layer that is on a GPU resident there, and so many slots for
-    records of each size."""
+    """Return a plan with the layers' devices, `residents` of every layer on a GPU, and `slots` for each record size."""
     host = make_plan(layout, 4 * GIB, 64, 500 * 2**20)
     experts = range(layout.geometry.num_experts)
     placement = [

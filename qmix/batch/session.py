@@ -18,8 +18,9 @@ from qmix.batch.run import BatchRun, Job, Summary
 from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
-from qmix.plan import Plan, default_context
+from qmix.plan import Plan
 from qmix.plan.batching import plan_lines
+from qmix.plan.here import default_context
 from qmix.progress import OnProgress
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout

@@ -24,9 +24,10 @@ from qmix.errors import UsageError, arg
 from qmix.machine.found import cpu_name
 from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
 from qmix.model.build import check_attention
-from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan import Plan
 from qmix.plan.file import PlanFile
 from qmix.plan.here import plan_for
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import Key
 from qmix.pool.trace import as_trace, recorded

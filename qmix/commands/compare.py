@@ -62,9 +62,9 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.compare.fidelity import compare as run
     from qmix.compare.table import fidelity_table
     from qmix.engine.checkpoint_weights import CheckpointWeights
-    from qmix.engine.layerwise import check_memory, memory_needed
     from qmix.engine.resolve import fingerprint_of
     from qmix.machine.found import default_budget, interpreter_memory
+    from qmix.plan.memory import check_memory, layerwise_bytes
     from qmix.precision.formats import uses_kernels
     from qmix.store.sources import DEFAULT_PRECISION, layout_for
     from qmix.terminal.progress import ProgressDisplay
@@ -82,7 +82,8 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     sequences = [passage.ids for passage in passages]
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
     own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
-    check_memory(memory_needed(checkpoint, tokens, window, variants, own), budget, tokens)
+    needed = own + layerwise_bytes(checkpoint, tokens, window, [variant.held for variant in variants])
+    check_memory(needed, budget, tokens)
     hold_to(budget)
     progress = ProgressDisplay(f"comparing {name}")
     with progress as display, CheckpointWeights(checkpoint, dtype, variants, display) as weights:

@@ -25,7 +25,8 @@ from qmix.engine.scheduler import Scheduler, Sequence
 from qmix.errors import UsageError
 from qmix.model.attention import ROW_ATTENTION
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
-from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan import Plan
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 

@@ -7,7 +7,6 @@ can pass side by side: each has hidden states of its own, and a weight that is r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,46 +15,10 @@ from typing import Any, Protocol
 import torch
 from transformers import MixtralForCausalLM
 
-from qmix.checkpoint import Checkpoint
-from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.engine.passes import Pass, PathSegment, chunks
-from qmix.engine.variants import Variant
-from qmix.errors import DoesNotFitError, arg
-from qmix.units import format_bytes
+from qmix.plan.memory import PREFILL_CHUNK
 
-CHUNK = 512  # tokens through an expert or a norm at once
-SLACK = 2**28  # of what allocators keep, and of the libraries' own work space
-
-
-def memory_needed(checkpoint: Checkpoint, tokens: int, window: int, variants: Sequence[Variant], own: int) -> int:
-    """Bytes of the whole process for so many tokens in windows of at most `window`; `own` is what Python takes."""
-    geometry = checkpoint.geometry
-    hidden, inner = geometry.hidden_size, geometry.intermediate_size
-    expert = 3 * hidden * inner * 2
-    embeddings = geometry.vocab_size * hidden * 2
-    attention = (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim * hidden * 2 * 2
-    heads = (2 * geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
-    states = tokens * len(variants) * hidden * (2 + 2 + 4)  # the stream, its normed copy, the experts' sum in fp32
-    work = max(
-        window * (6 * hidden + 3 * heads) * 2,
-        CHUNK * (4 * inner + 4 * hidden) * 4,
-        CHUNK * geometry.vocab_size * 4 * (2 + 2 * len(variants)),
-    )
-    dtypes = {weight.dtype for weight in checkpoint.weights.values()}
-    largest = max(embeddings, 2 * hidden * inner) // 2  # weights of one tensor
-    rounded = largest * max(map(ITEM_BYTES.__getitem__, dtypes)) if len(dtypes) > 1 or "F32" in dtypes else 0
-    weights = rounded + max(embeddings, attention + 2 * expert + sum(variant.held for variant in variants))
-    return own + SLACK + states + work + weights
-
-
-def check_memory(needed: int, budget: int, tokens: int) -> None:
-    """Raises DoesNotFitError, naming the smallest budget that does."""
-    if needed > budget:
-        raise DoesNotFitError(
-            f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
-            f"take fewer {arg('tokens')}, or {arg('ram', f'{math.ceil(needed / 2**20)}MiB')}",
-            needed,
-        )
+CHUNK = PREFILL_CHUNK  # tokens through an expert or a norm at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,7 @@ from qmix.engine.layerwise import Observer, RouterOutput
 from qmix.engine.passes import PathSegment
 from qmix.model.attention import row_attention
 from qmix.model.kv import Chunk, KVLayer, Rows
-from qmix.plan import PREFILL_CHUNK
-from qmix.plan.scoring import HEAD_ROWS
+from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
 
 PATH_ATTENTION = "qmix_paths"  # its name among transformers' attention functions
 

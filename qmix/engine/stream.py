@@ -30,7 +30,8 @@ from qmix.machine.rates import Rates
 from qmix.model.gpu.model import spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
-from qmix.plan import PREFILL_CHUNK, Plan
+from qmix.plan import Plan
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store

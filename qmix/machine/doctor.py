@@ -1,7 +1,7 @@
 """Examine this machine: processor, kernels, memory and its limits, disk, GPUs, versions.
 
-Nothing is read off a flag or a setting where it can be tried: a 4-bit product, memory on huge pages, a direct read, a
-product on each GPU. Measures nothing.
+A capability is tried rather than read from a flag or a setting: a 4-bit product, memory on huge pages, a direct read, a
+product on each GPU. Measures no speeds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import platform
 import re
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,19 @@ from qmix.disk.space import existing_parent
 from qmix.files import scratch_file
 from qmix.kernels.cpu.paths import supported
 from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
-from qmix.machine.measured import FourBitTrial
+from qmix.machine.measured import FourBitTrial, versions
 from qmix.machine.rates import RATE_NAMES, Rates
 from qmix.version import __version__
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
-PRODUCT = 128  # rows and columns of what is multiplied on a GPU
+PRODUCT = 128  # rows and columns of the matrix multiplied on a GPU
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-HUGE_TRIAL = 32 * 2**20  # bytes taken to see whether they come in huge pages
+HUGE_TRIAL = 32 * 2**20  # bytes allocated to see whether they are on huge pages
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as torch sees it; bytes. `fault` is why a product on it failed, empty where it gave the right values."""
+    """A GPU as torch sees it; sizes in bytes. `fault` is why a product on it failed, empty if it did not."""
 
     name: str
     total: int
@@ -45,12 +44,13 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class MachineReport:
-    """`memory_limit` is what control groups leave of the memory, where that is less; sizes in bytes.
+    """A machine's hardware, software and rates; sizes in bytes.
 
-    `four_bit` is what a 4-bit product showed, `best_path` the best instructions that the CPU's flags promise.
-    `huge_pages` is the kernel's setting ("always", "madvise", "never", or "unknown"), `on_huge_pages` whether memory
-    came in them when some was taken (None: the kernel does not tell), `direct_io` whether `directory` is on a
-    filesystem that reads past the page cache.
+    `memory_limit` is what control groups leave of the memory, if less than `memory_available`. `four_bit` is the trial
+    of a 4-bit product, `best_path` the best instructions by the CPU's flags. `huge_pages` is the kernel's setting
+    ("always", "madvise", "never", or "unknown"), `on_huge_pages` is true if memory was on huge pages when some was
+    allocated (None: the kernel does not tell). `direct_io` is true if `directory` is on a filesystem that reads past
+    the page cache.
     """
 
     cpu: str
@@ -79,13 +79,13 @@ class MachineReport:
 
     @property
     def typical(self) -> list[str]:
-        """Rates that nobody measured here."""
+        """Rates that were not measured here."""
         wanted = (name for name in RATE_NAMES if self.gpus or not name.startswith(("gpu", "pcie")))
         return [name for name in wanted if self.rates.source(name) == "typical"]
 
 
 def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> MachineReport:
-    """Return what this machine is, with the disk that `directory` lies on and what a 4-bit product showed."""
+    """Return a report on this machine, the disk of `directory`, and the trial of a 4-bit product."""
     memory, available = psutil.virtual_memory(), available_memory()
     return MachineReport(
         cpu=cpu_name(),
@@ -102,13 +102,13 @@ def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> MachineRep
         direct_io=reads_directly(directory),
         gpus=_gpus(),
         gpu_driver=gpu_driver(),
-        versions={"qmix": __version__, "python": platform.python_version()} | _versions(),
+        versions={"qmix": __version__, "python": platform.python_version()} | versions(STACK),
         rates=rates,
     )
 
 
 def huge_pages(path: Path = HUGE_PAGES) -> str:
-    """The kernel's setting, the word in brackets."""
+    """Return the kernel's setting of huge pages, the word in brackets."""
     try:
         chosen = re.search(r"\[(\w+)\]", path.read_text())
     except OSError:
@@ -117,7 +117,7 @@ def huge_pages(path: Path = HUGE_PAGES) -> str:
 
 
 def takes_huge_pages(counts: Path = Path("/proc/self/smaps_rollup")) -> bool | None:
-    """Return whether memory taken as the pool's is comes in huge pages; None where the kernel does not tell."""
+    """Return True if memory allocated like the pool's is on huge pages; None where the kernel does not tell."""
     from qmix.precision.memory import anonymous_memory
 
     before = _huge_bytes(counts)
@@ -136,7 +136,7 @@ def _huge_bytes(counts: Path) -> int | None:
 
 
 def reads_directly(directory: Path) -> bool:
-    """Whether files there are read with O_DIRECT, tried on one that is deleted at once."""
+    """Return True if files in a directory are read with O_DIRECT, tried on one that is deleted at once."""
     try:
         with scratch_file(existing_parent(directory) / ".qmix-doctor") as (path, file):
             file.write(bytes(PAGE))
@@ -166,24 +166,14 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def product_fault(device: str) -> str:
-    """Return why a half-precision product on a device fails, in a line; empty where it gives the right values.
+    """Return in a line why a half-precision product on a device fails; empty if it gives the right values.
 
-    torch lists GPUs that it has no kernels for.
+    torch also lists GPUs that it has no kernels for.
     """
     import torch
 
     try:
         ones = torch.ones(PRODUCT, PRODUCT, dtype=torch.bfloat16, device=device)
         return "" if bool((ones @ ones == PRODUCT).all()) else "a product on it gives wrong values"
-    except RuntimeError as error:  # torch's own errors are of this class, missing kernels and full memory among them
+    except RuntimeError as error:  # torch's own errors, for example a missing kernel
         return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in STACK:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    return found

@@ -1,4 +1,4 @@
-"""The table that `qmix doctor` shows."""
+"""Show the report of `qmix doctor`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REINSTALL = "`pip install --force-reinstall --no-deps {}` may fix it"
 
 
 def report_table(report: MachineReport) -> Table:
-    """A line for each thing that decides what runs and how fast."""
+    """Return a table with a line for each part that decides what runs and how fast."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
@@ -42,7 +42,7 @@ def report_table(report: MachineReport) -> Table:
 
 
 def _kernels(report: MachineReport) -> str:
-    """Return what the trial of a 4-bit product showed, and what to do about it."""
+    """Return the result of the 4-bit trial, and what to do about it."""
     trial = report.four_bit
     if not trial.correct:
         return "tested: 4-bit matmul gives wrong values here; use precision int8, and please report it"

@@ -1,4 +1,4 @@
-"""What this computer has: memory, its limits, and what Python itself takes of it."""
+"""Find this computer's memory, its limits, and what Python itself takes of it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import current
 from qmix.version import __version__
 
-SHARE_OF_AVAILABLE = 0.9  # taken where no budget is given; the rest is left to everything else that runs
+SHARE_OF_AVAILABLE = 0.9  # of the available memory, where no budget is given; the rest is for other processes
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
 
 
 def own_memory() -> int:
-    """Resident bytes of this process."""
+    """Return the resident bytes of this process."""
     return psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int:
-    """The most resident bytes this process ever had."""
+    """Return the most resident bytes that this process ever had."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -45,24 +45,24 @@ def peak_memory() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process could still take: the system's, or less where a cgroup limits it."""
+    """Return the bytes that this process can still take: the system's, or less where a cgroup limits it."""
     free = psutil.virtual_memory().available
     limits = [_room(directory) for directory in _cgroups(root)]
     return min([free, *(room for room in limits if room is not None)])
 
 
 def default_budget() -> int:
-    """The budget where none is given: 90% of the available memory, with what this process holds already."""
+    """Return the budget where none is given: 90% of the available memory, and what this process already holds."""
     return own_memory() + int(available_memory() * SHARE_OF_AVAILABLE)
 
 
 def cpu_name(root: Path = Path("/")) -> str:
-    """As the kernel names it."""
+    """Return the CPU's name from the kernel."""
     return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
-    """Of the first core."""
+    """Return the fields of the first core."""
     try:
         first = (root / "proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -72,17 +72,17 @@ def _cpuinfo(root: Path) -> dict[str, str]:
 
 
 def free_disk(path: Path) -> int:
-    """Bytes free on the disk of a path that need not exist yet."""
+    """Return the free bytes on the disk of a path that need not exist yet."""
     return shutil.disk_usage(existing_parent(path)).free
 
 
 def gpu_driver(root: Path = Path("/")) -> bool:
-    """Whether there is any sign of a GPU that torch could use; without one torch need not be asked."""
+    """Return True if there is any sign of a GPU that torch could use; without one torch need not be imported."""
     return any((root / place).exists() for place in ("dev/nvidiactl", "proc/driver/nvidia", "dev/kfd", "dev/dxg"))
 
 
 def found_gpus() -> tuple[int, ...]:
-    """Free bytes of each GPU that torch can use. Imports torch only where there is a driver."""
+    """Return the free bytes of each GPU that torch can use. Imports torch only where there is a driver."""
     if not gpu_driver():
         return ()
     import torch
@@ -95,7 +95,7 @@ def found_gpus() -> tuple[int, ...]:
 def give_back_freed_memory() -> None:
     """Make this process return every freed block of 1 MiB or more to the system at once.
 
-    glibc otherwise keeps blocks of up to 32 MiB for later, in which activations of changing sizes find no place: a
+    glibc otherwise keeps blocks of up to 32 MiB, in which activations of changing sizes find no place: a
     long prefill then held 150 MB more than it used. Does nothing where the C library has no such setting.
     """
     with suppress(OSError, AttributeError):
@@ -103,7 +103,7 @@ def give_back_freed_memory() -> None:
 
 
 def _cgroups(root: Path) -> list[Path]:
-    """The memory cgroup of this process and those above it, version 1 or 2."""
+    """Return the memory cgroups of this process, the innermost first, version 1 or 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -122,7 +122,7 @@ def _cgroups(root: Path) -> list[Path]:
 
 
 def _room(group: Path) -> int | None:
-    """What a cgroup still allows: its limit less what cannot be reclaimed; None without a limit."""
+    """Return the bytes that a cgroup still allows: its limit less what cannot be reclaimed; None without a limit."""
     for limit_name, usage_name in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -140,17 +140,16 @@ def _room(group: Path) -> int | None:
 
 
 class InterpreterMemory(msgspec.Struct, frozen=True):
-    """The kept measurement."""
+    """The measurement in the cache directory."""
 
     bytes: Annotated[int, msgspec.Meta(ge=2**20, le=2**40)]
 
 
 def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
-    """Return resident bytes of Python with all that a run imports and warms up, before any weights.
+    """Return the resident bytes of Python with all that a run imports and warms up, before any weights.
 
-    With `kernels`, the products and the attention of large models are among it, compiled before. Measured in a process
-    of its own, which imports transformers as this one does, and kept in the cache directory until anything that is
-    installed changes.
+    With `kernels` they include the compiled products and attention of large models. Measured in a process of its own,
+    which imports transformers as this one does, and kept in the cache directory until anything installed changes.
     """
     path = interpreter_path(cache, kernels)
     known = read_state(path, InterpreterMemory)
@@ -158,7 +157,7 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
         return known.bytes
     options = [*(["kernels"] if kernels else []), *(["whole"] if transformers_is_whole() else [])]
     command = [sys.executable, "-m", "qmix.engine.baseline", *options]
-    for _ in range(1 + kernels):  # the first run compiles them, and takes more for it
+    for _ in range(1 + kernels):  # the first run compiles them, which takes more memory
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             last = run.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -171,7 +170,7 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
 
 
 def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
-    """Return where the measurement is kept; the name follows from all that it depends on."""
+    """Return the path of the measurement; its name follows from all that it depends on."""
     cores = len(os.sched_getaffinity(0))  # each has a thread
     paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # where a command starts changes nothing
     conditions = [cores, current().name, kernels, transformers_is_whole()]
@@ -186,17 +185,18 @@ def transformers_is_whole() -> bool:
 
 
 def forget_interpreter_memory(cache: Path | None = None) -> None:
-    """Have the next call of `interpreter_memory` measure again."""
+    """Make the next call of `interpreter_memory` measure again."""
     for kernels in (False, True):
         with suppress(OSError):
             interpreter_path(cache, kernels).unlink()
 
 
 def installed(paths: Sequence[str]) -> list[tuple[str, int]]:
-    """Return names and dates of the distributions on these import paths, and of what Python runs when it starts.
+    """Return the names and dates of the distributions on these import paths, and of what Python runs at its start.
 
-    Libraries import others where they find them, so any of these may change what a run takes. A name has the version,
-    and a date changes when the same is installed again. A millisecond for 130, where importlib.metadata takes 300.
+    Libraries import others where they find them, so any distribution may change what a run takes. A name contains the
+    version, and the date changes when the same version is installed again. It takes a millisecond for 130
+    distributions, importlib.metadata 300.
     """
     found = set()
     for path in paths:

@@ -1,6 +1,6 @@
-"""One 4-bit product tried on this machine: whose kernel multiplied, whether its values are right, and how fast it is.
+"""Try a 4-bit product on this machine: whose kernel multiplies, if its values are right, and how fast it is.
 
-A processor's flags do not say what a process does: torch, bitsandbytes and Numba decide that between them.
+A processor's flags do not say which kernel runs: torch, bitsandbytes and Numba decide that between them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TOLERANCE = 0.008  # of the product's norm: x and the weights' values are rounde
 
 
 def try_four_bit(kind: str = "nf4") -> FourBitTrial:
-    """Multiply a large and a small matrix with one token, the way experts are multiplied."""
+    """Multiply a large and a small matrix with one token, as experts are multiplied."""
     large, small = _matrix(kind, *LARGE), _matrix(kind, *SMALL)
     with torch.inference_mode():
-        correct = _is_right(large) and _is_right(small)  # compiles and wakes, too
+        correct = _is_right(large) and _is_right(small)  # also compiles, and wakes the threads
         x = torch.ones(1, large.cols).bfloat16()
         seconds = _seconds(lambda: large.multiply(x))
         dequantising = _seconds(lambda: Matrix.multiply(large, x))
@@ -48,7 +48,7 @@ def _is_right(matrix: FourBitMatrix) -> bool:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Return the least time that it takes: what else runs only makes one longer."""
+    """Return the least seconds of several calls: other processes only make one longer."""
     until, least = time.perf_counter() + SECONDS, math.inf
     while (started := time.perf_counter()) < until or least == math.inf:
         work()

@@ -1,10 +1,10 @@
-"""Results of `qmix doctor` on this machine, kept in the user's state directory. Loads no torch."""
+"""Keep the results of `qmix doctor` on this machine in the user's state directory. Loads no torch."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,18 +20,18 @@ from qmix.machine.found import cpu_name
 from qmix.machine.rates import RATE_NAMES, FourBitProducts, Rates
 from qmix.version import __version__
 
-STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # what decides how products are computed
-SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # those that follow the stack's versions
-Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's, and nothing that plans cannot reckon with
+STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # decides how products are computed
+SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # depend on the stack's versions
+Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's; plans can compute with it
 
 
 class FourBitTrial(msgspec.Struct, frozen=True):
-    """The kernels that multiplied 4-bit matrices when it was tried.
+    """The kernels that multiplied 4-bit matrices in a trial.
 
-    `path` names the instructions of the kernels, see `qmix.kernels.cpu.paths`. `large` and `small` name whose
-    kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its rows were dequantised a few at a
-    time. `rate` is bytes/s of the large one with one token, its content in cache; `times` compares that with
-    dequantising.
+    `path` names the instructions of the kernels, see `qmix.kernels.cpu.paths`. `large` and `small` name the library
+    whose kernel multiplied a matrix of that size ("qmix", "bitsandbytes"); None where its rows were dequantised a few
+    at a time. `rate` is bytes/s of the large matrix with one token and the matrix in cache; `times` is how much faster
+    that is than dequantising.
     """
 
     path: str
@@ -43,12 +43,12 @@ class FourBitTrial(msgspec.Struct, frozen=True):
 
     @property
     def fast(self) -> bool:
-        """Return whether kernels of vector instructions multiplied, and gave the right values."""
+        """True if kernels of vector instructions multiplied and gave the right values."""
         return self.correct and self.path != PORTABLE and None not in (self.large, self.small)
 
 
 class MachineProfile(msgspec.Struct, frozen=True):
-    """The file's content. `machine` and `stack` say where and with which versions it was measured."""
+    """The file's content. `machine` and `stack` identify the machine and the versions that were measured."""
 
     schema: Literal["qmix-machine-1"]
     machine: dict[str, str | int | None]
@@ -59,13 +59,14 @@ class MachineProfile(msgspec.Struct, frozen=True):
 
 
 def profile_path() -> Path:
+    """Return the path of this machine's profile."""
     return state_directory() / "machine.json"
 
 
 def measured_rates(path: Path | None = None) -> Rates:
-    """Return typical rates with those that were measured on this machine.
+    """Return typical rates, replaced by the rates measured on this machine.
 
-    A profile of another machine counts for nothing, and one of other versions only for what is not computed.
+    A profile of another machine is ignored; of one with other versions only the hardware's rates are used.
     """
     known = _known(path)
     if known is None:
@@ -76,13 +77,13 @@ def measured_rates(path: Path | None = None) -> Rates:
 
 
 def tried_four_bit(path: Path | None = None) -> FourBitTrial | None:
-    """Return what the last trial of a 4-bit product found, None where none was made here with these versions."""
+    """Return the last trial of a 4-bit product, None where none was made here with these versions."""
     known = _known(path)
     return known.four_bit if known is not None and known.stack == _stack() else None
 
 
 def four_bit_products(path: Path | None = None) -> FourBitProducts:
-    """Return how 4-bit products are computed here: as tried, or else as the processor's flags promise."""
+    """Return how 4-bit products are computed here: as tried, or else by the processor's flags."""
     tried = tried_four_bit(path)
     if tried is None:
         return FourBitProducts(supported()[0].name != PORTABLE)
@@ -92,7 +93,7 @@ def four_bit_products(path: Path | None = None) -> FourBitProducts:
 def keep(
     rates: Mapping[str, float] | None = None, four_bit: FourBitTrial | None = None, path: Path | None = None
 ) -> Path:
-    """Write what was measured or tried, beside what is known of the rest; return where to. Raises QmixError."""
+    """Write new rates or a new trial beside what is known of the rest; return the path. Raises QmixError."""
     target = path or profile_path()
     known, stack = _known(target), _stack()
     if known is not None and known.stack != stack:
@@ -115,20 +116,26 @@ def keep(
 
 
 def _known(path: Path | None) -> MachineProfile | None:
-    """Return what is kept of this machine."""
+    """Return the kept profile if it is of this machine."""
     found = read_state(path or profile_path(), MachineProfile)
     return found if found is not None and found.machine == _identity() else None
 
 
 def _identity() -> dict[str, str | int | None]:
-    """What a home directory that is shared by several machines tells them apart by."""
+    """Return what tells machines apart that share a home directory."""
     return {"node": platform.node(), "cpu": cpu_name(), "cores": os.cpu_count()}
 
 
 def _stack() -> dict[str, str]:
     """Return the versions and the CPU path that decide how products are computed."""
     found = {"qmix": __version__, "python": platform.python_version(), "cpu_path": current().name}
-    for name in STACK:
+    return found | versions(STACK)
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the installed version of each distribution, or "missing"."""
+    found = {}
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

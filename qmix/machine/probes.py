@@ -1,9 +1,8 @@
-"""What this machine's memory, disk and cores reach when they do nothing else: the ceilings of any run.
+"""Measure the rates of this machine's memory, disk and cores when they do nothing else: the ceilings of any run.
 
-`python -m qmix.machine.probes` prints the two that need no store; a process of its own keeps what they take out of the
-memory of a run that has a budget. Rates are in bytes/s and FLOP/s. Disks, and machines shared with others, are
-faster and slower by the minute: take slices of the
-`...Probe` classes before, between and after measurements.
+`python -m qmix.machine.probes` prints the two that need no store; in a process of its own they take no memory of a run
+under a budget. Rates are in bytes/s and FLOP/s. The speed of disks and of shared machines changes by the minute: take
+slices of the `...Probe` classes before, between and after measurements.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ ROUNDS = 5
 PRODUCTS = 3  # in a slice
 LONGEST_PRODUCT = 0.25  # seconds; larger products are left out
 DISK_SLICE_BYTES = 512 * 10**6
-DISK_PASSES = 8  # a slice reads a small store so many times over at most
+DISK_PASSES = 8  # most times that a slice reads a small store
 SLOTS = 4  # reads in flight, as in a pool that is filled
 SLOT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """A rate measured in a few rounds, a second; `how` names the way that reached it."""
+    """A rate a second, measured in a few rounds; `how` names the way that reached it."""
 
     rounds: tuple[float, ...]
     how: str
@@ -63,7 +62,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """`memory_read` and `disk_read` in bytes/s, `matmul` in FLOP/s; `disk_read` is None where no disk was needed."""
+    """Rates of memory and disk in bytes/s and of products in FLOP/s; `disk_read` is None if no disk was needed."""
 
     memory_read: Rate
     disk_read: Rate | None
@@ -84,19 +83,19 @@ class MemoryProbe:
         self._rates: dict[str, list[float]] = {how: [] for how in self._ways}
 
     def slice(self) -> float:
-        """Read all of it in each way, and give the best rate."""
+        """Read all of the memory in each way, and return the best rate."""
         found = {how: self._nbytes / _seconds(way) for how, way in self._ways.items()}
         for how, rate in found.items():
             self._rates[how].append(rate)
         return max(found.values())
 
     def rate(self) -> Rate:
-        """Of the slices so far, in the best way."""
+        """Return the rate of the slices so far in the best way."""
         return _best(Rate(tuple(rates), how) for how, rates in self._rates.items())
 
 
 def memory_read(nbytes: int = MEMORY_BYTES, rounds: int = ROUNDS) -> Rate:
-    """Reading `nbytes` of memory on huge pages."""
+    """Measure reading `nbytes` of memory on huge pages."""
     memory = anonymous_memory(nbytes)
     MemoryProbe(memory).slice()  # wakes the threads
     probe = MemoryProbe(memory)
@@ -106,7 +105,7 @@ def memory_read(nbytes: int = MEMORY_BYTES, rounds: int = ROUNDS) -> Rate:
 
 
 class MatmulProbe:
-    """bf16 products of two square matrices, a few to a slice; takes three matrices of memory during one."""
+    """Multiplies two square bf16 matrices, a few times a slice, which takes the memory of three."""
 
     def __init__(self, size: int = MATMUL_SIZES[0]) -> None:
         self.size = size
@@ -114,7 +113,7 @@ class MatmulProbe:
         self.rates: list[float] = []
 
     def slice(self) -> float:
-        """The median of a few products."""
+        """Return the median rate of a few products."""
         a, b = (torch.randn(self.size, self.size, dtype=torch.bfloat16) for _ in range(2))
         multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
         multiply()  # wakes the threads, prepares what the shape needs
@@ -122,12 +121,12 @@ class MatmulProbe:
         return self.rates[-1]
 
     def rate(self) -> Rate:
-        """Of the slices so far."""
+        """Return the rate of the slices so far."""
         return Rate(tuple(self.rates), f"bf16, {self.size} x {self.size}")
 
 
 def matmul(rounds: int = ROUNDS, sizes: Sequence[int] = MATMUL_SIZES) -> Rate:
-    """bf16 products of square matrices; the best of a few sizes."""
+    """Measure bf16 products of square matrices; return the best of a few sizes."""
     found: list[Rate] = []
     for probe in map(MatmulProbe, sizes):
         if found and probe.flops / found[-1].median > LONGEST_PRODUCT:
@@ -140,7 +139,7 @@ def matmul(rounds: int = ROUNDS, sizes: Sequence[int] = MATMUL_SIZES) -> Rate:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record lies: which of some files, from which byte, and its bytes."""
+    """The place of a record: the index of its file, its offset and its bytes."""
 
     file: int
     offset: int
@@ -148,10 +147,10 @@ class Place:
 
 
 class DiskProbe:
-    """Reads records from random places in the engine's own manner, a slice at a time.
+    """Reads records at random places as the engine does, a slice at a time.
 
-    A read is a whole record, or as much of one as fits a slot: `memory_limit` bytes are taken during a slice, and
-    given back. Close it, or use it as a context manager.
+    A read is a whole record, or as much of one as fits a slot. A slice takes `memory_limit` bytes at most, and gives
+    them back. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -168,7 +167,7 @@ class DiskProbe:
 
     @classmethod
     def of_store(cls, store: Store, memory_limit: int = SLOTS * SLOT_BYTES, seed: int = 0) -> DiskProbe:
-        """Of a store's expert records."""
+        """Return a probe of a store's expert records."""
         layout, geometry = store.layout, store.geometry
         places = [
             Place(layer, layout.record_offset(layer, expert), layout.record(layer, expert).nbytes)
@@ -190,7 +189,7 @@ class DiskProbe:
             file.close()
 
     def slice(self, nbytes: int = DISK_SLICE_BYTES) -> float:
-        """Read about `nbytes`, less of a small store, and give the rate."""
+        """Read about `nbytes`, less of a small store, and return the rate."""
         memory = anonymous_memory(SLOTS * self.slot_bytes)
         free = deque(memory.split(self.slot_bytes))
         reading: deque[tuple[Read, torch.Tensor]] = deque()
@@ -209,7 +208,7 @@ class DiskProbe:
         return self.rates[-1]
 
     def rate(self) -> Rate:
-        """Of the slices so far."""
+        """Return the rate of the slices so far."""
         return Rate(tuple(self.rates), "O_DIRECT, records at random places")
 
     def _begin(self, slot: torch.Tensor) -> Read:
@@ -220,7 +219,7 @@ class DiskProbe:
 
 
 def probe(store: Store) -> Ceilings:
-    """All three of this machine, in this process, within seconds."""
+    """Measure all three ceilings in this process, within seconds."""
     with DiskProbe.of_store(store) as disk:
         for _ in range(ROUNDS):
             disk.slice()
@@ -228,7 +227,7 @@ def probe(store: Store) -> Ceilings:
 
 
 def probe_in_child() -> Ceilings:
-    """Memory and cores, measured by another process that gives back what it took."""
+    """Measure memory and cores in another process, which gives its memory back."""
     command = [sys.executable, "-m", "qmix.machine.probes"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode != 0:

@@ -1,7 +1,7 @@
-"""A machine as figures: what it holds, and how fast its parts are. Pure data; loads no torch.
+"""A machine as figures: the sizes of its parts and their rates. Pure data; loads no torch.
 
 Bytes, bytes/s, FLOP/s (a multiplication and an addition are two) and seconds. `qmix doctor` measures the rates of this
-machine; where nothing was measured or stated, typical ones stand in, and say that they do.
+machine; rates that were neither measured nor stated are typical ones, and are named so.
 """
 
 from __future__ import annotations
@@ -14,11 +14,22 @@ from qmix.units import format_bytes, format_flops
 
 FLOP_RATES = ("matmul", "gpu_matmul")
 SECONDS = ("layer_seconds", "read_seconds")
+RATE_LABELS = {
+    "memory_read": "memory bandwidth",
+    "disk_read": "disk read",
+    "pcie": "memory to GPU",
+    "matmul": "bf16 matmul",
+    "four_bit_read": "4-bit matmul bandwidth",
+    "gpu_memory": "GPU memory bandwidth",
+    "gpu_matmul": "GPU matmul",
+    "layer_seconds": "per-layer overhead",
+    "read_seconds": "per-read overhead",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How fast a machine is. Defaults are typical of a desktop of 2024, its GPU of the class of an RTX 4090.
+    """The rates of a machine. Defaults are typical of a desktop of 2024 with a GPU of the class of an RTX 4090.
 
     memory_read    bytes/s, reading memory with all cores
     disk_read      bytes/s, O_DIRECT reads of expert records at random places
@@ -27,10 +38,10 @@ class Rates:
     four_bit_read  bytes/s of 4-bit weights multiplied with one token on the CPU, by the product alone
     gpu_memory     bytes/s, reading one GPU's memory
     gpu_matmul     FLOP/s of half-precision products on one GPU
-    layer_seconds  what a layer takes in decode besides its weights: Python, small tensors, the router
-    read_seconds   what a record's read takes besides its bytes
+    layer_seconds  seconds of a layer in decode besides its weights: Python, small tensors, the router
+    read_seconds   seconds of a record's read besides its bytes
 
-    `measured` and `stated` name those that were measured on the machine, and those that a user gave.
+    `measured` and `stated` name the rates that were measured on the machine, and the rates that a user gave.
     """
 
     memory_read: float = 40e9
@@ -46,20 +57,22 @@ class Rates:
     stated: frozenset[str] = frozenset()
 
     def source(self, name: str) -> str:
-        """Where a rate comes from: "measured", "stated" or "typical"."""
+        """Return the source of a rate: "measured", "stated" or "typical"."""
         return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
 
     def with_measured(self, found: Mapping[str, float]) -> Rates:
+        """Return the rates with those of `found` in place, as measured."""
         sources = {"measured": self.measured.union(found), "stated": self.stated.difference(found)}
         changes: dict[str, Any] = {**found, **sources}
         return replace(self, **changes)
 
     def with_stated(self, given: Mapping[str, float]) -> Rates:
+        """Return the rates with those of `given` in place, as stated."""
         changes: dict[str, Any] = {**given, "stated": self.stated.union(given)}
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Name to {"value", "source"}."""
+        """Return {name: {"value", "source"}}."""
         return {name: {"value": getattr(self, name), "source": self.source(name)} for name in RATE_NAMES}
 
 
@@ -76,11 +89,11 @@ RATE_LABELS = {
 }
 RATE_NAMES = tuple(RATE_LABELS)
 
-SLOW_FOUR_BIT = 40.0  # times slower 4-bit weights are dequantised and multiplied with one token (slow_path.py)
+SLOW_FOUR_BIT = 40.0  # times slower to dequantise 4-bit weights and multiply one token (benchmarks/slow_path.py)
 
 
 def without_kernels(rates: Rates) -> Rates:
-    """Rates of a CPU on which kernels do not multiply 4-bit weights; one that was measured on it stays."""
+    """Return the rates of a CPU without kernels for 4-bit weights; a measured `four_bit_read` stays."""
     if rates.source("four_bit_read") == "measured":
         return rates
     return replace(rates, four_bit_read=rates.four_bit_read / SLOW_FOUR_BIT)
@@ -88,9 +101,9 @@ def without_kernels(rates: Rates) -> Rates:
 
 @dataclass(frozen=True, slots=True)
 class FourBitProducts:
-    """The CPU's way to multiply packed 4-bit weights. `fast` is true where kernels do, and rows need no dequantising.
+    """The CPU's way to multiply packed 4-bit weights. `fast` is true if kernels do, without dequantising rows.
 
-    `tried` says that `qmix doctor` ran one with the installed versions; else `fast` is what the CPU's flags promise.
+    `tried` is true if `qmix doctor` ran one with the installed versions; otherwise `fast` follows the CPU's flags.
     """
 
     fast: bool
@@ -99,8 +112,11 @@ class FourBitProducts:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan may use. `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` what is free
-    for a store (None: not asked), all in bytes; `four_bit` is how 4-bit products are computed."""
+    """Budgets and rates for a plan.
+
+    `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` the free bytes for a store (None: not
+    checked), all in bytes. `four_bit` is how 4-bit products are computed.
+    """
 
     ram: int
     gpus: tuple[int, ...] = ()
@@ -110,7 +126,7 @@ class Machine:
 
     @property
     def speeds(self) -> Rates:
-        """The rates, as they are on this CPU."""
+        """The rates with the CPU's way of 4-bit products."""
         return self.rates if self.four_bit.fast else without_kernels(self.rates)
 
     def to_json(self) -> dict[str, Any]:
@@ -125,6 +141,7 @@ class Machine:
 
 
 def rate_text(rates: Rates, name: str) -> str:
+    """Return a rate with its unit."""
     value = getattr(rates, name)
     if name in SECONDS:
         return f"{1e3 * value:.2g} ms"

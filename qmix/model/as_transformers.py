@@ -14,7 +14,7 @@ import transformers
 
 from qmix.model.checkpoint_writer import write_checkpoint
 from qmix.model.refusals import Convert, PoolExperts, refuse
-from qmix.pool.experts import ExpertPool
+from qmix.pool.protocol import Pool, refuse_copy
 
 
 class MixtralForCausalLM(transformers.MixtralForCausalLM):
@@ -23,7 +23,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
     `parameters()` are the dense weights: attention, norms, routers, embeddings and head.
     """
 
-    pool: ExpertPool
+    pool: Pool
     _can_compile_fullgraph = False
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
@@ -110,7 +110,7 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
         refuse("to_empty() would forget the dense weights", "open the store once more with qmix.load")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        self.pool.__reduce_ex__(protocol)
+        refuse_copy()
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> NoReturn:
         """Raise UsageError, before any weight is changed."""

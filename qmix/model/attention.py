@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qmix.geometry import HALF_BYTES
 from qmix.model.kv import COLUMNS, Rows
-from qmix.plan import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK
 
 GROUPED_SDPA = "qmix_grouped_sdpa"  # names among transformers' attention functions
 ROW_ATTENTION = "qmix_rows"
@@ -92,7 +92,8 @@ def _kernel_takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, m
     """
     batch, _, positions, width = key.shape
     return (
-        query.dtype in (torch.bfloat16, torch.float16)
+        type(query) is torch.Tensor  # the kernel takes addresses, which subclasses may not have
+        and query.dtype in (torch.bfloat16, torch.float16)
         and all(rows.dtype == query.dtype and rows.stride()[2:] == (width, 1) for rows in (key, value))
         and all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in (query, key, value))
         and width % COLUMNS == 0

@@ -29,8 +29,8 @@ from qmix.model.experts import PooledExperts
 from qmix.model.gpu.devices import download
 from qmix.model.gpu.model import Spread
 from qmix.model.invariant import make_invariant
-from qmix.pool.experts import ExpertPool
 from qmix.pool.prefetch import EMBEDDING, Prefetcher
+from qmix.pool.protocol import Pool
 from qmix.precision.dense import use_half_linear
 from qmix.precision.formats import uses_kernels
 from qmix.store.opened import Store
@@ -62,9 +62,7 @@ def check_attention(name: str) -> None:
         raise UsageError(f"{arg('attention')} flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
 
 
-def build_model(
-    store: Store, pool: ExpertPool, attention: str = "sdpa", spread: Spread | None = None
-) -> MixtralForCausalLM:
+def build_model(store: Store, pool: Pool, attention: str = "sdpa", spread: Spread | None = None) -> MixtralForCausalLM:
     """Return the model in half precision with its experts in the pool; ready to use, gradients off.
 
     Over an `invariant` pool the whole model is invariant: a token's numbers depend on its own sequence alone. With
@@ -134,9 +132,10 @@ def mixtral_config(content: dict[str, Any], where: Path) -> MixtralConfig:
 def load_weights(
     model: MixtralForCausalLM,
     store: Store,
-    pool: ExpertPool,
+    pool: Pool,
     dense: dict[str, torch.Tensor],
     spread: Spread | None = None,
+    prefetcher: type[Prefetcher] = Prefetcher,
 ) -> None:
     """Put experts and dense weights into an empty model. `dense` is by published name, each on its device."""
     activation = activation_of(model.config)
@@ -157,15 +156,15 @@ def load_weights(
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
     if not pool.holds_all:
-        _attach_prefetcher(model, pool)
+        _attach_prefetcher(model, pool, prefetcher)
     model.eval().requires_grad_(False)
 
 
-def _attach_prefetcher(model: MixtralForCausalLM, pool: ExpertPool) -> None:
+def _attach_prefetcher(model: MixtralForCausalLM, pool: Pool, kind: type[Prefetcher]) -> None:
     """Let the embeddings and each layer tell the pool which experts later layers will probably ask for."""
     norms = torch.stack([download(layer.post_attention_layernorm.weight) for layer in model.model.layers])
     gates = torch.stack([download(layer.mlp.gate.weight) for layer in model.model.layers])
-    prefetcher = Prefetcher(norms, gates, pool.store.geometry.experts_per_token, elsewhere=pool.elsewhere)
+    prefetcher = kind(norms, gates, pool.store.geometry.experts_per_token, elsewhere=pool.elsewhere)
     for layer in model.model.layers:
         layer.mlp.experts.prefetcher = prefetcher
 

@@ -28,7 +28,7 @@ from qmix.disk.space import require_space
 from qmix.errors import QmixError, UsageError
 from qmix.files import write_whole
 from qmix.geometry import HALF_BYTES, MATRICES, Geometry
-from qmix.pool.experts import ExpertPool
+from qmix.pool.protocol import Pool
 from qmix.store.opened import is_store
 from qmix.units import parse_bytes
 
@@ -51,7 +51,7 @@ class Planned:
         return HALF_BYTES * torch.Size(self.shape).numel()
 
 
-def write_checkpoint(model: MixtralForCausalLM, pool: ExpertPool, directory: Path, max_shard_size: int | str) -> None:
+def write_checkpoint(model: MixtralForCausalLM, pool: Pool, directory: Path, max_shard_size: int | str) -> None:
     """Write all weights of a model with its experts in `pool`, its config and its generation config.
 
     Shards are at most `max_shard_size` bytes ("5GB", "512MiB"), except for a larger tensor. An earlier checkpoint in
@@ -123,7 +123,7 @@ def _dense(model: MixtralForCausalLM, geometry: Geometry) -> dict[str, torch.Ten
     return found
 
 
-def _write_shard(out: BinaryIO, tensors: list[Planned], dense: dict[str, torch.Tensor], pool: ExpertPool) -> None:
+def _write_shard(out: BinaryIO, tensors: list[Planned], dense: dict[str, torch.Tensor], pool: Pool) -> None:
     stored, placed, position = DTYPES[pool.store.layout.dtype], [], 0
     for each in tensors:
         placed.append((each.name, stored, each.shape, position))
@@ -139,7 +139,7 @@ def _write_shard(out: BinaryIO, tensors: list[Planned], dense: dict[str, torch.T
     os.fsync(out.fileno())
 
 
-def _pieces(pool: ExpertPool, layer: int, expert: int, matrix: str) -> Iterator[torch.Tensor]:
+def _pieces(pool: Pool, layer: int, expert: int, matrix: str) -> Iterator[torch.Tensor]:
     """Yield one matrix of an expert, dequantised, a few rows at a time."""
     for _, found in pool.get(layer, [expert]):
         by_name = dict(zip(MATRICES, (found.gate, found.up, found.down), strict=True))

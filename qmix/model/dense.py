@@ -15,8 +15,8 @@ from qmix.disk import PAGE
 from qmix.disk.direct import DirectFile
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import StoreError, mending
-from qmix.model.gpu.devices import HOST, Device
-from qmix.plan.device_work import ALIGNMENT
+from qmix.model.gpu.devices import Allocator, Device, take_memory
+from qmix.plan.memory import ALIGNMENT
 from qmix.precision.memory import anonymous_memory
 from qmix.store.file import StoreFile
 from qmix.store.opened import Store
@@ -52,7 +52,9 @@ def read_dense(store: Store, where: Callable[[str], Device] | None = None) -> di
     return typed(store, memory)
 
 
-def dense_memory(store: Store, where: Callable[[str], Device]) -> dict[str, torch.Tensor]:
+def dense_memory(
+    store: Store, where: Callable[[str], Device], allocate: Allocator = take_memory
+) -> dict[str, torch.Tensor]:
     """Return memory for every dense weight by published name, uint8, in one block on each device."""
     tensors = store.layout.dense.tensors
     homes = {name: where(name) for name in tensors}
@@ -60,7 +62,7 @@ def dense_memory(store: Store, where: Callable[[str], Device]) -> dict[str, torc
     for device in dict.fromkeys(homes.values()):
         mine = [name for name in tensors if homes[name] is device]
         total = sum(aligned(tensors[name].nbytes, ALIGNMENT) for name in mine)
-        block = anonymous_memory(total) if device.name == HOST else device.empty((total,), torch.uint8)
+        block = allocate(total, device.device)
         position = 0
         for name in mine:
             found[name] = block[position : position + tensors[name].nbytes]

@@ -12,9 +12,9 @@ import torch
 
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
-from qmix.plan import PREFILL_CHUNK
-from qmix.pool.experts import ExpertPool
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.prefetch import Prefetcher
+from qmix.pool.protocol import Pool
 
 CHUNK = PREFILL_CHUNK  # tokens through an expert at once: longer passes take no more work space
 
@@ -25,7 +25,7 @@ class PooledExperts(PoolExperts):
     def __init__(
         self,
         layer: int,
-        pool: ExpertPool,
+        pool: Pool,
         activation: Activation,
         prefetcher: Prefetcher | None = None,
     ) -> None:

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from qmix.pool.eviction import Key
-from qmix.pool.experts import ExpertPool
+from qmix.pool.protocol import Pool
 from qmix.precision.matmul import Expert
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Forward = Callable[[torch.Tensor, Activation], torch.Tensor]
 
 
-def differentiable(forward: Forward, pool: ExpertPool, key: Key) -> Forward:
+def differentiable(forward: Forward, pool: Pool, key: Key) -> Forward:
     """Return an expert's forward that autograd can differentiate. The expert's weights get no gradient."""
 
     def run(x: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -32,7 +32,7 @@ def differentiable(forward: Forward, pool: ExpertPool, key: Key) -> Forward:
     return run
 
 
-def one_by_one(pool: ExpertPool, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+def one_by_one(pool: Pool, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, Expert]]:
     """Yield experts in the given order, whichever are in memory: checkpointing compares a pass with its repeat."""
     for expert in experts:
         yield from pool.get(layer, [expert])
@@ -43,7 +43,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, activation: Activation, forward: Forward, pool: ExpertPool, key: Key
+        ctx: Any, x: torch.Tensor, activation: Activation, forward: Forward, pool: Pool, key: Key
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.activation, ctx.pool, ctx.key = activation, pool, key

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qmix.errors import UsageError
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.precision.memory import anonymous_memory
+from qmix.model.gpu.devices import Allocator, take_memory
 
 COLUMNS = 16  # qmix's attention kernel takes heads of a multiple of these
 HOST = torch.device("cpu")
@@ -131,12 +131,13 @@ class KVCache(Cache):
         batch: int = 1,
         layer_devices: Sequence[torch.device] | None = None,
         aligned: bool = False,
+        allocate: Allocator = take_memory,
     ) -> None:
         devices = layer_devices or [HOST] * geometry.num_layers
         layers: dict[int, KVLayer] = {}
         for device in dict.fromkeys(devices):  # one block on each
             mine = [layer for layer, where in enumerate(devices) if where == device]
-            made = kv_layers(geometry, len(mine), capacity, dtype, batch, device, aligned)
+            made = kv_layers(geometry, len(mine), capacity, dtype, batch, device, aligned, allocate)
             layers |= dict(zip(mine, made, strict=True))
         super().__init__(layers=[layers[layer] for layer in range(geometry.num_layers)])
         self.capacity = capacity
@@ -172,13 +173,12 @@ def kv_layers(
     batch: int = 1,
     device: torch.device = HOST,
     aligned: bool = False,
+    allocate: Allocator = take_memory,
 ) -> list[KVLayer]:
     """Return `count` layers in one block of memory on `device`, zero in main memory; parameters as KVCache's."""
     assert dtype.itemsize == HALF_BYTES
     width = -(-geometry.head_dim // COLUMNS) * COLUMNS if aligned else geometry.head_dim
     shape = (2, count, batch, geometry.num_kv_heads, capacity, width)
     nbytes = prod(shape) * HALF_BYTES
-    on_host = device.type == "cpu"
-    memory = anonymous_memory(nbytes) if on_host else torch.empty(nbytes, dtype=torch.uint8, device=device)
-    keys, values = memory.view(dtype).view(shape)
+    keys, values = allocate(nbytes, device).view(dtype).view(shape)
     return [KVLayer(*pair) for pair in zip(keys, values, strict=True)]

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.errors import UsageError, arg
-from qmix.pool.experts import ExpertPool
+from qmix.pool.protocol import Pool
 
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,7 +22,7 @@ class PoolExperts(nn.Module):
     An operation on parameters would leave the experts out. It is refused here, at whichever module it began.
     """
 
-    def __init__(self, layer: int, pool: ExpertPool, device: torch.device | str = "cpu") -> None:
+    def __init__(self, layer: int, pool: Pool, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.layer, self.pool, self.home = layer, pool, torch.device(device)
 

@@ -1,7 +1,7 @@
-"""How many sequences are continued together: what sharing brings against the memory it takes. Loads no torch.
+"""Choose how many sequences are continued together: what sharing brings against its memory. Loads no torch.
 
-A pass reads every dense weight once and every expert that any of its tokens is routed to, those without a slot from
-the disk. More sequences share these reads, until their keys and values take so many slots from the experts that a
+A pass reads every dense weight once, and every expert that any of its tokens is routed to; experts without a slot come
+from the disk. More sequences share these reads, until their keys and values take so many slots from the experts that a
 pass reads more than sharing saves.
 """
 
@@ -13,20 +13,21 @@ from collections.abc import Callable, Sequence
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.machine.found import default_budget, interpreter_memory
-from qmix.plan import PREFILL_CHUNK, Plan, make_plan
+from qmix.plan.make import make_plan
+from qmix.plan.memory import MAX_BATCH
+from qmix.plan.plan import Plan
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
 
-MAX_BATCH = PREFILL_CHUNK // 2  # the other half of a pass is for prompts
 DISK_COST = 10.0  # a byte from disk, in bytes from memory: 3 to 4 GB/s against 30 to 50 on the machine measured
 TOKEN_COST = 0.2  # an expert's product for one more token, in readings of the expert from memory
 
 
 def choose_plan(geometry: Geometry, needs: Sequence[int], plan_of: Callable[[int, int], Plan]) -> Plan:
-    """The plan that computes a token soonest, for lines that need so many tokens of context each.
+    """Return the plan with the least cost a token, for lines that need `needs` tokens of context.
 
-    `plan_of` makes a plan of a batch and the context of each sequence in it, or raises DoesNotFitError, as this does
-    where even one sequence does not fit.
+    `plan_of` makes a plan from a batch and the context of each of its sequences, or raises DoesNotFitError. Raises
+    DoesNotFitError where even one sequence does not fit.
     """
     plans = [plan_of(1, max(needs))]
     for batch in _candidates(len(needs)):
@@ -45,9 +46,10 @@ def plan_lines(
     held: int = 0,
     use: ExpertFrequency | None = None,
 ) -> Plan:
-    """The plan of a store on this machine for lines that need so many tokens each; `batch` sequences, if it is given.
+    """Return the plan of a store on this machine for lines that need `needs` tokens.
 
-    `held` are bytes that the caller takes beside it, `use` how often each expert is used. Raises DoesNotFitError.
+    `batch` sequences go together, as many as are best if None. `held` are bytes that the caller takes besides, `use` is
+    how often each expert is used. Raises DoesNotFitError.
     """
     budget, own = default_budget() if ram is None else ram, interpreter_memory(kernels=True) + held
 
@@ -61,12 +63,12 @@ def plan_lines(
 
 
 def context_of(needs: Sequence[int], batch: int) -> int:
-    """Tokens for each of `batch` sequences that share one arena, so that the longest lines fit together."""
+    """Return tokens for each of `batch` sequences that share one arena, so that the longest lines fit together."""
     return math.ceil(sum(sorted(needs, reverse=True)[:batch]) / batch)
 
 
 def token_cost(plan: Plan, geometry: Geometry) -> float:
-    """What a token of a pass with `plan.batch` of them takes, as bytes read from memory."""
+    """Return the cost of a token in a pass of `plan.batch` tokens, in bytes read from memory."""
     experts, top_k = geometry.num_experts, geometry.experts_per_token
     used = 1 - (1 - top_k / experts) ** plan.batch
     reading = plan.dense + used * (plan.expert_total + DISK_COST * plan.on_disk)
@@ -74,6 +76,7 @@ def token_cost(plan: Plan, geometry: Geometry) -> float:
 
 
 def _candidates(lines: int) -> list[int]:
+    """Return the batches to try above one: powers of two, three times such, and the most."""
     most = min(lines, MAX_BATCH)
     steps = {2**half for half in range(1, 9)} | {3 * 2**half for half in range(0, 8)}
     return sorted({step for step in steps if 1 < step < most} | ({most} if most > 1 else set()))

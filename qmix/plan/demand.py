@@ -1,6 +1,6 @@
-"""What a run asks of a machine, and an answer to it: which layers and experts lie where. Loads no torch.
+"""The needs of a run, and an arrangement of its layers and experts on a machine. Loads no torch.
 
-Experts are ranked by expected use, 0 the most used; what a tier holds is told by ranks.
+Experts are ranked by expected use, 0 the most used; a tier's experts are given as ranks.
 """
 
 from __future__ import annotations
@@ -10,38 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.plan.device_work import device_record_bytes
+from qmix.plan.memory import device_record_bytes, layer_kv_bytes, step_tokens
+from qmix.plan.plan import DevicePlan
 from qmix.store.expert_frequency import ExpertFrequency, by_frequency
 from qmix.store.layout import StoreLayout
-
-PREFILL_CHUNK = 512  # tokens; the same for every budget, so that the same prompt gives the same text
-
-
-@dataclass(frozen=True, slots=True)
-class DevicePlan:
-    """Bytes of each part of a run on one GPU, whose ceiling is `budget`. `experts` are residents that stay."""
-
-    name: str  # "gpu:0"
-    budget: int
-    dense: int
-    kv_cache: int
-    experts: int
-    work: int
-
-    @property
-    def total(self) -> int:
-        """The predicted peak of allocated memory."""
-        return self.dense + self.kv_cache + self.experts + self.work
-
-    @property
-    def headroom(self) -> int:
-        """What the budget leaves free: CUDA's own context, the allocator's slack."""
-        return self.budget - self.total
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a run asks of any machine: a store, `batch` sequences of `context` tokens, experts used by `use`."""
+    """A store, `batch` sequences of `context` tokens, and how often each expert is used."""
 
     layout: StoreLayout
     context: int
@@ -56,7 +33,7 @@ class Demand:
     @property
     def chunk(self) -> int:
         """The most tokens of one step."""
-        return min(max(PREFILL_CHUNK, self.batch), self.context * self.batch)
+        return step_tokens(self.context, self.batch)
 
     @cached_property
     def layer_dense(self) -> int:
@@ -67,26 +44,28 @@ class Demand:
 
     @cached_property
     def embeddings(self) -> int:
+        """Bytes of the embeddings."""
         return self.layout.dense.tensors["model.embed_tokens.weight"].nbytes
 
     @cached_property
     def head(self) -> int:
-        """Bytes of the last norm and of the head; tied, the head is the embeddings, wherever it lies."""
+        """Bytes of the last norm and the head; a tied head counts as if it were a weight of its own."""
         norm = self.layout.dense.tensors["model.norm.weight"].nbytes
         return norm + self.geometry.vocab_size * self.geometry.hidden_size * HALF_BYTES
 
     @cached_property
     def layer_kv(self) -> int:
-        """Bytes of one layer's cache."""
-        return self.geometry.kv_bytes_per_token // self.geometry.num_layers * self.context * self.batch
+        """Bytes of one layer's KV cache."""
+        return layer_kv_bytes(self.geometry, self.context * self.batch)
 
     @cached_property
     def order(self) -> list[tuple[int, int]]:
+        """(layer, expert) of each rank."""
         return by_frequency(self.layout, self.use)
 
     @cached_property
     def record_bytes(self) -> list[int]:
-        """Of the record of each rank."""
+        """Bytes of the record of each rank."""
         return [self.layout.record(*key).nbytes for key in self.order]
 
     @cached_property
@@ -96,7 +75,7 @@ class Demand:
 
     @cached_property
     def device_bytes(self) -> dict[str, int]:
-        """Of one expert resident on a GPU, by precision."""
+        """Bytes of one expert resident on a GPU, by precision."""
         precisions = self.layout.records
         return {name: device_record_bytes(self.geometry, name, self.layout.dtype) for name in precisions}
 
@@ -107,12 +86,12 @@ class Demand:
 
     @cached_property
     def four_bit(self) -> bool:
-        """Whether most of the experts' bytes are 4-bit codes."""
+        """True if at least half of the experts' bytes are 4-bit codes."""
         sizes = self.layout.expert_bytes
         return 2 * (sizes.get("nf4", 0) + sizes.get("fp4", 0)) >= self.expert_total
 
     def dense_of(self, first: int, last: int) -> int:
-        """Bytes of the dense weights that lie with layers [first, last)."""
+        """Return the bytes of the dense weights that lie with layers [first, last)."""
         if first == last:
             return 0
         layers, ends = self.geometry.num_layers, 0
@@ -123,14 +102,14 @@ class Demand:
         return (last - first) * self.layer_dense + ends
 
     def read_of(self, first: int, last: int, position: int) -> int:
-        """Bytes of dense weights and cache that a decode step reads for layers [first, last)."""
+        """Return the bytes of dense weights and cache that a decode step reads for layers [first, last)."""
         head = self.head if first < last == self.geometry.num_layers else 0
         return (last - first) * (self.layer_dense + self.layer_kv * position // self.context) + head
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one GPU holds of layers [first, last): its plan, and of their experts all up to rank `limit` by use."""
+    """Layers [first, last) on one GPU, with their experts of rank `limit` and below; its bytes are in `plan`."""
 
     first: int
     last: int
@@ -142,7 +121,7 @@ class Holding:
 class Arrangement:
     """Layers [0, cpu_layers) on the CPU, the others on GPUs that hold some of their experts.
 
-    `slots` says how many are for the rest, by the bytes of their records.
+    `slots` are the pool's, for all other experts, by the bytes of their records.
     """
 
     cpu_layers: int
@@ -152,6 +131,7 @@ class Arrangement:
 
     @property
     def layer_devices(self) -> tuple[str, ...]:
+        """The device of each layer."""
         names = ["cpu"] * self.demand.geometry.num_layers
         for held in self.holdings:
             names[held.first : held.last] = [held.plan.name] * (held.last - held.first)
@@ -172,24 +152,24 @@ class Arrangement:
 
     @cached_property
     def residents(self) -> list[int]:
-        """Ranks by use of the experts that lie on a GPU."""
+        """Ranks of the experts on a GPU."""
         limits = self._limits
         return [rank for rank, layer in enumerate(self.demand.layers) if rank <= limits[layer]]
 
     @cached_property
     def elsewhere(self) -> list[int]:
-        """Ranks of those that do not."""
+        """Ranks of the experts on no GPU."""
         limits = self._limits
         return [rank for rank, layer in enumerate(self.demand.layers) if rank > limits[layer]]
 
     @cached_property
     def wanted(self) -> list[int]:
-        """Bytes of the records of those that do not."""
+        """Bytes of the records of the experts on no GPU."""
         return list(map(self.demand.record_bytes.__getitem__, self.elsewhere))
 
     @cached_property
     def missed(self) -> list[int]:
-        """Ranks of those that lie on no GPU and have no slot, when the most used have taken the slots of their size."""
+        """Ranks of the experts on no GPU and without a slot, when the most used have taken the slots of their size."""
         left, found = dict(self.slots), []
         for rank, nbytes in zip(self.elsewhere, self.wanted, strict=True):
             if left[nbytes]:
@@ -200,7 +180,7 @@ class Arrangement:
 
     @property
     def _limits(self) -> list[int]:
-        """By layer, the last rank that lies on its GPU."""
+        """The last rank on each layer's GPU."""
         limits = [-1] * self.demand.geometry.num_layers
         for held in self.holdings:
             limits[held.first : held.last] = [held.limit] * (held.last - held.first)
@@ -209,8 +189,7 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class StepUse:
-    """By rank: the chance of each expert to be needed in a step, and with it the expected bytes of its record, and of
-    what it takes on a GPU."""
+    """By rank: the chance that a step needs an expert, and the expected bytes of its record and on a GPU."""
 
     chance: list[float]
     record: list[float]
@@ -218,7 +197,7 @@ class StepUse:
 
     @classmethod
     def of(cls, demand: Demand, tokens: int) -> StepUse:
-        """Of a step of so many tokens that each choose for themselves."""
+        """Return the use of a step whose `tokens` tokens are routed independently."""
         precisions, records, chance = demand.layout.precisions, demand.layout.records, []
         record, device = [], []
         for layer, expert in demand.order:

@@ -1,4 +1,4 @@
-"""Reading a plan that `qmix plan --json` wrote, and refusing one that this model or machine cannot run.
+"""Read a plan that `qmix plan --json` wrote, and refuse one that this model or machine cannot run.
 
 Loads no torch unless the plan has GPUs.
 """
@@ -16,17 +16,17 @@ import msgspec
 from qmix.errors import UsageError, arg
 from qmix.files import read_versioned
 from qmix.machine.found import available_memory, found_gpus, own_memory
-from qmix.plan import SCHEMA, Plan
+from qmix.plan.plan import SCHEMA, Plan
 from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes, plural
 
 AGAIN = "make it again with `qmix plan --json`"
 DEVICE = re.compile(r"gpu:\d{1,4}", re.ASCII)
-MOST = 2**63  # of any number: what memory and files can be addressed by
+MOST = 2**63  # of any number: the limit of addresses in memory and files
 
 
 class _Sizes(msgspec.Struct, frozen=True):
-    """The parts of a model's geometry that the plan's own tables must agree with."""
+    """The parts of a model's geometry that the plan's tables must agree with."""
 
     num_layers: int
     num_experts: int
@@ -34,7 +34,7 @@ class _Sizes(msgspec.Struct, frozen=True):
 
 
 class _Model(msgspec.Struct, frozen=True):
-    """The model that a plan was made for. `precision` is as `--precision` takes it."""
+    """The model that a plan was made for; `precision` as `--precision` takes it."""
 
     name: str
     fingerprint: str | None
@@ -57,7 +57,7 @@ class _Planned(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """A plan as a file has it, with what it was made for."""
+    """A plan from a file, with the attention and the model that it was made for."""
 
     path: Path
     plan: Plan
@@ -66,11 +66,11 @@ class PlanFile:
 
     @property
     def precision(self) -> str | None:
-        """Return the precision as `--precision` takes it."""
+        """The model's precision as `--precision` takes it."""
         return self.model.precision
 
     def plan_of(self, layout: StoreLayout, fingerprint: str | None = None, attention: str = "sdpa") -> Plan:
-        """The plan, for a store of this layout on this machine. Raises UsageError where it is for another."""
+        """Return the plan. Raises UsageError where it is for another store, attention or machine."""
         if attention != self.attention:
             needed = f"made for {arg('attention', self.attention)}, which needs other work space than {attention}"
             raise UsageError(f"{self.path}: is {needed}; give the same, or {AGAIN}")
@@ -107,7 +107,7 @@ class PlanFile:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Raises UsageError naming the file, and the field where it is not what a plan has there."""
+    """Return a plan from a file. Raises UsageError with the file, and the field if its content is wrong."""
     asked = SCHEMA, "what `qmix plan --json` wrote", AGAIN
     if not read_versioned(path, _Fits, *asked).fits:
         raise UsageError(f"{path}: says that the model does not fit; {AGAIN}, with a larger budget")
@@ -124,7 +124,7 @@ def read_plan(path: Path) -> PlanFile:
 
 
 def _checks(file: PlanFile, sizes: _Sizes) -> Iterator[tuple[str, bool]]:
-    """Name what a plan's parts must agree in, one model's layers and one machine's bytes, and say whether they do."""
+    """Yield the name and the result of each check: parts agree in one model's layers and one machine's bytes."""
     plan, model = file.plan, file.model
     yield "a number", all(0 <= count < MOST for count in _counts(plan))
     yield "batch", plan.batch >= 1
@@ -145,6 +145,6 @@ def _checks(file: PlanFile, sizes: _Sizes) -> Iterator[tuple[str, bool]]:
 
 
 def _counts(plan: Plan) -> Iterator[int]:
-    """Every number of a plan."""
+    """Yield every number of a plan."""
     for part in (asdict(plan), *map(asdict, plan.slot_classes), *map(asdict, plan.devices), plan.expert_bytes):
         yield from (value for value in part.values() if type(value) is int)

@@ -1,4 +1,4 @@
-"""Plans for the machine that qmix runs on, with the defaults of `qmix.load`."""
+"""Plan for the machine that qmix runs on, with the defaults of `qmix.load`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,27 @@ from collections.abc import Sequence
 
 from qmix.disk.places import cache_directory
 from qmix.errors import UsageError, arg
+from qmix.geometry import Geometry
 from qmix.machine.found import default_budget, found_gpus, free_disk, interpreter_memory
 from qmix.machine.measured import four_bit_products, measured_rates
 from qmix.machine.rates import Machine
-from qmix.plan import Plan, default_context, make_plan
+from qmix.plan.make import make_plan
+from qmix.plan.plan import Plan
 from qmix.precision.formats import uses_kernels
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
 from qmix.units import parse_bytes
 
+DEFAULT_CONTEXT = 4096
+
+
+def default_context(geometry: Geometry) -> int:
+    """Return the context where none is given: 4096 tokens, or the model's longest."""
+    return min(DEFAULT_CONTEXT, geometry.max_position)
+
 
 def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None) -> Machine:
-    """This machine as it is found and was measured, with the memory that is given."""
+    """Return this machine as found and measured; `ram` and `gpus` are budgets in place of the free memory."""
     budget = default_budget() if ram is None else parse_bytes(ram)
     return Machine(
         ram=budget,
@@ -38,7 +47,7 @@ def plan_for(
     machine: Machine | None = None,
     use: ExpertFrequency | None = None,
 ) -> Plan:
-    """The plan of a store on a machine, by default this one, with the defaults that `qmix.load` has."""
+    """Return the plan of a store on `machine`, by default this one. Raises UsageError and DoesNotFitError."""
     longest = layout.geometry.max_position
     if context is not None and not 1 <= context <= longest:
         raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")

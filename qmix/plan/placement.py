@@ -1,9 +1,9 @@
-"""Which tier holds which layer and expert: pure and deterministic. Loads no torch.
+"""Choose which tier holds which layer and expert. Pure and deterministic; loads no torch.
 
-Layers stay in order: those that fit no GPU first, on the CPU, then a run of them on each GPU. A GPU holds its layers'
-dense weights and cache, the work space of a step, and the most used of its layers' experts that there is room for; so
-each layer's experts are near it. Of all such cuts, the one that is predicted to answer a prompt soonest is taken. More
-of any budget leaves every cut possible and makes none slower, so that it never makes the best one slower.
+Layers stay in order: first the layers that fit no GPU, on the CPU, then a run of layers on each GPU. A GPU holds its
+layers' dense weights and cache, the work space of a step, and as many of its layers' most used experts as fit; so each
+layer's experts are near it. Of all such cuts, the one with the fastest predicted answer to a prompt is taken. More of
+any budget leaves every cut possible and makes none slower, so it never makes the best one slower.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from qmix.machine.rates import Rates
-from qmix.plan.demand import Arrangement, Demand, DevicePlan, Holding, StepUse
-from qmix.plan.device_work import device_work_bytes
+from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
+from qmix.plan.memory import device_work_bytes, usable_device_bytes
+from qmix.plan.plan import DevicePlan
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load
 
-JOB = (512, 128)  # tokens of a prompt and of its answer: what arrangements are compared by
-GPU_RESERVE_BYTES = 600 * 2**20  # CUDA's context, cuBLAS' own work space
-GPU_RESERVE_SHARE = 0.02  # the allocator's slack
+JOB = (512, 128)  # tokens of the prompt and the answer that arrangements are compared by
 
 Cut = tuple[int, ...]  # where each GPU's layers begin, and at the end the number of layers
-# from layers on the CPU, and the bytes of each record on no GPU, the most used first; None: does not fit
+# From layers on the CPU and the bytes of each record on no GPU, most used first, to slots; None where too few fit.
 SlotsFor = Callable[[int, list[int]], dict[int, int] | None]
 
 
 def arrange(demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rates) -> Arrangement | None:
-    """The arrangement that is predicted to do JOB soonest under the GPUs' budgets; None where none fits the host.
+    """Return the arrangement with the fastest predicted JOB under the GPUs' budgets; None where none fits the host.
 
-    Among equals the one with the fewest layers on the CPU, then the one that shares layers out by the GPUs' sizes.
+    Of equals, return the one with the fewest layers on the CPU, then the one that follows the GPUs' sizes best.
     """
     best: tuple[tuple[float, int, float], Arrangement] | None = None
     holdings = _Holdings(demand, gpus)
@@ -56,7 +55,7 @@ def arrange(demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rat
 
 
 def _cuts(layers: int, gpus: Sequence[int]) -> Iterator[Cut]:
-    """Every way to share layers out, for up to two GPUs; for more, in proportion to their sizes."""
+    """Yield every way to share layers out, for up to two GPUs; for more, only in proportion to their sizes."""
     if not gpus:
         yield (layers,)
         return
@@ -71,7 +70,7 @@ def _cuts(layers: int, gpus: Sequence[int]) -> Iterator[Cut]:
 
 
 class _Holdings:
-    """What GPUs can hold of runs of layers, worked out once for each."""
+    """The holding of each GPU for each run of layers, worked out once."""
 
     def __init__(self, demand: Demand, gpus: Sequence[int]) -> None:
         self.demand, self.gpus = demand, gpus
@@ -79,7 +78,7 @@ class _Holdings:
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
     def of(self, cut: Cut) -> tuple[Holding, ...] | None:
-        """Of every GPU that a cut uses; None where one of them is too small."""
+        """Return the holding of every GPU that a cut uses; None where one of them is too small."""
         found = []
         for key in ((gpu, *run) for gpu, run in enumerate(pairwise(cut)) if run[0] < run[1]):
             if key not in self._found:
@@ -92,11 +91,10 @@ class _Holdings:
 
     def _holding(self, gpu: int, first: int, last: int) -> Holding | None:
         demand, budget = self.demand, self.gpus[gpu]
-        usable = int((budget - GPU_RESERVE_BYTES) / (1 + GPU_RESERVE_SHARE))
         dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
-        for uploads in (False, True):  # no record is copied where all of them stay
+        for uploads in (False, True):  # no record is copied where all experts are residents
             work = self._work(last, uploads)
-            room = usable - dense - cache - work
+            room = usable_device_bytes(budget) - dense - cache - work
             if room < 0:
                 continue
             ranks, sizes = self._run(first, last)
@@ -107,16 +105,14 @@ class _Holdings:
         return None
 
     def _run(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """Ranks of these layers' experts, and the bytes of the first on a GPU, of the first two, and so on."""
+        """Return the ranks of these layers' experts, and the bytes on a GPU of the first, the first two, and so on."""
         if (first, last) not in self._runs:
             demand = self.demand
             sizes, precisions, order = demand.device_bytes, demand.layout.precisions, demand.order
             ranks = [rank for rank, (layer, _) in enumerate(order) if first <= layer < last]
             mine = (order[rank] for rank in ranks)
-            self._runs[first, last] = (
-                ranks,
-                list(accumulate(sizes[precisions[layer][expert]] for layer, expert in mine)),
-            )
+            taken = list(accumulate(sizes[precisions[layer][expert]] for layer, expert in mine))
+            self._runs[first, last] = ranks, taken
         return self._runs[first, last]
 
     def _work(self, last: int, uploads: bool) -> int:

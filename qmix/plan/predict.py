@@ -1,8 +1,8 @@
-"""How fast a plan will be: from bytes and rates to seconds. Pure arithmetic; loads no torch.
+"""Predict how fast a plan will be: from bytes and rates to seconds. Pure arithmetic; loads no torch.
 
-Decode reads the dense weights, the cache and the experts of one step once; what is missed comes from the disk
-meanwhile. A prompt is computed in chunks, each of which needs nearly every expert. What no GPU holds is computed on
-the CPU in decode; in prefill it is copied to the GPU where that is sooner.
+Decode reads the dense weights, the cache and the experts of one step once; misses come from the disk meanwhile. A
+prompt is computed in chunks, each of which needs nearly every expert. Experts on no GPU are computed on the CPU in
+decode; in prefill they are copied to the GPU where that is faster.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.machine.rates import Rates
+from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
+from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.plan import Plan
+from qmix.plan.traffic import Load, decode_load, prefill_load
+from qmix.store.expert_frequency import ExpertFrequency, uniform_frequency
+from qmix.store.layout import StoreLayout
 
 DENSE_SHARE = 0.84  # of memory's rate that dense products reach between all else (docs/performance.md, "Full size")
-EXPERT_SHARE = 0.7  # of the 4-bit product's rate by itself that it has over a whole pool (the same)
+EXPERT_SHARE = 0.7  # of the 4-bit product's own rate that it reaches over a whole pool (the same)
 COMPUTE_SHARE = 0.65  # of bf16 products' rate that a prefill chunk reaches (the same)
 GPU_SHARE = 0.5  # of a GPU's rates; stated, not measured
-LOCALITY = 0.3  # what the pool finds beyond the most used experts: misses are (1 - share held) ** LOCALITY of theirs
 OVERLAP = 3.0  # reads beside products: 1 would be one after the other, infinity perfectly side by side
 CROSSING_SECONDS = 40e-6  # activations from one device to another and the wait for them; stated
 BANDS = {"measured": 0.25, "stated": 0.35, "typical": 0.6}  # either side of a prediction, by its limit's source
@@ -24,31 +29,8 @@ GPU_BAND = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What one step moves and computes, in bytes, FLOP and counts; expected values.
-
-    `dense`, `experts`, `flops` are the CPU's; `gpu_bytes` and `gpu_flops` the GPUs', one after the other;
-    `missed` is read from disk in `reads` records; `copied` are the experts that could go to a GPU instead of being
-    computed on the CPU, with `copied_flops`.
-    """
-
-    layers: int
-    dense: float = 0.0
-    experts: float = 0.0
-    four_bit: bool = True
-    flops: float = 0.0
-    missed: float = 0.0
-    reads: float = 0.0
-    gpu_bytes: float = 0.0
-    gpu_flops: float = 0.0
-    copied: float = 0.0
-    copied_flops: float = 0.0
-    crossings: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Speed:
-    """Predicted `seconds` a step of `tokens` tokens, in which `limit` takes the largest part, right within `band`."""
+    """Predicted `seconds` a step of `tokens` tokens, right within `band`; `limit` takes the largest part."""
 
     seconds: float
     tokens: int
@@ -62,10 +44,12 @@ class Speed:
 
     @property
     def slowest(self) -> float:
+        """Tokens/s at the lower end of the band."""
         return self.rate / (1 + self.band)
 
     @property
     def fastest(self) -> float:
+        """Tokens/s at the upper end of the band."""
         return self.rate * (1 + self.band)
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +64,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`decode` is of one step at half the context, `prefill` of one chunk of a prompt, both after some use."""
+    """The speed of one decode step at half the context and of one chunk of a prompt, both after some use."""
 
     prefill: Speed
     decode: Speed
@@ -101,13 +85,36 @@ _SOURCES = {  # a limit's name, and the rate that it follows from
 }
 
 
+def predict(plan: Plan, layout: StoreLayout, rates: Rates, use: ExpertFrequency | None = None) -> Prediction:
+    """Return the plan's predicted speed."""
+    demand = Demand(layout, plan.context, plan.batch, "sdpa", use or uniform_frequency(layout.geometry))
+    found = Arrangement(plan.layer_devices.count("cpu"), _holdings(plan, demand), plan.slots_by_size, demand)
+    tokens = min(PREFILL_CHUNK, plan.context)
+    decode = decode_load(found, StepUse.of(demand, plan.batch))
+    prefill = prefill_load(found, StepUse.of(demand, tokens), tokens)
+    return Prediction(prefill=speed_of(prefill, rates, tokens), decode=speed_of(decode, rates, plan.batch))
+
+
+def _holdings(plan: Plan, demand: Demand) -> tuple[Holding, ...]:
+    """Return what each GPU of a plan holds."""
+    found = []
+    for device in plan.devices:
+        first = plan.layer_devices.index(device.name)
+        last = first + plan.layer_devices.count(device.name)
+        ranks = [
+            rank for rank, (layer, expert) in enumerate(demand.order) if plan.placement[layer][expert] == device.name
+        ]
+        found.append(Holding(first, last, device, max(ranks, default=-1)))
+    return tuple(found)
+
+
 def seconds_of(load: Load, rates: Rates) -> float:
-    """Of one step."""
+    """Return the seconds of one step."""
     return _total(_parts(load, rates))
 
 
 def speed_of(load: Load, rates: Rates, tokens: int) -> Speed:
-    """Of one step of `tokens` tokens, with its limit named."""
+    """Return the speed of one step of `tokens` tokens, with its limit named."""
     parts = _parts(load, rates)
     limit = max(parts, key=lambda name: parts[name])
     band = BANDS[rates.source(_SOURCES[limit])]
@@ -116,51 +123,42 @@ def speed_of(load: Load, rates: Rates, tokens: int) -> Speed:
     return Speed(_total(parts), tokens, limit, band)
 
 
-def missed_share(held: float) -> float:
-    """Of the uses of experts beyond the most used ones that a pool has slots for, those that are missed indeed.
-
-    `held` is the share of the host's experts that have a slot. Expected use alone would miss all of them; the pool
-    keeps what was used lately, and consecutive tokens share experts more often than chance has it.
-    """
-    return float((1 - held) ** LOCALITY)
-
-
 def _parts(load: Load, rates: Rates) -> dict[str, float]:
-    """Seconds by what takes them."""
-    product = rates.four_bit_read * EXPERT_SHARE if load.four_bit else rates.memory_read * DENSE_SHARE
-    arithmetic = load.flops / (rates.matmul * COMPUTE_SHARE)
-    gpu_bytes = load.gpu_bytes / (rates.gpu_memory * GPU_SHARE)
-    gpu_flops = load.gpu_flops / (rates.gpu_matmul * GPU_SHARE)
+    """Return seconds by limit."""
+    reading, rate = "memory", rates.memory_read * DENSE_SHARE
+    if load.four_bit:
+        reading, rate = "4-bit products", rates.four_bit_read * EXPERT_SHARE
+    flops, gpu_flops = rates.matmul * COMPUTE_SHARE, rates.gpu_matmul * GPU_SHARE
     parts = {
         "memory": load.dense / (rates.memory_read * DENSE_SHARE),
-        "4-bit products" if load.four_bit else "memory, experts": load.experts / product,
-        "CPU arithmetic": arithmetic,
-        "GPU memory": gpu_bytes,
-        "GPU arithmetic": gpu_flops,
+        "4-bit products": 0.0,
+        "CPU arithmetic": load.flops / flops,
+        "GPU memory": load.gpu_bytes / (rates.gpu_memory * GPU_SHARE),
+        "GPU arithmetic": load.gpu_flops / gpu_flops,
         "disk": load.missed / rates.disk_read + load.reads * rates.read_seconds,
         "Python": load.layers * rates.layer_seconds + load.crossings * CROSSING_SECONDS,
         "PCIe": 0.0,
     }
-    parts["memory"] += parts.pop("memory, experts", 0.0)
+    parts[reading] += load.experts / rate
     if load.copied:
-        on_cpu = load.copied / product + load.copied_flops / (rates.matmul * COMPUTE_SHARE)
-        copying = load.copied / rates.pcie + load.copied_flops / (rates.gpu_matmul * GPU_SHARE)
+        on_cpu = load.copied / rate + load.copied_flops / flops
+        copying = load.copied / rates.pcie + load.copied_flops / gpu_flops
         if copying < on_cpu:
             parts["PCIe"] = load.copied / rates.pcie
-            parts["GPU arithmetic"] += load.copied_flops / (rates.gpu_matmul * GPU_SHARE)
+            parts["GPU arithmetic"] += load.copied_flops / gpu_flops
         else:
-            parts["4-bit products" if load.four_bit else "memory"] += load.copied / product
-            parts["CPU arithmetic"] += load.copied_flops / (rates.matmul * COMPUTE_SHARE)
+            parts[reading] += load.copied / rate
+            parts["CPU arithmetic"] += load.copied_flops / flops
     return parts
 
 
 def _total(parts: dict[str, float]) -> float:
-    """Overheads, and the disk beside all else, which it overlaps with for the most part."""
+    """Return the seconds of all parts; the disk overlaps with most of the others."""
     busy = sum(seconds for name, seconds in parts.items() if name not in ("disk", "Python"))
     return parts["Python"] + beside(busy, parts["disk"])
 
 
 def beside(first: float, second: float) -> float:
-    """Seconds of two things done side by side, not quite perfectly: more than the longer, less than the sum."""
+    """Return the seconds of two things done side by side: more than the longer, less than the sum."""
     longer, shorter = max(first, second), min(first, second)
     return longer * (1 + (shorter / longer) ** OVERLAP) ** (1 / OVERLAP) if longer else 0.0

@@ -1,10 +1,10 @@
-"""How many tokens go through the model together, and how many experts stay in memory. Loads no torch.
+"""Plan a scoring pass: how many tokens go through together, and how many experts stay in memory. Loads no torch.
 
-A pass reads every expert that has no slot once, whatever the number of its tokens. Where not all experts fit, memory
-brings more as room for tokens than as slots: with room M for both, R records of S bytes and t bytes a token, a token
-costs (1 - s / R) / ((M - s S) / t) of a reading of all, which falls with s only if M > R S, when all fit anyway. So
-either every expert has a slot, or tokens come first, up to where a pass computes far longer than it reads; what is
-left goes to slots again.
+A pass reads every expert without a slot once, whatever its number of tokens. Where not all experts fit, memory brings
+more as room for tokens than as slots: with room M for both, R records of S bytes and t bytes a token, a token costs
+(1 - s / R) / ((M - s S) / t) of reading all experts, which falls with s only if M > R S, when all fit anyway. So
+either every expert has a slot, or tokens come first, up to where a pass computes far longer than it reads. The rest of
+the room goes to slots again.
 """
 
 from __future__ import annotations
@@ -14,20 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qmix.errors import DoesNotFitError, UsageError, arg
-from qmix.geometry import HALF_BYTES, Geometry
 from qmix.machine.found import default_budget, interpreter_memory
-from qmix.plan import PREFILL_CHUNK, RESERVE_BYTES, RESERVE_SHARE, work_bytes
+from qmix.plan.memory import scoring_fixed_bytes, scoring_token_bytes, usable_bytes, with_reserve
 from qmix.plan.slots import least_slots, share_slots
 from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
 
-MOST_TOKENS = 2**14  # of a pass: enough that 8x22B's reading is a small part of it even where cores are many and fast
-ENOUGH_TOKENS = 2**11  # from where on slots to read ahead are worth more than still more tokens
-SLOTS_AHEAD = 8  # of each size, from where on the pool reads two records ahead
-ROUTING_BYTES = 128  # a token's experts, weights, places and masks
-HEAD_ROWS = 64  # predictions at once
-RUNNING_BYTES = 2**25  # of what allocators keep
+MOST_TOKENS = 2**14  # of a pass: reading is a small part of it then, even for 8x22B and many fast cores
+ENOUGH_TOKENS = 2**11  # from here on, slots to read ahead are worth more than still more tokens
+SLOTS_AHEAD = 8  # of each size, with which the pool reads two records ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ def plan_scoring(
     held: int = 0,
     batch_tokens: int | None = None,
 ) -> ScoringPlan:
-    """The plan for `rows` tokens in all, in sequences of at most `longest`; `held` are bytes that the caller takes.
+    """Return the plan for `rows` tokens in sequences of at most `longest`; `held` are bytes that the caller takes.
 
     Raises DoesNotFitError, and UsageError where a sequence is longer than `batch_tokens`.
     """
@@ -61,12 +57,12 @@ def plan_scoring(
             f"{arg('batch_tokens')} {batch_tokens}: must be at least {longest}, the tokens of the longest request"
         )
     budget = default_budget() if ram is None else ram
-    fixed = fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
-    each, least = token_bytes(layout.geometry), least_slots(layout)
-    smallest = math.ceil((fixed + longest * each + _bytes(least)) * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+    fixed = scoring_fixed_bytes(layout, longest) + interpreter_memory(kernels=True) + held
+    each, least = scoring_token_bytes(layout.geometry), least_slots(layout)
+    smallest = with_reserve(fixed + longest * each + _bytes(least))
     if budget < smallest:
         raise does_not_fit(budget, f"requests of up to {longest} tokens", smallest)
-    room = int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE)) - fixed
+    room = usable_bytes(budget) - fixed
     wanted = max(longest, min(rows, batch_tokens or MOST_TOKENS))
     enough = max(longest, min(wanted, ENOUGH_TOKENS)) * each
     every = layout.record_counts
@@ -90,17 +86,3 @@ def does_not_fit(budget: int, requests: str, smallest: int) -> DoesNotFitError:
 
 def _bytes(slots: Mapping[int, int]) -> int:
     return sum(nbytes * count for nbytes, count in slots.items())
-
-
-def token_bytes(geometry: Geometry) -> int:
-    """Of each token of a pass: stream, normed stream, what its experts gave, their sum and a copy of that."""
-    return geometry.hidden_size * HALF_BYTES * (4 + geometry.experts_per_token) + ROUTING_BYTES
-
-
-def fixed_bytes(layout: StoreLayout, longest: int) -> int:
-    """Dense weights, one layer's keys and values of one sequence, and the work on a chunk of rows."""
-    geometry = layout.geometry
-    keys = geometry.kv_bytes_per_token // geometry.num_layers * longest
-    head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
-    work = work_bytes(geometry, max(longest, PREFILL_CHUNK), "sdpa")
-    return layout.dense.size + keys + head + work + RUNNING_BYTES

@@ -1,8 +1,8 @@
-"""How many slots of a pool are for records of which size: pure arithmetic. Loads no torch.
+"""Share a pool's memory out between slots for each size of record. Pure arithmetic; loads no torch.
 
 A slot takes records of one size, so that experts in several precisions waste no memory. Keeping a record saves, for
-each byte of memory, as many bytes of reading as the record is likely to be used, whatever its size; so slots go to the
-records that are most used, and where use is not known, each size gets the same share of its records.
+each byte of memory, as many bytes of reading as the record is likely to be used, whatever its size. So slots go to the
+most used records; where use is not known, each size gets the same share of its records.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from qmix.store.layout import StoreLayout
 
-MIN_SLOTS = 2  # of a size: one expert computes while the next is read; those that end on GPUs are loaded through them
+# Two of a size: one expert computes while the next is read. Residents of GPUs are loaded through the same slots.
+MIN_SLOTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class SlotClass:
-    """`slots` slots of `nbytes` each. `records` are the store's of that size, `served` those of them on no GPU."""
+    """`slots` slots of `nbytes` bytes. The store has `records` of that size, of which `served` lie on no GPU."""
 
     nbytes: int
     slots: int
@@ -26,7 +27,7 @@ class SlotClass:
 
     @property
     def least(self) -> int:
-        """The fewest slots that do."""
+        """The fewest slots that a run works with."""
         return min(MIN_SLOTS, self.records)
 
     @property
@@ -36,16 +37,15 @@ class SlotClass:
 
 
 def least_slots(layout: StoreLayout) -> dict[int, int]:
-    """The fewest slots that do, for each size of record in a store."""
+    """Return the fewest slots that a run works with, for each size of record in a store."""
     return {nbytes: min(MIN_SLOTS, count) for nbytes, count in layout.record_counts.items()}
 
 
 def share_slots(wanted: Sequence[int], least: Mapping[int, int], room: int) -> dict[int, int]:
-    """Slots by the bytes of the records that they hold, which `room` bytes in all have room for.
+    """Return the slots that fit in `room` bytes, by the bytes of the records that they hold.
 
-    `wanted` are the sizes of the records to be held, those likeliest to be used first. `least` slots of each size
-    there are in any case; the first record that has no room then is the last that is looked at, so that more room
-    never gives fewer slots of any size.
+    `wanted` are the sizes of the records to hold, likeliest use first. Each size has at least its `least` slots. The
+    first record without room ends the search, so that more room never gives fewer slots of any size.
     """
     slots, taken = dict(least), dict.fromkeys(least, 0)
     room -= sum(nbytes * count for nbytes, count in least.items())

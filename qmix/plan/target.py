@@ -1,4 +1,4 @@
-"""What a plan is for: the layout of a model's store, made or not."""
+"""The model that a plan is for: the layout of its store, made or not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qmix.store.sources import AS_IT_IS, DEFAULT_PRECISION, layout_for, named_st
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """What a plan is about: a model as it was named, the layout of its store, and a digest of its weights if known.
+    """A model as it was named, the layout of its store, and a digest of its weights if known.
 
-    `use` is how often each expert is used, where that was measured; `is_store` says whether it is made already.
+    `use` is how often each expert is used, if measured; `is_store` is true for a store that exists.
     """
 
     name: str
@@ -33,7 +33,10 @@ class PlanTarget:
         return self.layout.geometry
 
     def calibrated(self, profile: Profile, precision: str | None) -> PlanTarget:
-        """With a profile's use, in a precision of which it says more than was known; a store's cannot be changed."""
+        """Return the target with a profile's use and, if given, another precision.
+
+        Raises UsageError where it is a store of another precision, which cannot be changed.
+        """
         if precision is None:
             return replace(self, use=profile.use)
         precisions = precisions_of(precision, self.geometry)
@@ -43,7 +46,7 @@ class PlanTarget:
 
 
 def target_of(model: str | Path, precision: str | None, dtype: str | None) -> PlanTarget:
-    """From config and headers alone, or from what is known of a published model by its name."""
+    """Return the target of a model from its config and headers alone, or from the table of published models."""
     published = PUBLISHED.get(str(model))
     if published is not None and not Path(model).is_dir():
         precisions = precisions_of(DEFAULT_PRECISION if precision is None else precision, published.geometry)

@@ -1,17 +1,42 @@
-"""What a step of an arrangement moves and computes: the loads that `qmix.plan.predict` turns into seconds. Pure."""
+"""Work out what a step of an arrangement moves and computes: the loads that `qmix.plan.predict` turns into seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from math import ceil
 
 from qmix.geometry import Geometry
 from qmix.plan.demand import Arrangement, StepUse
-from qmix.plan.predict import Load, missed_share
+
+LOCALITY = 0.3  # what the pool finds beyond the most used experts: misses are (1 - share held) ** LOCALITY of theirs
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bytes, FLOP and counts of one step; expected values.
+
+    `dense`, `experts`, `flops` are the CPU's; `gpu_bytes` and `gpu_flops` the GPUs', one after the other;
+    `missed` is read from disk in `reads` records; `copied` are the experts that could go to a GPU instead of being
+    computed on the CPU, with `copied_flops`.
+    """
+
+    layers: int
+    dense: float = 0.0
+    experts: float = 0.0
+    four_bit: bool = True
+    flops: float = 0.0
+    missed: float = 0.0
+    reads: float = 0.0
+    gpu_bytes: float = 0.0
+    gpu_flops: float = 0.0
+    copied: float = 0.0
+    copied_flops: float = 0.0
+    crossings: int = 0
 
 
 def decode_load(found: Arrangement, step: StepUse) -> Load:
-    """Of one decode step at half the context."""
+    """Return the load of one decode step at half the context."""
     demand = found.demand
     geometry, layers, position = demand.geometry, demand.geometry.num_layers, ceil(demand.context / 2)
     on_cpu, beside = _elsewhere(found, step)
@@ -34,7 +59,7 @@ def decode_load(found: Arrangement, step: StepUse) -> Load:
 
 
 def prefill_load(found: Arrangement, chunk: StepUse, tokens: int) -> Load:
-    """Of one chunk of a prompt of so many tokens. The pool keeps what it can of a sweep over all experts."""
+    """Return the load of one chunk of `tokens` prompt tokens, a sweep over all experts."""
     demand = found.demand
     geometry, layers = demand.geometry, demand.geometry.num_layers
     on_cpu, beside = _elsewhere(found, chunk)
@@ -60,8 +85,17 @@ def prefill_load(found: Arrangement, chunk: StepUse, tokens: int) -> Load:
     )
 
 
+def missed_share(held: float) -> float:
+    """Return the share of the uses of experts without a slot, by expected use, that really miss.
+
+    `held` is the share of the host's experts that have a slot. Expected use alone would miss all of them; the pool
+    keeps what was used lately, and consecutive tokens share experts more often than chance has it.
+    """
+    return float((1 - held) ** LOCALITY)
+
+
 def _elsewhere(found: Arrangement, step: StepUse) -> tuple[float, float]:
-    """Expected bytes of the experts on no GPU: of layers on the CPU, and of layers that lie on one."""
+    """Return the expected bytes of the experts on no GPU: of layers on the CPU, and of layers on a GPU."""
     layers, first, ranks = found.demand.layers, found.cpu_layers, found.elsewhere
     if first == 0 or not found.holdings:
         whole = _sum(step.record, ranks)
@@ -75,18 +109,18 @@ def _sum(values: list[float], ranks: Iterable[int]) -> float:
 
 
 def _crossings(found: Arrangement) -> int:
-    """Times that activations change devices in a pass: between runs of layers, and to experts that lie elsewhere."""
+    """Return how often activations change devices in a pass: between runs of layers, and to experts elsewhere."""
     parted = set(map(found.demand.layers.__getitem__, found.elsewhere))
     return len(found.holdings) + sum(layer >= found.cpu_layers for layer in parted)
 
 
 def _attention_flops(geometry: Geometry, seen: float) -> float:
-    """Of one token in one layer: projections, router, and attention to so many positions."""
+    """Return the FLOP of one token in one layer: projections, router, and attention to `seen` positions."""
     hidden, q_rows = geometry.hidden_size, geometry.num_heads * geometry.head_dim
     weights = 2 * hidden * (q_rows + geometry.num_kv_heads * geometry.head_dim) + geometry.num_experts * hidden
     return 2.0 * (weights + 2 * q_rows * seen)
 
 
 def _expert_flops(geometry: Geometry) -> float:
-    """Of one token in one layer."""
+    """Return the FLOP of one token's experts in one layer."""
     return 2.0 * geometry.experts_per_token * 3 * geometry.hidden_size * geometry.intermediate_size

@@ -1,4 +1,4 @@
-"""A plan with the model, the machine and the predicted speed."""
+"""A plan with its model, its machine, its predicted speed, and the commands that run it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Planned:
-    """`precision` is the text that `load` takes, None for the model's own."""
+    """A plan and what it was made from; `precision` as `load` takes it, None where the model decides."""
 
     subject: PlanTarget
     machine: Machine
@@ -29,7 +29,7 @@ class Planned:
     precision: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """As docs/plan.md describes it."""
+        """Return the plan as docs/plan.md describes it."""
         layout = self.subject.layout
         return {
             "fits": True,
@@ -57,14 +57,14 @@ def plan_on(
     attention: str = "sdpa",
     precision: str | None = None,
 ) -> Planned:
-    """A model's plan on a machine. Raises DoesNotFitError where its memory is too small."""
+    """Return a model's plan on a machine. Raises DoesNotFitError where its memory is too small."""
     plan = plan_for(subject.layout, None, context, attention, batch, machine=machine, use=subject.use)
     prediction = predict(plan, subject.layout, machine.speeds, subject.use)
     return Planned(subject, machine, plan, prediction, attention, precision)
 
 
 def check_disk(planned: Planned) -> None:
-    """Raises DoesNotFitError where the store is larger than the disk that a machine was said to have."""
+    """Raise DoesNotFitError where the store is larger than the machine's disk."""
     disk, needed = planned.machine.disk, planned.plan.store_bytes
     if disk is not None and needed > disk:
         advice = f"give a larger {arg('disk')}, or a {arg('precision')} with fewer bits"
@@ -75,6 +75,6 @@ def check_disk(planned: Planned) -> None:
 
 
 def nearest(subject: PlanTarget, machine: Machine, smallest: int, context: int | None, **options: Any) -> Planned:
-    """The plan with the least memory that works, to the next MiB; disk as large as it takes."""
+    """Return the plan with the least memory that works, rounded up to MiB, and a disk without limit."""
     enough = replace(machine, ram=math.ceil(smallest / MIB) * MIB, disk=None)
     return plan_on(subject, enough, context, **options)

@@ -1,4 +1,4 @@
-"""The plan as a picture: the map of experts, and the bytes of each tier. Imports matplotlib, an optional extra."""
+"""Draw a plan: the map of experts, and the bytes of each tier. Imports matplotlib, an optional extra."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 GPU_COLOURS = ("#1b7f5c", "#2f6fb0", "#6a51a3", "#b0568f")
 COLOURS = {"ram": "#e6a93c", "disk": "#c9ccd1"}
-PARTS = {  # of a tier's bar, in order, and their colours
+PARTS = {  # parts of a tier's bar in order, and their colours
     "Python": "#4d4d4d",
     "dense weights": "#7a5195",
     "KV cache": "#ef5675",
@@ -25,7 +25,7 @@ PARTS = {  # of a tier's bar, in order, and their colours
 
 
 def draw(planned: Planned, path: Path) -> None:
-    """Write the picture. Raises QmixError where the file cannot be written."""
+    """Draw a plan to a file. Raises QmixError where it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.2), layout="constrained")
@@ -37,7 +37,7 @@ def draw(planned: Planned, path: Path) -> None:
 
 
 def draw_compared(found: Mapping[str, Planned], path: Path) -> None:
-    """Write a picture of machines side by side, by name: the bytes of their tiers, and the speed of each.
+    """Draw the plans of several machines to a file, by name: the bytes of their tiers, and the speed of each.
 
     Raises QmixError where the file cannot be written.
     """
@@ -53,7 +53,7 @@ def draw_compared(found: Mapping[str, Planned], path: Path) -> None:
 
 
 def _map(axes: Axes, planned: Planned) -> None:
-    """Layers across, experts down, a cell each."""
+    """Draw the map of experts: layers across, experts down, a cell each."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -72,7 +72,7 @@ def _map(axes: Axes, planned: Planned) -> None:
 
 
 def _bars(axes: Axes, planned: Planned) -> None:
-    """A bar for each tier, by parts, in GB."""
+    """Draw a bar for each tier, by parts, in GB."""
     bars = _tiers(planned)
     names = list(bars)
     left = [0.0] * len(names)
@@ -90,7 +90,7 @@ def _bars(axes: Axes, planned: Planned) -> None:
 
 
 def _tiers(planned: Planned) -> dict[str, dict[str, Any]]:
-    """Bytes by tier and part."""
+    """Return bytes by tier and part."""
     plan = planned.plan
     found: dict[str, dict[str, Any]] = {}
     for each in plan.devices:

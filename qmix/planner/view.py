@@ -1,4 +1,4 @@
-"""A plan as it is shown: bytes by device, the map of experts, the speed, and machines side by side."""
+"""Show a plan: bytes by device, the map of experts, the speed, and machines side by side."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LETTERS = {"ram": "r", "disk": "."}
 
 
 def device_table(plan: Plan) -> Table:
-    """A column for main memory and for each GPU, a row for each part."""
+    """Return a table with a column for main memory and for each GPU, and a row for each part."""
     table = Table()
     table.add_column("")
     for name in ("RAM", *(device.name for device in plan.devices)):
@@ -45,7 +45,7 @@ def device_table(plan: Plan) -> Table:
 
 
 class ExpertMap:
-    """Layers by experts, a cell each: coloured where the terminal has colours, a letter elsewhere."""
+    """A map of experts, layers across: cells are coloured if the terminal has colours, and letters if not."""
 
     def __init__(self, placement: Sequence[Sequence[str]]) -> None:
         self.placement = placement
@@ -65,7 +65,7 @@ class ExpertMap:
         yield self._legend(plain)
 
     def _scale(self, start: int, count: int, margin: int) -> Text:
-        """The numbers of every tenth layer above its column."""
+        """Return a line with the number of every tenth layer above its column."""
         line = [" "] * count
         for layer in range(start, start + count):
             name = str(layer)
@@ -84,7 +84,7 @@ class ExpertMap:
 
 
 def cell(where: str, plain: bool) -> tuple[str, str]:
-    """A character and its style."""
+    """Return a tier's character and its style."""
     if plain:
         return LETTERS.get(where) or where.removeprefix("gpu:")[:1], ""
     colour = COLOURS.get(where) or GPU_COLOURS[int(where.removeprefix("gpu:")) % len(GPU_COLOURS)]
@@ -92,7 +92,7 @@ def cell(where: str, plain: bool) -> tuple[str, str]:
 
 
 def details(planned: Planned) -> Table:
-    """Speed and what it rests on, the store, budgets."""
+    """Return a table of the predicted speed and its rates, the store, and the budgets."""
     plan, machine, predicted = planned.plan, planned.machine, planned.prediction
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -112,13 +112,14 @@ def details(planned: Planned) -> Table:
 
 
 def speed_text(speed: Speed) -> str:
+    """Return a speed with its band and its limit."""
     return (
         f"{_digits(speed.rate)} tok/s ({_digits(speed.slowest)} to {_digits(speed.fastest)}), limited by {speed.limit}"
     )
 
 
 def kernel_text(machine: Machine) -> str:
-    """Return how the CPU multiplies 4-bit weights, and whether that was tried or read off the CPU's flags."""
+    """Return how the CPU multiplies 4-bit weights, and how that is known."""
     how = "tested by `qmix doctor`" if machine.four_bit.tried else "by the CPU's flags; `qmix doctor` tests it"
     if machine.four_bit.fast:
         return f"yes, {how}"
@@ -128,7 +129,7 @@ def kernel_text(machine: Machine) -> str:
 
 
 def rates_text(rates: Rates, gpus: bool) -> str:
-    """Each rate that counts, grouped by where it comes from."""
+    """Return each rate that counts, grouped by source."""
     names = ["memory_read", "disk_read", "matmul", "four_bit_read", "layer_seconds"]
     names += ["pcie", "gpu_memory", "gpu_matmul"] if gpus else []
     groups: dict[str, list[str]] = {}
@@ -140,7 +141,7 @@ def rates_text(rates: Rates, gpus: bool) -> str:
 
 
 def compare_table(title: str, names: Sequence[str], found: Sequence[Planned | str]) -> Table:
-    """A row for each machine: its plan, or why it has none."""
+    """Return a table with a row for each machine: its plan, or why it has none."""
     table = Table(title=Text(title), title_justify="left")
     for name in ("machine", "experts on GPU / RAM / disk", "decode", "prefill", "limited by"):
         table.add_column(name, justify="right" if name in ("decode", "prefill") else "left", overflow="fold")
@@ -157,7 +158,7 @@ def compare_table(title: str, names: Sequence[str], found: Sequence[Planned | st
 
 
 def _gib(count: int) -> str:
-    """Rounded up, so that it is enough."""
+    """Return a budget as text, rounded up so that it is enough."""
     return f"{-(-count * 100 // 2**30) / 100:.2f}GiB" if count >= 2**30 else f"{-(-count // 2**20)}MiB"
 
 

@@ -1,4 +1,4 @@
-"""What a pool has done, counted."""
+"""Counters of a pool's work."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 @dataclass(slots=True)
 class PoolCounters:
-    """What the pool has done so far, in records, and `bytes_read` from the disk.
+    """Records so far, and `bytes_read` from the disk.
 
-    hits       asked for and in memory from earlier use
-    misses     asked for and read since their last use, or read for the first time
-    ahead      those of the misses whose read had begun before they were asked for
-    hidden     those of them that were there when asked for
-    unused     read ahead and never asked for
+    hits       requested and in memory from earlier use
+    misses     requested and read since their last use, or for the first time
+    ahead      misses whose read had begun before the request
+    hidden     misses whose read had ended before the request
+    unused     prefetched and never requested
     """
 
     hits: int = 0
@@ -25,12 +25,14 @@ class PoolCounters:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were in memory; 1 before the first."""
+        """Share of the requested experts that were in memory; 1 before the first."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 1.0
 
     def since(self, earlier: PoolCounters) -> PoolCounters:
+        """Return the counts since an earlier copy."""
         return PoolCounters(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
 
     def copy(self) -> PoolCounters:
+        """Return the counts as they are now."""
         return self.since(PoolCounters())

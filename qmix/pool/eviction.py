@@ -1,8 +1,7 @@
-"""Which expert record gives up its slot: policies behind one small interface.
+"""Eviction policies: which expert record gives up its slot.
 
-A policy is told of every use, and says what keeping a record is worth at some layer of the pass; the record worth
-least goes. What each brings is found by replaying recorded routing (`qmix.pool.replay`), beside the best that any
-policy could do.
+A policy is told of every use, and returns what keeping a record is worth at some layer of the pass; the record worth
+least is evicted. `qmix.pool.replay` replays recorded routing through each policy, and through the best possible one.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from qmix.store.profile import POLICIES as NAMES
 
 Key = tuple[int, int]  # layer, expert
 
-DECAY = 0.9  # of a use's weight from one visit of its layer to the next
+DECAY = 0.9  # factor of a use's weight at each later visit of its layer
 
 
 class Eviction(Protocol):
     """Decides what a pool keeps."""
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
-        """A layer's step has asked for these experts."""
+        """Note that a layer's step has requested these experts."""
 
     def worth(self, key: Key, layer: int) -> float:
-        """What keeping `key` is worth while `layer` computes; only compared with that of others."""
+        """Return what keeping `key` is worth while `layer` computes; only the order of worths counts."""
 
 
 class LeastRecentlyUsed:
-    """Keeps what was used last. Of no use where one token needs more experts than there are slots."""
+    """Keeps the last used. Useless where one token needs more experts than there are slots."""
 
     def __init__(self) -> None:
         self._time = 0
@@ -46,17 +45,17 @@ class LeastRecentlyUsed:
 
 
 class LeastFrequentlyUsed:
-    """Keeps what was used most, a use counting less with every visit of its layer since.
+    """Keeps the most used; a use counts less with every later visit of its layer.
 
     The sum of decayed uses, scaled by 1 - decay, estimates the probability of a use at the layer's next visit. It
-    begins with the expected `use`, by default even.
+    begins with the expected `use`, by default the same for all.
     """
 
     def __init__(self, geometry: Geometry, use: ExpertFrequency | None = None, decay: float = DECAY) -> None:
         self._decay = decay
         self._prior = use or uniform_frequency(geometry)
         self._visits = [0] * geometry.num_layers
-        self._rates: dict[Key, tuple[float, int]] = {}  # probability, and the visit at which it was right
+        self._rates: dict[Key, tuple[float, int]] = {}  # probability, and the visit that it was estimated at
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         self._visits[layer] += 1
@@ -65,7 +64,7 @@ class LeastFrequentlyUsed:
             self._rates[key] = self.rate(key) + 1 - self._decay, self._visits[layer]
 
     def rate(self, key: Key) -> float:
-        """The estimated probability that the layer's next visit uses this expert."""
+        """Return the estimated probability that the layer's next visit uses this expert."""
         rate, visit = self._rates.get(key) or (self._prior[key[0]][key[1]], 0)
         return rate * self._decay ** (self._visits[key[0]] - visit)
 
@@ -74,10 +73,10 @@ class LeastFrequentlyUsed:
 
 
 class UsesPerTime(LeastFrequentlyUsed):
-    """Keeps what promises most uses for the time that it takes a slot: probability over layers until its next turn.
+    """Keeps the most expected uses for the time in a slot: the probability over the layers until the next turn.
 
-    Where every pass uses every expert (prefill, large batches) this is what Belady's rule does: a layer just passed
-    goes first, because its turn is farthest away.
+    Where every pass uses every expert (prefill, large batches) it evicts as Belady's rule does: the layer just passed
+    goes first, because its next turn is farthest away.
     """
 
     def __init__(self, geometry: Geometry, use: ExpertFrequency | None = None, decay: float = DECAY) -> None:
@@ -90,7 +89,7 @@ class UsesPerTime(LeastFrequentlyUsed):
 
 
 class Policy(Protocol):
-    """Makes an Eviction for a model whose experts are expected to be used so, evenly if nothing is known."""
+    """Makes an Eviction for a model and the expected use of its experts, by default the same for all."""
 
     def __call__(self, geometry: Geometry, use: ExpertFrequency | None = None) -> Eviction: ...
 

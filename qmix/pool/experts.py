@@ -1,14 +1,14 @@
 """The host tier: slots of one expert record each, in one mapping made once.
 
-Records are read straight into slots of their own size and multiplied there. The record that gives up its slot is of
-that size the one that the eviction policy values least, never one that the present step still needs. What coming
-layers will probably ask for is read ahead in the disk's idle time.
+Records are read straight into slots of their own size and multiplied there. The eviction policy chooses the record of
+that size that gives up its slot, never one that the present step still needs. Records that later layers will probably
+need are prefetched in the disk's idle time.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
@@ -19,7 +19,8 @@ from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import Cancelled, StoreError, UsageError, mending
 from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
-from qmix.pool.slots import SlotMemory
+from qmix.pool.protocol import refuse_copy
+from qmix.pool.slots import SlotMemory, all_have_slots
 from qmix.precision.matmul import Expert
 from qmix.progress import OnProgress, Progress, ignore
 from qmix.store.expert_frequency import by_frequency
@@ -27,16 +28,16 @@ from qmix.store.file import StoreFile
 from qmix.store.opened import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
-READS_AHEAD = 2  # records: one that the disk works on and the one after it; each further one only takes a slot
+READS_AHEAD = 2  # records: one that the disk reads and the next; each further one only takes a slot
 
 
 class ExpertPool:
-    """Slots over a store's records, but for those that lie `elsewhere`; serves one thread, reads with several.
+    """Slots over a store's records, except for those `elsewhere`; serves one thread, reads with several.
 
-    `slots` says how many by the bytes of their records, one at least for every size in the store. A store's profile
-    says what is read first, how likely a use is before there was any, and which policy decides unless `policy` is
-    given. With `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting
-    `cancelled` makes the next request raise Cancelled. `layer` is the one that asked last, for whoever watches.
+    `slots` are counts by the bytes of their records, at least one for every size in the store. A store's profile
+    decides what is read first, how likely a use is before the first, and the policy unless `policy` is given. With
+    `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes the
+    next request raise Cancelled. `layer` is the layer of the last request, for progress displays.
     """
 
     def __init__(
@@ -56,31 +57,29 @@ class ExpertPool:
         self.cancelled = self.closed = False
         self.layer = 0
         self._resident: dict[Key, int] = {}
-        self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet asked for
-        self._ending: list[tuple[int, Read]] = []  # read ahead in error; the disk still writes to their slots
-        self._unused: set[Key] = set()  # resident by looking ahead, not yet asked for
+        self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet requested
+        self._ending: list[tuple[int, Read]] = []  # abandoned; the disk still writes to their slots
+        self._unused: set[Key] = set()  # prefetched, not yet requested
         self._coming: frozenset[Key] = frozenset()
         self._views: dict[tuple[int, str], Expert] = {}
         self._files = [StoreFile(store.path(store.layout.layer(i))) for i in range(store.geometry.num_layers)]
         self._reader = Reader()
-        # one whose last pieces are read, and those that keep all threads busy: each further one takes the slot of a
-        # record that a later layer will ask for
+        # One whose last pieces are read, and as many as keep all threads busy: each further one takes the slot of a
+        # record that a later layer will need.
         self._reads_awaited = 1 + math.ceil(READ_THREADS / math.ceil(min(slots) / PIECE_BYTES))
 
     @property
     def holds_all(self) -> bool:
-        """Whether every expert that is asked for here has a slot, so that nothing is ever read twice."""
-        layout = self.store.layout
-        served = Counter(layout.record(*key).nbytes for key in layout.experts if key not in self.elsewhere)
-        return all(self.slots[nbytes] >= count for nbytes, count in served.items())
+        """True if every expert served has a slot, so that nothing is ever read twice."""
+        return all_have_slots(self.store.layout, self.slots, self.elsewhere)
 
     @property
     def memory(self) -> torch.Tensor:
-        """All of its slots, uint8."""
+        """The memory of all slots, uint8."""
         return self._slots.memory
 
     def close(self) -> None:
-        """End the reads under way and close the files; whoever asks for a record afterwards gets UsageError."""
+        """End the reads under way and close the files; later requests raise UsageError."""
         self.closed = True
         for key in list(self._ahead):
             self._abandon(key)
@@ -89,8 +88,7 @@ class ExpertPool:
             file.close()
 
     def fill(self, on_progress: OnProgress = ignore) -> None:
-        """Read records until no slot is free or every expert has one: those of most expected use first, where that is
-        known, else first layer first."""
+        """Read records until no slot is free or every expert has one, by expected use if known, else by layer."""
         layout, free = self.store.layout, {nbytes: self._slots.free(nbytes) for nbytes in self.slots}
         waiting: deque[Key] = deque()
         for key in by_frequency(layout, self.store.use) if self.store.use else layout.experts:
@@ -104,16 +102,16 @@ class ExpertPool:
             on_progress(Progress(done, total))
 
     def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
-        """Each record's bytes once, in a slot that is used again when the next is asked for; in order, checked.
+        """Yield each record's bytes once, in order and checked, in a slot that is used again for the next.
 
-        For what is kept in other memory; needs a free slot of each size.
+        For records that are kept in other memory; needs a free slot of each size.
         """
         for key in self._in_order(deque(keys)):
             yield key, self.record(*key)
             self._slots.give(self._resident.pop(key))
 
     def _in_order(self, waiting: deque[Key]) -> Iterator[Key]:
-        """Each key when its record is in memory, several read beside it as far as slots are free."""
+        """Yield each key when its record is in memory; read several at once as far as slots are free."""
         reading: deque[tuple[Key, int, Read]] = deque()
         try:
             while waiting or reading:
@@ -130,14 +128,14 @@ class ExpertPool:
             self._release(reading)
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
-        """The bytes, uint8, of a record that is in memory."""
+        """Return the bytes, uint8, of a record in memory."""
         return self._slots.bytes(self._resident[layer, expert])
 
     def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
-        """Each of these experts of a layer once, those in memory first while the others are read.
+        """Yield each of a layer's `experts` once, first those in memory while the others are read.
 
-        `coming` is what later layers will probably ask for, soonest first. An expert may be used until the next one
-        is asked for. Raises StoreError where a record is damaged.
+        `coming` are experts that later layers will probably need, soonest first. An expert may be used until the next
+        is requested. Raises StoreError where a record is damaged.
         """
         self._check_running()
         self.layer = layer
@@ -151,7 +149,7 @@ class ExpertPool:
         return self._stream(layer, ready, begun, waiting, coming)
 
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
-        """Begin to read, while `layer` computes, what later layers will probably ask for, soonest first."""
+        """Begin to read, while `layer` computes, experts that later layers will probably need, soonest first."""
         self._check_running()
         self._collect()
         self._coming = frozenset(coming)
@@ -164,13 +162,10 @@ class ExpertPool:
             raise Cancelled
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UsageError(
-            "a model whose experts lie in a pool cannot be copied or pickled; save it with save_pretrained(DIRECTORY), "
-            "or open its store once more with qmix.load"
-        )
+        refuse_copy()
 
     def _sort(self, keys: Sequence[Key]) -> tuple[deque[Key], deque[tuple[Key, int, Read]], deque[Key]]:
-        """Keys in memory, reads of keys that were begun ahead, and keys still to be read; counts them."""
+        """Return and count the keys in memory, the reads of prefetched keys under way, and the keys still to read."""
         ready: deque[Key] = deque()
         begun: deque[tuple[Key, int, Read]] = deque()
         waiting: deque[Key] = deque()
@@ -199,7 +194,7 @@ class ExpertPool:
         waiting: deque[Key],
         coming: Sequence[Key],
     ) -> Iterator[tuple[int, Expert]]:
-        """Each key while it is resident; reads for the missing ones run beside, then those for what is coming."""
+        """Yield each key while it is resident, and read missing records and then what is coming meanwhile."""
         pinned = set(ready)
         try:
             while ready or waiting or reading:
@@ -215,7 +210,7 @@ class ExpertPool:
             self._release(reading)
 
     def _begin_next(self, layer: int, waiting: deque[Key], pinned: set[Key]) -> tuple[Key, int, Read] | None:
-        """Begin to read the first of the waiting that there is a slot for."""
+        """Begin to read the first waiting record that there is a slot for."""
         full = set()
         for key in waiting:
             if self._nbytes[key] in full:
@@ -227,9 +222,9 @@ class ExpertPool:
         return None
 
     def _read_ahead(self, layer: int, coming: Sequence[Key], pinned: set[Key]) -> None:
-        """Begin reads of what is coming, as far as slots that hold nothing better allow.
+        """Begin to read what is coming, into slots that hold nothing worth more.
 
-        Of each size most slots are left to what is asked for, which could find none otherwise.
+        Prefetch may hold at most a quarter of a size's slots, so that requests always find one.
         """
         kept = pinned | self._coming
         for key in coming:
@@ -246,7 +241,7 @@ class ExpertPool:
             self._ahead[key] = slot, read
 
     def _collect(self) -> None:
-        """Make what was read ahead resident; a read that failed is tried again when somebody asks for it."""
+        """Make prefetched records resident; a read that failed is tried again at the record's next request."""
         ended = [item for item in self._ending if item[1].done.done()]
         for item in ended:
             self._ending.remove(item)
@@ -260,7 +255,7 @@ class ExpertPool:
                 self._slots.give(slot)
 
     def _abandon(self, key: Key) -> None:
-        """End a read ahead that proved wrong; one whose last pieces are under way is kept."""
+        """Cancel a prefetch that proved wrong; one whose last pieces are under way is kept."""
         slot, read = self._ahead[key]
         left_out = self._reader.cancel(read)
         if left_out:
@@ -287,7 +282,7 @@ class ExpertPool:
         return key, slot, self._reader.submit(read, ahead)
 
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:
-        """Wait for the first of the reads; its key, now resident."""
+        """Wait for the first of the reads, and return its key, now resident."""
         key, slot, read = reading[0]
         read.done.result()
         reading.popleft()
@@ -295,16 +290,16 @@ class ExpertPool:
         return key
 
     def _release(self, reading: deque[tuple[Key, int, Read]]) -> None:
-        """Let go of reads that nobody waits for any more."""
+        """Wait for reads that are no longer needed, and free their slots."""
         for _, slot, read in reading:
-            read.done.exception()  # a slot is free again only when nothing writes to it any more
+            read.done.exception()  # a slot is free only when nothing writes to it
             self._slots.give(slot)
 
     def _take_slot(self, key: Key, layer: int, pinned: set[Key] | frozenset[Key]) -> int | None:
-        """A slot for a record: free, or that of the record of its size worth least that is not pinned; None if there
-        is none.
+        """Return a slot for a record; None where there is none.
 
-        What is coming goes only where nothing else is left.
+        It is free, or that of the record of the same size worth least that is not pinned. A record that is coming is
+        evicted only where nothing else is left.
         """
         nbytes = self._nbytes[key]
         if (slot := self._slots.take(nbytes)) is not None:

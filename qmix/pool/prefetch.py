@@ -1,11 +1,11 @@
-"""Which experts the coming layers will ask for, guessed from what this layer sees.
+"""Guess the experts of later layers from this layer's input.
 
 A layer adds little to the residual stream, so this layer's input, put through a later layer's norm and gate, mostly
-names that layer's experts (A. Eliseev and D. Mazur, "Fast Inference of Mixture-of-Experts Language Models with
+gives that layer's experts (A. Eliseev and D. Mazur, "Fast Inference of Mixture-of-Experts Language Models with
 Offloading", 2023). A norm's scale does not change which gate scores are largest, so with x the normed input of layer
 l and w its norm weights, the guess for layer m is the top k of gate_m * w_m applied to x / w_l.
 
-How often guesses were right is measured for each layer and depth; those that are mostly wrong are not acted upon.
+The share of right guesses is measured for each layer and depth; guesses that are mostly wrong are not acted upon.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 
 from qmix.pool.eviction import Key
 
-DEPTH = 4  # layers looked ahead
-TRUSTED = 0.75  # share of right guesses from where on they are acted upon: a wrong one delays what is waited for
-MEMORY = 0.9  # of that share, from one guess to the next
-FEW_TOKENS = 8  # with more, nearly every expert of a layer is asked for
+DEPTH = 4  # layers ahead
+TRUSTED = 0.75  # least share of right guesses to act upon them: a wrong one delays the reads that are waited for
+MEMORY = 0.9  # weight of the share so far against the next guess
+FEW_TOKENS = 8  # with more, nearly every expert of a layer is needed
 EMBEDDING = -1  # the "layer" before the first
 
 
 class Prefetcher:
     """Guesses for a model with `norms` [L, H] (of the experts' inputs) and `gates` [L, E, H].
 
-    Experts that lie `elsewhere` than in a pool are not among them. `right` and `guesses` count by depth, for reports.
+    Experts that lie `elsewhere` than in a pool are left out. `right` and `guesses` count by depth, for reports.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Prefetcher:
         self.guesses: Counter[int] = Counter()
 
     def coming(self, layer: int, hidden: torch.Tensor) -> list[Key]:
-        """Experts of the layers after `layer`, soonest first, from its normed input [T, H] (or the embeddings).
+        """Return experts of the layers after `layer`, soonest first, from its normed input [T, H] or the embeddings.
 
-        After the last layer of many tokens comes the first again: a prompt's next chunk, or a batch's next pass.
+        With many tokens the last layer is followed by the first: a prompt's next chunk, or a batch's next pass.
         """
         if len(hidden) > FEW_TOKENS:
             return [((layer + 1) % self.layers, expert) for expert in range(self.experts)]
@@ -63,7 +63,7 @@ class Prefetcher:
         return self._wanted(keys)
 
     def guesses_from(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The experts [T, D, k] that tokens will ask of the D layers after `layer`; D is 0 after the last."""
+        """Return the guessed experts [T, D, k] of the D layers after `layer`; D is 0 after the last."""
         ahead = range(layer + 1, min(layer + 1 + self.depth, self.layers))
         stream = hidden.float().to(self._norms.device)
         if layer != EMBEDDING:
@@ -75,7 +75,7 @@ class Prefetcher:
         return [key for key in keys if key not in self.elsewhere]
 
     def chosen(self, layer: int, experts: Sequence[int]) -> None:
-        """What a layer's router chose in the end."""
+        """Compare the experts that a layer's router chose with the guesses."""
         for depth, guesses in self._guessed.pop(layer, {}).items():
             right = len(set(guesses).intersection(experts))
             self.right[depth] += right
@@ -84,5 +84,5 @@ class Prefetcher:
             self._trust[layer, depth] = share * MEMORY + right / len(guesses) * (1 - MEMORY)
 
     def precision(self, depth: int) -> float:
-        """Share of the guesses so many layers ahead that were right; 1 before the first."""
+        """Return the share of right guesses `depth` layers ahead; 1 before the first."""
         return self.right[depth] / self.guesses[depth] if self.guesses[depth] else 1.0

@@ -1,8 +1,8 @@
-"""Routing replayed through caches: how often an expert is in memory, by policy and number of slots.
+"""Replay recorded routing through caches: how often an expert is in memory, by policy and number of slots.
 
-A trace is [steps, k] experts: step s is what layer s % layers needs at once, -1 where it needs fewer than k. What a
-step asks for takes a slot at once; when there are too many, what is worth least goes, be it of the step itself once
-it is computed. So a step's own experts never push each other out where there are slots enough for them.
+A trace is [steps, k] experts: step s is what layer s % layers needs at once, -1 where it needs fewer than k. The
+experts of a step take slots at once; when there are too many, the records worth least are evicted, those of the step
+itself once it is computed. So a step's own experts never evict each other where there are slots enough for them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from qmix.pool.eviction import DECAY, DEFAULT_POLICY, POLICIES
 from qmix.pool.stack import Array, stack_depths
 
 STATIC = "static"  # the most used stay for good
-BELADY = "belady"  # what no policy surpasses
-SIZES = 12  # pool sizes of a curve, unless others are asked for
+BELADY = "belady"  # the best possible
+SIZES = 12  # default pool sizes of a curve
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Requests found in memory, for each number of slots, under one policy."""
+    """Requests found in memory for each number of slots, under one policy."""
 
     policy: str
     slots: tuple[int, ...]
@@ -33,7 +33,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a trace of so many `requests` for `records` experts finds in pools of rising size, from empty ones on.
+    """Hits of a trace of `requests` for `records` experts in pools of rising size that begin empty.
 
     A curve for each policy of `qmix.pool.eviction`, for `static`, and for `belady`, the best possible.
     """
@@ -43,22 +43,21 @@ class Replay:
     curves: tuple[Curve, ...]
 
     def curve(self, policy: str) -> Curve:
-        """Raises KeyError where there is none."""
+        """Return a policy's curve. Raises KeyError where there is none."""
         return {curve.policy: curve for curve in self.curves}[policy]
 
     def hit_rate(self, policy: str, slots: int) -> float:
-        """Share of the requests found in memory; between two sizes that were replayed, on the line from one to the
-        other."""
+        """Return the share of requests found in memory, interpolated between the sizes that were replayed."""
         curve = self.curve(policy)
         hits = np.interp(slots, (0, *curve.slots), (0, *curve.hits))
         return float(hits) / max(1, self.requests)
 
     def best(self, slots: int) -> str:
-        """The engine's policy that finds most with so many slots; of equals, its default."""
+        """Return the engine's policy with the most hits in `slots` slots; of equals, its default."""
         return max(_engine_policies(), key=lambda policy: self.hit_rate(policy, slots))
 
     def recommended(self) -> str:
-        """The engine's policy that finds most over all pool sizes together; of equals, its default."""
+        """Return the engine's policy with the most hits over all pool sizes; of equals, its default."""
         return max(_engine_policies(), key=lambda policy: sum(self.curve(policy).hits))
 
     def to_json(self) -> dict[str, Any]:
@@ -73,11 +72,11 @@ def replay(
     counts: Array | None = None,
     top_k: int | None = None,
 ) -> Replay:
-    """A trace through pools of each size under every policy; sequences simply follow one another.
+    """Replay a trace through pools of each size under every policy; sequences simply follow one another.
 
-    `slots` are twelve sizes from `top_k` to all records unless given. `counts` [layers, experts] is the use by which
-    the static policy chooses, this trace's own unless given. `top_k` is what one token asks a layer for, the trace's
-    width unless given. Raises ValueError where the trace or a size does not belong to such a model.
+    `slots` are the sizes, by default twelve from `top_k` to all records. `counts` [layers, experts] is the use by
+    which the static policy chooses, by default this trace's own. `top_k` is the number of experts that a token needs
+    in a layer, by default the trace's width. Raises ValueError where the trace or a size does not fit the model.
     """
     top_k = top_k or trace.shape[-1]
     records, ends = _flat(trace, layers, experts)
@@ -99,12 +98,12 @@ def replay(
 
 
 def belady_hits(trace: Array, layers: int, experts: int, slots: int, start: Sequence[int] = ()) -> int:
-    """Requests found in a cache that knows the future: no cache of this size finds more.
+    """Return the hits of a cache that knows the future: no cache of this size has more.
 
-    It drops what is needed again furthest ahead, and may choose not to keep what it has just read (L. A. Belady,
-    "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5, 1966). `start` are
-    records, layer * experts + expert, of which it holds the best before the first step. Compiles nothing, so it takes
-    no memory to speak of.
+    It evicts the record that is needed again furthest ahead, which may be the one just read (L. A. Belady, "A study of
+    replacement algorithms for a virtual-storage computer", IBM Systems Journal 5, 1966). `start` are records,
+    layer * experts + expert, of which it holds the best before the first step. Compiles nothing, so it takes little
+    memory.
     """
     records, ends = _flat(trace, layers, experts)
     if len(start):
@@ -115,6 +114,7 @@ def belady_hits(trace: Array, layers: int, experts: int, slots: int, start: Sequ
 
 
 def requests(trace: Array) -> int:
+    """Return the number of requests in a trace."""
     return int(np.count_nonzero(trace >= 0))
 
 
@@ -130,7 +130,7 @@ def _compiled() -> Callable[..., Array]:
 
 
 def _flat(trace: Array, layers: int, experts: int) -> tuple[Array, Array]:
-    """Records [R], layer * experts + expert, and where each step that asks for any ends."""
+    """Return records [R], layer * experts + expert, and the end of each step that requests any."""
     if trace.ndim != 2 or (trace.size and (trace.min() < -1 or trace.max() >= experts)):
         raise ValueError(f"a trace is [steps, k] experts from -1 to {experts - 1}, not {trace.shape}")
     asked, ordered = trace >= 0, np.sort(trace, axis=1)
@@ -152,7 +152,7 @@ def _sizes(slots: Sequence[int] | None, records: int, top_k: int) -> tuple[int, 
 
 
 def _rates(records: Array, ends: Array, experts: int, prior: float) -> Array:
-    """The probability that `LeastFrequentlyUsed` estimates, right after each request [R], of its record's next use."""
+    """Return the probability of the record's next use that `LeastFrequentlyUsed` estimates after each request [R]."""
     rates, begin = np.empty(len(records)), 0
     visits: dict[int, int] = {}
     last: dict[int, tuple[float, int]] = {}
@@ -169,7 +169,7 @@ def _rates(records: Array, ends: Array, experts: int, prior: float) -> Array:
 
 
 def _next_uses(records: Array, ends: Array) -> Array:
-    """The step of each record's next use after each request [R]; infinite after its last."""
+    """Return the step of the record's next use after each request [R]; infinite after its last."""
     step = np.searchsorted(ends, np.arange(len(records)), side="right")
     order = np.argsort(records, kind="stable")
     following = np.full(len(records), np.inf)
@@ -179,7 +179,7 @@ def _next_uses(records: Array, ends: Array) -> Array:
 
 
 def _static_finds(records: Array, size: int, counts: Array | None) -> Array:
-    """Requests that each further slot finds [size]: of the most used record first, but for its reading once."""
+    """Return the hits that each further slot adds [size], the most used record first; its first read is no hit."""
     used = np.bincount(records, minlength=size)
     chosen = np.argsort(-(used if counts is None else np.asarray(counts).ravel()), kind="stable")
     return np.maximum(used[chosen] - 1, 0)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 
+from qmix.pool.eviction import Key
 from qmix.precision.memory import anonymous_memory
+from qmix.store.layout import StoreLayout
+
+
+def all_have_slots(layout: StoreLayout, slots: Mapping[int, int], elsewhere: frozenset[Key]) -> bool:
+    """Return True if every expert of a store that is not `elsewhere` has one of the `slots` by bytes."""
+    served = Counter(layout.record(*key).nbytes for key in layout.experts if key not in elsewhere)
+    return all(slots[nbytes] >= count for nbytes, count in served.items())
 
 
 class SlotMemory:
-    """So many slots of each size, `counts` by bytes, known by their numbers; which of them hold nothing.
+    """Slots by number: `counts` by bytes says how many there are of each size.
 
     Sizes are multiples of a page, so that every slot starts on one.
     """
@@ -24,20 +33,21 @@ class SlotMemory:
             self.give(slot)
 
     def free(self, nbytes: int) -> int:
-        """How many slots of a size hold nothing."""
+        """Return the number of free slots of a size."""
         return len(self._free[nbytes])
 
     def take(self, nbytes: int) -> int | None:
-        """A slot of a size that holds nothing; None where there is none."""
+        """Take a free slot of a size; None where there is none."""
         return self._free[nbytes].pop() if self._free[nbytes] else None
 
     def give(self, slot: int) -> None:
-        """A slot that was taken holds nothing any more."""
+        """Free a slot that was taken."""
         self._free[self.size(slot)].append(slot)
 
     def size(self, slot: int) -> int:
+        """Return the bytes of a slot."""
         return len(self._slots[slot])
 
     def bytes(self, slot: int) -> torch.Tensor:
-        """The whole slot, uint8."""
+        """Return the whole slot, uint8."""
         return self._slots[slot]

@@ -1,19 +1,19 @@
-"""A trace through caches of every size at once, by Mattson's stack.
+"""Replay a trace through caches of every size at once, by Mattson's stack.
 
-A policy that keeps what is worth most, whatever the cache's size, makes a cache of s slots hold a part of what one of
-s + 1 holds. So one list tells all: its first s records are what s slots hold, and the place at which a request is
-found is the least number of slots, less one, that have it in memory (R. L. Mattson, J. Gecsei, D. R. Slutz and
-I. L. Traiger, "Evaluation techniques for storage hierarchies", IBM Systems Journal 9, 1970). A record that is asked
-for goes down the list from its top and changes places with each that is worth less, until it comes to where the
-record was. With worths a 4, b 2, c 3, d 1, and c asked for, now worth 5:
+If a policy's worths do not depend on the cache's size, a cache of s slots holds a part of what s + 1 slots hold. So
+one list serves all sizes: its first s records are what s slots hold, and the place at which a request is found is the
+least number of slots, less one, that have it in memory (R. L. Mattson, J. Gecsei, D. R. Slutz and
+I. L. Traiger, "Evaluation techniques for storage hierarchies", IBM Systems Journal 9, 1970). A requested record is
+carried down the list from its top and changes places with each record worth less, until it comes to its old place.
+With worths a 4, b 2, c 3, d 1, and c requested, now worth 5:
 
     list          a b c d      before: 3 slots or more hit
     c carried     c b c d      a carried on
                   c a . d      b carried on, to where c was
                   c a b d
 
-What a record is worth follows from its last use: by then so much, times what has faded over the visits of its layer
-since, over the layers until its next turn.
+A record's worth follows from its last use: the worth then, times what the visits of its layer since leave of it, over
+the layers until its next turn.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Array = npt.NDArray[Any]
 def stack_depths(
     records: Array, ends: Array, at_use: Array, fade: Array, by_turn: bool, layers: int, experts: int, deepest: int
 ) -> Array:
-    """How many requests are found at each place of the list, [deepest + 1]; the last counts those not found.
+    """Return the number of requests found at each place of the list, [deepest + 1]; the last counts the others.
 
-    `records` [R] are layer * experts + expert, step after step, `ends` [S] where each step ends, none empty.
-    `at_use` [R] is what a record is worth once that request is counted, `fade` [visits] what remains of it so many
-    visits of its layer later, empty where it does not fade; `by_turn` divides by the layers until its next turn. Of
-    equals, the higher record stays. All of a step are looked up before any of them is put in.
+    `records` [R] are layer * experts + expert, step after step; `ends` [S] are the steps' ends, and no step is empty.
+    `at_use` [R] is the worth of a record after that request. `fade` [visits] is the part of it that remains so many
+    visits of its layer later, empty where it does not fade. `by_turn` divides by the layers until its next turn. Of
+    equals, the higher record stays. All records of a step are looked up before any of them is put in.
 
-    Runs as it is, and compiled by numba.
+    Runs in Python, or compiled by numba.
     """
     size, turns = layers * experts, layers if by_turn else 1
     stack, filled = np.empty(deepest, np.int64), 0

@@ -1,37 +1,44 @@
-"""Recording which experts a run routes to."""
+"""Record which experts a run routes to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from unittest import mock
 
 import numpy as np
 
-from qmix.pool.eviction import Key
+from qmix.pool.eviction import Eviction, Key
 from qmix.pool.experts import ExpertPool
 from qmix.pool.stack import Array
-from qmix.precision.matmul import Expert
 
 
 @contextmanager
 def recorded(pool: ExpertPool) -> Iterator[list[list[Key]]]:
-    """Collects, while it is open, the (layer, expert) keys of each request to the pool, in order."""
-    steps: list[list[Key]] = []
-    get = pool.get
+    """Collect the (layer, expert) keys of each request to the pool inside the block, in order."""
+    policy = pool.policy
+    pool.policy = recorder = _Recorder(policy)
+    try:
+        yield recorder.steps
+    finally:
+        pool.policy = policy
 
-    def recording(layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
-        steps.append([(layer, expert) for expert in experts])
-        return get(layer, experts, coming)
 
-    with mock.patch.object(pool, "get", recording):
-        yield steps
+class _Recorder:
+    """An eviction policy that notes each use and leaves the rest to another."""
+
+    def __init__(self, policy: Eviction) -> None:
+        self.worth, self._used = policy.worth, policy.used
+        self.steps: list[list[Key]] = []
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        self.steps.append([(layer, expert) for expert in experts])
+        self._used(layer, experts)
 
 
 def as_trace(steps: Sequence[Sequence[Key]], layers: int) -> Array:
-    """Recorded requests as a trace [steps, k] of experts: its first step is layer 0's, its last layer a whole pass's.
+    """Return recorded requests as a trace [steps, k] of experts, from layer 0 of the first pass to the last layer.
 
-    -1 fills the steps of layers that asked the pool for nothing, and those that asked for fewer than others.
+    -1 fills the steps of layers that requested nothing or fewer experts than others.
     """
     rows: list[Sequence[Key]] = []
     for step in steps:

@@ -87,7 +87,8 @@ def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False)
     tokens = x.numel() // weight.shape[1]
     ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
     ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
-    if not (ours or invariant) or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
+    ours = (ours or invariant) and type(x) is torch.Tensor  # our kernel takes addresses: subclasses may have none
+    if not ours or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
     from qmix.kernels.cpu.products import multiply_rows
 

@@ -1,1 +1,3 @@
-"""Plans proved without the hardware they are for, and on it where it is there."""
+"""Verify plans on pretend devices, and on real ones where this machine has them.
+
+May import the engine, the terminal and every room below them."""

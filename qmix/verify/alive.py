@@ -1,4 +1,4 @@
-"""Bytes alive on each device, and their peak, while fake tensors are computed with."""
+"""Count the bytes alive on each device, and their peak, in computations on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Composite = Callable[..., torch.Tensor]
-WEIGHT = 2**20  # numbers in an operand from where on it is taken for a matrix of weights
+WEIGHT = 2**20  # least numbers of an operand that counts as a matrix of weights
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts storages by device from their first tensor to their last; to be entered inside a FakeTensorMode.
+    """Counts storages by device from their first tensor to their last; enter it inside a FakeTensorMode.
 
-    `alive` and `peak` are in bytes by device ("gpu:0", "cpu"). `composites` says what an operator does inside where
-    that takes memory. `wide` collects products in which a matrix was not in half precision.
+    `alive` and `peak` are in bytes by device ("gpu:0", "cpu"). `composites` are replacements, made of smaller ones, for
+    operators that take memory inside. `wide` collects products with a matrix that was not in half precision.
     """
 
     def __init__(self, composites: dict[Any, Composite] | None = None) -> None:
@@ -33,6 +33,7 @@ class AliveBytes(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def forget_peak(self) -> None:
+        """Start a new peak from the bytes alive now."""
         self.peak = self.alive.copy()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +46,7 @@ class AliveBytes(TorchDispatchMode):
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, FakeTensor):
-                leaf.constant = None  # of a single number: torch would go on with it for real, on devices not there
+                leaf.constant = None  # a single number, with which torch would compute for real on devices not there
                 self._see(leaf)
         return result
 

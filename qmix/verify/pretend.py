@@ -1,50 +1,49 @@
-"""What stands in for hardware and data that are not there, when a plan is verified under FakeTensorMode.
+"""Stand-ins for hardware and data when a plan is verified under FakeTensorMode.
 
-Fake tensors have shapes, types and devices, and no values. Three things of a run need more, and have their stand-ins
-here and nowhere else: GPUs (a pretend backend that torch calls "gpu"), the pool's records and the CPU's kernels, which
-take addresses (shapes only), and the router's choice (given).
+Fake tensors have shapes, types and devices, but no values. The parts of a run that need more are handed stand-ins from
+here: GPUs (a pretend backend that torch calls "gpu"), memory, the pool and its records, the prefetcher and the
+router's choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import Key
-from qmix.pool.experts import ExpertPool
+from qmix.pool.prefetch import Prefetcher
+from qmix.pool.slots import all_have_slots
 from qmix.store.opened import Store
 
 KIND = "gpu"  # torch's name for the pretend backend
 
-Choose = Callable[[int, int], list[list[int]]]  # layer and tokens to [T][k] experts
+Choose = Callable[[int, int], list[list[int]]]  # a layer and a number of tokens to experts [T][k]
 
 
 def register() -> None:
-    """Make the pretend backend known to torch; harmless to repeat, and for as long as the process lives."""
+    """Make the pretend backend known to torch until the process ends; harmless to repeat."""
     if torch._C._get_privateuse1_backend_name() != KIND:
         _setup_privateuseone_for_python_backend(KIND)
 
 
-class PretendPool(ExpertPool):
-    """A pool of fake memory whose records are all there."""
+def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Return `nbytes` of memory, uint8, from torch on every device."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+class PretendPool:
+    """A pool of fake memory, see `qmix.pool.protocol.Pool`; every record is in memory."""
 
     def __init__(self, store: Store, slots: Mapping[int, int], elsewhere: frozenset[Key] = frozenset()) -> None:
-        self.store, self.slots, self.invariant, self.elsewhere = store, slots, False, elsewhere
-        self._memory = torch.empty(sum(nbytes * count for nbytes, count in slots.items()), dtype=torch.uint8)
-        self.counters, self.cancelled = PoolCounters(), False
+        self.store, self.invariant, self.elsewhere = store, False, elsewhere
+        self.memory = torch.empty(sum(nbytes * count for nbytes, count in slots.items()), dtype=torch.uint8)
+        self.holds_all = all_have_slots(store.layout, slots, elsewhere)
         self._computes = PretendExpert(store.geometry.intermediate_size)
-
-    @property
-    def memory(self) -> torch.Tensor:
-        return self._memory
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
         return self.memory[: self.store.layout.record(layer, expert).nbytes]
@@ -61,8 +60,15 @@ class PretendPool(ExpertPool):
         pass
 
 
+class BlindPrefetcher(Prefetcher):
+    """A prefetcher that takes its memory but guesses nothing, because guesses need values."""
+
+    def coming(self, layer: int, hidden: torch.Tensor) -> list[Key]:
+        return []
+
+
 class PretendExpert:
-    """An expert in main memory: what its forward allocates there."""
+    """An expert in main memory: its forward allocates what a real one does."""
 
     def __init__(self, intermediate: int) -> None:
         self.intermediate = intermediate
@@ -76,9 +82,9 @@ class PretendExpert:
 
 
 class GivenIndex:
-    """The router's choice with its values, among fakes: what PooledExperts does with top_k_index is done for real.
+    """The router's choice with its values, among fake tensors: PooledExperts computes on real numbers.
 
-    What torch's functions make of it is fake again.
+    The results of torch's functions are fake again.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
@@ -111,7 +117,7 @@ class GivenIndex:
 
 
 def given_routing(layer: int, choose: Choose) -> Callable[..., Any]:
-    """A forward hook for a router: all that it computes is computed, then the choice is replaced."""
+    """Return a forward hook that replaces a router's choice after all has been computed."""
 
     def hook(module: object, args: object, output: tuple[Any, Any, torch.Tensor]) -> tuple[Any, Any, GivenIndex]:
         logits, weights, index = output
@@ -125,28 +131,5 @@ def given_routing(layer: int, choose: Choose) -> Callable[..., Any]:
 def gemm_4bit(
     x: torch.Tensor, codes: torch.Tensor, shape: Sequence[int], absmax: torch.Tensor, block: int, kind: str
 ) -> torch.Tensor:
-    """bitsandbytes' product where it takes the most memory: its kernel for few tokens aside, a matrix dequantised."""
+    """Compute bitsandbytes' product in the way that takes the most memory: through a dequantised matrix."""
     return F.linear(x, torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, block, kind, shape, x.dtype))
-
-
-def _half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
-    return F.linear(x, weight)
-
-
-@contextmanager
-def stand_ins() -> Iterator[None]:
-    """Inside the block, kernels and mappings that take addresses in main memory are replaced by torch's operators."""
-    with ExitStack() as stack:
-        for name, replacement in (
-            ("qmix.precision.dense.half_product", _half_product),
-            ("qmix.model.attention._kernel_takes", lambda *_: False),
-            ("qmix.pool.prefetch.Prefetcher.coming", lambda *_: []),  # guesses are of values
-            ("qmix.model.kv.anonymous_memory", _memory),
-            ("qmix.model.dense.anonymous_memory", _memory),
-        ):
-            stack.enter_context(patch(name, replacement))
-        yield
-
-
-def _memory(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)

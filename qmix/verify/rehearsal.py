@@ -1,8 +1,8 @@
-"""A plan proved without the hardware it is for: the true model, prefill and decode, on pretend devices at full size.
+"""Verify a plan without its hardware: run the true model, prefill and decode, on pretend devices at full size.
 
-The modules are those that run on real GPUs. They are made of fake tensors, which have devices but no values: torch
-refuses operands on different devices, the products of experts compare theirs, and the bytes alive on each device are
-counted and compared with the plan. Needs neither GPUs nor a store, and the memory of neither.
+The modules are the same as on real GPUs, with fake tensors, which have devices but no values. torch refuses operands on
+different devices, the products of experts compare the devices of theirs, and the bytes alive on each device are counted
+and compared with the plan. Needs no GPUs, no store, and no memory for either.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.model import spread_for
 from qmix.model.kv import KVCache
-from qmix.plan import PREFILL_CHUNK, Plan
-from qmix.pool.experts import ExpertPool
+from qmix.plan import Plan
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import Store
 from qmix.verify import pretend
 from qmix.verify.alive import AliveBytes
 
-NEVER = 1e-9  # FLOP/s of a processor that is not to be preferred
-TOLERANCE = 0.03  # share of the planned bytes by which what was found may differ
+NEVER = 1e-9  # FLOP/s of a processor that is never preferred
+TOLERANCE = 0.03  # share of the planned bytes by which the bytes found may differ
 
 
 class PlanError(QmixError):
-    """A plan is not what running it shows."""
+    """A plan differs from what running it shows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Bytes at their peak on one device, as planned and as found; on the host without Python itself."""
+    """Peak bytes on one device, planned and found; on the host without Python itself."""
 
     name: str
     planned: int
@@ -61,7 +61,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What running a plan on pretend devices showed; `problems` are one line each."""
+    """The result of running a plan on pretend devices; `problems` are one line each."""
 
     devices: tuple[Verified, ...]
     problems: tuple[str, ...]
@@ -71,7 +71,7 @@ class Verification:
         return not self.problems and all(device.agrees for device in self.devices)
 
     def check(self) -> None:
-        """Raises PlanError, which says what is wrong, where the plan does not hold."""
+        """Raise PlanError, which says what is wrong, where the plan does not hold."""
         wrong = [
             f"{each.name} took {each.found:,} bytes, not {each.planned:,}" for each in self.devices if not each.agrees
         ]
@@ -80,7 +80,7 @@ class Verification:
 
 
 class Rehearsal:
-    """A plan's model, cache and pool without a store's data, to be used inside the block of `rehearsal`."""
+    """A plan's model, cache and pool without a store's data, for use inside the block of `rehearsal`."""
 
     def __init__(self, plan: Plan, layout: StoreLayout, attention: str, rates: Rates, kind: str) -> None:
         self.plan, self.layout, self.rates = plan, layout, rates
@@ -88,29 +88,30 @@ class Rehearsal:
         self.model: MixtralForCausalLM = empty_model(self.store, attention)
         self.spread = spread_for(plan, rates, kind)
         self.bytes = AliveBytes({torch.ops.bitsandbytes.gemm_4bit.default: pretend.gemm_4bit})
-        self.pool: ExpertPool
+        self.pool: pretend.PretendPool
         self.cache: KVCache
 
     def load_weights(self) -> None:
-        """All that is there before the first step."""
+        """Make the pool, the weights and the cache, as they are before the first step."""
         spread = self.spread
         elsewhere = spread.residents if spread else frozenset()
         self.pool = pretend.PretendPool(self.store, self.plan.slots_by_size, elsewhere)
         host = Device(HOST, torch.device(HOST))
-        dense = typed(self.store, dense_memory(self.store, spread.of_tensor if spread else lambda name: host))
-        load_weights(self.model, self.store, self.pool, dense, self.spread)
+        memory = dense_memory(self.store, spread.of_tensor if spread else lambda name: host, pretend.allocate)
+        dense = typed(self.store, memory)
+        load_weights(self.model, self.store, self.pool, dense, spread, pretend.BlindPrefetcher)
         homes = [device.device for device in spread.layers] if spread else None
-        dtype = HALF[self.layout.dtype]
-        self.cache = KVCache(self.layout.geometry, self.plan.context, dtype, self.plan.batch, homes)
+        dtype, sizes = HALF[self.layout.dtype], (self.plan.context, self.plan.batch)
+        self.cache = KVCache(self.layout.geometry, sizes[0], dtype, sizes[1], homes, allocate=pretend.allocate)
 
     def prefer(self, rates: Rates) -> None:
-        """Let experts that lie in main memory be copied or computed there as these rates say."""
+        """Set the rates that decide whether experts in main memory are copied or computed on the CPU."""
         for layer in self.model.model.layers:
             if isinstance(layer.mlp.experts, DeviceExperts):
                 layer.mlp.experts.rates = rates
 
     def step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
-        """One step of so many tokens of each sequence, after `before` cached ones."""
+        """Run one step of `tokens` tokens of each sequence, after `before` cached ones."""
         hooks = [
             layer.mlp.gate.register_forward_hook(pretend.given_routing(index, choose))
             for index, layer in enumerate(self.model.model.layers)
@@ -136,15 +137,15 @@ def rehearsal(
     rates: Rates | None = None,
     kind: str = pretend.KIND,
 ) -> Iterator[Rehearsal]:
-    """Stand-ins for data and for the CPU's kernels for the time of the block, and a model on the plan's devices.
+    """Give a model on the plan's devices without a store's data.
 
-    These are pretend devices and all tensors are fake; or with `kind` torch's own, and all tensors take memory.
+    Devices are pretend ones and all tensors are fake inside the block. With another `kind` the devices are torch's own
+    and tensors take memory.
     """
     if kind == pretend.KIND:
         pretend.register()
     made = Rehearsal(plan, layout, attention, rates or Rates(), kind)
     with ExitStack() as stack:
-        stack.enter_context(pretend.stand_ins())
         if kind == pretend.KIND:
             stack.enter_context(FakeTensorMode())
             stack.enter_context(made.bytes)
@@ -153,10 +154,10 @@ def rehearsal(
 
 
 def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rates | None = None) -> Verification:
-    """Run a plan's longest prefill chunk and a decode step on pretend devices, and compare.
+    """Run a plan's longest prefill chunk and a decode step on pretend devices, and compare the bytes.
 
-    The chunk runs with its tokens spread over all experts, and with all of them at the same ones, the most that an
-    expert can be given: such as are copied to the layer's device, and such as the CPU computes.
+    The chunk runs with its tokens spread over all experts, and with all of them at the same experts, the most that one
+    can get: once with experts copied to the layer's device, once with experts computed on the CPU.
     """
     try:
         with rehearsal(plan, layout, attention, rates) as made:
@@ -164,7 +165,7 @@ def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rate
             problems = [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)]
             problems += _wide_parts(made)
             peak = made.bytes.peak
-    except RuntimeError as error:  # torch's and the products', for operands on different devices
+    except RuntimeError as error:  # raised by torch and by products for operands on different devices
         return Verification((), (str(error).strip().splitlines()[0],))
     rows = [Verified(device.name, device.total, peak[device.name]) for device in plan.devices]
     rows.append(Verified(HOST, plan.total - plan.interpreter, peak[HOST]))
@@ -172,9 +173,9 @@ def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rate
 
 
 def verify_on_gpus(plan: Plan, layout: StoreLayout, attention: str = "sdpa") -> Verification:
-    """The same on this machine's GPUs, where the weights are whatever lay in their memory; the host is not compared.
+    """Do the same on this machine's GPUs, with weights of arbitrary content; the host is not compared.
 
-    What CUDA had allocated before is not counted. Raises UsageError where a GPU of the plan is not here.
+    Bytes that CUDA had allocated before are not counted. Raises UsageError where a GPU of the plan is missing.
     """
     gpus = [open_devices([device.name for device in plan.devices])[device.name] for device in plan.devices]
     before = [gpu.allocated() for gpu in gpus]
@@ -191,7 +192,7 @@ def verify_on_gpus(plan: Plan, layout: StoreLayout, attention: str = "sdpa") -> 
 
 
 def rehearse(made: Rehearsal) -> None:
-    """The steps that take the most."""
+    """Run the steps that take the most memory."""
     plan, geometry = made.plan, made.layout.geometry
     tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
     before, even = plan.context - 1 - tokens, _spread_out(geometry)
@@ -203,7 +204,7 @@ def rehearse(made: Rehearsal) -> None:
 
 
 def _spread_out(geometry: Geometry) -> pretend.Choose:
-    """Every expert used by as many tokens as any other."""
+    """Return a routing that uses all experts equally."""
     count, top_k = geometry.num_experts, geometry.experts_per_token
     return lambda layer, tokens: [
         [(token * top_k + place) % count for place in range(top_k)] for token in range(tokens)
@@ -211,7 +212,7 @@ def _spread_out(geometry: Geometry) -> pretend.Choose:
 
 
 def _together(plan: Plan, top_k: int) -> pretend.Choose:
-    """All tokens at the same experts of a layer, if possible at such as do not lie on its device."""
+    """Return a routing of all tokens to the same experts of a layer, if possible ones that lie elsewhere."""
 
     def choose(layer: int, tokens: int) -> list[list[int]]:
         places, near = plan.placement[layer], plan.layer_devices[layer]
@@ -222,7 +223,7 @@ def _together(plan: Plan, top_k: int) -> pretend.Choose:
 
 
 def _wide_parts(made: Rehearsal) -> list[str]:
-    """Dense weights and cache that are not in the half precision of the layout."""
+    """Return the dense weights and caches that are not in the half precision of the layout, a line each."""
     dtype = HALF[made.layout.dtype]
     parts = {name: parameter.dtype for name, parameter in made.model.named_parameters()}
     parts |= {f"KV cache of layer {index}": layer.keys.dtype for index, layer in enumerate(made.cache.layers)}
@@ -230,7 +231,7 @@ def _wide_parts(made: Rehearsal) -> list[str]:
 
 
 def _store(layout: StoreLayout) -> Store:
-    """A store that is nowhere: enough of one to build a model of its layout."""
+    """Return a store without files, enough to build a model of its layout."""
     geometry = layout.geometry
     config = {key: getattr(geometry, name) for name, key in CONFIG_KEYS.items()}
     config |= {"tie_word_embeddings": geometry.tie_embeddings, "sliding_window": geometry.sliding_window}

@@ -1,7 +1,7 @@
-"""Does this machine run plans with GPUs as it should? Values against the CPU's, bytes against the plan's.
+"""Test this machine's GPUs: values against the CPU's, bytes against the plan's.
 
-On a machine with GPUs both are compared there. Elsewhere the same modules compute with the CPU as every device, and
-plans are verified on pretend devices.
+On a machine without GPUs the same modules compute with the CPU as every device, and plans are verified on pretend
+devices.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qmix.verify.rehearsal import Verification, verify, verify_on_gpus
 Say = Callable[[str], None]
 
 GIB = 2**30
-PYTHON_BYTES = 500 * 2**20  # in these plans; no part of what is compared
+PYTHON_BYTES = 500 * 2**20  # in these plans; not compared
 PLANS = (  # model, RAM, GPUs, in GiB
     ("mixtral-8x22b", 64, (24,)),
     ("mixtral-8x22b", 64, (24, 24)),
@@ -49,7 +49,7 @@ SHARE = 0.8  # of a GPU's free memory, for them
 
 
 def self_test(say: Say) -> bool:
-    """Run the checks, a line each to `say`; whether all of them passed."""
+    """Run the checks, a line each to `say`; return True if all of them passed."""
     count = torch.cuda.device_count()
     if not count:
         say("no CUDA GPU here: the CPU stands in for the values, pretend devices for the bytes")
@@ -61,7 +61,7 @@ def self_test(say: Say) -> bool:
 
 
 def _values(kind: str, gpus: int, say: Say) -> bool:
-    """The embedded model's logits over GPUs, against those of the CPU."""
+    """Compare the embedded model's logits on GPUs with those on the CPU."""
     passed = True
     for precision in ("nf4", "int8", "half"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +79,7 @@ def _values(kind: str, gpus: int, say: Say) -> bool:
 
 
 def spread_over(store: Store, gpus: int) -> Plan:
-    """Layers shared out over so many GPUs, every other expert resident; the rest take turns in four slots."""
+    """Return a plan with layers shared out over `gpus` GPUs and every other expert resident; others share 4 slots."""
     geometry = store.geometry
     host = make_plan(store.layout, 2 * GIB, 64, PYTHON_BYTES)
     if not gpus:
@@ -95,7 +95,7 @@ def spread_over(store: Store, gpus: int) -> Plan:
 
 
 def logits(store: Store, plan: Plan, rates: Rates, kind: str) -> torch.Tensor:
-    """[T, V] in fp32, on the CPU: a prompt in one step, then three steps of a token each."""
+    """Return logits [T, V] in fp32 on the CPU: a prompt in one step, then three steps of a token each."""
     with Runner(store, plan, rates=rates, kind=kind) as runner, torch.inference_mode():
         ids = torch.tensor([runner.tokenizer(PROMPT)["input_ids"]])
         cache = runner.cache
@@ -108,6 +108,7 @@ def logits(store: Store, plan: Plan, rates: Rates, kind: str) -> torch.Tensor:
 
 
 def _pretend_bytes(say: Say) -> list[bool]:
+    """Verify some plans on pretend devices."""
     passed = []
     for name, ram, gpus in PLANS:
         layout = _layout(PUBLISHED[name].geometry)
@@ -119,12 +120,12 @@ def _pretend_bytes(say: Say) -> list[bool]:
 
 
 def _real_bytes(gpus: int, say: Say) -> list[bool]:
-    """Some layers of 8x22B, as large as the GPUs allow."""
+    """Verify a plan of some layers of 8x22B, as large as the GPUs allow."""
     layout = _layout(replace(PUBLISHED["mixtral-8x22b"].geometry, num_layers=LAYERS))
     free = [torch.cuda.mem_get_info(index)[0] for index in range(gpus)]
     budgets = [min(int(SHARE * each), 8 * GIB // gpus) for each in free]
     plan = make_plan(layout, 16 * GIB, 4096, PYTHON_BYTES, gpus=budgets)
-    plan = plan.with_slots(MIN_SLOTS)  # what the others' memory holds does not matter here
+    plan = plan.with_slots(MIN_SLOTS)  # the pool does not affect this check
     title = f"{LAYERS} layers of 8x22B on {' + '.join(map(format_bytes, budgets))}"
     return [_report(verify_on_gpus(plan, layout), title, say)]
 

@@ -1,4 +1,4 @@
-"""What verifying a plan found, as it is shown."""
+"""Show the result of verifying a plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TITLE = "verified on pretend devices: prefill and decode at full size, bytes at 
 
 
 def verification_table(found: Verification, title: str = TITLE) -> Table:
-    """A row for each device: planned, found, and the difference."""
+    """Return a table with a row for each device: planned, found, and the difference."""
     table = Table(title=Text(title), title_justify="left")
     table.add_column("")
     for name in ("planned", "found", "difference", f"within {TOLERANCE:.0%}"):
@@ -32,6 +32,6 @@ def verification_table(found: Verification, title: str = TITLE) -> Table:
 
 
 def to_json(found: Verification) -> dict[str, Any]:
-    """{"holds", "devices": {name: {"planned", "found"}}, "problems"}, in bytes."""
+    """Return {"holds", "devices": {name: {"planned", "found"}}, "problems"}, in bytes."""
     devices = {device.name: {"planned": device.planned, "found": device.found} for device in found.devices}
     return {"holds": found.holds, "devices": devices, "problems": list(found.problems)}

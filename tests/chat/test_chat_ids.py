@@ -16,7 +16,8 @@ from qmix.chat.format import PlainFormat, Said, TemplateFormat, format_of
 from qmix.chat.session import Session, shown_ids
 from qmix.engine.stream import Runner, common_prefix
 from qmix.errors import Cancelled, StoreError, UsageError
-from qmix.plan import PREFILL_CHUNK, make_plan
+from qmix.plan import make_plan
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.text.detokenizer import Detokenizer
 from qmix.text.tokenizer import load_tokenizer
 

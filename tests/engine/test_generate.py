@@ -16,7 +16,8 @@ import qmix
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.errors import Cancelled, DoesNotFitError, StoreError, UsageError
-from qmix.plan import PREFILL_CHUNK, make_plan
+from qmix.plan import make_plan
+from qmix.plan.memory import PREFILL_CHUNK
 
 PROMPT = "To install a package on this system, open a terminal and"
 

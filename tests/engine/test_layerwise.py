@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.checkpoint_weights import CheckpointWeights
-from qmix.engine.layerwise import Observer, check_memory, memory_needed, run_layers
+from qmix.engine.layerwise import Observer, run_layers
 from qmix.engine.layerwise import logits as logits_of
 from qmix.engine.passes import plain_pass
 from qmix.engine.store_weights import PATH_ATTENTION, StoreWeights
 from qmix.engine.variants import Quantised, Stored
-from qmix.errors import CheckpointError, DoesNotFitError, StoreError
+from qmix.errors import CheckpointError, StoreError
 from qmix.model.build import build_model
 from qmix.pool.experts import ExpertPool
 from qmix.store.sources import layout_for
@@ -163,15 +163,3 @@ def test_a_store_of_other_weights_is_refused(checkpoint, tmp_path):
     other = make_store(make_checkpoint(tmp_path / "model"), tmp_path / "store")
     with pytest.raises(StoreError, match="was made from other weights"):
         Stored("store", other, checkpoint)
-
-
-def test_memory_grows_with_tokens_and_variants_and_is_checked(checkpoint):
-    one, two = [variant(checkpoint, "half")], [variant(checkpoint, "half"), variant(checkpoint, "nf4")]
-    hidden = checkpoint.geometry.hidden_size
-    small, large = (memory_needed(checkpoint, tokens, 100, two, own=0) for tokens in (1000, 3000))
-    assert large - small == 2000 * 2 * hidden * 8
-    assert memory_needed(checkpoint, 1000, 100, one, own=0) < small
-    check_memory(small, small, 1000)
-    with pytest.raises(DoesNotFitError) as caught:
-        check_memory(small, small - 1, 1000)
-    assert caught.value.smallest == small

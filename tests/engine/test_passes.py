@@ -11,7 +11,8 @@ from qmix.engine.passes import PathSegment, Query, chunks, make_pass, plain_pass
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.evaluate.card import CARD, CARD_AVERAGE, card_rows
 from qmix.geometry import Geometry
-from qmix.plan.scoring import MOST_TOKENS, plan_scoring, token_bytes
+from qmix.plan.memory import scoring_token_bytes
+from qmix.plan.scoring import MOST_TOKENS, plan_scoring
 from qmix.plan.slots import least_slots
 from qmix.store.layout import StoreLayout, parse_precisions
 
@@ -125,7 +126,7 @@ def test_the_smallest_budgets_have_the_fewest_slots_and_what_is_left_is_for_toke
     plan = plan_scoring(layout, 100, 10**7, 12 * GIB)
     assert plan.slots == least_slots(layout)
     (slot,) = plan.slots
-    assert 100 < plan.tokens < 2048 + (8 - 2) * slot // token_bytes(BIG)
+    assert 100 < plan.tokens < 2048 + (8 - 2) * slot // scoring_token_bytes(BIG)
 
 
 def test_where_all_experts_fit_they_stay(layout):
@@ -163,7 +164,7 @@ def test_no_plan_exceeds_its_budget_and_the_smallest_does(precision, gib, longes
 
 def test_a_token_takes_what_its_states_take():
     # stream, normed stream, two experts' results, their sum and its copy, each 6144 numbers of two bytes
-    assert token_bytes(BIG) - 6 * 6144 * 2 == 128
+    assert scoring_token_bytes(BIG) - 6 * 6144 * 2 == 128
 
 
 def test_a_request_longer_than_the_asked_batch_is_refused(layout):

@@ -1,4 +1,4 @@
-"""What is found out about a machine, kept, and used: from files made for the test, and once for real."""
+"""A machine's report and rates, kept and used: from files made for the test, and once for real."""
 
 from __future__ import annotations
 

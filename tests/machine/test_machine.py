@@ -1,4 +1,4 @@
-"""What is found out about the machine, from files made for the test and from a real process."""
+"""Memory and limits of a machine, from files made for the test and from a real process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qmix.machine import found as machine
 
 @pytest.fixture
 def free_memory(monkeypatch):
-    """A machine with 10,000 bytes free."""
+    """Make a machine with 10,000 free bytes."""
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10_000}))
 
 

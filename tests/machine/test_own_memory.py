@@ -1,4 +1,4 @@
-"""What Python itself takes of a budget: measured again when what is installed changes, and told when it was wrong."""
+"""Python's own part of a budget: measured again when anything installed changes, and reported when it was wrong."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ODD = {
 
 @pytest.fixture
 def measured(monkeypatch) -> list[list[str]]:
-    """The commands that measure; each finds 300 MB."""
+    """Collect the commands that measure; each finds 300 MB."""
     commands = []
 
     def run(command, **options):
@@ -82,7 +82,7 @@ def test_a_damaged_machine_profile_is_set_aside_and_made_anew(tmp_path, content)
 
 @pytest.mark.parametrize("rate", ["0", "-1", "1e999", "1e300", "1e-300", "9" * 5000, '"x"', "null", "[]", "true"])
 def test_one_rate_that_is_none_sets_the_profile_aside(tmp_path, rate):
-    """A rate of another kind would be divided by somewhere in a plan."""
+    """A plan divides by rates, so only positive numbers will do."""
     path = tmp_path / "machine.json"
     machine_profile.keep({"disk_read": 123456789.0}, path=path)
     path.write_text(path.read_text().replace("123456789.0", rate))
@@ -91,7 +91,7 @@ def test_one_rate_that_is_none_sets_the_profile_aside(tmp_path, rate):
 
 
 def test_what_is_installed_later_is_measured_again(tmp_path, measured, monkeypatch):
-    """In a directory of packages: each change is another key, and going back is the first one again."""
+    """Each change in a directory of packages gives another key, and undoing it the first one."""
     packages, cache = tmp_path / "packages", tmp_path / "cache"
     (packages / "first-1.0.dist-info").mkdir(parents=True)
     (packages / "first.py").write_text("")
@@ -128,7 +128,7 @@ def test_what_is_installed_later_is_measured_again(tmp_path, measured, monkeypat
 
 
 def test_a_python_that_has_grown_is_measured_again_in_a_real_process(tmp_path, monkeypatch):
-    """A package that comes later and takes 80 MB when Python starts."""
+    """Install a package that takes 80 MB when Python starts."""
     cache, packages = tmp_path / "cache", tmp_path / "packages"
     packages.mkdir()
     before = machine.interpreter_memory(cache)
@@ -141,7 +141,7 @@ def test_a_python_that_has_grown_is_measured_again_in_a_real_process(tmp_path, m
 
 @pytest.fixture
 def believed_small(first_use, tmp_path, monkeypatch):
-    """A cache that says that Python takes 2 MiB, and a model that then fits anything."""
+    """Make a cache in which Python takes 2 MiB, so that any budget seems large enough."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for kernels in (False, True):
         path = machine.interpreter_path(kernels=kernels)

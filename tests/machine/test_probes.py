@@ -1,4 +1,4 @@
-"""What the probes of this machine read and give; how fast it is, no test says."""
+"""The probes of this machine: the bytes that they read and their results, not its speed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_product_that_would_take_too_long_is_left_out(monkeypatch):
 
 @pytest.mark.parametrize("memory_limit", [4 * 8192, 2**20])
 def test_a_slice_reads_whole_pages_inside_records(store, monkeypatch, memory_limit):
-    """As many bytes as asked for, from all over the store, in reads that fit the memory allowed."""
+    """A slice reads the requested bytes from the whole store, in reads that fit the memory limit."""
     submitted, submit = [], Reader.submit
 
     def noted(self, read, ahead=False):
@@ -86,7 +86,7 @@ def test_a_small_store_is_not_read_forever(store, monkeypatch):
 
 
 class Done:
-    """A read that took no time."""
+    """A read that takes no time."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.view, self.done = buffer, self

@@ -1,4 +1,4 @@
-"""Copied to the GPU or computed on the CPU: the decision by hand."""
+"""The choice between copying to the GPU and computing on the CPU, by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules of a GPU run, run for real with the CPU as every device: the values they give, and what they do."""
+"""The modules of a GPU run with the CPU as every device: their values and their moves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TWO = ["gpu:0", "gpu:1"]
 
 
 def logits(model, ids, cache=None):
-    """Of a prompt in one step, then of three steps of a token each, [T, V] in fp32."""
+    """Return logits [T, V] in fp32 of a prompt in one step, then of three steps of a token each."""
     with torch.inference_mode():
         parts = [model(ids[:, :-3], cache=cache, use_cache=True)]
         cache = cache or parts[0].cache
@@ -139,7 +139,7 @@ def test_routing_by_hand():
 
 
 def test_the_way_is_chosen_by_tokens_and_rates(tmp_path, ids):
-    """With rates at which only many tokens pay for a copy, a prompt's experts are copied and a token's are not."""
+    """If only many tokens are worth a copy, a prompt's experts are copied and a single token's are not."""
     store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
     rates = Rates(four_bit_read=1e12, matmul=1e9, pcie=1.6e8, gpu_memory=1e12, gpu_matmul=1e15)
     model = spread_model(store, TWO, set(), rates)
@@ -159,7 +159,7 @@ def test_the_way_is_chosen_by_tokens_and_rates(tmp_path, ids):
 
 @pytest.fixture
 def cudnn_attention():
-    """torch's setting for the whole process, on as torch has it, and put back."""
+    """Turn torch's setting for the whole process on, its default, and restore it."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
@@ -168,7 +168,7 @@ def cudnn_attention():
 
 @pytest.mark.usefixtures("cudnn_attention")
 def test_cudnns_attention_is_off_for_a_model_on_a_gpu(tmp_path):
-    """It plans anew for each length of the KV cache, and in decode every token has a new one."""
+    """cuDNN plans anew for each length of the KV cache, and in decode every token has a new length."""
     store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "half")
     make_model(store)
     assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -1,4 +1,4 @@
-"""Experts as a GPU multiplies them, run for real with the CPU as the device: equality with bitsandbytes' own."""
+"""Products of experts as on a GPU, with the CPU as the device: equality with bitsandbytes' own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import Geometry
 from qmix.kernels.packing import BLOCK
-from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, device_expert, put_in_order
-from qmix.plan.device_work import device_record_bytes
+from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, device_expert, reorder
+from qmix.plan.memory import device_record_bytes
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.formats import parts
 from qmix.precision.matmul import Expert
@@ -24,7 +24,7 @@ def weights(rows: int, cols: int, seed: int = 1) -> torch.Tensor:
 
 
 def quantised(kind: str, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and absmax as a record has them."""
+    """Return codes and absmax in a record's layout."""
     rows, cols = matrix.shape
     quantizer = MatrixQuantizer(kind, "bf16", rows, cols, "w")
     codes = torch.from_numpy(quantizer.quantize(matrix, 0)[1].copy())
@@ -36,11 +36,11 @@ def quantised(kind: str, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_record_put_in_order_is_what_bitsandbytes_quantises(kind, rows, cols):
+def test_a_reordered_record_is_what_bitsandbytes_quantises(kind, rows, cols):
     matrix = weights(rows, cols)
     want, state = bnb.quantize_4bit(matrix, blocksize=BLOCK, quant_type=kind)
     codes, absmax = torch.empty(want.numel(), dtype=torch.uint8), torch.empty(state.absmax.shape)
-    put_in_order(*quantised(kind, matrix), rows, cols, codes, absmax)
+    reorder(*quantised(kind, matrix), rows, cols, codes, absmax)
     assert torch.equal(codes, want.view(-1))
     assert torch.equal(absmax, state.absmax.bfloat16().float())  # a store rounds it
 

@@ -1,4 +1,4 @@
-"""How many sequences are continued together."""
+"""The number of sequences that are continued together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from checkpoints import TINY_CONFIG
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.plan import Plan, make_plan
-from qmix.plan.batching import MAX_BATCH, choose_plan, context_of, token_cost
+from qmix.plan.batching import choose_plan, context_of, token_cost
+from qmix.plan.memory import MAX_BATCH
 from qmix.store.layout import StoreLayout, parse_precisions
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}

@@ -16,8 +16,8 @@ from qmix.machine.rates import Rates
 from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
 from qmix.plan.demand import Demand
-from qmix.plan.device_work import device_record_bytes
-from qmix.plan.placement import GPU_RESERVE_BYTES, JOB, arrange
+from qmix.plan.memory import GPU_RESERVE_BYTES, device_record_bytes
+from qmix.plan.placement import JOB, arrange
 from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout, parse_precisions
 
@@ -46,7 +46,7 @@ def layout(geometry: Geometry, precision: str = "nf4") -> StoreLayout:
 
 
 def check(plan, store: StoreLayout) -> None:
-    """What holds of every plan."""
+    """Check what is true of every plan."""
     geometry = store.geometry
     counts = Counter(where for row in plan.placement for where in row)
     assert plan.total <= plan.ram
@@ -182,7 +182,7 @@ def test_more_than_two_gpus_share_layers_by_their_sizes():
 
 
 def job_seconds(plan, store, rates) -> float:
-    """What arrangements are compared by: a prompt and its answer."""
+    """Return the seconds of a prompt and its answer, by which arrangements are compared."""
     speed = predict(plan, store, rates)
     return speed.prefill.seconds + min(JOB[1], plan.context) * speed.decode.seconds
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
-from qmix.plan import RESERVE_BYTES, make_plan, work_bytes
+from qmix.plan import make_plan
+from qmix.plan.memory import RESERVE_BYTES, work_bytes
 from qmix.store.layout import StoreLayout, parse_precisions
 
 SMALL = Geometry(64, 128, 2, 4, 2, 16, 4, 2, 96, 256)

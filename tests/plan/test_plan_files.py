@@ -1,4 +1,4 @@
-"""Plans and profiles as files: what is written is read back, and what is damaged or another's is refused in a line."""
+"""Plans and profiles as files: they are read back as written; damaged or foreign ones are refused in a line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ USE = ((0.9, 0.5, 0.4, 0.2), (0.5, 0.5, 0.5, 0.5))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What Python takes, without measuring it."""
+    """Replace the measurement of Python's own memory."""
     monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda **options: 10**8)
 
 

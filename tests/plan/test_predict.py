@@ -8,7 +8,8 @@ from qmix.geometry import Geometry
 from qmix.machine.rates import FourBitProducts, Machine, Rates, without_kernels
 from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
-from qmix.plan.predict import Load, beside, missed_share, seconds_of, speed_of
+from qmix.plan.predict import beside, seconds_of, speed_of
+from qmix.plan.traffic import Load, missed_share
 from qmix.store.layout import StoreLayout, parse_precisions
 
 GIB = 2**30

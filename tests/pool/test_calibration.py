@@ -22,7 +22,7 @@ from qmix.pool.trace import as_trace, recorded
 
 
 def steps(text: str) -> np.ndarray:
-    """'01 2.' is a step with experts 0 and 1, then one with expert 2 alone."""
+    """Return a trace: '01 2.' is a step with experts 0 and 1, then one with expert 2 alone."""
     return np.array([[-1 if letter == "." else int(letter) for letter in step] for step in text.split()])
 
 
@@ -56,7 +56,7 @@ def test_a_step_is_the_next_layers():
 
 @st.composite
 def models(draw):
-    """Layers, experts, top k, and a trace with steps of one token, of many, and of none."""
+    """Draw layers, experts, top k, and a trace with steps of one token, of many, and of none."""
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(2, 6))
     top_k = draw(st.integers(1, experts))
     few = st.permutations(range(experts)).map(lambda order: order[:top_k])
@@ -88,7 +88,7 @@ def test_every_policy_and_size_is_as_the_reference_has_it(model):
 
 
 def test_a_long_trace_is_as_the_reference_has_it():
-    """Long enough that what was used long ago has faded to nothing."""
+    """The trace is long enough that early uses fade to nothing."""
     rng = np.random.default_rng(0)
     likely = rng.normal(size=(2, 6))[np.arange(16_000) % 2]
     likely[100:15_900, 5] = -np.inf
@@ -112,7 +112,7 @@ def test_belady_begins_with_the_best_of_what_is_in_memory(model, slots, data):
 
 @given(st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=2).map(sorted), max_size=5))
 def test_belady_is_the_best_of_all_choices(rows):
-    """Against every possible content after each step, for two slots."""
+    """Compare with every possible content after each step, for two slots."""
     best = {frozenset(): 0}
     for row in rows:
         following: dict[frozenset, int] = {}

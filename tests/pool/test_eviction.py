@@ -43,7 +43,7 @@ def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
 
 
 def test_going_round_everything_uses_per_time_is_as_good_as_knowing_the_future():
-    """Every pass asks for every expert, as prefill does; dropping the least recently used finds nothing."""
+    """Every pass needs every expert, as prefill does; evicting the least recently used hits nothing."""
     found = replay(np.tile(np.arange(8), (4 * 10, 1)), 4, 8, [16], top_k=2)
     assert found.hit_rate("lru", 16) == 0
     assert found.hit_rate("uses-per-time", 16) == found.hit_rate("belady", 16) > 0.4

@@ -1,4 +1,4 @@
-"""The pool: which records are read, which are kept, and that neither changes what is computed."""
+"""The pool: the records that it reads and keeps, and results that depend on neither."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qmix.store.profile import Profile
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Two layers of four experts."""
+    """Make a checkpoint of two layers of four experts."""
     return make_checkpoint(tmp_path_factory.mktemp("pool") / "checkpoint")
 
 
@@ -32,24 +32,24 @@ def store(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mixed(checkpoint, tmp_path_factory):
-    """Layer 0 in nf4 but for expert 3, in half precision; layer 1 in half precision but for expert 0."""
+    """Make a store: layer 0 in nf4, its expert 3 in half precision; layer 1 in half precision, its expert 0 in fp4."""
     return make_store(checkpoint, tmp_path_factory.mktemp("mixed") / "store", "nf4,0.3=half,1.*=half,1.0=fp4")
 
 
 def ask(pool, layer, *experts):
-    """Use these experts; gives them in the order in which the pool did."""
+    """Use these experts, and return them in the pool's order."""
     return [expert for expert, _ in pool.get(layer, experts)]
 
 
 def settled(pool):
-    """Wait for what is being read ahead, and take it in."""
+    """Wait for prefetches under way, and make them resident."""
     for _, read in pool._ahead.values():
         read.done.exception()
     pool._collect()
 
 
 def kept(pool):
-    """How many slots are accounted for: free, in use, or being written to."""
+    """Return the number of slots that are free, in use, or being written to."""
     free = sum(map(pool._slots.free, pool.slots))
     return len(pool._resident) + free + len(pool._ahead) + len(pool._ending)
 
@@ -101,7 +101,7 @@ def test_filling_reads_everything_once_and_then_nothing(store):
     ),
 )
 def test_every_expert_asked_for_comes_once_with_its_own_weights(store, slots, requests):
-    """Whatever is in memory, and whatever was guessed of the other layer."""
+    """The pool's contents and the guesses for the other layer do not affect the result."""
     full, pool = make_pool(store, 8), make_pool(store, slots)
     x = torch.ones(1, 64, dtype=torch.bfloat16)
     for layer, experts, guessed in requests:
@@ -328,7 +328,7 @@ def test_a_damaged_record_read_ahead_is_reported_when_it_is_asked_for(store, tmp
 
 
 def test_every_record_is_read_at_most_once_for_one_pass_over_all(store):
-    """As a prefill chunk asks: all experts of each layer, the next layer's announced."""
+    """Request all experts of each layer and announce the next layer's, as a prefill chunk does."""
     for slots in (2, 4, 6):
         pool = make_pool(store, slots)
         for layer in range(2):

@@ -1,4 +1,4 @@
-"""Guesses of what later layers ask for."""
+"""Guesses of the experts of later layers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def store(tmp_path_factory):
 
 
 def test_a_guess_is_what_the_router_says_when_layers_add_nothing(store):
-    """With attention and experts silenced the stream stays what it was, and every guess is right."""
+    """Without attention and experts the stream does not change, and every guess is right."""
     model = make_model(store, slots=4)
     prefetcher = model.model.layers[0].mlp.experts.prefetcher
     for layer in model.model.layers:

@@ -1,4 +1,4 @@
-"""Plans proved on pretend devices at full size, and what that proof finds when something is wrong."""
+"""Plans verified on pretend devices at full size, and the faults that verifying finds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PYTHON = 490 * 2**20
 
 
 def planned(geometry, ram, *gpus, precision="nf4", context=4096, batch=1, dtype="bf16"):
-    """A plan with budgets in GiB, and its layout."""
+    """Return a plan with budgets in GiB, and its layout."""
     layout = StoreLayout(geometry, parse_precisions(precision, geometry), dtype)
     budgets = [int(gpu * GIB) for gpu in gpus]
     return make_plan(layout, int(ram * GIB), context, PYTHON, batch=batch, gpus=budgets), layout
@@ -86,7 +86,7 @@ def test_four_layers_of_8x22b(ram, gpus, options):
 
 
 def hidden_moves(plan, layout, tokens):
-    """The moves of a step's hidden states from device to device, as (from, to)."""
+    """Return the moves of a step's hidden states between devices, as (from, to), and all moves."""
     moves = []
 
     class Moves(TorchDispatchMode):
@@ -112,7 +112,7 @@ def test_activations_move_once_per_crossing_and_what_layers_share_once_per_devic
 
 
 def broken(monkeypatch, spoil, geometry=FEW_LAYERS, gpus=(4, 4)):
-    """What verifying finds after `spoil` has changed the furnished model."""
+    """Return what verifying finds after `spoil` has changed the model with its weights."""
     load_weights = Rehearsal.load_weights
 
     def furnish_and_spoil(self):

@@ -1,1 +1,1 @@
-"""Execution of a plan with GPUs: a model spread over them and the host, and what each holds and computes."""
+"""Run a plan with GPUs: a model spread over GPUs and the host, and each layer's experts where they lie."""

@@ -1,7 +1,8 @@
-"""Whether a layer's experts that lie in main memory are copied to its GPU or computed where they are. Pure arithmetic.
+"""Choose between copying a layer's experts from main memory to its GPU and computing them on the CPU.
 
-For one token copying never pays: an expert is read once in either case, and memory is faster than PCIe. With many
-tokens the CPU's products take longer than the copy. Reads from the disk are the same either way and left out.
+Pure arithmetic. For one token copying never pays: an expert is read once in either case, and memory is faster than
+PCIe. With many tokens the CPU's products take longer than the copy. Reads from the disk are the same either way and
+left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qmix.machine.rates import Rates
 
 @dataclass(frozen=True, slots=True)
 class ExpertSize:
-    """An expert's bytes in main memory, its bytes as a GPU reads it, its weights, and whether those are in 4 bits."""
+    """An expert's bytes in main memory and on a GPU, the number of its weights, and true for 4-bit weights."""
 
     record: int
     on_device: int
@@ -24,9 +25,10 @@ class ExpertSize:
 
 
 def host_seconds(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Rates) -> float:
-    """Experts of one layer, each with so many tokens, computed on the CPU; x goes down and the results come up once.
+    """Return the seconds of a layer's experts on the CPU; `tokens` has an entry for each of them.
 
-    An expert takes the longer of reading its weights and multiplying them.
+    An expert takes the longer of reading its weights and multiplying them. x is downloaded and the results are
+    uploaded once.
     """
     reading = size.record / (rates.four_bit_read if size.four_bit else rates.memory_read)
     products = sum(max(reading, 2 * count * size.weights / rates.matmul) for count in tokens)
@@ -34,7 +36,7 @@ def host_seconds(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Ra
 
 
 def copy_seconds(size: ExpertSize, tokens: Sequence[int], rates: Rates) -> float:
-    """The same on the GPU: one is copied while the one before computes, so that the last one's products come on top."""
+    """Return the seconds on the GPU: an expert is copied while the one before computes, so the last product adds."""
     copying = size.record / rates.pcie
     products = [
         max(2 * size.on_device / rates.gpu_memory, 2 * count * size.weights / rates.gpu_matmul) for count in tokens
@@ -43,5 +45,5 @@ def copy_seconds(size: ExpertSize, tokens: Sequence[int], rates: Rates) -> float
 
 
 def copying_pays(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Rates) -> bool:
-    """Whether to copy a layer's experts to the GPU for this step; `tokens` has an entry for each of them."""
+    """Return True to copy a layer's experts to the GPU for this step; `tokens` has an entry for each of them."""
     return copy_seconds(size, tokens, rates) < host_seconds(size, tokens, hidden, rates)

@@ -1,6 +1,6 @@
-"""GPUs, and every move to and from them: names of a plan to torch devices, copies, pinned memory, a stream for copies.
+"""Open the devices of a plan, take memory on them, and copy to and from them.
 
-A plan says "cpu" or "gpu:0". In life "gpu:0" is torch's "cuda:0"; when a plan is verified without GPUs it is a pretend
+A plan says "cpu" or "gpu:0". In a run "gpu:0" is torch's "cuda:0"; when a plan is verified without GPUs it is a pretend
 device, and in tests of values it is the CPU itself. Streams, events and pinned memory exist with CUDA only: elsewhere
 a copy is done when the call returns.
 """
@@ -9,59 +9,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from qmix.errors import UsageError
-from qmix.plan.device_work import STAGED_RECORDS
+from qmix.plan.memory import STAGED_RECORDS
+from qmix.precision.memory import anonymous_memory
 from qmix.units import plural
 
 HOST = "cpu"
 PORTABLE = 1  # of CUDA's driver_types.h, cudaHostRegisterPortable: pinned for every GPU
 
 
+class Allocator(Protocol):
+    """Takes memory, uint8, on a device."""
+
+    def __call__(self, nbytes: int, device: torch.device) -> torch.Tensor: ...
+
+
+def take_memory(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Return `nbytes` of memory, uint8: on huge pages on the host, torch's on a GPU."""
+    return anonymous_memory(nbytes) if device.type == HOST else torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
 class Device:
-    """One place of a plan: the host, or a GPU with a stream of its own for copies."""
+    """A place of a plan: the host, or a GPU with a stream of its own for copies."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` here; itself if it is here already. From pinned memory the copy may still be under way."""
+        """Return `tensor` on this device, itself if it is there. A copy from pinned memory may still be under way."""
         return tensor.to(self.device, non_blocking=True)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Return `nbytes` of uninitialised memory, uint8."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def wait(self) -> None:
-        """Until everything asked of the device so far is done."""
+        """Wait until all work queued on the device is done."""
         if self.copies is not None:
             torch.cuda.synchronize(self.device)
 
     def allocated(self) -> int:
-        """Bytes allocated here; 0 where CUDA does not count them."""
+        """Return the bytes allocated here; 0 where CUDA does not count them."""
         return int(torch.cuda.memory_allocated(self.device)) if self.copies is not None else 0
 
     def peak(self) -> int:
-        """The most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
+        """Return the most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
         return int(torch.cuda.max_memory_allocated(self.device)) if self.copies is not None else 0
 
     def forget_peak(self) -> None:
+        """Start a new peak from the bytes allocated now."""
         if self.copies is not None:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
 def download(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in main memory, all of it there when the call returns."""
+    """Return `tensor` in main memory, complete when the call returns."""
     return tensor.to(HOST)
 
 
 def open_devices(names: Sequence[str], kind: str = "cuda") -> dict[str, Device]:
-    """Plan names, "cpu" and "gpu:N", to devices. `kind` is torch's name for what stands behind a GPU.
+    """Return the devices of a plan by name, "cpu" and "gpu:N". `kind` is torch's name for the backend of its GPUs.
 
-    Raises UsageError where the plan wants a GPU that this machine does not have.
+    Raises UsageError where the plan uses a GPU that this machine does not have.
     """
     found = {HOST: Device(HOST, torch.device(HOST))}
     for name in names:
@@ -78,16 +92,16 @@ def open_devices(names: Sequence[str], kind: str = "cuda") -> dict[str, Device]:
 
 
 def pin(memory: torch.Tensor) -> Callable[[], None]:
-    """Lock memory in place so that a GPU can copy from it while Python goes on; the function undoes it, once.
+    """Lock memory so that a GPU can copy from it while Python goes on; return a function that unlocks it.
 
-    Where the system refuses, nothing is locked: copies are then right too, only slower, and hold up everything else.
+    If the system refuses, nothing is locked: copies are then slower and block the caller, but still correct.
     """
     runtime: Any = torch.cuda.cudart()
     places = []
     if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE)) == 0:
         places.append(memory.data_ptr())
     else:
-        with suppress(RuntimeError):  # CUDA keeps the refusal for whoever launches the next kernel
+        with suppress(RuntimeError):  # CUDA keeps the error for the next kernel launch
             torch.zeros(1, device="cuda")
 
     def undo() -> None:
@@ -98,7 +112,7 @@ def pin(memory: torch.Tensor) -> Callable[[], None]:
 
 
 class Staged:
-    """Bytes on their way to a device, in one of its staging buffers."""
+    """A record on its way to a device, in one of the staging buffers."""
 
     def __init__(self, staging: Staging, index: int, nbytes: int) -> None:
         self.staging, self.index = staging, index
@@ -106,13 +120,13 @@ class Staged:
         self._arrived = staging.device.copies.record_event() if staging.device.copies is not None else None
 
     def wait(self) -> None:
-        """Until the copy is done, and its source may change."""
+        """Wait until the copy is done and its source may change."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
     @contextmanager
     def in_use(self) -> Iterator[torch.Tensor]:
-        """The bytes, for work asked of the device inside the block; afterwards the buffer may be filled again."""
+        """Give the bytes to work queued inside the block; afterwards the buffer may be filled again."""
         if self._arrived is None:
             yield self.bytes
             return
@@ -123,16 +137,16 @@ class Staged:
 
 
 class Staging:
-    """Buffers on a device of `nbytes` each, filled by turns: one is copied to while the one before is computed with."""
+    """Buffers of `nbytes` on a device, filled in turn: one is filled while the one before is computed with."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self.device = device
-        self.buffers = [device.empty((nbytes,), torch.uint8) for _ in range(STAGED_RECORDS)]
-        self.used: list[Any] = [None] * STAGED_RECORDS  # events: when the work with a buffer's last content ends
+        self.buffers = [device.empty(nbytes) for _ in range(STAGED_RECORDS)]
+        self.used: list[Any] = [None] * STAGED_RECORDS  # events: the end of the work with a buffer's last content
         self._next = 0
 
     def copy(self, record: torch.Tensor) -> Staged:
-        """Begin to copy bytes from main memory, when the work with the buffer's last content has ended."""
+        """Begin to copy a record from main memory, after the work with the buffer's last content."""
         index, self._next = self._next, (self._next + 1) % STAGED_RECORDS
         target = self.buffers[index][: len(record)]
         if self.device.copies is None:

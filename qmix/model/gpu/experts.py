@@ -1,11 +1,11 @@
 """The mixture's forward of a layer on a GPU, whose experts lie there, in main memory, or on the disk.
 
-Residents are multiplied on the GPU. For the others the shorter way is taken, by the machine's rates and the tokens of
-this step: computed on the CPU where they lie, x going down once and the results coming up once; or copied to the GPU,
-one while the one before computes. Either way those that are not in memory are read from the disk meanwhile.
+Residents are multiplied on the GPU. The machine's rates and the tokens of this step decide the faster way for the
+others. Either they are computed on the CPU, with one download of x and one upload of the results; or they are copied
+to the GPU, each while the one before computes. Either way missing records are read from the disk meanwhile.
 
-Which expert goes which way changes no result but by the rounding of another kernel: each lands in its own place, and
-they are added in router order, as on the CPU.
+The way of an expert changes its result only by the rounding of another kernel: results are added in router order, as
+on the CPU.
 """
 
 from __future__ import annotations
@@ -17,58 +17,59 @@ import torch
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.model.gpu.devices import HOST, Device, Staged, Staging, download
-from qmix.model.gpu.matrices import DeviceExpert, device_expert, is_made_over
+from qmix.model.gpu.matrices import DeviceExpert, device_expert, is_reordered
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
-from qmix.plan.device_work import device_record_bytes
+from qmix.plan.memory import device_record_bytes
 from qmix.pool.eviction import Key
-from qmix.pool.experts import ExpertPool
 from qmix.pool.prefetch import Prefetcher
+from qmix.pool.protocol import Pool
 from qmix.precision.matmul import Expert
 from qmix.store.layout import StoreLayout
 
 
 def read_numbers(top_k_index: torch.Tensor) -> list[list[int]]:
-    """[T, k] to Python; waits for the device."""
+    """Return [T, k] as Python lists; waits for the device."""
     numbers: list[list[int]] = top_k_index.tolist()
     return numbers
 
 
 class TokensByExpert:
-    """Who goes where in one step: the T * k pairs of a token and one of its experts, numbered token by token."""
+    """The tokens of each expert in one step: T * k pairs of a token and one of its experts, numbered token by token."""
 
     def __init__(self, chosen: list[list[int]]) -> None:
         """`chosen` [T][k] names the experts of each token."""
         flat = [expert for row in chosen for expert in row]
-        self.order = sorted(range(len(flat)), key=flat.__getitem__)  # the pairs by expert
-        self.spans: dict[int, slice] = {}  # which of them are an expert's
+        self.order = sorted(range(len(flat)), key=flat.__getitem__)  # pairs sorted by expert
+        self.spans: dict[int, slice] = {}  # an expert's part of the order
         for start, pair in enumerate(self.order):
             first = self.spans.get(flat[pair], slice(start, start)).start
             self.spans[flat[pair]] = slice(first, start + 1)
 
     def pairs(self, expert: int) -> list[int]:
+        """Return the pairs of an expert."""
         return self.order[self.spans[expert]]
 
     def count(self, expert: int) -> int:
-        """Tokens that go to an expert."""
+        """Return the number of tokens routed to an expert."""
         return self.spans[expert].stop - self.spans[expert].start
 
 
 class Rows:
-    """x [T, H] on a device, and which of its rows go to which expert."""
+    """x [T, H] on a device, with the rows of each expert."""
 
     def __init__(self, hidden: torch.Tensor, routing: TokensByExpert, top_k: int, device: Device) -> None:
         self.hidden, self.routing, self.top_k = hidden, routing, top_k
         self.pairs = device.upload(torch.tensor(routing.order)) if len(hidden) > 1 else None
 
     def of_expert(self, expert: int) -> torch.Tensor:
-        """The rows that go to an expert."""
+        """Return the rows of x that are routed to an expert."""
         if self.pairs is None:
             return self.hidden
         return self.hidden[self.pairs[self.routing.spans[expert]] // self.top_k]
 
     def put(self, outputs: torch.Tensor, expert: int, result: torch.Tensor) -> None:
-        """An expert's results to their places in outputs [T * k, H]."""
+        """Write an expert's results to their places in outputs [T * k, H]."""
         if self.pairs is None:
             outputs[self.routing.pairs(expert)[0]] = result[0]
         else:
@@ -76,37 +77,38 @@ class Rows:
 
 
 class Loader:
-    """What a device needs to compute experts that lie elsewhere: staging buffers, and memory to put one in order."""
+    """Staging buffers of a device, and memory to reorder one expert, for experts that lie elsewhere."""
 
-    def __init__(self, device: Device, pool: ExpertPool) -> None:
+    def __init__(self, device: Device, pool: Pool) -> None:
         self.pool, self.layout = pool, pool.store.layout
         self.staging = Staging(device, max(self.layout.record_counts))
         self.sizes = {precision: expert_size(self.layout, precision) for precision in self.layout.records}
-        most = max((size.on_device for name, size in self.sizes.items() if is_made_over(name)), default=0)
-        self.memory = device.empty((most,), torch.uint8)
+        most = max((size.on_device for name, size in self.sizes.items() if is_reordered(name)), default=0)
+        self.memory = device.empty(most)
 
     def copy(self, layer: int, expert: int) -> Staged:
         """Begin to copy a record that the pool has in memory."""
         return self.staging.copy(self.pool.record(layer, expert))
 
     def expert(self, precision: str, record: torch.Tensor) -> DeviceExpert:
-        """The expert of a record's bytes on the device, until the next is asked for."""
+        """Return the expert of a record's bytes on the device; valid until the next call."""
         layout = self.layout.records[precision]
         return device_expert(record, layout, self.layout.geometry.expert_matrices, self.memory)
 
 
 def expert_size(layout: StoreLayout, precision: str) -> ExpertSize:
+    """Return the sizes of an expert in some precision."""
     geometry = layout.geometry
     weights = sum(rows * cols for rows, cols in geometry.expert_matrices.values())
     on_device = device_record_bytes(geometry, precision, layout.dtype)
-    return ExpertSize(layout.records[precision].nbytes, on_device, weights, is_made_over(precision))
+    return ExpertSize(layout.records[precision].nbytes, on_device, weights, is_reordered(precision))
 
 
 class DeviceExperts(PoolExperts):
-    """Stands in for transformers' MixtralExperts of one layer on a GPU.
+    """Replacement of transformers' MixtralExperts for one layer on a GPU.
 
-    `residents` lie on the device. `loader` copies others there; without one they are computed on the CPU always.
-    `read_routing` gives the numbers of top_k_index to Python.
+    `residents` lie on the device. `loader` copies others there; without one they are always computed on the CPU.
+    `read_routing` returns top_k_index as Python lists.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class DeviceExperts(PoolExperts):
         layer: int,
         device: Device,
         residents: dict[int, DeviceExpert],
-        pool: ExpertPool,
+        pool: Pool,
         activation: Activation,
         loader: Loader | None,
         rates: Rates,
@@ -129,7 +131,7 @@ class DeviceExperts(PoolExperts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[T, H] tokens, [T, k] experts and their weights (fp32) to [T, H]."""
+        """Compute [T, H] from tokens [T, H], and their experts and weights (fp32), both [T, k]."""
         if self.layer == 0:  # once a pass: it takes a microsecond
             self.check_caller()
         tokens, top_k = top_k_index.shape
@@ -137,7 +139,7 @@ class DeviceExperts(PoolExperts):
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
         away = [expert for expert in routing.spans if expert not in self.residents]
         loader = self.loader if away and self._copying_pays(away, routing) else None
-        # x goes down before any work is asked of the GPU: it would wait for that work
+        # x is downloaded before any work is queued on the GPU: the copy would wait for that work
         below = download(hidden_states) if away and loader is None else hidden_states
         records = self._records(list(routing.spans), away, below)
         rows = Rows(hidden_states, routing, top_k, self.device)
@@ -160,7 +162,7 @@ class DeviceExperts(PoolExperts):
         return copying_pays(largest, tokens, self.pool.store.geometry.hidden_size, self.rates)
 
     def _records(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[tuple[int, Expert]]:
-        """Those that lie elsewhere, as the pool has them; and what coming layers will ask for begins to be read."""
+        """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
         if hidden.requires_grad:
             return one_by_one(self.pool, self.layer, away)
         coming: list[Key] = []
@@ -173,7 +175,7 @@ class DeviceExperts(PoolExperts):
         return iter(())
 
     def _on_host(self, records: Iterator[tuple[int, Expert]], rows: Rows, outputs: torch.Tensor) -> None:
-        """Computed where they lie; the results come up together."""
+        """Compute experts on the CPU, and upload all results together."""
         results, pairs = [], []
         for expert, forward in records:
             results.append(self._run(expert, forward, rows))
@@ -183,13 +185,13 @@ class DeviceExperts(PoolExperts):
     def _on_device(
         self, loader: Loader, records: Iterator[tuple[int, Expert]], rows: Rows, outputs: torch.Tensor
     ) -> None:
-        """Copied and computed, one behind the other."""
+        """Copy experts and compute them, each copy beside the product before."""
         waiting: tuple[int, Staged] | None = None
         for expert, _ in records:
             staged = loader.copy(self.layer, expert)
             if waiting is not None:
                 self._compute(loader, *waiting, rows, outputs)
-            staged.wait()  # the slot may become another record's when the next one is asked for
+            staged.wait()  # the slot may be given to another record when the next one is requested
             waiting = expert, staged
         if waiting is not None:
             self._compute(loader, *waiting, rows, outputs)
@@ -199,7 +201,7 @@ class DeviceExperts(PoolExperts):
             rows.put(outputs, expert, self._run(expert, loader.expert(self.precisions[expert], record), rows))
 
     def _run(self, expert: int, forward: Forward, rows: Rows) -> torch.Tensor:
-        """An expert's results for its rows."""
+        """Return an expert's results for its rows."""
         x = rows.of_expert(expert)
         if x.requires_grad:
             forward = differentiable(forward, self.pool, (self.layer, expert))

@@ -1,11 +1,10 @@
 """Products on a GPU: matrices as bitsandbytes' CUDA kernels take them, made from a record's bytes.
 
-4 bits   the CPU's packed layout is put back into the ordinary order, absmax widened to fp32, and
-         `bitsandbytes::gemm_4bit` multiplies: its own kernel for few tokens, dequantised and multiplied by torch
-         for many
+4 bits   the CPU's packed layout is reordered, absmax is widened to fp32, and `bitsandbytes::gemm_4bit` multiplies: with
+         its own kernel for few tokens, dequantised and multiplied by torch for many
 int8     codes are widened to half precision, exactly, and multiplied by torch. bitsandbytes' own int8 product would
          quantise x too, and a token's text would then depend on where an expert lies
-half     torch
+half     torch multiplies
 
 The same calls run on a CPU, by bitsandbytes' and torch's CPU kernels.
 """
@@ -21,23 +20,23 @@ from qmix.checkpoint.safetensors_header import aligned
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import MATRICES
 from qmix.kernels.packing import BLOCK, PACK_ROWS
-from qmix.plan.device_work import ALIGNMENT
+from qmix.plan.memory import ALIGNMENT
 from qmix.precision.bitsandbytes import functional  # noqa: F401 -- registers torch.ops.bitsandbytes
-from qmix.precision.formats import fits_kernels
+from qmix.precision.formats import FOUR_BITS, fits_kernels
 from qmix.precision.record import RecordLayout
 
 
 class DeviceMatrix:
-    """A [rows, cols] matrix on a device. Its parts may lie together on one device only, and x with them.
+    """A [rows, cols] matrix on a device. All of its parts and x must lie on the same device.
 
-    bitsandbytes' kernels take addresses as they are given: a part left elsewhere would be read as garbage.
+    bitsandbytes' kernels take addresses unchecked: a part left elsewhere would be read as garbage.
     """
 
     def __init__(self, rows: int, cols: int, *parts: torch.Tensor) -> None:
         self.rows, self.cols, self.parts = rows, cols, parts
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """x @ self.T: [T, cols] to [T, rows], in x's type. Raises RuntimeError where an operand lies elsewhere."""
+        """Return x @ self.T, [T, cols] to [T, rows], in x's type. Raises RuntimeError where operands lie apart."""
         places = {x.device, *(part.device for part in self.parts)}
         if len(places) > 1:
             found = ", ".join(sorted(map(str, places)))
@@ -49,18 +48,22 @@ class DeviceMatrix:
 
 
 class DeviceHalf(DeviceMatrix):
+    """The weights themselves in bf16 or fp16."""
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.parts[0])
 
 
 class DeviceInt8(DeviceMatrix):
+    """Row-wise int8: weight = code * row_max / 127."""
+
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         codes, row_max = self.parts
         return (F.linear(x, codes.to(x.dtype)) * (row_max / 127)).to(x.dtype)
 
 
 class DeviceFourBit(DeviceMatrix):
-    """`parts` are codes in the ordinary order, uint8, and absmax in fp32, both flat."""
+    """4-bit codes in bitsandbytes' order, uint8, and absmax in fp32, both flat."""
 
     def __init__(self, kind: str, rows: int, cols: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
         super().__init__(rows, cols, codes, absmax)
@@ -74,27 +77,27 @@ class DeviceFourBit(DeviceMatrix):
 
 
 class DeviceExpert:
-    """One expert on a device; calling it is the expert's forward."""
+    """An expert on a device; calling it is the expert's forward."""
 
     def __init__(self, gate: DeviceMatrix, up: DeviceMatrix, down: DeviceMatrix) -> None:
         self.gate, self.up, self.down = gate, up, down
 
     def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """down(activation(gate(x)) * up(x)): [T, hidden] to [T, hidden]."""
+        """Return down(activation(gate(x)) * up(x)): [T, hidden] to [T, hidden]."""
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 
 
-def is_made_over(precision: str) -> bool:
-    """Whether a record in this precision is put in another order to be multiplied on a GPU."""
-    return precision in ("nf4", "fp4")
+def is_reordered(precision: str) -> bool:
+    """Return True if a record in this precision is reordered to be multiplied on a GPU."""
+    return precision in FOUR_BITS
 
 
 def device_expert(
     record: torch.Tensor, layout: RecordLayout, shapes: dict[str, tuple[int, int]], memory: torch.Tensor | None = None
 ) -> DeviceExpert:
-    """The expert whose record's bytes, uint8, lie on a device.
+    """Return the expert whose record's bytes, uint8, lie on a device.
 
-    In int8 and half precision it is views of `record`. Where `is_made_over` it lies in `memory`,
+    In int8 and half precision it consists of views of `record`. Where `is_reordered` it lies in `memory`,
     `device_record_bytes` long, on the same device, and `record` is no longer needed.
     """
     parts: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
@@ -113,12 +116,12 @@ def device_expert(
         position += aligned(codes.numel(), ALIGNMENT)
         to_absmax = memory[position : position + absmax.numel() * 4].view(torch.float32)
         position += aligned(absmax.numel() * 4, ALIGNMENT)
-        put_in_order(codes, absmax, rows, cols, to_codes, to_absmax)
+        reorder(codes, absmax, rows, cols, to_codes, to_absmax)
         matrices.append(DeviceFourBit(layout.precision, rows, cols, to_codes, to_absmax))
     return DeviceExpert(*matrices)
 
 
-def put_in_order(
+def reorder(
     codes: torch.Tensor,
     absmax: torch.Tensor,
     rows: int,
@@ -126,11 +129,11 @@ def put_in_order(
     to_codes: torch.Tensor,
     to_absmax: torch.Tensor,
 ) -> None:
-    """A 4-bit matrix from a record's layout into bitsandbytes' ordinary one, on whatever device it lies.
+    """Write a 4-bit matrix of a record's layout in bitsandbytes' ordinary one, on any device.
 
     Of the 32 packed bytes for two columns, byte j holds column j % 2 of rows j // 2 (low nibble) and 16 + j // 2 (high
-    nibble); in the ordinary order a byte holds two columns of a row, the first in the high nibble. Takes as much
-    memory again as the codes.
+    nibble); in the ordinary order a byte holds two columns of a row, the first in the high nibble. The work space is
+    as large as the codes.
     """
     if not fits_kernels(rows, cols):  # a record has it in the ordinary order
         to_codes.copy_(codes)

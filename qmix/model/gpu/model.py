@@ -1,8 +1,8 @@
-"""A model spread over GPUs and the host as a plan says: what goes where, and the hooks that carry a step across.
+"""Spread a model over GPUs and the host by a plan: the device of each part, and the hooks that carry a step across.
 
-Of accelerate's hooks AlignDevicesHook brings a step's inputs to the first device. Between devices it would copy what
-all layers share (mask, rotary tables, positions) once for every layer; here each device gets it once a step, and the
-hidden states cross where the device changes.
+accelerate's AlignDevicesHook brings a step's inputs to the first device. Between devices it would copy what all layers
+share (mask, rotary tables, positions) once for every layer. Here each device gets it once a step, and the hidden
+states cross where the device changes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qmix.errors import UsageError
 from qmix.machine.rates import Rates
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts, Loader, read_numbers
-from qmix.model.gpu.matrices import DeviceExpert, device_expert, is_made_over
+from qmix.model.gpu.matrices import DeviceExpert, device_expert, is_reordered
 from qmix.plan import Plan
-from qmix.plan.device_work import device_record_bytes
+from qmix.plan.memory import device_record_bytes
 from qmix.pool.eviction import Key
-from qmix.pool.experts import ExpertPool
+from qmix.pool.protocol import Pool
 
-SHARED = ("attention_mask", "position_ids", "position_embeddings")  # what transformers gives to every layer
+SHARED = ("attention_mask", "position_ids", "position_embeddings")  # transformers gives these to every layer
 
 
 class Spread:
-    """Where a plan puts the parts of a model. `devices` are those that it names, and the host."""
+    """The device of each part of a model by a plan. `devices` are the plan's by name, and the host."""
 
     def __init__(
         self,
@@ -49,19 +49,19 @@ class Spread:
 
     @property
     def residents(self) -> frozenset[Key]:
-        """(layer, expert) of all experts that stay on a GPU."""
+        """(layer, expert) of all residents of GPUs."""
         return frozenset(residents(self.plan))
 
     def of_tensor(self, name: str) -> Device:
-        """Where a dense weight lies, by its published name: the ends of the model with its first and last layer."""
+        """Return the device of a dense weight by its published name: the ends lie with the first and the last layer."""
         if name.startswith("model.layers."):
             return self.layers[int(name.split(".")[2])]
         return self.layers[0 if name == "model.embed_tokens.weight" else -1]
 
     def put_experts(
-        self, model: MixtralForCausalLM, pool: ExpertPool, activation: Callable[[torch.Tensor], torch.Tensor]
+        self, model: MixtralForCausalLM, pool: Pool, activation: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
-        """The experts of layers on GPUs, loaded through the pool, in place of transformers'."""
+        """Replace transformers' experts of layers on GPUs; residents are loaded through the pool."""
         by_layer = self._load(pool)
         loaders: dict[str, Loader] = {}
         for index, (layer, device) in enumerate(zip(model.model.layers, self.layers, strict=True)):
@@ -74,32 +74,32 @@ class Spread:
                 index, device, experts, pool, activation, loaders.get(device.name), self.rates, self.read_routing
             )
 
-    def _load(self, pool: ExpertPool) -> dict[int, dict[int, DeviceExpert]]:
-        """Read, copied to the GPU and put in order one by one, into one block of memory on each GPU."""
+    def _load(self, pool: Pool) -> dict[int, dict[int, DeviceExpert]]:
+        """Read, copy and reorder the residents one by one, into one block of memory on each GPU."""
         layout = pool.store.layout
         geometry = layout.geometry
         nbytes = {name: device_record_bytes(geometry, name, layout.dtype) for name in layout.records}
         totals = dict.fromkeys(self.devices, 0)
         for layer, expert in residents(self.plan):
             totals[self.plan.placement[layer][expert]] += nbytes[layout.precisions[layer][expert]]
-        blocks = {name: self.devices[name].empty((total,), torch.uint8) for name, total in totals.items() if total}
+        blocks = {name: self.devices[name].empty(total) for name, total in totals.items() if total}
         found: dict[int, dict[int, DeviceExpert]] = {}
         used = dict.fromkeys(blocks, 0)
         for (layer, expert), record in pool.pass_through(residents(self.plan)):
             name, precision = self.plan.placement[layer][expert], layout.precisions[layer][expert]
             memory = blocks[name][used[name] : used[name] + nbytes[precision]]
             used[name] += nbytes[precision]
-            here = self.devices[name].upload(record) if is_made_over(precision) else memory.copy_(record)
+            here = self.devices[name].upload(record) if is_reordered(precision) else memory.copy_(record)
             made = device_expert(here, layout.records[precision], geometry.expert_matrices, memory)
-            self.devices[name].wait()  # the record's slot is another's from here on
+            self.devices[name].wait()  # the record's slot is given to another from here on
             found.setdefault(layer, {})[expert] = made
         return found
 
     def connect(self, model: MixtralForCausalLM) -> None:
-        """Let steps cross from device to device; the model's inputs may come from anywhere.
+        """Add the hooks that carry a step across devices; the model's inputs may lie on any device.
 
-        Turns cuDNN's attention off in this process: it makes a plan for each length of the KV cache that it has not
-        seen, 2 ms a call on an H100, and in decode every token has a new length. torch's others take any length.
+        Turns cuDNN's attention off in this process: it makes a plan for each new length of the KV cache, 2 ms a call
+        on an H100, and in decode every token has a new length. torch's other kernels take any length.
         """
         torch.backends.cuda.enable_cudnn_sdp(False)
         first, last = self.layers[0], self.layers[-1]
@@ -115,23 +115,26 @@ class Spread:
 
 
 class StepCopies:
-    """What all layers of a step share, once on each device that needs it."""
+    """Copies of what all layers of a step share, one on each device that needs it."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, str], tuple[Any, Any]] = {}  # the original too: its id is its name while it lives
+        self._kept: dict[tuple[int, str], tuple[Any, Any]] = {}  # the original too: an id is unique only while it lives
 
     def of(self, value: Any, device: Device) -> Any:
+        """Return `value` on a device."""
         key = id(value), device.name
         if key not in self._kept:
             self._kept[key] = value, send_to_device(value, device.device)
         return self._kept[key][1]
 
     def clear(self) -> None:
-        """The step is over."""
+        """Forget the copies at the end of a step."""
         self._kept.clear()
 
 
 def _crossing(device: Device, copies: StepCopies) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return a pre-forward hook that moves a layer's inputs to its device."""
+
     def cross(
         layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -143,18 +146,18 @@ def _crossing(device: Device, copies: StepCopies) -> Callable[..., tuple[tuple[A
 
 
 def spread_for(plan: Plan, rates: Rates, kind: str) -> Spread | None:
-    """The spread of a plan with GPUs; None for the host alone. Raises UsageError where they are not here."""
+    """Return the spread of a plan with GPUs; None for the host alone. Raises UsageError where a GPU is missing."""
     return Spread(plan, open_devices([gpu.name for gpu in plan.devices], kind), rates) if plan.devices else None
 
 
 def residents(plan: Plan) -> list[Key]:
-    """(layer, expert) of all experts that a plan keeps on a GPU, in a store's order."""
+    """Return (layer, expert) of all residents of a plan's GPUs, in a store's order."""
     rows = enumerate(plan.placement)
     return [(layer, expert) for layer, row in rows for expert, where in enumerate(row) if where.startswith("gpu:")]
 
 
 def _check(plan: Plan) -> None:
-    """Raises UsageError where an expert lies on another GPU than its layer."""
+    """Raise UsageError where an expert lies on another GPU than its layer."""
     for layer, expert in residents(plan):
         where, near = plan.placement[layer][expert], plan.layer_devices[layer]
         if where != near:

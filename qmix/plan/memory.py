@@ -1,0 +1,261 @@
+"""Bytes that a run takes, and the chunk sizes that bound them. Pure arithmetic; loads no torch.
+
+Every formula of bytes is here. The engine and the jobs import the chunk sizes, so that a formula and the code that it
+describes cannot drift apart. Sizes are in bytes, T is the tokens of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from math import prod
+
+from qmix.checkpoint import Checkpoint
+from qmix.checkpoint.safetensors_header import ITEM_BYTES, aligned
+from qmix.errors import DoesNotFitError, arg
+from qmix.geometry import HALF_BYTES, Geometry
+from qmix.precision.formats import FOUR_BITS, parts
+from qmix.precision.record import record_layout
+from qmix.store.layout import StoreLayout
+from qmix.units import format_bytes
+
+# Chunk sizes that the engine shares.
+PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
+MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
+HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
+STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
+ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
+
+# What a process takes besides tensors.
+RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
+RESERVE_SHARE = 0.01
+CUDA_HOST_BYTES = 2**30  # CUDA's libraries and pinned buffers in main memory; stated, not measured
+GPU_RESERVE_BYTES = 600 * 2**20  # CUDA's context, cuBLAS' work space
+GPU_RESERVE_SHARE = 0.02  # the allocator's slack
+LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the first product
+SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
+LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
+
+SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
+SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
+ROUTING_BYTES = 128  # a token's experts, weights, places and masks
+ABSMAX_BYTES = 4  # fp32, which bitsandbytes' CUDA kernels take
+
+
+def with_reserve(needed: int) -> int:
+    """Return the smallest RAM budget for `needed` bytes."""
+    return math.ceil(needed * (1 + RESERVE_SHARE)) + RESERVE_BYTES
+
+
+def usable_bytes(budget: int) -> int:
+    """Return what a RAM budget leaves after the reserve."""
+    return int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE))
+
+
+def usable_device_bytes(budget: int) -> int:
+    """Return what a GPU's budget leaves after the reserve."""
+    return int((budget - GPU_RESERVE_BYTES) / (1 + GPU_RESERVE_SHARE))
+
+
+def step_tokens(context: int, batch: int) -> int:
+    """Return the most tokens of one step of `batch` sequences of `context` tokens each."""
+    return min(max(PREFILL_CHUNK, batch), context * batch)
+
+
+def layer_kv_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return the bytes of one layer's keys and values of `tokens` tokens."""
+    return geometry.kv_bytes_per_token // geometry.num_layers * tokens
+
+
+def sampling_bytes(geometry: Geometry, batch: int) -> int:
+    """Return the work space of choosing the next token of `batch` sequences at once."""
+    return geometry.vocab_size * SAMPLING_BYTES * batch
+
+
+def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1) -> int:
+    """Return the most that one step on the CPU allocates besides weights and cache: a prefill chunk's activations.
+
+    Counted from transformers' Mixtral as it is: RMSNorm works in fp32, rotary makes four tensors the size of q,
+    the mask is [1, 1, T, context] and is turned into numbers to add, eager attention repeats keys and values for
+    every query head and keeps scores in half and twice in fp32.
+    """
+    tokens = step_tokens(context, batch)
+    hidden, q_rows = geometry.hidden_size, geometry.num_heads * geometry.head_dim
+    kept = tokens * hidden * HALF_BYTES * 3  # residual, normed input, output
+    norm = tokens * hidden * 4 * 3
+    rotary = tokens * q_rows * HALF_BYTES * 6
+    mask = tokens * context * (1 + HALF_BYTES)
+    if attention == "eager":
+        repeated = 2 * context * q_rows * HALF_BYTES * batch
+        scores = geometry.num_heads * tokens * context * (HALF_BYTES + 4 + 4) + repeated  # softmax in fp32
+    else:
+        scores = tokens * q_rows * (HALF_BYTES + 4)
+    step = kept + max(norm, rotary + mask + scores, expert_work_bytes(geometry, context, batch))
+    logits = sampling_bytes(geometry, 1) + geometry.vocab_size * HALF_BYTES * batch  # one sequence is sorted at a time
+    prefetch = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
+    return max(step, kept + logits) + prefetch
+
+
+def expert_work_bytes(geometry: Geometry, context: int, batch: int = 1) -> int:
+    """Return the most that a step's experts allocate on the CPU when all else is computed elsewhere."""
+    tokens = step_tokens(context, batch)
+    hidden = geometry.hidden_size
+    routed = tokens * geometry.experts_per_token * hidden * (HALF_BYTES + 4)
+    expert = tokens * geometry.intermediate_size * HALF_BYTES * 3 + tokens * hidden * HALF_BYTES * 2
+    return routed + expert + SLOW_PATH_BYTES
+
+
+def device_record_bytes(geometry: Geometry, precision: str, dtype: str) -> int:
+    """Return the bytes of one expert on a GPU; `dtype` ("bf16" or "fp16") is what `half` means here.
+
+    A resident lies as bitsandbytes' CUDA kernels take it: int8 and half precision as in its record, 4 bits in the
+    ordinary order with fp32 absmax (4.5 bits a weight where a record has 4.25).
+    """
+    if precision not in FOUR_BITS:
+        return record_layout(geometry, precision, dtype).nbytes
+    total = 0
+    for rows, cols in geometry.expert_matrices.values():
+        codes, absmax = parts(precision, dtype, rows, cols)
+        total += aligned(codes.nbytes, ALIGNMENT) + aligned(prod(absmax.shape) * ABSMAX_BYTES, ALIGNMENT)
+    return total
+
+
+def device_work_bytes(
+    geometry: Geometry,
+    tokens: int,
+    context: int,
+    attention: str = "sdpa",
+    batch: int = 1,
+    *,
+    precisions: Iterable[str] = ("nf4",),
+    dtype: str = "bf16",
+    last: bool = True,
+    uploads: bool = True,
+) -> int:
+    """Return the most that one step of `tokens` tokens of all sequences allocates on a GPU besides weights and cache.
+
+    `precisions` are those of the experts that may be computed here, `last` says whether the head is here, `uploads`
+    whether experts of these layers lie elsewhere and may be copied for a step.
+    """
+    precisions = tuple(precisions)
+    kept = 3 * tokens * geometry.hidden_size * HALF_BYTES + tokens * context  # residual, normed, their sum; the mask
+    step = max(
+        _device_attention_bytes(geometry, tokens, context, attention, batch),
+        *(_device_expert_bytes(geometry, tokens, precision) for precision in precisions),
+        3 * tokens * geometry.hidden_size * 4,  # RMSNorm, in fp32
+        batch * geometry.vocab_size * (HALF_BYTES + 4) if last else 0,
+    )
+    staged = _staged_bytes(geometry, precisions, dtype) if uploads else 0
+    loading = max(_loading_bytes(geometry, precision, dtype) for precision in precisions)
+    return max(kept + step + staged, loading + staged) + LIBRARY_BYTES
+
+
+def _device_attention_bytes(geometry: Geometry, tokens: int, context: int, attention: str, batch: int) -> int:
+    """Return attention's work space without a fused kernel: fp32, for as many heads at once as keys have.
+
+    Most GPUs have a fused kernel, but a plan must hold on those without one, too.
+    """
+    q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
+    rotary = 6 * tokens * q_rows * HALF_BYTES
+    if attention == "eager":
+        repeated = 2 * batch * context * q_rows * HALF_BYTES
+        scores = geometry.num_heads * tokens * context * (2 * HALF_BYTES + 4)
+        return max(rotary, repeated + scores + tokens * context * HALF_BYTES + 2 * tokens * q_rows * HALF_BYTES)
+    wide = 2 * (batch * context + tokens) * kv_rows * 4  # keys and values, and the queries of a part
+    scores = 2 * geometry.num_kv_heads * tokens * context * 4  # before and after softmax
+    return max(rotary, wide + scores + tokens * context * HALF_BYTES + 2 * tokens * (q_rows + kv_rows) * HALF_BYTES)
+
+
+def _device_expert_bytes(geometry: Geometry, tokens: int, precision: str) -> int:
+    """Return the work space of all tokens at one expert.
+
+    Counted are the results of all pairs, the expert's x, two inner values, and a matrix in half precision.
+    """
+    hidden, inner = geometry.hidden_size, geometry.intermediate_size
+    pairs = tokens * geometry.experts_per_token * hidden
+    product = tokens * inner * (HALF_BYTES if precision != "int8" else HALF_BYTES + 4)
+    widened = 0 if precision == "half" else inner * hidden * HALF_BYTES
+    computing = 2 * tokens * hidden * HALF_BYTES + tokens * inner * HALF_BYTES
+    computing += max(widened + tokens * inner * HALF_BYTES, product)
+    adding = pairs * 4 + 2 * tokens * hidden * 4
+    return pairs * HALF_BYTES + max(computing, adding)
+
+
+def _staged_bytes(geometry: Geometry, precisions: Iterable[str], dtype: str) -> int:
+    """Return the bytes of the staging buffers, and of one expert that is reordered."""
+    buffers = STAGED_RECORDS * max(record_layout(geometry, precision, dtype).nbytes for precision in precisions)
+    reordered = [device_record_bytes(geometry, precision, dtype) for precision in precisions if precision in FOUR_BITS]
+    return buffers + max(reordered, default=0)
+
+
+def _loading_bytes(geometry: Geometry, precision: str, dtype: str) -> int:
+    """Return what reordering a resident takes: its record, and as much as the codes of a matrix."""
+    if precision not in FOUR_BITS:
+        return 0
+    return record_layout(geometry, precision, dtype).nbytes + geometry.intermediate_size * geometry.hidden_size // 2
+
+
+def scoring_token_bytes(geometry: Geometry) -> int:
+    """Return the bytes of each token of a scoring pass.
+
+    Counted are the stream, the normed stream, what the token's experts gave, their sum and a copy of it.
+    """
+    return geometry.hidden_size * HALF_BYTES * (4 + geometry.experts_per_token) + ROUTING_BYTES
+
+
+def scoring_fixed_bytes(layout: StoreLayout, longest: int) -> int:
+    """Return the bytes of a scoring pass besides its tokens and slots, for sequences of at most `longest` tokens.
+
+    Counted are dense weights, one layer's keys and values of one sequence, and the work space of a chunk of rows.
+    """
+    geometry = layout.geometry
+    head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
+    work = work_bytes(geometry, max(longest, PREFILL_CHUNK), "sdpa")
+    return layout.dense.size + layer_kv_bytes(geometry, longest) + head + work + SCORING_SLACK
+
+
+def layerwise_bytes(checkpoint: Checkpoint, tokens: int, window: int, held: Collection[int]) -> int:
+    """Return the bytes of a layer-wise pass of `tokens` tokens in windows of at most `window`, besides Python's own.
+
+    `held` has an entry for each variant: the bytes of the expert that it computes with.
+    """
+    geometry = checkpoint.geometry
+    hidden, inner = geometry.hidden_size, geometry.intermediate_size
+    expert = 3 * hidden * inner * 2
+    embeddings = geometry.vocab_size * hidden * 2
+    attention = (geometry.num_heads + geometry.num_kv_heads) * geometry.head_dim * hidden * 2 * 2
+    heads = (2 * geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_dim
+    states = tokens * len(held) * hidden * (2 + 2 + 4)  # the stream, its normed copy, the experts' sum in fp32
+    work = max(
+        window * (6 * hidden + 3 * heads) * 2,
+        PREFILL_CHUNK * (4 * inner + 4 * hidden) * 4,
+        PREFILL_CHUNK * geometry.vocab_size * 4 * (2 + 2 * len(held)),
+    )
+    dtypes = {weight.dtype for weight in checkpoint.weights.values()}
+    largest = max(embeddings, 2 * hidden * inner) // 2  # weights of one tensor
+    rounded = largest * max(map(ITEM_BYTES.__getitem__, dtypes)) if len(dtypes) > 1 or "F32" in dtypes else 0
+    weights = rounded + max(embeddings, attention + 2 * expert + sum(held))
+    return LAYERWISE_SLACK + states + work + weights
+
+
+def calibration_bytes(geometry: Geometry, tokens: int, samples: int, depth: int) -> int:
+    """Return the bytes that calibration's observers take besides the layer-wise pass of `tokens` tokens.
+
+    `samples` are the tokens measured of an expert, `depth` the layers ahead that routing is guessed for.
+    """
+    hidden, inner, experts = geometry.hidden_size, geometry.intermediate_size, geometry.num_experts
+    gates = geometry.num_layers * experts * hidden * (2 + 4)
+    chosen = geometry.experts_per_token * 2
+    routing = tokens * (chosen * (geometry.num_layers + depth * (depth + 1) // 2) + experts * 3 * 8)
+    sampled = samples * (experts * hidden * 2 + 4 * inner * 2 + 4 * hidden * 4)
+    return gates + routing + sampled + 2 * hidden * inner  # one matrix after its round trip through a precision
+
+
+def check_memory(needed: int, budget: int, tokens: int) -> None:
+    """Raise DoesNotFitError, with the smallest budget that works, where `tokens` tokens need more than `budget`."""
+    if needed > budget:
+        raise DoesNotFitError(
+            f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
+            f"take fewer {arg('tokens')}, or {arg('ram', f'{math.ceil(needed / 2**20)}MiB')}",
+            needed,
+        )

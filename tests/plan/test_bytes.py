@@ -1,0 +1,65 @@
+"""Bytes of passes and of GPUs' records by hand, and how they grow."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from qmix.errors import DoesNotFitError
+from qmix.geometry import Geometry
+from qmix.plan.memory import (
+    LAYERWISE_SLACK,
+    calibration_bytes,
+    check_memory,
+    device_record_bytes,
+    layerwise_bytes,
+    usable_bytes,
+    usable_device_bytes,
+    with_reserve,
+)
+
+SMALL = Geometry(64, 128, 2, 4, 2, 16, 4, 2, 96, 256)
+
+
+def checkpoint(*dtypes: str) -> SimpleNamespace:
+    return SimpleNamespace(geometry=SMALL, weights={dtype: SimpleNamespace(dtype=dtype) for dtype in dtypes})
+
+
+def test_a_budget_with_reserve_leaves_what_was_needed():
+    assert with_reserve(10**9) == 1_010_000_000 + 16 * 2**20
+    assert usable_bytes(with_reserve(10**9)) == 10**9
+    assert usable_device_bytes(600 * 2**20 + 1_020) == 1_000
+
+
+def test_an_expert_on_a_gpu_by_hand():
+    weights = 3 * 128 * 64
+    assert device_record_bytes(SMALL, "nf4", "bf16") == weights // 2 + weights // 64 * 4  # fp32 absmax of 64 weights
+    assert device_record_bytes(SMALL, "half", "bf16") == weights * 2
+
+
+def test_a_layerwise_pass_by_hand():
+    """1000 tokens of two variants: hidden states, the logits of a chunk, and a layer with the experts held."""
+    states = 1000 * 2 * 64 * 8
+    logits = 512 * (4 * 128 + 4 * 64) * 4  # here a chunk through an expert takes more
+    attention = (4 + 2) * 16 * 64 * 2 * 2
+    weights = attention + 2 * 3 * 64 * 128 * 2 + 700 + 300
+    found = layerwise_bytes(checkpoint("BF16"), 1000, 100, [700, 300])
+    assert found == LAYERWISE_SLACK + states + max(logits, 512 * 96 * 4 * 6) + weights
+    rounded = layerwise_bytes(checkpoint("F32"), 1000, 100, [700, 300]) - found
+    assert rounded == 64 * 128 * 4  # one matrix as the checkpoint has it
+
+
+def test_calibration_by_hand():
+    """1000 tokens, 128 samples, and guesses up to 4 layers ahead, whose tables are 4 + 3 + 2 + 1 layers'."""
+    gates = 2 * 4 * 64 * 6
+    routing = 1000 * (2 * 2 * (2 + 10) + 4 * 3 * 8)
+    samples = 128 * (4 * 64 * 2 + 4 * 128 * 2 + 4 * 64 * 4)
+    assert calibration_bytes(SMALL, 1000, 128, 4) == gates + routing + samples + 2 * 64 * 128
+
+
+def test_a_budget_too_small_is_refused_with_the_bytes_that_work():
+    check_memory(10**9, 10**9, 1000)
+    with pytest.raises(DoesNotFitError, match=r"1000 tokens take 1 GB .* --ram 954MiB") as caught:
+        check_memory(10**9, 10**9 - 1, 1000)
+    assert caught.value.smallest == 10**9
