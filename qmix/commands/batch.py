@@ -30,6 +30,7 @@ from qmix.commands.shared import (
     sampling_options,
 )
 from qmix.errors import QmixError, UsageError
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from qmix.store.layout import StoreLayout
@@ -186,7 +187,7 @@ def _checked(path: Path, file: BinaryIO) -> Any:
     for problem in found.problems:
         click.echo(f"{where}: {problem}", err=True)
     if found.bad > len(found.problems):
-        click.echo(f"{where}: {found.bad - len(found.problems)} more invalid lines", err=True)
+        click.echo(f"{where}: {plural(found.bad - len(found.problems), 'more invalid line')}", err=True)
     if found.bad:
         raise UsageError(f"{where}: {found.bad} lines are invalid; nothing was run, correct them")
     if not found.entries:

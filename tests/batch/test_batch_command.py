@@ -109,7 +109,7 @@ def test_a_file_with_bad_lines_is_not_run_and_all_of_them_are_named(run, tmp_pat
     assert not (tmp_path / "out.jsonl").exists()
     many = run(*["["] * 30)
     assert len(many.lines) == 22
-    assert many.lines[20] == f"{path}: and 10 more"
+    assert many.lines[20] == f"{path}: 10 more invalid lines"
     one = run(LINES[0], LINES[1] | {"seed": 10**30})
     assert (one.status, one.lines) == (
         2,
@@ -121,7 +121,7 @@ def test_a_file_with_bad_lines_is_not_run_and_all_of_them_are_named(run, tmp_pat
     ("content", "message"),
     [
         ("", "has no requests; give one JSON object per line"),
-        (None, "No such file or directory; give a file of requests"),
+        (None, "No such file or directory; give a file with one JSON object per line"),
     ],
 )
 def test_an_input_that_holds_nothing_is_refused(qmix, tmp_path, content, message):

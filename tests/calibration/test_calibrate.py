@@ -165,4 +165,4 @@ def test_text_of_ones_own_has_no_language(qmix, tmp_path):
     assert done.status == 0, done.err
     assert list(json.loads((tmp_path / "p.json").read_text())["routing"]["tokens"]) == ["text"]
     assert "Languages" not in done.out
-    assert "fewer than 200 tokens went to 48 experts, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5 among them: " in done.err
+    assert "fewer than 200 tokens went to 48 experts, such as 0.0, 0.1, 0.2, 0.3, 0.4, 0.5: " in done.err

@@ -187,7 +187,9 @@ def test_answers_on_a_full_disk_are_whole_lines_and_what_to_do_is_told(tmp_path,
 def test_a_profile_on_a_full_disk_leaves_the_one_that_was_there(tmp_path, befall):
     (tmp_path / "profile.json").write_text("before")
     befall(Fault("fsync", "", errno.ENOSPC))
-    with pytest.raises(QmixError, match=r"profile\.json: No space left on device; .* free some space, or give it"):
+    with pytest.raises(
+        QmixError, match=r"profile\.json: No space left on device; .* free some space, or choose another path"
+    ):
         write_profile(tmp_path / "profile.json", {"schema": "x"})
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
     assert (tmp_path / "profile.json").read_text() == "before"
