@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
-from qmix.store.in_child import quantize_in_child
+from qmix.store.child import quantize_in_child
 
 import qmix
 from qmix.checkpoint import open_checkpoint
