@@ -10,13 +10,15 @@ from typing import Any
 
 from calibration.corpus import Passage
 from calibration.routing import RoutingRecorder, RoutingStatistics
-from calibration.sensitivity import KINDS, SensitivityMeter, Table
+from calibration.sensitivity import KINDS, SAMPLES, SensitivityMeter, Table
 from qmix.checkpoint import Checkpoint
 from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.engine.layerwise import run_layers
 from qmix.engine.passes import plain_pass
 from qmix.engine.variants import Quantised
 from qmix.geometry import Geometry
+from qmix.plan.memory import calibration_bytes, layerwise_bytes
+from qmix.pool.prefetch import DEPTH
 from qmix.pool.replay import Replay, replay
 from qmix.progress import OnProgress, ignore
 from qmix.store.allocation import Allocation, Allocator
@@ -98,6 +100,12 @@ def half(checkpoint: Checkpoint, dtype: str) -> Quantised:
     geometry = checkpoint.geometry
     precisions = tuple(("half",) * geometry.num_experts for _ in range(geometry.num_layers))
     return Quantised("half", geometry, precisions, dtype)
+
+
+def bytes_needed(checkpoint: Checkpoint, dtype: str, tokens: int, window: int) -> int:
+    """Return the bytes that calibrating takes besides Python, for tokens in windows of at most `window`."""
+    measuring = calibration_bytes(checkpoint.geometry, tokens, SAMPLES, DEPTH)
+    return measuring + layerwise_bytes(checkpoint, tokens, window, [half(checkpoint, dtype).held])
 
 
 def calibrate(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from qmix.engine.layerwise import Observer, RouterOutput
 from qmix.geometry import Geometry
-from qmix.kernels.packing import BLOCK
+from qmix.precision.formats import BLOCK
 from qmix.precision.round_trip import round_trip
 
 SAMPLES = 128  # tokens of an expert at most: the mean is then known to some percent

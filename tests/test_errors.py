@@ -10,7 +10,6 @@ from pathlib import Path
 import click
 import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
-from qmix.store.child import quantize_in_child
 
 import qmix
 from qmix.checkpoint import open_checkpoint
@@ -18,6 +17,7 @@ from qmix.commands import COMMANDS, OPTIONS, Commands, in_options
 from qmix.engine.layerwise import check_memory
 from qmix.engine.sampling import Sampling
 from qmix.errors import QmixError, UsageError, arg
+from qmix.store.child import quantize_in_child
 from qmix.store.sources import open_source
 
 ROOT = Path(qmix.__file__).parents[1]

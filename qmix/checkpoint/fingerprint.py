@@ -39,6 +39,11 @@ def fingerprint_of(config: Mapping[str, Any], digests: Mapping[str, str]) -> str
     return hashlib.sha256(json.dumps([config, sorted(digests.items())], sort_keys=True).encode()).hexdigest()
 
 
+def checkpoint_fingerprint(checkpoint: Checkpoint) -> str:
+    """Return a checkpoint's fingerprint; the whole checkpoint is read where it is not known."""
+    return checkpoint.known_fingerprint or read_fingerprint(checkpoint)
+
+
 def read_fingerprint(
     checkpoint: Checkpoint, on_read: Callable[[int], None] = lambda nbytes: None, read: Mapping[str, str] | None = None
 ) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmix.checkpoint.hub_calls import AGAIN, NO_FILE, Progress, explain, muted, retried, silent_bar, why_away
+from qmix.checkpoint.hub_calls import AGAIN, NO_FILE, HubFile, Progress, explain, muted, retried, silent_bar, why_away
 from qmix.errors import Cancelled, HubError, QmixError
 from qmix.files import convert_json, write_whole
 
@@ -27,15 +27,6 @@ def parse(model: str) -> tuple[str, str | None] | None:
     """Return (repo, revision) of "org/name" or "org/name@revision", None for any other text, such as a path."""
     match = _MODEL.fullmatch(model)
     return (match[1], match[2]) if match else None
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class HubFile:
-    """A file of a repository: its size in bytes, and its sha256 (hex) if it is large."""
-
-    name: str
-    size: int | None
-    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)

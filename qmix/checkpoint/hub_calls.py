@@ -7,19 +7,26 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from qmix.units import format_bytes
-
-if TYPE_CHECKING:
-    from qmix.checkpoint.hub import HubFile
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (bytes done, total bytes); may be called from another thread
 
 NO_FILE = "file not found; check the name or the revision"
 AGAIN = "run the same command again (finished files are kept)"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class HubFile:
+    """A file of a repository: its size in bytes, and its sha256 (hex) if it is large."""
+
+    name: str
+    size: int | None
+    sha256: str | None
 
 
 @contextmanager

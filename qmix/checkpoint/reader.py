@@ -80,16 +80,6 @@ class Checkpoint:
         seen = self.source.fingerprint(self.files) or sorted(self.seen.items())
         return hashlib.sha256(json.dumps([self.config, seen], sort_keys=True).encode()).hexdigest()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return a digest of config and weights: the same for copies, another for another training run.
-
-        Reads all weights if it is not known yet for these files.
-        """
-        from qmix.checkpoint.fingerprint import read_fingerprint
-
-        return self.known_fingerprint or read_fingerprint(self)
-
     @property
     def known_fingerprint(self) -> str | None:
         """Return the fingerprint if it is known without reading, else None."""

@@ -52,12 +52,10 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     load_libraries()
     from calibration.report import draw, report
     from calibration.routing import ENOUGH
+    from calibration.run import bytes_needed
     from calibration.run import calibrate as run
-    from calibration.run import half
-    from calibration.sensitivity import SAMPLES
     from qmix.machine.found import default_budget, interpreter_memory
-    from qmix.plan.memory import calibration_bytes, check_memory, layerwise_bytes
-    from qmix.pool.prefetch import DEPTH
+    from qmix.plan.memory import check_memory
     from qmix.store.profile import check_budget, write_profile
     from qmix.store.sources import layout_for
     from qmix.terminal.progress import ProgressDisplay
@@ -68,8 +66,7 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
         check_budget(budget, checkpoint.geometry, dtype)
     passages = passages_of(checkpoint, options["texts"], window, options["tokens"])
     tokens = sum(len(passage.ids) for passage in passages)
-    needed = interpreter_memory(kernels=True) + calibration_bytes(checkpoint.geometry, tokens, SAMPLES, DEPTH)
-    needed += layerwise_bytes(checkpoint, tokens, window, [half(checkpoint, dtype).held])
+    needed = interpreter_memory(kernels=True) + bytes_needed(checkpoint, dtype, tokens, window)
     ceiling = options["ram"] or default_budget()
     check_memory(needed, ceiling, tokens)
     hold_to(ceiling)

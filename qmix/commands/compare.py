@@ -63,9 +63,9 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.compare.table import fidelity_table
     from qmix.engine.checkpoint_weights import CheckpointWeights
     from qmix.engine.resolve import fingerprint_of
-    from qmix.machine.found import default_budget, interpreter_memory
+    from qmix.machine.found import default_budget
+    from qmix.plan.here import python_bytes
     from qmix.plan.memory import check_memory, layerwise_bytes
-    from qmix.precision.formats import uses_kernels
     from qmix.store.sources import DEFAULT_PRECISION, layout_for
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
@@ -81,9 +81,8 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     passages = passages_of(checkpoint, options["texts"], window, options["tokens"])
     sequences = [passage.ids for passage in passages]
     tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
-    own = interpreter_memory(kernels=uses_kernels(checkpoint.geometry))
-    needed = own + layerwise_bytes(checkpoint, tokens, window, [variant.held for variant in variants])
-    check_memory(needed, budget, tokens)
+    needed = layerwise_bytes(checkpoint, tokens, window, [variant.held for variant in variants])
+    check_memory(needed + python_bytes(checkpoint.geometry), budget, tokens)
     hold_to(budget)
     progress = ProgressDisplay(f"comparing {name}")
     with progress as display, CheckpointWeights(checkpoint, dtype, variants, display) as weights:
@@ -107,6 +106,7 @@ def _specs(
     checkpoint: Checkpoint, dtype: str, precisions: Sequence[str], path: Path | None, budgets: Sequence[int]
 ) -> dict[str, str]:
     """Return the precisions to compare by the names of their rows: as typed, or chosen by a profile."""
+    from qmix.checkpoint.fingerprint import checkpoint_fingerprint
     from qmix.store.profile import AUTO, check_profile
 
     profile = read_profile_option(path, AUTO if AUTO in precisions else None, min(budgets, default=None))
@@ -114,7 +114,7 @@ def _specs(
         return {spec: spec for spec in precisions}
     if AUTO not in precisions and not budgets:
         raise UsageError(f"--profile: not used without --precision {AUTO} or --budget; give one, or leave it out")
-    check_profile(profile, path, checkpoint.geometry, checkpoint.fingerprint)
+    check_profile(profile, path, checkpoint.geometry, checkpoint_fingerprint(checkpoint))
     asked = checkpoint.geometry, dtype
     typed = {spec: profile.auto(None, *asked) if spec == AUTO else spec for spec in precisions}
     return typed | {f"{AUTO} in {format_bytes(budget)}": profile.auto(budget, *asked) for budget in budgets}

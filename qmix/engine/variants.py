@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from qmix.checkpoint import Checkpoint
+from qmix.checkpoint.fingerprint import checkpoint_fingerprint
 from qmix.errors import StoreError
 from qmix.geometry import Geometry
 from qmix.pool.experts import ExpertPool
@@ -72,7 +73,7 @@ class Stored:
     """Experts of a store that was made from the checkpoint. Raises StoreError if it was made from other weights."""
 
     def __init__(self, name: str, store: Store, checkpoint: Checkpoint) -> None:
-        if store.fingerprint != checkpoint.fingerprint:
+        if store.fingerprint != checkpoint_fingerprint(checkpoint):
             raise StoreError(f"{store.directory}: was made from other weights ({store.source_name}); compare its own")
         self.name, self.store = name, store
         self._pool: ExpertPool | None = None  # made on first use, after the budget was checked

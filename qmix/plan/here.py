@@ -37,6 +37,11 @@ def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None
     )
 
 
+def python_bytes(geometry: Geometry) -> int:
+    """Return the bytes that Python takes with all that a run of this geometry imports."""
+    return interpreter_memory(kernels=uses_kernels(geometry))
+
+
 def plan_for(
     layout: StoreLayout,
     ram: int | str | None,
@@ -53,5 +58,5 @@ def plan_for(
         raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
     on = machine or this_machine(ram)
     tokens = context or default_context(layout.geometry)
-    own = interpreter_memory(kernels=uses_kernels(layout.geometry))
+    own = python_bytes(layout.geometry)
     return make_plan(layout, on.ram, tokens, own, attention, batch, gpus=on.gpus, rates=on.speeds, use=use)

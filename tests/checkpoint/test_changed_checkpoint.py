@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from stores import files_of, interrupt_store, make_store
 
 from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.fingerprint import checkpoint_fingerprint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine import resolve as prepare
 from qmix.engine.resolve import COMPARING, prepare_store
@@ -139,7 +140,9 @@ def test_the_process_that_quantises_refuses_another_checkpoint_than_was_looked_a
         prepare_store(checkpoint, SPEC)
     assert looked_at
     monkeypatch.setattr(prepare, "quantize_in_child", real)
-    assert prepare_store(checkpoint, SPEC).fingerprint == open_checkpoint(LocalSource(checkpoint)).fingerprint
+    assert prepare_store(checkpoint, SPEC).fingerprint == checkpoint_fingerprint(
+        open_checkpoint(LocalSource(checkpoint))
+    )
 
 
 @pytest.fixture
@@ -210,9 +213,11 @@ def test_a_fingerprint_is_of_the_weights_whatever_their_files(tmp_path: Path) ->
         write_fused(tmp_path / "fused", weights, TINY_CONFIG),
     ]
     found = [open_checkpoint(LocalSource(place)) for place in places]
-    assert len({checkpoint.fingerprint for checkpoint in found}) == 1
+    assert len({checkpoint_fingerprint(checkpoint) for checkpoint in found}) == 1
     assert len({checkpoint.identity for checkpoint in found}) == 3
-    assert {make_store(place, place.with_suffix(".q"), SPEC).fingerprint for place in places} == {found[0].fingerprint}
+    assert {make_store(place, place.with_suffix(".q"), SPEC).fingerprint for place in places} == {
+        checkpoint_fingerprint(found[0])
+    }
 
 
 @pytest.mark.parametrize("precision", ["nf4", "half"])
@@ -220,12 +225,14 @@ def test_what_is_read_in_passing_is_what_is_read_for_it(tmp_path: Path, precisio
     """Rows of q and k change places on their way out of a Mistral release; dtypes differ."""
     config = TINY_CONFIG | {"intermediate_size": 96}
     place = write_mistral(tmp_path / "m", random_weights(config), config)
-    assert make_store(place, tmp_path / "s", precision).fingerprint == open_checkpoint(LocalSource(place)).fingerprint
+    assert make_store(place, tmp_path / "s", precision).fingerprint == checkpoint_fingerprint(
+        open_checkpoint(LocalSource(place))
+    )
 
 
 def test_a_fingerprint_is_remembered_for_files_that_are_as_they_were(checkpoint: Path, tmp_path: Path) -> None:
     known = tmp_path / "known"
-    fingerprint = open_checkpoint(LocalSource(checkpoint, known)).fingerprint
+    fingerprint = checkpoint_fingerprint(open_checkpoint(LocalSource(checkpoint, known)))
     again = open_checkpoint(LocalSource(checkpoint, known))
     assert again.known_fingerprint == fingerprint
     (file,) = known.iterdir()
@@ -234,7 +241,7 @@ def test_a_fingerprint_is_remembered_for_files_that_are_as_they_were(checkpoint:
     edited_in_place(checkpoint / SHARD)
     changed = open_checkpoint(LocalSource(checkpoint, known))
     assert changed.known_fingerprint is None
-    assert changed.fingerprint != fingerprint
+    assert checkpoint_fingerprint(changed) != fingerprint
 
 
 def test_a_tokenizer_that_was_damaged_in_a_store_is_brought_back(checkpoint: Path, tmp_path: Path) -> None:

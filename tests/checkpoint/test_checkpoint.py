@@ -24,6 +24,7 @@ from stores import make_model, make_store
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding, apply_rotary_pos_emb
 
 from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.fingerprint import checkpoint_fingerprint
 from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.source import LocalSource
 from qmix.errors import CheckpointError
@@ -251,6 +252,6 @@ def test_a_fingerprint_follows_the_weights_and_not_the_place(tmp_path: Path, sha
     other_config = make_checkpoint(tmp_path / "config", shards=shards, rms_norm_eps=1e-6)
     other_seed = make_checkpoint(tmp_path / "seed", shards=shards, seed=1)
     places = [first, tmp_path / "elsewhere" / "copy", tmp_path / "changed", other_config, other_seed]
-    prints = [open_checkpoint(LocalSource(place)).fingerprint for place in places]
+    prints = [checkpoint_fingerprint(open_checkpoint(LocalSource(place))) for place in places]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4

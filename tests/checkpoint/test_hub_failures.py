@@ -16,7 +16,8 @@ from hub_checks import COMMIT, KEPT, SHARDS, below, told
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from qmix.checkpoint.hub import HubFile, HubRepo
+from qmix.checkpoint.hub import HubRepo
+from qmix.checkpoint.hub_calls import HubFile
 
 pytest_plugins = ["hub_fixtures"]
 

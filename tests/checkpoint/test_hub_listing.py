@@ -13,7 +13,8 @@ from hub_checks import COMMIT, SHARDS, told
 from hub_server import HubServer
 from safetensors.numpy import save_file
 
-from qmix.checkpoint.hub import HubFile, HubRepo, parse
+from qmix.checkpoint.hub import HubRepo, parse
+from qmix.checkpoint.hub_calls import HubFile
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -14,6 +14,7 @@ from faults import Fault
 from stores import make_pool, make_store
 
 from qmix.checkpoint import open_checkpoint
+from qmix.checkpoint.fingerprint import checkpoint_fingerprint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.errors import CheckpointError, QmixError, StoreError, mending
@@ -136,7 +137,7 @@ def run_layerwise(checkpoint: Path, directory: Path) -> None:
 
 
 def fingerprint(checkpoint: Path, directory: Path) -> None:
-    assert open_checkpoint(LocalSource(checkpoint)).fingerprint
+    assert checkpoint_fingerprint(open_checkpoint(LocalSource(checkpoint)))
 
 
 @pytest.mark.parametrize("work", [quantise, run_layerwise, fingerprint])
