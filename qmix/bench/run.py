@@ -18,12 +18,12 @@ from pathlib import Path
 from qmix.bench.report import BenchReport, Row, Sample
 from qmix.bench.roofline import Bound, Workload, bound, decode_cost, prefill_cost
 from qmix.engine.compute import compute_threads
+from qmix.engine.load import check_attention
 from qmix.engine.resolve import prepare_store
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError, arg
 from qmix.machine.found import cpu_name
 from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
-from qmix.model.build import check_attention
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
 from qmix.plan.here import plan_for

@@ -151,13 +151,13 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     """Return the runner of a model, showing progress while it is made ready."""
     plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
-    load_libraries()
     from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay
 
+    following: dict[str, Any] = {"attention": attention, "plan": plan, "before_import": load_libraries}
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
-        runner = load(name, attention=attention, plan=plan, on_progress=making, on_load=loading, **options)
+        runner = load(name, **following, on_progress=making, on_load=loading, **options)
     hold_to(runner.plan.ram)
     return runner
 

@@ -1,13 +1,18 @@
-"""`qmix.load`: a model's name to a Runner. The store is resolved, planned for this machine, and opened."""
+"""`qmix.load`: a model's name to a Runner. The store is resolved, planned for this machine, and opened.
+
+Whatever can be refused is refused before torch and transformers are imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qmix.engine.resolve import prepare_store
-from qmix.engine.stream import Runner
+from qmix.errors import UsageError, arg
 from qmix.machine.measured import measured_rates
-from qmix.model.build import check_attention
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
@@ -15,6 +20,11 @@ from qmix.plan.here import plan_for
 from qmix.progress import OnProgress, ignore
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
+
+if TYPE_CHECKING:
+    from qmix.engine.stream import Runner
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 def load(
@@ -29,6 +39,7 @@ def load(
     plan: PlanFile | None = None,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
+    before_import: Callable[[], object] = lambda: None,
 ) -> Runner:
     """Open a model under a memory budget and return a Runner.
 
@@ -37,7 +48,8 @@ def load(
     "12GiB") is a ceiling for the whole process, by default 90% of the free memory. `context` is the number of tokens of
     prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes
     the place of both. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
-    beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
+    beforehand, which happens where all of them fit. `before_import` is called before transformers is first needed.
+    Raises QmixError; DoesNotFitError where the budget is too small.
     """
     check_attention(attention)
 
@@ -46,7 +58,31 @@ def load(
             return plan.plan_of(layout, fingerprint, attention)
         return plan_for(layout, ram, context, attention, use=use)
 
+    def check(layout: StoreLayout) -> None:
+        planned(layout)
+        before_import()
+
     spec = plan.precision if plan is not None and precision is None else precision
-    store = prepare_store(model, spec, dtype, on_progress, planned, clip)
+    store = prepare_store(model, spec, dtype, on_progress, check, clip)
     made = planned(store.layout, store.fingerprint, store.use)
+    before_import()
+    from qmix.engine.stream import Runner
+
     return Runner(store, made, attention, on_load, measured_rates())
+
+
+def check_attention(name: str) -> None:
+    """Raise UsageError where an attention implementation cannot run here."""
+    if name not in ATTENTION:
+        raise UsageError(f"{arg('attention')} {name!r}: choose one of {', '.join(ATTENTION)}")
+    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        missing = "the package flash-attn is not installed; use sdpa, or install it"
+        raise UsageError(f"{arg('attention')} {name}: {missing}")
+    if name == "flash_attention_2" and not _has_cuda():
+        raise UsageError(f"{arg('attention')} flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,7 +19,7 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.errors import StoreError, UsageError, arg
+from qmix.errors import StoreError
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.attention import GROUPED_SDPA, register
@@ -48,26 +47,14 @@ MODEL_KEYS = frozenset(CONFIG_KEYS.values()) | {  # the keys of config.json that
     "eos_token_id",
     "pad_token_id",
 }
-ATTENTION = ("eager", "sdpa", "flash_attention_2")
-
-
-def check_attention(name: str) -> None:
-    """Raise UsageError where an attention implementation cannot run here."""
-    if name not in ATTENTION:
-        raise UsageError(f"{arg('attention')} {name!r}: choose one of {', '.join(ATTENTION)}")
-    if name == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        missing = "the package flash-attn is not installed; use sdpa, or install it"
-        raise UsageError(f"{arg('attention')} {name}: {missing}")
-    if name == "flash_attention_2" and not torch.cuda.is_available():
-        raise UsageError(f"{arg('attention')} flash_attention_2: needs a CUDA GPU, and there is none; use sdpa")
 
 
 def build_model(store: Store, pool: Pool, attention: str = "sdpa", spread: Spread | None = None) -> MixtralForCausalLM:
     """Return the model in half precision with its experts in the pool; ready to use, gradients off.
 
     Over an `invariant` pool the whole model is invariant: a token's numbers depend on its own sequence alone. With
-    `spread` the model lies on several devices. `attention` is one of ATTENTION, or the name of a function registered
-    with transformers. Raises StoreError where a dense weight is damaged.
+    `spread` the model lies on several devices. `attention` is the name of a function registered with transformers.
+    Raises StoreError where a dense weight is damaged.
     """
     model = empty_model(store, attention)
     load_weights(model, store, pool, read_dense(store, spread.of_tensor if spread else None), spread)
