@@ -10,9 +10,9 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
+from calibration.measure import UNKNOWN, Calibration
 from calibration.plot import draw as draw_picture
 from calibration.routing import RoutingStatistics
-from calibration.run import UNKNOWN, Calibration
 from calibration.tables import UseMap, error_table, hit_table, language_table
 from qmix.pool.replay import BELADY
 from qmix.units import format_bytes, plural

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmix.batch.run import Summary
+from qmix.batch.answering import Summary
 from qmix.terminal.progress import JobDisplay, time_left
 from qmix.units import format_bytes, plural
 

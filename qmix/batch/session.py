@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qmix.batch.answering import BatchRun, Job, Summary
 from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
-from qmix.batch.run import BatchRun, Job, Summary
 from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry

@@ -51,7 +51,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
 
     tests = workloads(options.pop("prompt_tokens"), options.pop("new_tokens"))
     load_libraries()
-    from qmix.bench.run import measure, prepare
+    from qmix.bench.measure import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.stream import Runner
     from qmix.machine.probes import probe_in_child

@@ -14,8 +14,8 @@ from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
+    from calibration.measure import Calibration
     from calibration.report import PoolSize
-    from calibration.run import Calibration
 
 BUDGET_HELP = "bytes of all experts, such as 60GB: choose the precisions with the least error that fit"
 PLOT_HELP = "also write the charts to a .png or .svg file"
@@ -50,10 +50,10 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     checkpoint = open_checkpoint(open_source(model))
     window = window_of(checkpoint.geometry, options["window"])
     load_libraries()
+    from calibration.measure import bytes_needed
+    from calibration.measure import calibrate as run
     from calibration.report import draw, report
     from calibration.routing import ENOUGH
-    from calibration.run import bytes_needed
-    from calibration.run import calibrate as run
     from qmix.machine.found import default_budget, interpreter_memory
     from qmix.plan.memory import check_memory
     from qmix.store.profile import check_budget, write_profile

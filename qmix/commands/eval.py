@@ -153,7 +153,7 @@ def _evaluate(engine: StoreEngine, output: Path, options: dict[str, Any]) -> tup
 
     tokenizer = load_tokenizer(engine.store.directory)
     lm, found, names = _run(engine, tokenizer, engine.store.layout, options, say)
-    from qmix.evaluate.run import report, write_report
+    from qmix.evaluate.report import report, write_report
 
     shots, limit = options["shots"], options["limit"]
     if "card" in names and limit:
@@ -169,7 +169,7 @@ def _run(
     from qmix.evaluate import tasks
     from qmix.evaluate.data import offline
     from qmix.evaluate.harness import QmixLM
-    from qmix.evaluate.run import run_tasks
+    from qmix.evaluate.report import run_tasks
 
     tasks.mute()
     data, shots = options["data"], options["shots"]

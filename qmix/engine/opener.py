@@ -13,7 +13,7 @@ from qmix.engine.generation_config import model_generation_config
 from qmix.machine.found import give_back_freed_memory
 from qmix.model.build import build_model
 from qmix.model.gpu.devices import pin
-from qmix.model.gpu.model import Spread
+from qmix.model.gpu.spread import Spread
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store

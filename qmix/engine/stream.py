@@ -27,7 +27,7 @@ from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
-from qmix.model.gpu.model import spread_for
+from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
 from qmix.plan import Plan

@@ -26,7 +26,7 @@ from qmix.model.attention import GROUPED_SDPA, register
 from qmix.model.dense import read_dense
 from qmix.model.experts import PooledExperts
 from qmix.model.gpu.devices import download
-from qmix.model.gpu.model import Spread
+from qmix.model.gpu.spread import Spread
 from qmix.model.invariant import make_invariant
 from qmix.pool.prefetch import EMBEDDING, Prefetcher
 from qmix.pool.protocol import Pool

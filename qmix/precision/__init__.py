@@ -8,4 +8,6 @@ round_trip    a matrix quantised and dequantised, at any block size
 matmul        products with quantised matrices
 dense         linear layers that stay in half precision
 bitsandbytes  the library, imported quietly
+
+May import checkpoints, kernels and the rooms below them.
 """

@@ -24,7 +24,7 @@ from qmix.model.build import empty_model, load_weights
 from qmix.model.dense import dense_memory, typed
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
-from qmix.model.gpu.model import spread_for
+from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 from qmix.plan import Plan
 from qmix.plan.memory import PREFILL_CHUNK

@@ -11,8 +11,8 @@ from command import Finished
 from test_cli import NOTICE, RECORD_BYTES
 
 import qmix as package
+from qmix.bench.measure import measure, prepare, random_prompt
 from qmix.bench.roofline import Workload
-from qmix.bench.run import measure, prepare, random_prompt
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError
 from qmix.machine import probes
@@ -183,7 +183,7 @@ def test_a_runner_of_ones_own_is_measured_and_left_as_it_was(runner, ceilings):
 
 
 def test_a_large_pool_is_its_own_memory_probe(runner, ceilings, monkeypatch):
-    monkeypatch.setattr("qmix.bench.run.MEMORY_BYTES", runner.pool.memory.nbytes)
+    monkeypatch.setattr("qmix.bench.measure.MEMORY_BYTES", runner.pool.memory.nbytes)
     found = measure(runner, [Workload(7)], 2, ceilings)
     assert len(found.ceilings.memory_read.rounds) == 3
     assert found.ceilings.memory_read.how in probes.MemoryProbe(runner.pool.memory)._ways

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from calibration.corpus import Passage
+from calibration.measure import calibrate
 from calibration.routing import RoutingRecorder, RoutingStatistics
-from calibration.run import calibrate
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.source import LocalSource

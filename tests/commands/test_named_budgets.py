@@ -29,7 +29,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def qmix(tmp_path_factory) -> Iterator[Commands]:
-    running = Commands(tmp_path_factory.mktemp("budgets"), "qmix.evaluate.run", "qmix.evaluate.tasks")
+    running = Commands(tmp_path_factory.mktemp("budgets"), "qmix.evaluate.report", "qmix.evaluate.tasks")
     yield running
     running.close()
 

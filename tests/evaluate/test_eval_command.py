@@ -23,14 +23,14 @@ from qmix.evaluate.card import CARD
 from qmix.evaluate.data import find_files, offline
 from qmix.evaluate.engine import StoreEngine, Work
 from qmix.evaluate.harness import QmixLM
+from qmix.evaluate.report import report, run_tasks
 from qmix.evaluate.results import REQUESTS, Results, identity
-from qmix.evaluate.run import report, run_tasks
 from qmix.evaluate.tasks import load_tasks, mute, own_tasks
 from qmix.text.tokenizer import load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "evaluation"
 NAMES = ["help_choice", "help_last", "help_pages", "help_words"]
-PRELOADED = "qmix.evaluate.run"
+PRELOADED = "qmix.evaluate.report"
 
 
 @pytest.fixture(autouse=True)

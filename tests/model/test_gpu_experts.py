@@ -15,7 +15,7 @@ from qmix.errors import StoreError, UsageError
 from qmix.machine.rates import Rates
 from qmix.model.build import build_model
 from qmix.model.gpu.experts import DeviceExperts, TokensByExpert
-from qmix.model.gpu.model import spread_for
+from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 
 COPIES = Rates(pcie=1e18, gpu_memory=1e18, gpu_matmul=1e21)  # by these copying always pays
