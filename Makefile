@@ -8,7 +8,7 @@ setup:           ## a virtual environment with all that development needs
 	$(PYTHON) -m pip install --quiet -e '.[dev]'
 
 test:            ## the suite, a few minutes
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 fuzz:            ## every parser with 100,000 inputs that nobody meant, some minutes
 	$(PYTHON) tests/fuzz.py --runs 100000

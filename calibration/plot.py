@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibration.tables import Point, Use, shares, unit_of
+from calibration.tables import POLICY_NAMES, Point, Use, shares, unit_of
 from qmix.pool.replay import BELADY, STATIC, Replay
 from qmix.terminal.figure import save
 
@@ -22,13 +22,6 @@ POLICY_COLOURS = {
     "uses-per-time": "#0072b2",
     STATIC: "#009e73",
     BELADY: "#808080",
-}
-POLICY_NAMES = {
-    "lru": "least recently used",
-    "lfu": "decayed frequency",
-    "uses-per-time": "uses per time",
-    STATIC: "most used, for good",
-    BELADY: "best possible",
 }
 MIXED, UNIFORM, CHOSEN = "#0072b2", "#808080", "#d55e00"
 WIDTH, CHARTS_HEIGHT = 12.0, 4.2  # inches

@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from qmix.pool.replay import Replay
+from qmix.pool.replay import BELADY, STATIC, Replay
 
 SHADES = " ░▒▓█"
 MARGIN = len("layer ")
@@ -25,6 +25,13 @@ UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 Use = Sequence[Sequence[float]]  # [layers][experts]
 Point = tuple[int, float]  # bytes of all experts, error
+POLICY_NAMES = {
+    "lru": "least recently used",
+    "lfu": "decayed frequency",
+    "uses-per-time": "decayed use",
+    STATIC: "most used, fixed",
+    BELADY: "best possible",
+}
 
 
 class UseMap:
@@ -81,11 +88,13 @@ def language_table(use: Use, by_language: Mapping[str, Use]) -> Table:
 
 def hit_table(replay: Replay) -> Table:
     """Return a row for each pool size: the share of requests that each policy finds in memory."""
-    table = _table("Hit rate by pool size", f"* best policy of a run; over all sizes: {_words(replay.recommended())}")
+    table = _table(
+        "Hit rate by pool size", f"* best policy of a run; over all sizes: {POLICY_NAMES[replay.recommended()]}"
+    )
     table.add_column("slots", justify="right")
     table.add_column("share", justify="right")
     for curve in replay.curves:
-        table.add_column(_words(curve.policy), justify="right")
+        table.add_column(POLICY_NAMES[curve.policy], justify="right")
     for size in replay.curves[0].slots:
         best = replay.best(size)
         rates = {curve.policy: f"{replay.hit_rate(curve.policy, size):.1%}" for curve in replay.curves}
@@ -134,10 +143,6 @@ def viridis(value: float) -> tuple[int, int, int]:
     low, high = (tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in VIRIDIS[index : index + 2])
     red, green, blue = (round(a + (b - a) * (at - index)) for a, b in zip(low, high, strict=True))
     return red, green, blue
-
-
-def _words(policy: str) -> str:
-    return policy.replace("-", " ")
 
 
 def _cell(share: float, heat: float, width: int, plain: bool) -> tuple[str, str | Style]:

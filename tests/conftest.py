@@ -10,6 +10,8 @@ import pytest
 from command import Commands, FirstUse
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name in ("COLUMNS", "LINES"):  # the size of the terminal that runs the tests
+    os.environ.pop(name, None)
 TINY = Path(__file__).parent.parent / "qmix" / "models" / "tiny"
 
 

@@ -14,9 +14,9 @@ from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 import qmix
 from qmix.checkpoint import open_checkpoint
 from qmix.commands import COMMANDS, OPTIONS, Commands, in_options
-from qmix.engine.layerwise import check_memory
 from qmix.engine.sampling import Sampling
 from qmix.errors import QmixError, UsageError, arg
+from qmix.plan.memory import check_memory
 from qmix.store.child import quantize_in_child
 from qmix.store.sources import open_source
 

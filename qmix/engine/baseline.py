@@ -24,7 +24,7 @@ def main() -> None:
     from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
 
     from qmix.model.kv import KVCache
-    from qmix.precision.bitsandbytes import functional as bnb
+    from qmix.precision.bitsandbytes import cpu_library, functional
     from qmix.text.tokenizer import load_tokenizer
 
     give_back_freed_memory()
@@ -39,8 +39,8 @@ def main() -> None:
         dtype=torch.bfloat16,
     )
     model = MixtralForCausalLM(config).to(torch.bfloat16).eval()
-    packed, state = bnb.quantize_4bit(torch.ones(64, 64, dtype=torch.bfloat16), blocksize=64, quant_type="nf4")
-    bnb.dequantize_4bit(packed, state)
+    cpu_library()
+    functional.get_4bit_type("nf4", device="cpu")
     load_tokenizer(EMBEDDED["tiny"]).decode([5, 6, 7])
     cache = KVCache(Geometry.from_config(config.to_dict()), 64, torch.bfloat16)
     options = GenerationConfig(max_new_tokens=4, do_sample=True, pad_token_id=0, prefill_chunk_size=8)

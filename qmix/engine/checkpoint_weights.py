@@ -20,6 +20,7 @@ from qmix.checkpoint.naming import expert_key
 from qmix.checkpoint.rows import WeightFile
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.layerwise import CHUNK, Observer, RouterOutput
+from qmix.engine.passes import PathSegment
 from qmix.engine.variants import Variant
 from qmix.geometry import EMBEDDINGS
 from qmix.model.build import activation_of, empty_mixtral, module_name
@@ -42,7 +43,6 @@ class CheckpointWeights:
     ) -> None:
         self.checkpoint, self.variants, self.geometry = checkpoint, variants, checkpoint.geometry
         self.streams, self.dtype, self.on_progress = len(variants), HALF[dtype], on_progress
-        self.attention: dict[str, Any] = {}
         self.model = empty_mixtral(checkpoint.config, dtype)
         self.model.model.rotary_emb = MixtralRotaryEmbedding(self.model.config)
         self.activation = activation_of(self.model.config)
@@ -75,6 +75,12 @@ class CheckpointWeights:
             set_module_tensor_to_device(module, tensor, "cpu", value, value.dtype)
         yield module.eval().requires_grad_(False)
         module.to("meta")
+
+    def attend(
+        self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
+    ) -> torch.Tensor:
+        """Return the attention of one whole sequence, by transformers' own function."""
+        return module.self_attn(normed, position_embeddings=rotary, attention_mask=None)[0][0]
 
     def experts(
         self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]

@@ -51,12 +51,16 @@ class WeightSource(Protocol):
 
     model: MixtralForCausalLM  # its modules are used only inside `loaded`
     streams: int  # variants, each with a residual stream
-    attention: dict[str, Any]  # further arguments of the model's attention function
     chunk_rows: int | None  # in one call of attention or router. None: one sequence in attention, all in the router
     head_rows: int  # in one call of the head
 
     def loaded(self, name: str) -> AbstractContextManager[Any]:
         """Keep the dense weights of the model's submodule `name` in memory, and yield the submodule."""
+
+    def attend(
+        self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
+    ) -> torch.Tensor:
+        """Return a layer's attention [t, H] for its normed rows [1, t, H], which are those of `segments`."""
 
     def experts(
         self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
@@ -109,9 +113,7 @@ def _attend(
         normed = module.input_layernorm(stream[rows])[None]  # [1, t, H]
         positions = torch.cat([torch.arange(each.position, each.position + each.count) for each in segments])
         rotary = weights.model.model.rotary_emb(normed, positions[None])
-        stream[rows] += module.self_attn(
-            normed, position_embeddings=rotary, attention_mask=None, segments=segments, **weights.attention
-        )[0][0]
+        stream[rows] += weights.attend(module, normed, rotary, segments)
 
 
 def _mix(

@@ -118,6 +118,12 @@ def plain_pass(sequences: Sequence[Sequence[int]]) -> Pass:
     return Pass(tokens, segments, rows, tokens[rows + 1], np.repeat(np.arange(len(sequences)), lengths - 1))
 
 
+def continued_pass(tokens: Sequence[int], segment: PathSegment) -> Pass:
+    """Return the pass of one sequence's next tokens, those of `segment`; no token is predicted."""
+    nothing = np.empty(0, np.int64)
+    return Pass(np.array(tokens, np.int64), (segment,), nothing, nothing, nothing)
+
+
 def chunks(segments: Sequence[PathSegment], limit: int | None) -> Iterator[tuple[slice, list[PathSegment]]]:
     """Cut the rows of a pass into chunks of `limit`; yield each with the segments, or parts of segments, in it.
 

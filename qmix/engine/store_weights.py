@@ -63,13 +63,20 @@ class StoreWeights:
     head_rows = HEAD_ROWS
 
     def __init__(self, model: MixtralForCausalLM, path: KVLayer) -> None:
-        self.model = model
-        self.attention: dict[str, Any] = {"path": path}
+        self.model, self._path = model, path
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[Any]:
         """Return a submodule of the model: its weights stay in memory."""
         yield self.model.get_submodule(name)
+
+    def attend(
+        self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
+    ) -> torch.Tensor:
+        """Return the attention of the rows of several sequences, each after its own prefix."""
+        return module.self_attn(
+            normed, position_embeddings=rotary, attention_mask=None, path=self._path, segments=segments
+        )[0][0]
 
     def experts(
         self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,6 +23,7 @@ from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import GrowingCompletion, Piece, Result
 from qmix.engine.generation_config import decoding
 from qmix.engine.opener import OpenModel
+from qmix.engine.prefill import known_chunk, read_prompt
 from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
 from qmix.machine.found import peak_memory
@@ -144,7 +145,7 @@ class Runner(OpenModel):
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sampling.seed)
-                with self._prefilled(ids) if sampling.draft_ngram else nullcontext():
+                with self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt):
                     self.model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
@@ -179,14 +180,29 @@ class Runner(OpenModel):
         self.cache.keep(len(self._held))
 
     @contextmanager
+    def _layer_by_layer(self, prompt: list[int]) -> Iterator[None]:
+        """Read a prompt of several chunks into the cache, if the plan has room for more than one, and give
+        transformers the result when it asks for the last chunk.
+        """
+        new = prompt[self.cache.get_seq_length() :]
+        if len(new) <= PREFILL_CHUNK or self.plan.prefill == PREFILL_CHUNK:
+            yield
+            return
+        with known_chunk(self.model, self.cache, read_prompt(self.model, self.cache, new, self.plan.prefill)):
+            yield
+
+    @contextmanager
     def _prefilled(self, ids: torch.Tensor) -> Iterator[None]:
-        """Read all but the last id into the cache, a chunk at a time, and tell the model to leave them out.
+        """Read all but the last id into the cache, and tell the model to leave them out.
 
         With drafts transformers gives the model the whole prompt at once, which no plan for long prompts allows.
         """
-        for start in range(self.cache.get_seq_length(), ids.shape[1] - 1, PREFILL_CHUNK):
-            chunk = ids[:, start : min(start + PREFILL_CHUNK, ids.shape[1] - 1)]
-            self.model.model(chunk, cache=self.cache, use_cache=True)
+        new = ids[0, self.cache.get_seq_length() : -1].tolist()
+        if len(new) > PREFILL_CHUNK and self.plan.prefill > PREFILL_CHUNK:
+            read_prompt(self.model, self.cache, new, self.plan.prefill)
+        for chunk in ids[:, self.cache.get_seq_length() : -1].split(PREFILL_CHUNK, dim=1):
+            if chunk.shape[1]:
+                self.model.model(chunk, cache=self.cache, use_cache=True)
         hook = self.model.register_forward_pre_hook(_without_cached, with_kwargs=True)
         try:
             yield

@@ -48,8 +48,10 @@ class PooledExperts(PoolExperts):
                 outputs[0, chosen.index(expert)] = forward(hidden_states, self.activation)[0]
             else:
                 token, position = torch.where(top_k_index == expert)
-                for some, places in zip(token.split(CHUNK), position.split(CHUNK), strict=True):
-                    outputs[some, places] = forward(hidden_states[some], self.activation)
+                parts = _groups(token, tokens, self.pool.invariant)
+                for some, places in zip(token.tensor_split(parts), position.tensor_split(parts), strict=True):
+                    if len(some):
+                        outputs[some, places] = forward(hidden_states[some], self.activation)
         sums = [weighted_sum(*parts) for parts in zip(outputs.split(CHUNK), top_k_weights.split(CHUNK), strict=True)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
@@ -60,6 +62,21 @@ class PooledExperts(PoolExperts):
             return self.pool.get(self.layer, chosen)
         self.prefetcher.chosen(self.layer, chosen)
         return self.pool.get(self.layer, chosen, self.prefetcher.coming(self.layer, hidden_states))
+
+
+def _groups(token: torch.Tensor, tokens: int, invariant: bool) -> list[int]:
+    """Return where to cut an expert's tokens, ascending, so that at most CHUNK go through it at once.
+
+    A product may depend on its number of rows unless it is invariant. Cut where the chunks of all tokens end, every
+    product has the rows that it has when the chunks come one after the other.
+    """
+    if tokens <= CHUNK:
+        return []
+    if invariant:
+        return list(range(CHUNK, len(token), CHUNK))
+    ends = torch.arange(CHUNK, tokens, CHUNK)
+    cuts: list[int] = torch.searchsorted(token, ends).tolist()
+    return cuts
 
 
 def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

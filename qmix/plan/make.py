@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qmix.errors import DoesNotFitError, arg
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand
 from qmix.plan.memory import (
     CUDA_HOST_BYTES,
+    PREFILL_CHUNK,
+    PREFILL_SHARE,
     expert_work_bytes,
+    prefill_bytes,
+    prefill_tokens,
     sampling_bytes,
     usable_bytes,
     with_reserve,
@@ -56,6 +60,9 @@ def make_plan(
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
     parts = host.parts(found.cpu_layers)
+    prefill = PREFILL_CHUNK if gpus else host.prefill(found.slots)
+    prefill_work = prefill_bytes(layout.geometry, context, prefill)
+    parts["work"] += prefill_work
     if not found.cpu_layers and not found.elsewhere:  # the host only chooses the next token
         parts["work"] = sampling_bytes(layout.geometry, batch)
     return Plan(
@@ -70,6 +77,8 @@ def make_plan(
         devices=tuple(held.plan for held in found.holdings),
         layer_devices=found.layer_devices,
         placement=found.placement,
+        prefill=prefill,
+        prefill_work=prefill_work,
     )
 
 
@@ -111,7 +120,28 @@ class _Host:
             self._smallest = smallest, cpu_layers
         if self.ram < smallest:
             return None
-        return share_slots(wanted, self.least, usable_bytes(self.ram) - fixed)
+        room = usable_bytes(self.ram) - fixed
+        if sum(wanted) > room and self._layerwise(cpu_layers):
+            geometry, context = self.demand.geometry, self.demand.context
+            wish = prefill_bytes(geometry, context, prefill_tokens(geometry, context, room))
+            room = max(self.least_bytes, room - min(wish, int(room * PREFILL_SHARE)))
+        return share_slots(wanted, self.least, room)
+
+    def prefill(self, slots: Mapping[int, int]) -> int:
+        """Return how many tokens of a prompt go through a layer together beside these slots, without GPUs.
+
+        A single chunk where every expert has a slot: nothing is read then.
+        """
+        geometry = self.demand.geometry
+        pool = sum(nbytes * count for nbytes, count in slots.items())
+        if pool == sum(self.demand.layout.expert_bytes.values()) or not self._layerwise(geometry.num_layers):
+            return PREFILL_CHUNK
+        room = usable_bytes(self.ram) - sum(self.parts(geometry.num_layers).values()) - pool
+        return prefill_tokens(geometry, self.demand.context, room)
+
+    def _layerwise(self, cpu_layers: int) -> bool:
+        """Return True if prompts can go through the layers one by one: a single sequence, wholly on the CPU."""
+        return self.demand.batch == 1 and cpu_layers == self.demand.geometry.num_layers
 
     @property
     def smallest(self) -> int:

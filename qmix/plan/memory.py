@@ -21,6 +21,8 @@ from qmix.units import format_bytes
 
 # Chunk sizes that the engine shares.
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
+MOST_PREFILL = 8192  # tokens of a prompt that go through a layer before the next layer
+PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
@@ -94,6 +96,26 @@ def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1)
     logits = sampling_bytes(geometry, 1) + geometry.vocab_size * HALF_BYTES * batch  # one sequence is sorted at a time
     prefetch = geometry.num_layers * hidden * (geometry.num_experts * 4 + HALF_BYTES)  # gates, once more in fp32
     return max(step, kept + logits) + prefetch
+
+
+def prefill_bytes(geometry: Geometry, context: int, tokens: int) -> int:
+    """Return what `tokens` of a prompt that go through each layer together allocate besides one chunk's work.
+
+    Their residual stream, its normed copy, every chosen expert's output, the sums in chunks and as a whole, their
+    routing and the chunks' masks. A single chunk goes through the layers as any step does.
+    """
+    rows = (4 + geometry.experts_per_token) * geometry.hidden_size * HALF_BYTES
+    return tokens * (rows + ROUTING_BYTES + context * HALF_BYTES) if tokens > PREFILL_CHUNK else 0
+
+
+def prefill_tokens(geometry: Geometry, context: int, room: int) -> int:
+    """Return how many tokens of a prompt can go through each layer together in `room` bytes: whole chunks, at least
+    one.
+
+    Each expert is read once for all of them.
+    """
+    fitting = range(min(MOST_PREFILL, -(-context // PREFILL_CHUNK) * PREFILL_CHUNK), 0, -PREFILL_CHUNK)
+    return next((tokens for tokens in fitting if prefill_bytes(geometry, context, tokens) <= room), PREFILL_CHUNK)
 
 
 def expert_work_bytes(geometry: Geometry, context: int, batch: int = 1) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from qmix.plan.memory import with_reserve
+from qmix.plan.memory import PREFILL_CHUNK, with_reserve
 from qmix.plan.slots import SlotClass
 
 SCHEMA = "qmix-plan-3"
@@ -41,7 +41,8 @@ class Plan:
     layer's dense weights and KV cache, "cpu" or "gpu:0"; embeddings lie with the first layer, the last norm and the
     head with the last. `placement` is [layer][expert]: "gpu:0" for a resident, which stays there, "ram" or "disk" for
     where each other expert is at the start; use decides which of them the pool holds later. `slot_classes` are the
-    pool's slots, one class for each size of record.
+    pool's slots, one class for each size of record. `prefill` is how many tokens of a prompt go through a layer
+    together, and `prefill_work` the part of `work` that more than one chunk takes.
     """
 
     ram: int
@@ -58,6 +59,8 @@ class Plan:
     devices: tuple[DevicePlan, ...] = ()
     layer_devices: tuple[str, ...] = ()
     placement: tuple[tuple[str, ...], ...] = ()
+    prefill: int = PREFILL_CHUNK
+    prefill_work: int = 0
 
     @property
     def slots(self) -> int:
@@ -108,13 +111,13 @@ class Plan:
     def smallest(self) -> int:
         """The smallest budget that this model and context run in."""
         least = sum(each.nbytes * each.least for each in self.slot_classes)
-        return with_reserve(self.total - self.pool + least)
+        return with_reserve(self.total - self.prefill_work - self.pool + least)
 
     @property
     def roomy(self) -> int:
         """The smallest budget with which nothing is read from disk once the experts are loaded."""
         most = sum(each.nbytes * max(each.served, each.least) for each in self.slot_classes)
-        return with_reserve(self.total - self.pool + most)
+        return with_reserve(self.total - self.prefill_work - self.pool + most)
 
     def with_slots(self, most: int) -> Plan:
         """Return the plan with at most `most` slots of each size."""

@@ -100,9 +100,9 @@ def test_hit_rates_by_pool_size():
     lines = shown(hit_table(REPLAY), width=80)
     assert lines[0] == "Hit rate by pool size"
     assert lines[-1] == "* best policy of a run; over all sizes: decayed use"
-    table = [line.split() for line in lines]
-    assert table[3] == ["2", "25%", "0.0%", "20.0%", "25.0%", "*", "10.0%", "50.0%"]
-    assert table[4] == ["4", "50%", "50.0%", "40.0%", "60.0%", "*", "30.0%", "75.0%"]
+    table = {line.split()[0]: line.split() for line in lines if line.strip()}
+    assert table["2"] == ["2", "25%", "0.0%", "20.0%", "25.0%", "*", "10.0%", "50.0%"]
+    assert table["4"] == ["4", "50%", "50.0%", "40.0%", "60.0%", "*", "30.0%", "75.0%"]
 
 
 def test_error_against_bytes():

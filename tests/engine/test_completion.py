@@ -44,5 +44,7 @@ def test_the_summary_says_how_much_of_the_prompt_was_cached():
     numbers = {"ttft_s": 0.5, "tpot_s": 0.25, "total_s": 1.0, "peak_memory": 0, "budget": 0, "hits": 1, "misses": 1}
     whole = {"text": "", "token_ids": [1, 2, 3], "finish_reason": "stop", "prompt_tokens": 60, "seed": 7} | numbers
     result = Result(**whole, hit_rate=0.5, bytes_read=0, reused_tokens=49)
-    assert result.summary().startswith("11 new prompt tokens (49 cached) in 0.50 s (22.0 tok/s), 3 new at 4.00 tok/s, ")
+    assert result.summary().startswith(
+        "11 new prompt tokens (49 cached) in 0.50 s (22.0 tok/s), 3 new tokens at 4.00 tok/s, "
+    )
     assert result.to_json()["usage"] == {"prompt_tokens": 60, "reused_tokens": 49, "completion_tokens": 3}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
+from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.engine.layerwise import Observer, run_layers
 from qmix.engine.layerwise import logits as logits_of
@@ -22,6 +23,7 @@ from qmix.engine.store_weights import PATH_ATTENTION, StoreWeights
 from qmix.engine.variants import Quantised, Stored
 from qmix.errors import CheckpointError, StoreError
 from qmix.model.build import build_model
+from qmix.model.kv import kv_layers
 from qmix.pool.experts import ExpertPool
 from qmix.store.sources import layout_for
 
@@ -129,7 +131,9 @@ def test_a_checkpoint_and_its_store_are_observed_alike(checkpoint, tiny, tmp_pat
     store = make_store(tiny, tmp_path / "store", "half")
     with closing(ExpertPool(store, dict.fromkeys(store.layout.record_counts, 3), invariant=True)) as pool:
         model = build_model(store, pool, PATH_ATTENTION)
-        run_layers(StoreWeights(store, model, max(map(len, SEQUENCES))), part, [theirs], finished.append)
+        longest = max(map(len, SEQUENCES))
+        (path,) = kv_layers(store.geometry, 1, longest, HALF[store.layout.dtype], aligned=True)
+        run_layers(StoreWeights(model, path), part, [theirs], finished.append)
     assert ours.calls == theirs.calls == ["embedded", *range(layers)]
     assert finished == list(range(1, layers + 1))
     same = (torch.stack(ours.chosen) == torch.stack(theirs.chosen)).float().mean()

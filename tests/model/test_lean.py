@@ -12,7 +12,7 @@ HEAVY = ("PIL", "scipy", "sympy", "torch._dynamo", "torch._inductor", "torch.dis
 LEAN = "from qmix.model.lean import import_libraries; import_libraries();"
 GENERATE = """
 import json, sys
-from qmix.engine.opener import load
+from qmix.engine.load import load
 with load("tiny", ram="2GiB") as runner:
     result = runner.complete("To install a package,", max_new_tokens=24, seed=5, **json.loads(sys.argv[1]))
     inputs = runner.model(runner.model.dummy_inputs["input_ids"][:1, :2]).logits.argmax(-1).tolist()

@@ -242,7 +242,7 @@ def test_a_broken_manifest_is_named(store: Path, fault: str) -> None:
 
 def test_other_precisions_in_the_manifest_do_not_fit_the_files(store: Path) -> None:
     edit(store / "qmix.json", lambda manifest: manifest["precisions"][1].__setitem__(0, "nf4"))
-    assert refusal(lambda: open_store(store)).startswith(f"{store / LAYER}: damaged, or of another model")
+    assert refusal(lambda: open_store(store)).startswith(f"{store / LAYER}: damaged, or belongs to another model")
 
 
 def test_wrong_checksums_are_found_when_their_weights_are_read(store: Path) -> None:

@@ -1,0 +1,99 @@
+"""Long prompts layer by layer: all of a prompt's chunks go through a layer before the next layer.
+
+Each expert is then read once for the whole prompt instead of once a chunk. Every number is the one that a chunk after
+the other gives: chunks have the same rows, masks and groups of tokens in each product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import MixtralForCausalLM
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from qmix.engine.layerwise import Observer, RouterOutput, run_layers
+from qmix.engine.passes import PathSegment, chunks, continued_pass
+from qmix.model.kv import KVCache
+from qmix.plan.memory import PREFILL_CHUNK
+
+
+class PromptWeights:
+    """The weights of a model with its pool, for a prompt's tokens behind those that a cache holds."""
+
+    streams = 1
+    chunk_rows: int | None = PREFILL_CHUNK
+    head_rows = PREFILL_CHUNK
+
+    def __init__(self, model: MixtralForCausalLM, cache: KVCache, segment: PathSegment) -> None:
+        self.model, self.cache = model, cache
+        pieces = [part for _, (part,) in chunks([segment], PREFILL_CHUNK)]
+        self._masks = {part.position: self._mask(part) for part in pieces}
+        cache.keep(segment.position)
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[Any]:
+        """Return a submodule of the model: its weights stay in memory."""
+        yield self.model.get_submodule(name)
+
+    def attend(
+        self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
+    ) -> torch.Tensor:
+        """Return the attention of a chunk to the cache and to itself; add its keys and values to the cache."""
+        mask = self._masks[segments[0].position]
+        return module.self_attn(normed, position_embeddings=rotary, attention_mask=mask, cache=self.cache)[0][0]
+
+    def experts(
+        self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
+    ) -> list[torch.Tensor]:
+        """Return the experts' weighted sums [T, H], in half precision, as the model's own module computes them."""
+        module = self.model.model.layers[layer].mlp.experts
+        return [module(normed, each.chosen, each.weights) for normed, each in zip(states, routing, strict=True)]
+
+    def _mask(self, part: PathSegment) -> torch.Tensor | None:
+        """Return the mask that transformers makes for a chunk after `part.position` cached tokens."""
+        config = self.model.config
+        make = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
+        for layer in self.cache.layers:
+            layer.length = part.position
+        rows = torch.empty(1, part.count, config.hidden_size, dtype=config.dtype)
+        positions = torch.arange(part.position, part.position + part.count)[None]
+        return make(config=config, inputs_embeds=rows, attention_mask=None, cache=self.cache, position_ids=positions)
+
+
+def read_prompt(model: MixtralForCausalLM, cache: KVCache, tokens: Sequence[int], together: int) -> torch.Tensor:
+    """Put `tokens` behind those that the cache holds, `together` at a time through each layer.
+
+    Returns the last chunk's normed hidden states [t, H].
+    """
+    start = cache.get_seq_length()
+    for first in range(0, len(tokens), together):
+        some = tokens[first : first + together]
+        segment = PathSegment(start + first, len(some))
+        (stream,) = run_layers(PromptWeights(model, cache, segment), continued_pass(some, segment))
+    last = (len(tokens) - 1) % PREFILL_CHUNK + 1
+    hidden: torch.Tensor = model.model.norm(stream[-last:])
+    return hidden
+
+
+@contextmanager
+def known_chunk(model: MixtralForCausalLM, cache: KVCache, hidden: torch.Tensor) -> Iterator[None]:
+    """Let the model's next forward, of the last chunk that the cache holds, return these hidden states [t, H]."""
+    whole = cache.get_seq_length()
+
+    def forward(*arguments: object, **options: object) -> MoeModelOutputWithPast:
+        del model.model.forward
+        for layer in cache.layers:
+            layer.length = whole
+        return MoeModelOutputWithPast(last_hidden_state=hidden[None], cache=cache)
+
+    cache.keep(whole - len(hidden))
+    model.model.forward = forward
+    try:
+        yield
+    finally:
+        if "forward" in vars(model.model):  # it was stopped before
+            del model.model.forward
