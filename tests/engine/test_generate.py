@@ -77,7 +77,7 @@ def test_the_text_of_a_mixed_store_is_the_same_whatever_the_budget(tiny, tmp_pat
             if share == 1:
                 assert runner.pool.counters.bytes_read == plan.expert_total
             slots.append(list(plan.slots_by_size.values()))
-    assert slots == [[2, 2, 2], [8, 2, 2], [20, 3, 4], [32, 5, 7], [35, 5, 8]]
+    assert slots == [[2, 2, 2], [8, 2, 2], [20, 3, 4], [32, 4, 7], [35, 5, 8]]
     assert all(text == texts[-1] for text in texts)
 
 

@@ -143,6 +143,7 @@ def test_a_python_that_has_grown_is_measured_again_in_a_real_process(tmp_path, m
 def believed_small(first_use, tmp_path, monkeypatch):
     """Make a cache in which Python takes 2 MiB, so that any budget seems large enough."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "transformers_is_whole", lambda: False)  # as in a command
     for kernels in (False, True):
         path = machine.interpreter_path(kernels=kernels)
         path.parent.mkdir(parents=True, exist_ok=True)

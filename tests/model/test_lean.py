@@ -24,7 +24,12 @@ def said(code: str, *arguments: str) -> str:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"draft_ngram": 3}, {"top_p": 0.9, "min_p": 0.01}])
+SELDOM = [
+    pytest.param(options, marks=pytest.mark.slow) for options in ({"temperature": 0}, {"top_p": 0.9, "min_p": 0.01})
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_ngram": 3}, *SELDOM])
 def test_the_text_is_that_of_whole_libraries_and_nothing_heavy_is_loaded(first_use, options):
     *lean, loaded = json.loads(said(LEAN + GENERATE, json.dumps(options)))
     *whole, everything = json.loads(said(GENERATE, json.dumps(options)))

@@ -96,13 +96,13 @@ def test_a_small_pool_by_hand():
 
 
 def test_the_share_of_each_size_in_a_pool_is_the_same():
-    """8x7B with an expert of each layer in int8: slots of one size would hold 71 records in the same memory."""
+    """8x7B with an expert of each layer in int8: slots of one size would hold 70 records in the same memory."""
     store = layout(PUBLISHED["mixtral-8x7b"].geometry, "nf4,*.7=int8")
     assert store.record_counts == {93_585_408: 224, 176_291_840: 32}
     plan = make_plan(store, 16 * GIB, 4096, 500 * MIB)
-    assert plan.slots_by_size == {93_585_408: 106, 176_291_840: 15}
-    assert plan.slots / plan.num_records == pytest.approx(106 / 224, abs=0.01)
-    assert plan.pool // 176_291_840 == 71
+    assert plan.slots_by_size == {93_585_408: 104, 176_291_840: 15}
+    assert plan.slots / plan.num_records == pytest.approx(104 / 224, abs=0.01)
+    assert plan.pool // 176_291_840 == 70
 
 
 def test_known_use_decides_how_many_of_each_size():
@@ -112,5 +112,5 @@ def test_known_use_decides_how_many_of_each_size():
     small, large = store.record_counts
     assert make_plan(store, room, 4096, 500 * MIB, use=often).slots_by_size[large] == 32
     found = make_plan(store, room, 4096, 500 * MIB, use=seldom)
-    assert found.slots_by_size == {small: 131, large: 2}
+    assert found.slots_by_size == {small: 128, large: 2}
     assert Counter(row[7] for row in found.placement) == {"ram": 2, "disk": 30}
