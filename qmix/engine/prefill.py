@@ -15,29 +15,22 @@ from transformers import MixtralForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from qmix.engine.layerwise import Observer, RouterOutput, run_layers
+from qmix.engine.layerwise import run_layers
 from qmix.engine.passes import PathSegment, chunks, continued_pass
+from qmix.engine.store_weights import StoreWeights
 from qmix.model.kv import KVCache
 from qmix.plan.memory import PREFILL_CHUNK
 
 
-class PromptWeights:
-    """The weights of a model with its pool, for a prompt's tokens behind those that a cache holds."""
-
-    streams = 1
-    chunk_rows: int | None = PREFILL_CHUNK
-    head_rows = PREFILL_CHUNK
+class PromptWeights(StoreWeights):
+    """The weights of a store's model, for a prompt's tokens behind those that a cache holds."""
 
     def __init__(self, model: MixtralForCausalLM, cache: KVCache, segment: PathSegment) -> None:
-        self.model, self.cache = model, cache
+        super().__init__(model)
+        self.cache = cache
         pieces = [part for _, (part,) in chunks([segment], PREFILL_CHUNK)]
         self._masks = {part.position: self._mask(part) for part in pieces}
         cache.keep(segment.position)
-
-    @contextmanager
-    def loaded(self, name: str) -> Iterator[Any]:
-        """Return a submodule of the model: its weights stay in memory."""
-        yield self.model.get_submodule(name)
 
     def attend(
         self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
@@ -45,13 +38,6 @@ class PromptWeights:
         """Return the attention of a chunk to the cache and to itself; add its keys and values to the cache."""
         mask = self._masks[segments[0].position]
         return module.self_attn(normed, position_embeddings=rotary, attention_mask=mask, cache=self.cache)[0][0]
-
-    def experts(
-        self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
-    ) -> list[torch.Tensor]:
-        """Return the experts' weighted sums [T, H], in half precision, as the model's own module computes them."""
-        module = self.model.model.layers[layer].mlp.experts
-        return [module(normed, each.chosen, each.weights) for normed, each in zip(states, routing, strict=True)]
 
     def _mask(self, part: PathSegment) -> torch.Tensor | None:
         """Return the mask that transformers makes for a chunk after `part.position` cached tokens."""

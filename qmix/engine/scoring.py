@@ -11,7 +11,7 @@ from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.layerwise import logits, run_layers
 from qmix.engine.opener import OpenModel
 from qmix.engine.passes import Pass
-from qmix.engine.store_weights import PATH_ATTENTION, StoreWeights
+from qmix.engine.store_weights import PATH_ATTENTION, PathWeights
 from qmix.model.kv import kv_layers
 from qmix.plan.scoring import ScoringPlan
 from qmix.progress import OnProgress, ignore
@@ -33,7 +33,7 @@ class Scorer(OpenModel):
         self.plan = plan
         (path,) = kv_layers(store.geometry, 1, plan.longest, HALF[store.layout.dtype], aligned=True)
         super().__init__(store, plan.slots, PATH_ATTENTION, invariant=True, generates=False, on_load=on_load)
-        self._weights = StoreWeights(self.model, path)
+        self._weights = PathWeights(self.model, path)
 
     def score(self, part: Pass, on_layer: Callable[[int], None] = lambda layers: None) -> list[Score]:
         """Return a score for each query of the pass. Interrupting the caller ends it within an expert's time.

@@ -53,22 +53,37 @@ ALL_ATTENTION_FUNCTIONS.register(PATH_ATTENTION, path_attention)
 
 
 class StoreWeights:
-    """The weights of a store's model, built with PATH_ATTENTION over an invariant pool.
+    """The weights of a store's model over its pool: dense weights stay in memory, experts come from the pool.
 
-    `path` holds one sequence in one layer. Experts are summed in the router's order, as whenever a pool's model runs.
+    Experts are summed in the router's order, as whenever a pool's model runs. A subclass has `attend`.
     """
 
     streams = 1
     chunk_rows: int | None = PREFILL_CHUNK
     head_rows = HEAD_ROWS
 
-    def __init__(self, model: MixtralForCausalLM, path: KVLayer) -> None:
-        self.model, self._path = model, path
+    def __init__(self, model: MixtralForCausalLM) -> None:
+        self.model = model
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[Any]:
-        """Return a submodule of the model: its weights stay in memory."""
+        """Return a submodule of the model."""
         yield self.model.get_submodule(name)
+
+    def experts(
+        self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
+    ) -> list[torch.Tensor]:
+        """Return the experts' weighted sums [T, H], in half precision, as the model's own module computes them."""
+        module = self.model.model.layers[layer].mlp.experts
+        return [module(normed, each.chosen, each.weights) for normed, each in zip(states, routing, strict=True)]
+
+
+class PathWeights(StoreWeights):
+    """The same for a model built with PATH_ATTENTION over an invariant pool; `path` holds one sequence in one layer."""
+
+    def __init__(self, model: MixtralForCausalLM, path: KVLayer) -> None:
+        super().__init__(model)
+        self._path = path
 
     def attend(
         self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
@@ -77,10 +92,3 @@ class StoreWeights:
         return module.self_attn(
             normed, position_embeddings=rotary, attention_mask=None, path=self._path, segments=segments
         )[0][0]
-
-    def experts(
-        self, layer: int, states: Sequence[torch.Tensor], routing: Sequence[RouterOutput], observers: Sequence[Observer]
-    ) -> list[torch.Tensor]:
-        """Return the experts' weighted sums [T, H], in half precision, as the model's own module computes them."""
-        module = self.model.model.layers[layer].mlp.experts
-        return [module(normed, each.chosen, each.weights) for normed, each in zip(states, routing, strict=True)]

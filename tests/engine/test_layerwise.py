@@ -19,7 +19,7 @@ from qmix.engine.checkpoint_weights import CheckpointWeights
 from qmix.engine.layerwise import Observer, run_layers
 from qmix.engine.layerwise import logits as logits_of
 from qmix.engine.passes import plain_pass
-from qmix.engine.store_weights import PATH_ATTENTION, StoreWeights
+from qmix.engine.store_weights import PATH_ATTENTION, PathWeights
 from qmix.engine.variants import Quantised, Stored
 from qmix.errors import CheckpointError, StoreError
 from qmix.model.build import build_model
@@ -133,7 +133,7 @@ def test_a_checkpoint_and_its_store_are_observed_alike(checkpoint, tiny, tmp_pat
         model = build_model(store, pool, PATH_ATTENTION)
         longest = max(map(len, SEQUENCES))
         (path,) = kv_layers(store.geometry, 1, longest, HALF[store.layout.dtype], aligned=True)
-        run_layers(StoreWeights(model, path), part, [theirs], finished.append)
+        run_layers(PathWeights(model, path), part, [theirs], finished.append)
     assert ours.calls == theirs.calls == ["embedded", *range(layers)]
     assert finished == list(range(1, layers + 1))
     same = (torch.stack(ours.chosen) == torch.stack(theirs.chosen)).float().mean()
