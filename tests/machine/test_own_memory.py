@@ -169,21 +169,22 @@ def _often(name: str) -> object:
 
 
 OVER = re.compile(
-    r"peak memory (\d+) MB is above the budget of 262 MB: run the command again, it will measure .* again.*"
+    r"peak memory (\d+) MB is above the budget of (\d+) MB: run the command again, it will measure .* again.*"
 )
 
 
 @pytest.mark.parametrize("argv", [_often(name) for name in COMMANDS], ids=COMMANDS)
 def test_a_peak_above_the_budget_is_said_and_python_measured_again(commands, believed_small, tmp_path, argv):
     argv = tuple(str(believed_small) if each == "STORE" else each for each in argv)
-    done = commands(*argv, "--ram", "250MiB", stdin=b"Click the\n", cwd=tmp_path)
+    ram = "330MiB" if argv[0] in ("compare", "calibrate") else "250MiB"  # these two reckon with 256 MiB of slack
+    done = commands(*argv, "--ram", ram, stdin=b"Click the\n", cwd=tmp_path)
     assert done.status == 0, done.err
     told = [match for line in done.lines if (match := OVER.fullmatch(line))]
     assert len(told) == 1, done.err
-    assert int(told[0][1]) > 262
+    assert int(told[0][1]) > int(told[0][2])
     assert not list((tmp_path / "cache" / "qmix").glob("interpreter-*.json"))  # the advice works: it is measured anew
     if argv[0] == "generate":  # by then the budget is known to be too small
-        again = commands(*argv, "--ram", "250MiB", cwd=tmp_path)
+        again = commands(*argv, "--ram", ram, cwd=tmp_path)
         assert again.status == 3, again.err
         assert "above the budget" not in again.err
 
