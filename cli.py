@@ -5,6 +5,7 @@ stdout has the answer, stderr the rest. The exit codes are those of `qmix.errors
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
@@ -76,5 +77,20 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+def run() -> None:
+    """Run the console command, and end the process without taking Python apart: with torch that takes half a second."""
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    atexit._run_exitfuncs()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):  # nobody reads, or the disk is full
+        status = status or 1
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    run()
