@@ -33,11 +33,15 @@ SLICE = 2 * 10**9  # bytes of disk reads between two runs
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.option("--ram", type=Size(), required=True)
 @click.option("--tokens", multiple=True, type=int, default=[1024, 2048, 4096], show_default=True)
+@click.option("--together", type=int, help="tokens of a prompt a layer, in place of the plan's; takes more than --ram")
 @click.option("--rounds", default=3, show_default=True)
-def main(store: Path, ram: int, tokens: list[int], rounds: int) -> None:
+def main(store: Path, ram: int, tokens: list[int], together: int | None, rounds: int) -> None:
     """Print seconds to the first token and bytes read, and the ratio pair by pair."""
     opened = open_store(store)
     plan = plan_for(opened.layout, ram, max(tokens) + 1)
+    plan = replace(plan, prefill=together or plan.prefill)
+    if plan.prefill == PREFILL_CHUNK:
+        raise click.UsageError("the plan has no room for more than a chunk a layer; give more --ram, or --together")
     probe, rates, rows = DiskProbe.of_store(opened), [], []
     table = Table(
         title=f"{store.name}, {plan.slots} of {plan.num_records} experts have a slot, {plan.prefill} together"
@@ -49,8 +53,8 @@ def main(store: Path, ram: int, tokens: list[int], rounds: int) -> None:
             found: dict[int, list[tuple[float, int]]] = {PREFILL_CHUNK: [], plan.prefill: []}
             for index in range(rounds):
                 prompt = random.Random(index).choices(range(3, opened.geometry.vocab_size), k=count)
-                for together, results in found.items():
-                    runner.plan = replace(plan, prefill=together)
+                for count_a_layer, results in found.items():
+                    runner.plan = replace(plan, prefill=count_a_layer)
                     result = runner.complete(prompt, max_new_tokens=1, temperature=0)
                     results.append((result.ttft_s, result.bytes_read))
                     rates.append(probe.slice(SLICE))
