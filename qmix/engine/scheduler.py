@@ -1,4 +1,4 @@
-"""Which tokens of which sequence go through the model next: admission, prompts in pieces, room given back.
+"""Choose the tokens that go through the model next: admission, prompts in pieces, room given back.
 
 Arithmetic only, loads no torch. Sequences begin in the order in which they came. A sequence that begins takes room for
 all that it may become, so that none ever has to be thrown out. Each pass continues every sequence whose prompt is done

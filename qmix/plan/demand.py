@@ -189,7 +189,7 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class StepUse:
-    """By rank: the chance that a step needs an expert, and the expected bytes of its record and on a GPU."""
+    """A step's use of experts, by rank: the chance of each, and the expected bytes of its record and on a GPU."""
 
     chance: list[float]
     record: list[float]

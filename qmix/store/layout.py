@@ -73,7 +73,7 @@ def has_blocks(precisions: Sequence[Sequence[str]]) -> bool:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """All files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16".
+    """The layout of all files of a store. `precisions` is [layer][expert], `dtype` "bf16" or "fp16".
 
     `clip` selects how scales of 4-bit blocks are chosen (see `blocks`); it moves no byte.
     """
