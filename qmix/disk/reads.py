@@ -38,14 +38,14 @@ class Read:
         first = PIECE_BYTES - offset % PIECE_BYTES
         self.waiting = deque([0, *range(first, len(self.view), PIECE_BYTES)])  # starts of pieces no thread has taken
         self.unfinished = len(self.waiting)
-        self.error: BaseException | None = None
+        self.errors: dict[int, BaseException] = {}  # of pieces by their start; the first in the file is raised
 
     def run(self, start: int) -> None:
         """Read one piece, in the calling thread."""
         try:
             self.file.read_into(self.piece(start), self.offset + start)
         except BaseException as error:
-            self.error = self.error or error
+            self.errors[start] = error
 
     def piece(self, start: int) -> memoryview:
         """Return the part of the buffer for the piece that starts there."""
@@ -54,8 +54,8 @@ class Read:
     def settle(self) -> None:
         """Check what was read and resolve `done`; after the last piece."""
         try:
-            if self.error is not None:
-                raise self.error
+            if self.errors:
+                raise self.errors[min(self.errors)]
             self._check()
         except BaseException as error:
             self.done.set_exception(error)
@@ -116,7 +116,7 @@ class Reader:
                     queue.remove(read)
             read.unfinished -= left_out
             if left_out:
-                read.error = read.error or CancelledError()
+                read.errors[len(read.view)] = CancelledError()  # after those of the disk
             last = left_out > 0 and read.unfinished == 0
         if last:
             read.settle()
