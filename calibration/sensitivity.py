@@ -37,7 +37,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """For example `nf4`, or `nf4/32` if the block differs from the one in stores."""
+        """The kind's name: `nf4`, or `nf4/32` if the block differs from the one in stores."""
         return self.precision if self.block == BLOCK else f"{self.precision}/{self.block}"
 
     def nbytes(self, weights: int) -> int:

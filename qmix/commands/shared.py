@@ -154,7 +154,7 @@ def loaded(model: str | None, attention: str, plan_path: Path | None = None, **o
     from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay
 
-    following: dict[str, Any] = {"attention": attention, "plan": plan, "before_import": load_libraries}
+    following: dict[str, Any] = {"attention": attention, "plan": plan, "import_libraries": load_libraries}
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
         runner = load(name, **following, on_progress=making, on_load=loading, **options)

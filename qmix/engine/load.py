@@ -1,6 +1,6 @@
 """`qmix.load`: a model's name to a Runner. The store is resolved, planned for this machine, and opened.
 
-Whatever can be refused is refused before torch and transformers are imported, which takes seconds.
+A command refuses what can be refused before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load(
     plan: PlanFile | None = None,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
-    before_import: Callable[[], object] = lambda: None,
+    import_libraries: Callable[[], object] | None = None,
 ) -> Runner:
     """Open a model under a memory budget and return a Runner.
 
@@ -48,10 +48,14 @@ def load(
     "12GiB") is a ceiling for the whole process, by default 90% of the free memory. `context` is the number of tokens of
     prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes
     the place of both. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
-    beforehand, which happens where all of them fit. `before_import` is called before transformers is first needed.
-    Raises QmixError; DoesNotFitError where the budget is too small.
+    beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
+
+    `import_libraries` imports transformers without what it loads in vain (`qmix.model.lean`): it is called after
+    everything that can be refused. Without it transformers is imported as it is, and first, so that the plan counts it.
     """
     check_attention(attention)
+    if import_libraries is None:
+        import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
@@ -60,12 +64,14 @@ def load(
 
     def check(layout: StoreLayout) -> None:
         planned(layout)
-        before_import()
+        if import_libraries is not None:
+            import_libraries()
 
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, check, clip)
     made = planned(store.layout, store.fingerprint, store.use)
-    before_import()
+    if import_libraries is not None:
+        import_libraries()
     from qmix.engine.stream import Runner
 
     return Runner(store, made, attention, on_load, measured_rates())

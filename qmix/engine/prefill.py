@@ -28,9 +28,10 @@ class PromptWeights(StoreWeights):
     def __init__(self, model: MixtralForCausalLM, cache: KVCache, segment: PathSegment) -> None:
         super().__init__(model)
         self.cache = cache
-        pieces = [part for _, (part,) in chunks([segment], PREFILL_CHUNK)]
-        self._masks = {part.position: self._mask(part) for part in pieces}
-        cache.keep(segment.position)
+        try:
+            self._masks = {part.position: self._mask(part) for _, (part,) in chunks([segment], PREFILL_CHUNK)}
+        finally:
+            _set_length(cache, segment.position)
 
     def attend(
         self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
@@ -43,8 +44,7 @@ class PromptWeights(StoreWeights):
         """Return the mask that transformers makes for a chunk after `part.position` cached tokens."""
         config = self.model.config
         make = create_causal_mask if config.sliding_window is None else create_sliding_window_causal_mask
-        for layer in self.cache.layers:
-            layer.length = part.position
+        _set_length(self.cache, part.position)
         rows = torch.empty(1, part.count, config.hidden_size, dtype=config.dtype)
         positions = torch.arange(part.position, part.position + part.count)[None]
         return make(config=config, inputs_embeds=rows, attention_mask=None, cache=self.cache, position_ids=positions)
@@ -72,8 +72,7 @@ def known_chunk(model: MixtralForCausalLM, cache: KVCache, hidden: torch.Tensor)
 
     def forward(*arguments: object, **options: object) -> MoeModelOutputWithPast:
         del model.model.forward
-        for layer in cache.layers:
-            layer.length = whole
+        _set_length(cache, whole)
         return MoeModelOutputWithPast(last_hidden_state=hidden[None], cache=cache)
 
     cache.keep(whole - len(hidden))
@@ -83,3 +82,9 @@ def known_chunk(model: MixtralForCausalLM, cache: KVCache, hidden: torch.Tensor)
     finally:
         if "forward" in vars(model.model):  # it was stopped before
             del model.model.forward
+
+
+def _set_length(cache: KVCache, length: int) -> None:
+    """Let a cache count `length` positions, whatever they hold."""
+    for layer in cache.layers:
+        layer.length = length

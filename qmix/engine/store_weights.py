@@ -79,7 +79,7 @@ class StoreWeights:
 
 
 class PathWeights(StoreWeights):
-    """The same for a model built with PATH_ATTENTION over an invariant pool; `path` holds one sequence in one layer."""
+    """Weights of a model built with PATH_ATTENTION over an invariant pool; `path` holds one sequence in one layer."""
 
     def __init__(self, model: MixtralForCausalLM, path: KVLayer) -> None:
         super().__init__(model)

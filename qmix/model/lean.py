@@ -50,14 +50,23 @@ DECORATORS = frozenset({"allow_in_graph", "assume_constant_result", "disable"})
 def import_libraries() -> None:
     """Import the libraries that a model needs, unless transformers is there already.
 
-    For processes that belong to qmix alone: whoever uses qmix as a library may want transformers whole.
+    For processes that belong to qmix alone: whoever uses qmix as a library may want transformers whole. A transformers
+    that cannot be imported so, of a later version perhaps, is imported whole.
     """
-    if "transformers" not in sys.modules:
+    if "transformers" in sys.modules:
+        return
+    before = set(sys.modules)
+    try:
         with _placeholders():
             _short_table()
             _without_distributed()
             for name in USED:
                 import_module(name)
+    except Exception:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == "transformers":
+                del sys.modules[name]
+        import_module("transformers.models.mixtral.modeling_mixtral")
 
 
 def _short_table() -> None:

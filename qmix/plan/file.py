@@ -16,6 +16,8 @@ import msgspec
 from qmix.errors import UsageError, arg
 from qmix.files import read_versioned
 from qmix.machine.found import available_memory, found_gpus, own_memory
+from qmix.plan.here import python_bytes
+from qmix.plan.memory import MOST_PREFILL, PREFILL_CHUNK, prefill_bytes
 from qmix.plan.plan import SCHEMA, Plan
 from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes, plural
@@ -75,6 +77,7 @@ class PlanFile:
             needed = f"made for {arg('attention', self.attention)}, which needs other work space than {attention}"
             raise UsageError(f"{self.path}: is {needed}; give the same, or {AGAIN}")
         self._check_model(layout, fingerprint)
+        self._check_python(layout)
         self._check_machine()
         return self.plan
 
@@ -84,8 +87,17 @@ class PlanFile:
             raise UsageError(f"{self.path}: is a plan of {name}, a model of other sizes than this one; {AGAIN}")
         if (self.model.precisions, self.model.dtype) != (layout.precisions, layout.dtype):
             raise UsageError(f"{self.path}: is a plan of {name} in another precision than this store's; {AGAIN}")
+        if prefill_bytes(layout.geometry, self.plan.context, self.plan.prefill) > self.plan.prefill_work:
+            raise UsageError(f"{self.path}: damaged: prefill_work; {AGAIN}")
         if known and fingerprint and known != fingerprint:
             raise UsageError(f"{self.path}: is a plan of {name}, whose weights are not this model's; {AGAIN}")
+
+    def _check_python(self, layout: StoreLayout) -> None:
+        """Check that Python's own bytes leave the rest its room; in a program of the user's they are more."""
+        plan, found = self.plan, python_bytes(layout.geometry)
+        if not plan.devices and plan.total - plan.interpreter + found > plan.ram:
+            planned = f"Python takes {format_bytes(found)} here, and {format_bytes(plan.interpreter)} in the plan"
+            raise UsageError(f"{self.path}: {planned}; give {arg('ram')} in place of the plan")
 
     def _check_machine(self) -> None:
         free = own_memory() + available_memory()
@@ -142,6 +154,8 @@ def _checks(file: PlanFile, sizes: _Sizes) -> Iterator[tuple[str, bool]]:
     yield "num_records", sum(each.records for each in plan.slot_classes) == plan.num_records
     yield "placement", sum(each.served for each in plan.slot_classes) == plan.host_records
     yield "ram", plan.total <= plan.ram
+    yield "prefill", plan.prefill in range(PREFILL_CHUNK, MOST_PREFILL + 1, PREFILL_CHUNK)
+    yield "prefill_work", plan.prefill_work <= plan.work
 
 
 def _counts(plan: Plan) -> Iterator[int]:

@@ -60,7 +60,7 @@ def make_plan(
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
     parts = host.parts(found.cpu_layers)
-    prefill = PREFILL_CHUNK if gpus else host.prefill(found.slots)
+    prefill = PREFILL_CHUNK if found.holdings else host.prefill(found.slots)
     prefill_work = prefill_bytes(layout.geometry, context, prefill)
     parts["work"] += prefill_work
     if not found.cpu_layers and not found.elsewhere:  # the host only chooses the next token

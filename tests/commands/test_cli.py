@@ -43,17 +43,20 @@ def greedy(commands, first_use) -> dict:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "status"),
     [
-        "--help",
-        "generate --help",
-        "batch --help",
-        "bench --help",
-        "plan tiny",
-        "plan --ram 1MB",
+        ("--help", 0),
+        ("generate --help", 0),
+        ("batch --help", 0),
+        ("bench --help", 0),
+        ("plan tiny", 0),
+        ("plan --ram 1MB", 3),
+        ("generate Hello --ram 1MB", 3),
+        ("generate Hello -m nobody-has-this", 2),
+        ("generate Hello --context 9999999", 2),
     ],
 )
-def test_what_computes_nothing_imports_nothing_heavy(qmix, command):
+def test_what_computes_nothing_imports_nothing_heavy(qmix, command, status):
     script = (
         "import sys, cli\n"
         f"sys.argv = ['qmix', *{command.split()}]\n"
@@ -61,8 +64,30 @@ def test_what_computes_nothing_imports_nothing_heavy(qmix, command):
         f"finally: print('imported:', sorted({HEAVY} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == (3 if "1MB" in command else 0)
+    assert done.returncode == status
     assert done.stderr.splitlines()[-1] == "imported: []"
+
+
+@pytest.mark.parametrize(("stdout", "status"), [("/dev/null", 2), ("/dev/full", 2)])
+def test_it_ends_at_once_with_its_status_after_what_was_to_be_done_at_the_end(stdout, status, tmp_path):
+    """Text that is still buffered is written, and what was registered for the end is done."""
+    script = (
+        "import atexit, pathlib, sys, cli\n"
+        f"atexit.register(pathlib.Path({str(tmp_path / 'done')!r}).touch)\n"
+        "sys.argv = ['qmix', 'generate', 'Hello', '-m', 'nobody-has-this']\n"
+        "cli.run()\n"
+        "pathlib.Path('never').touch()"
+    )
+    with open(stdout, "w") as out:  # noqa: PTH123 -- a device
+        done = subprocess.run([sys.executable, "-c", script], stdout=out, cwd=tmp_path, check=False)
+    assert done.returncode == status
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_a_text_that_could_not_be_written_at_the_end_is_a_failure():
+    script = "import sys, cli\ncli.main = lambda: (print('Hello'), sys.exit(0))\ncli.run()"
+    with open("/dev/full", "w") as out:  # noqa: PTH123 -- a device
+        assert subprocess.run([sys.executable, "-c", script], stdout=out, check=False).returncode == 1
 
 
 def test_help_names_every_command(qmix):

@@ -57,6 +57,30 @@ def test_the_plans_total_is_the_runs_peak(which, options, request):
     assert peak <= planned["ram"]
 
 
+def test_a_program_of_the_users_stays_within_the_plan_too(store, tmp_path):
+    """It imports transformers whole, which takes more than a command does. A plan file that counts less is refused."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(qmix_json("plan", str(store.directory), "--ram", "400MiB")))
+    script = f"""
+import json, qmix
+from pathlib import Path
+from qmix.plan.file import read_plan
+with qmix.load({str(store.directory)!r}, ram="4GiB") as runner:
+    result = runner.complete({PROMPT!r}, max_new_tokens=30, ignore_eos=True)
+try:
+    refused = qmix.load({str(store.directory)!r}, plan=read_plan(Path({str(plan)!r}))).close()
+except qmix.UsageError as error:
+    refused = str(error)
+print(json.dumps([runner.plan.total, result.peak_memory, refused]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    total, peak, refused = json.loads(done.stdout)
+    assert peak == pytest.approx(total, rel=0.05)
+    assert peak <= total * 1.01
+    assert "Python takes" in refused
+
+
 def test_a_short_runs_peak_is_the_plans_too(tiny, tmp_path):
     """Pool and cache are taken at once, not as they are first used: here a pool of half of 132 MB of experts."""
     sizes = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 3, "num_local_experts": 8}

@@ -1,4 +1,4 @@
-"""What is left of a model that cannot be opened: nothing."""
+"""A model that cannot be opened leaves no memory, file or thread in use."""
 
 from __future__ import annotations
 

@@ -47,6 +47,16 @@ def test_what_was_left_out_can_be_imported_afterwards():
     assert said(code) == "x + 1 2 torch.distributed.tensor\n"
 
 
+def test_a_transformers_that_cannot_be_imported_so_is_imported_whole():
+    code = (
+        "import sys; from qmix.model import lean; lean.USED = (*lean.USED, 'transformers.not_there');"
+        "lean.import_libraries();"
+        "from transformers import GPT2Config, MixtralForCausalLM;"
+        "print('torch.distributed.tensor' in sys.modules, MixtralForCausalLM.__module__, GPT2Config().n_layer)"
+    )
+    assert said(code) == "True transformers.models.mixtral.modeling_mixtral 12\n"
+
+
 def test_a_process_that_has_transformers_keeps_it_whole():
     code = f"import sys, transformers.modeling_utils; {LEAN} print('torch.distributed.tensor' in sys.modules)"
     assert said(code) == "True\n"

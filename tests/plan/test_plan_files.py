@@ -64,6 +64,20 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
     assert "made for attention='sdpa'" in refusal(found.plan_of, layout(), "abc", "eager")
 
 
+def test_a_plan_that_leaves_too_little_for_python_or_for_long_prompts_is_refused(tmp_path, monkeypatch):
+    """In a program that imports more than a command does, the same plan would exceed its budget."""
+    found = read_plan(write(tmp_path / "plan.json"))
+    monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda **options: 10**8 + found.plan.headroom)
+    found.plan_of(layout())
+    monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda **options: 10**8 + found.plan.headroom + 1)
+    assert "Python takes" in refusal(found.plan_of, layout())
+    assert "give ram in place of the plan" in refusal(found.plan_of, layout())
+    monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda **options: 10**8)
+    content = json.loads((tmp_path / "plan.json").read_text()) | {"prefill": 1024}
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert "damaged: prefill_work" in refusal(read_plan(tmp_path / "plan.json").plan_of, layout())
+
+
 def test_a_plan_for_a_larger_machine_is_refused(tmp_path, monkeypatch):
     found = read_plan(write(tmp_path / "plan.json", (GIB,)))
     assert "wants gpu:0, this machine has 0 GPUs" in refusal(found.plan_of, layout())
@@ -94,6 +108,11 @@ def test_a_plan_for_a_larger_machine_is_refused(tmp_path, monkeypatch):
         ({"context": 0}, "damaged: context"),
         ({"context": 257}, "damaged: context"),
         ({"ram": 10}, "damaged: ram"),
+        ({"prefill": 0}, "damaged: prefill"),
+        ({"prefill": 513}, "damaged: prefill"),
+        ({"prefill": 2**40}, "damaged: prefill"),
+        ({"prefill_work": 2**62}, "damaged: prefill_work"),
+        ({"prefill_work": 10**9}, "damaged: prefill_work"),
         ({"layer_devices": ["cpu", "gpu:0"]}, "damaged: layer_devices"),
         ({"layer_devices": ["cpu"]}, "damaged: layer_devices"),
         ({"placement": [["ram"] * 4]}, "damaged: placement"),
