@@ -34,5 +34,5 @@ def check_usable(checkpoint: Checkpoint, dtype: str) -> None:
                 load_tokenizer(directory)
         except StoreError as error:
             own = Path(checkpoint.config_file)
-            told = str(error).replace(str(config), str(own)).replace(scratch, str(own.parent))
+            told = error.message.replace(str(config), str(own)).replace(scratch, str(own.parent))
             raise CheckpointError(told) from None

@@ -133,7 +133,7 @@ def layout_of(directory: Path, found: Manifest, config: dict[str, Any]) -> Store
     try:
         geometry = Geometry.from_config(config, str(directory / CONFIG))
     except CheckpointError as error:
-        raise StoreError(str(error)) from None
+        raise StoreError(error.message) from None
     tables = found.precisions, found.checksums.records
     if any(
         (len(table), {len(row) for row in table}) != (geometry.num_layers, {geometry.num_experts}) for table in tables

@@ -196,7 +196,7 @@ def profile_of(path: Path, geometry: Geometry, fingerprint: str, version: int) -
         profile = read_profile(path)
         check_profile(profile, path, geometry, fingerprint)
     except UsageError as error:
-        raise StoreError(f"{error}; or {WITHOUT}") from None
+        raise StoreError(f"{error.message}; or {WITHOUT}") from None
     if version != 1 and content != sealed(content):
         raise StoreError(f"{path}: damaged, or changed since it was put there; {WITHOUT}")
     return profile

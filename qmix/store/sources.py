@@ -70,7 +70,7 @@ def precisions_of(spec: str, geometry: Geometry, argument: str = "precision") ->
     try:
         return parse_precisions(spec, geometry)
     except UsageError as error:
-        raise UsageError(f"{arg(argument)}: {error}") from None
+        raise UsageError(f"{arg(argument)}: {error.message}") from None
 
 
 def named_store(model: str | Path, precision: str | None, dtype: str | None, clip: bool = False) -> Store | None:
