@@ -162,14 +162,15 @@ def of_stores(room: Room) -> list[Parser]:
 
 
 def of_plans(room: Room) -> list[Parser]:
-    with mock.patch("qmix.plan.here.interpreter_memory", return_value=10**8):
+    python = mock.patch("qmix.plan.here.interpreter_memory", return_value=10**8)
+    with python:
         subject = PlanSubject("org/small", room.layout, "abc")
         plans = [plan_on(subject, Machine(2**32, gpus), 100).to_json() for gpus in ((), (2**30,))]
     use, errors = ((0.5,) * 4,) * 2, ((1.0, 2.0, 3.0, 4.0),) * 2
     profile = Profile("org/small", "abc", use, {"nf4": errors, "int8": errors}, (("nf4",) * 4,) * 2, "lru")
 
     def plan(path: Path) -> object:
-        with mock.patch("qmix.plan.file.found_gpus", return_value=(2**34,)):
+        with python, mock.patch("qmix.plan.file.found_gpus", return_value=(2**34,)):
             return read_plan(path).plan_of(room.layout, "abc")
 
     def checked(path: Path) -> object:
