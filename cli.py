@@ -21,6 +21,9 @@ from qmix.kernels.cpu.paths import environment
 from qmix.version import __version__
 
 EXIT_INTERRUPTED = 130
+OPENMP_SPINS = (
+    "1000"  # then torch's threads sleep: spinning, they would take the cores from qmix's own for milliseconds
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,8 +45,7 @@ def main(run: Callable[[], Any] = _run) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # do not fail at a character that the locale lacks
     try:
-        if "QMIX_CPU" in os.environ:  # the instructions that kernels may use, in child processes too
-            os.environ.update(environment(os.environ["QMIX_CPU"]))
+        _set_environment()
         status = run()
     except click.exceptions.Exit as done:
         status = done.exit_code
@@ -69,6 +71,14 @@ def main(run: Callable[[], Any] = _run) -> None:
             raise
         status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows the traceback", 1)
     sys.exit(status or 0)
+
+
+def _set_environment() -> None:
+    """Set what torch and Numba read when they are loaded, here and in child processes."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
+    if "QMIX_CPU" in os.environ:
+        os.environ.update(environment(os.environ["QMIX_CPU"]))
 
 
 def _fail(message: str, status: int) -> int:

@@ -15,19 +15,32 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 
+from qmix.chat.first_turn import FirstTurn
 from qmix.chat.settings import NAMES
-from qmix.chat.slash import COMMANDS
 from qmix.errors import UsageError
 from qmix.text.detokenizer import check_text
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
+MOST_LIMIT = 2**24  # bytes of a turn while its context is not known
 LEAST_LIMIT = 2**16  # bytes of a turn that are always accepted: a command may be longer than a short context
 SKIPPED, PART = 2**30, 2**20  # bytes
 TAKE_FILES = ("/read", "/save", "/load")
 
 
 class Reader(Protocol):
+    def begin(self, status: Callable[[], str]) -> None:
+        """Let the first turn be typed from now on, where that is possible, with `status` below it."""
+        ...
+
+    def ready(self, limit: int) -> None:
+        """End what `begin` began, because turns can be answered; they have at most `limit` bytes."""
+        ...
+
+    def stop(self) -> bool:
+        """End what `begin` began, because there will be no answers; return whether the user left meanwhile."""
+        ...
+
     def read(self) -> str:
         """Return the next turn. Raises EOFError after the last, KeyboardInterrupt, UsageError where it is not text."""
         ...
@@ -60,11 +73,13 @@ class _LastingHistory(FileHistory):
 class TerminalReader:
     """A reader for a terminal. Enter ends a turn; Alt-Enter, or Enter after an opening `\"\"\"`, starts a new line.
 
-    Pasted text beyond `limit` bytes is dropped.
+    Pasted text beyond `limit` bytes is dropped. The first turn can be typed while the model is loaded: between `begin`
+    and `ready` it is read by a thread of its own.
     """
 
-    def __init__(self, history: History, limit: int) -> None:
+    def __init__(self, history: History, limit: int = MOST_LIMIT) -> None:
         self._limit = max(limit, LEAST_LIMIT)
+        self._first: FirstTurn | None = None
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
             history=history,
@@ -72,11 +87,30 @@ class TerminalReader:
             complete_while_typing=False,
             multiline=True,
             prompt_continuation=CONTINUED,
-            key_bindings=_key_bindings(self._limit),
+            key_bindings=_key_bindings(lambda: self._limit),
         )
 
+    def begin(self, status: Callable[[], str]) -> None:
+        """Show the prompt, with `status` below it, and read the first turn in another thread.
+
+        To leave there, by Ctrl-D or by Ctrl-C on an empty line, interrupts the main thread with KeyboardInterrupt.
+        """
+        self._first = FirstTurn(self._session, status)
+
+    def ready(self, limit: int) -> None:
+        """Let the first turn be answered as soon as it is entered; turns have at most `limit` bytes."""
+        self._limit = max(limit, LEAST_LIMIT)
+        if self._first is not None:
+            self._first.hide_status()
+
+    def stop(self) -> bool:
+        """End the reading of the first turn, where it goes on; return whether its user left by Ctrl-D."""
+        first, self._first = self._first, None
+        return first is not None and first.stop()
+
     def read(self) -> str:
-        text = self._session.prompt()
+        first, self._first = self._first, None
+        text = self._session.prompt() if first is None else first.text()
         check_text(text, "this turn")  # bytes that are not UTF-8 arrive as lone surrogates
         if len(text) > self._limit:
             raise UsageError(f"this turn is longer than {self._limit} bytes, more than the context holds; shorten it")
@@ -91,9 +125,18 @@ class PlainReader:
     each line. Turns longer than `limit` bytes are skipped.
     """
 
-    def __init__(self, stream: BinaryIO, before: Callable[[str], None], limit: int) -> None:
+    def __init__(self, stream: BinaryIO, before: Callable[[str], None], limit: int = MOST_LIMIT) -> None:
         self._stream, self._before, self._limit = stream, before, max(limit, LEAST_LIMIT)
         self._ended = False
+
+    def begin(self, status: Callable[[], str]) -> None:
+        """Do nothing: lines wait where they come from."""
+
+    def ready(self, limit: int) -> None:
+        self._limit = max(limit, LEAST_LIMIT)
+
+    def stop(self) -> bool:
+        return False
 
     def read(self) -> str:
         text = self._line(PROMPT)
@@ -153,6 +196,8 @@ class SlashCompleter(Completer):
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        from qmix.chat.slash import COMMANDS  # loads torch: the prompt is there before
+
         text = document.text_before_cursor
         name, space, rest = text.partition(" ")
         if not text.startswith("/"):
@@ -179,13 +224,13 @@ def unquoted(text: str) -> str:
     return inner[len(QUOTES) :].partition(QUOTES)[0].strip("\n")
 
 
-def _key_bindings(limit: int) -> KeyBindings:
+def _key_bindings(limit: Callable[[], int]) -> KeyBindings:
     bindings = KeyBindings()
 
     @bindings.add(Keys.BracketedPaste)
     def _(event: KeyPressEvent) -> None:
         buffer: Buffer = event.current_buffer
-        room = limit + 1 - len(buffer.text)  # one more than accepted, so that the turn is refused
+        room = limit() + 1 - len(buffer.text)  # one more than accepted, so that the turn is refused
         buffer.insert_text(event.data[: max(0, room)].replace("\r\n", "\n").replace("\r", "\n"))
 
     @bindings.add("enter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,37 +48,58 @@ def chat(
     Answers go to stdout, everything else to stderr. If stdin is not a terminal, the exit code is 1 when a line failed.
     """
     from qmix.engine.sampling import Sampling
+    from qmix.terminal.progress import LoadingStatus
 
     name = model_or_default(model)
     loading = {option: options.pop(option) for option in ("ram", "context", "precision", "clip", "dtype", "plan_path")}
     attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
     Sampling(**settings)
-    with loaded(name, attention, **loading) as runner:
-        from qmix.chat import slash
-        from qmix.chat.kept import KeptChat, interrupted
-        from qmix.chat.loop import Chat, Screen
-        from qmix.chat.session import Session
-        from qmix.engine.completion import Result
-        from qmix.terminal.progress import ThinkingLine
-        from qmix.terminal.tables import say
-
-        session = Session(runner, settings, text or "")
-        if resume is not None:
-            for line in slash.load(session, resume.expanduser()).lines:
-                say(line)
-            session.settings |= settings
-            session.conversation.system = session.conversation.system if text is None else text
-        _introduce(session, name, quiet)
-        directory = state_directory() / "chats"
-        for line in () if no_history else interrupted(directory):
-            say(line)
-        kept = None if no_history else KeptChat(directory, say)
-        screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
-        reader = _reader(no_history, session.most_bytes)
-        running = Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
-        running.run()
+    reader, status = _reader(no_history), LoadingStatus(name)
+    behind = {"begin": partial(reader.begin, status.text), "on_load": status if _at_terminal() else None}
+    try:
+        with loaded(name, attention, **behind, **loading) as runner:
+            session = _session(runner, settings, text, resume)
+            _introduce(session, name, quiet)
+            running = _chat(session, reader, no_history, quiet)
+            reader.ready(session.most_bytes)
+            running.run()
+    except BaseException as error:
+        if reader.stop() and isinstance(error, KeyboardInterrupt):  # the user left while it was loading
+            return
+        raise
     if running.failed and not running.keeps_on:
         raise click.exceptions.Exit(1)
+
+
+def _session(runner: Any, settings: dict[str, Any], system: str | None, resume: Path | None) -> Any:
+    """Return a new session, or the one saved in `resume`, with the settings and the system prompt that were given."""
+    from qmix.chat import slash
+    from qmix.chat.session import Session
+    from qmix.terminal.tables import say
+
+    session = Session(runner, settings, system or "")
+    if resume is not None:
+        for line in slash.load(session, resume.expanduser()).lines:
+            say(line)
+        session.settings |= settings
+        session.conversation.system = session.conversation.system if system is None else system
+    return session
+
+
+def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
+    """Return the chat of a session, after the notices about chats that were interrupted."""
+    from qmix.chat.kept import KeptChat, interrupted
+    from qmix.chat.loop import Chat, Screen
+    from qmix.engine.completion import Result
+    from qmix.terminal.progress import ThinkingLine
+    from qmix.terminal.tables import say
+
+    directory = state_directory() / "chats"
+    for line in () if no_history else interrupted(directory):
+        say(line)
+    kept = None if no_history else KeptChat(directory, say)
+    screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
+    return Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
 
 
 def _system_text(text: str | None, path: Path | None) -> str | None:
@@ -104,18 +126,18 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
         say(f"{name}: /help lists the commands, Ctrl-D leaves")
 
 
-def _reader(no_history: bool, limit: int) -> Any:
+def _reader(no_history: bool) -> Any:
     """Return prompt_toolkit's reader where stdin and stdout are terminals, else a reader of plain lines."""
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
     from qmix.terminal.tables import say
 
-    if _is_terminal(sys.stdin) and _is_terminal(sys.stdout):
+    if _at_terminal():
         path = state_directory() / "chat-history"
-        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say), limit)
+        return TerminalReader(InMemoryHistory() if no_history else open_history(path, say))
     if sys.stdin is None:
         raise UsageError("stdin is closed; give it a terminal or a file")
     asks = _is_terminal(sys.stdin)
-    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None, limit)
+    return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
 
 
 def _shown(text: str) -> None:
@@ -129,3 +151,7 @@ def _visible(character: str) -> str:
 
 def _is_terminal(stream: Any) -> bool:
     return stream is not None and stream.isatty()
+
+
+def _at_terminal() -> bool:
+    return _is_terminal(sys.stdin) and _is_terminal(sys.stdout)

@@ -12,6 +12,7 @@ import click
 
 from qmix.errors import QmixError, UsageError
 from qmix.models import DEFAULT_MODEL
+from qmix.progress import OnProgress
 from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
@@ -147,17 +148,33 @@ def model_or_default(model: str | None) -> str:
     return DEFAULT_MODEL
 
 
-def loaded(model: str | None, attention: str, plan_path: Path | None = None, **options: Any) -> Any:
-    """Return the runner of a model, showing progress while it is made ready."""
+def loaded(
+    model: str | None,
+    attention: str,
+    plan_path: Path | None = None,
+    *,
+    begin: Callable[[], object] = lambda: None,
+    on_load: OnProgress | None = None,
+    **options: Any,
+) -> Any:
+    """Return the runner of a model, showing progress while it is made ready.
+
+    `begin` is called when nothing can be refused any more, before the slow part. `on_load` follows that part in place
+    of a bar.
+    """
     plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
     name = model_or_default(model)
     from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay
 
-    following: dict[str, Any] = {"attention": attention, "plan": plan, "import_libraries": load_libraries}
+    def import_libraries() -> None:
+        begin()
+        load_libraries()
+
+    following: dict[str, Any] = {"attention": attention, "plan": plan, "import_libraries": import_libraries}
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
     with making, loading:
-        runner = load(name, **following, on_progress=making, on_load=loading, **options)
+        runner = load(name, **following, on_progress=making, on_load=on_load or loading, **options)
     hold_to(runner.plan.ram)
     return runner
 

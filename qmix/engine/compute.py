@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
+from transformers import MixtralForCausalLM
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
+from qmix.kernels.cpu.threads import choose_threads
 from qmix.pool.experts import ExpertPool
 
 SHARED_WEIGHTS = 2**19  # in an expert's largest matrix: from here on cores share a product
+GRAIN = 2**15  # elements of a tensor that torch gives to one thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +31,26 @@ def compute_threads(geometry: Geometry) -> int:
     return torch.get_num_threads() if largest >= SHARED_WEIGHTS else 1
 
 
+def one_thread_for_few(model: MixtralForCausalLM, threads: int) -> None:
+    """Run torch's operations on one of `threads` threads while a pass has few tokens; qmix's own kernels use them all.
+
+    Few elements are no work for several threads, and OpenMP's threads wait for each other at each operation: for
+    milliseconds beside other programs.
+    """
+
+    def begin(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        tokens = arguments[0] if arguments else options.get("input_ids")
+        if isinstance(tokens, torch.Tensor) and tokens.numel() * model.config.hidden_size < GRAIN:
+            torch.set_num_threads(1)
+
+    def end(module: nn.Module, arguments: tuple[Any, ...], result: object) -> None:
+        torch.set_num_threads(threads)
+
+    if threads > 1:
+        model.model.register_forward_pre_hook(begin, with_kwargs=True)
+        model.model.register_forward_hook(end, always_call=True)
+
+
 class ComputeThread:
     """Runs one job after another over a pool of experts.
 
@@ -35,8 +59,8 @@ class ComputeThread:
 
     def __init__(self, pool: ExpertPool) -> None:
         self.pool, self.closed = pool, False
-        threads = compute_threads(pool.store.geometry)
-        self._executor = ThreadPoolExecutor(1, "qmix-compute", torch.set_num_threads, (threads,))
+        self.threads = compute_threads(pool.store.geometry)
+        self._executor = ThreadPoolExecutor(1, "qmix-compute", _use_threads, (self.threads,))
 
     def start(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:
         """Begin a job when those before it are done. Raises UsageError after `close`."""
@@ -64,3 +88,8 @@ class ComputeThread:
         self.closed = self.pool.cancelled = True
         self._executor.shutdown(cancel_futures=True)
         self.pool.close()
+
+
+def _use_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    choose_threads(count)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
 
-from qmix.engine.compute import ComputeThread
+from qmix.engine.compute import ComputeThread, one_thread_for_few
 from qmix.engine.generation_config import model_generation_config
 from qmix.machine.found import give_back_freed_memory
 from qmix.model.build import build_model
@@ -60,6 +60,7 @@ class OpenModel:
                 opened.callback(pin(self.pool.memory))
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
+            one_thread_for_few(self.model, self.thread.threads)
             if generates:
                 self.model.generation_config = model_generation_config(store.directory, store.config)
             if self.pool.holds_all:

@@ -28,6 +28,7 @@ from qmix.terminal.tables import say
 from qmix.units import format_bytes
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
+BAR_COLUMNS = 20  # of a LoadingStatus
 THINKING_PATIENCE = 0.5  # seconds before a ThinkingLine is shown
 
 Self = TypeVar("Self", bound="JobDisplay")
@@ -117,6 +118,25 @@ class ProgressDisplay(JobDisplay):
                 return
             self._first = now, progress.done
         self.show(progress.done, progress.total, _told(progress, now, *self._first), note=progress.note)
+
+
+class LoadingStatus:
+    """The progress of a load in one line, for a place that shows it: call it with each Progress."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._progress: Progress | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def text(self) -> str:
+        """Return the line: a bar and the bytes, once there are some."""
+        if self._progress is None:
+            return f"loading {self._name}"
+        done, total = self._progress.done, max(1, self._progress.total)
+        bar = "━" * (BAR_COLUMNS * done // total)
+        return f"loading {self._name} {bar:╌<{BAR_COLUMNS}} {format_bytes(done)} of {format_bytes(total)}"
 
 
 class ThinkingLine:

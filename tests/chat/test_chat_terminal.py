@@ -19,11 +19,12 @@ READY = r"\x1b\[\?2004h.*?>>>.*?\x1b\[\?25h"  # prompt_toolkit reads pastes as s
 ENTERED = r"\x1b\[\?2004l"  # and from here on it does not read
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 STATISTICS = r"\d+ (?:new )?prompt tokens?.*seed \d+\r\n"
+LOADED = "Ctrl-D leaves\r\n"
 HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer\r\n"
 
 
 class Typist:
-    """Somebody at a terminal with a chat. `shown` is what came since the last time it was ready."""
+    """Somebody at a terminal with a chat, who waits until the model is loaded; `greeting` is what was shown by then."""
 
     def __init__(self, *argv: str | Path, columns: int = 160, **environment: str) -> None:
         self.terminal = pexpect.spawn(
@@ -34,7 +35,10 @@ class Typist:
             encoding="utf-8",
             timeout=LIMIT_SECONDS,
         )
-        self.greeting = ESCAPES.sub("", self.ready())
+        self.ready()  # the prompt of the first turn, shown before the model is loaded
+        self.terminal.expect_exact(LOADED)
+        self.greeting = ESCAPES.sub("", self.terminal.before + LOADED)
+        self.ready()
 
     def ready(self) -> str:
         self.terminal.expect(READY)
@@ -67,6 +71,48 @@ def sit_down(qmix):
     yield begin
     for typist in there:
         typist.terminal.close(force=True)
+
+
+def test_the_first_turn_is_typed_while_the_model_is_loaded(qmix, sit_down, tmp_path):
+    """The prompt is there before the model, with a line below it; what is entered then is answered."""
+    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], *GREEDY], encoding="utf-8", timeout=LIMIT_SECONDS)
+    terminal.expect(READY)
+    terminal.expect_exact("loading tiny")
+    terminal.send(f"{ASK}\r")
+    terminal.expect(ENTERED)
+    terminal.expect(STATISTICS)
+    shown = ESCAPES.sub("", terminal.before)
+    assert shown.count(LOADED) == 1
+    assert qmix(*GREEDY, stdin=ASK.encode()).out.strip() in shown.replace("\r\n", "\n")
+    terminal.send("\x04")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+
+
+@pytest.mark.parametrize(("key", "status"), [("\x04", 0), ("\x03", 130)])
+def test_leaving_while_the_model_is_loaded(qmix, key, status):
+    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], *GREEDY], encoding="utf-8", timeout=LIMIT_SECONDS)
+    terminal.expect(READY)
+    terminal.send(key)
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == status
+    assert LOADED not in terminal.before
+
+
+def test_a_store_that_is_damaged_is_told_below_the_prompt(qmix, tiny, tmp_path):
+    store = tmp_path / "store"
+    assert qmix("quantize", tiny, "--out", store).status == 0
+    with (store / "dense.safetensors").open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(reversed(range(256))) * 16)
+    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], "chat", str(store)], encoding="utf-8", timeout=LIMIT_SECONDS)
+    terminal.expect(READY)
+    terminal.expect("is damaged")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus not in (0, 130)
 
 
 def turns_of(path: Path) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError
+from qmix.kernels.cpu.threads import choose_threads
 from qmix.model.kv import Chunk
 from qmix.plan import Plan, make_plan
 
@@ -67,6 +68,7 @@ def test_an_answer_is_the_same_alone_and_in_any_company(store):
         with runner_of(store, batch=batch, slots=slots) as runner:
             if batch == 3:
                 runner.thread.run(torch.set_num_threads, 2)
+                runner.thread.run(choose_threads, 2)
             assert answers(runner, mixed) == alone
 
 

@@ -1,4 +1,4 @@
-"""Run kernels on as many threads as torch uses.
+"""Run kernels on several threads: as many as torch uses, or as the calling thread has chosen.
 
 A kernel takes one address, of int64 arguments. The first is a counter that starts at zero, from which each thread
 draws the number of its next piece of work until none is left. A delayed thread delays no other. One thread computes
@@ -17,11 +17,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from numba import carray
 
 from qmix.kernels.cpu import workers
 from qmix.kernels.cpu.compiled import compiled_address
+from qmix.kernels.cpu.threads import threads
 from qmix.kernels.cpu.workers import (
     BLOCK,
     CALLER_SLEEPS,
@@ -53,9 +53,9 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # called without the GIL
 
 
 def run(kernel: int, *arguments: int) -> None:
-    """Call the kernel at the address `kernel` on as many threads as torch uses, without the GIL."""
+    """Call the kernel at the address `kernel` on `threads()` threads, without the GIL."""
     block = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
-    helpers = torch.get_num_threads() - 1
+    helpers = threads() - 1
     if helpers > 0 and workers.FUTEX:
         _team().run(kernel, ctypes.addressof(block), helpers)
     else:
