@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import logging
 import os
 import signal
 import sys
@@ -32,10 +33,20 @@ def qmix() -> None:
     """Run Mixtral models on one workstation, under a memory budget."""
 
 
+class Notices(logging.Handler):
+    """Write what the library tells of slow work that happens once, a line each, to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
 def _run() -> Any:
     """Run the command in sys.argv; click's own `main` prints an empty line before the message of an interrupt."""
     if "_QMIX_COMPLETE" in os.environ:  # shell completion
         return qmix.main()
+    log = logging.getLogger("qmix")
+    log.setLevel(logging.INFO)
+    log.addHandler(Notices())
     with qmix.make_context("qmix", sys.argv[1:]) as context:
         return qmix.invoke(context)
 

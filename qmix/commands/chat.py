@@ -55,9 +55,9 @@ def chat(
     attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
     Sampling(**settings)
     reader, status = _reader(no_history), LoadingStatus(name)
-    behind = {"begin": partial(reader.begin, status.text), "on_load": status if _at_terminal() else None}
+    begin = partial(reader.begin, status.text)
     try:
-        with loaded(name, attention, **behind, **loading) as runner:
+        with loaded(name, attention, begin=begin, on_load=status if _at_terminal() else None, **loading) as runner:
             session = _session(runner, settings, text, resume)
             _introduce(session, name, quiet)
             running = _chat(session, reader, no_history, quiet)

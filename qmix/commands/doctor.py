@@ -16,15 +16,16 @@ from qmix.commands.shared import load_libraries, out, quiet_libraries, refuse
     type=click.Path(path_type=Path, file_okay=False),
     help="a directory on the disk of the stores [the user's cache directory]",
 )
-@click.option("--no-measure", is_flag=True, help="only test what must work, in seconds; measure no rates")
+@click.option("--no-measure", is_flag=True, help="only test what must work; measure no rates")
 @click.option("--self-test", is_flag=True, help="check that GPUs give the values of the CPU and use the planned bytes")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of a table")
 def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: bool) -> None:
     """Examine this machine and measure its memory, disk and GPUs.
 
-    Takes half a minute, 1 GB of memory and 1 GB of disk; run it while nothing else runs. The results are kept, and
-    `plan` and every run use them. The fast kernel for 4-bit matmul is tested, not assumed from the processor's name:
-    run `doctor` again after installing another version of torch or bitsandbytes.
+    Takes half a minute, 1 GB of memory and 1 GB of disk; run it while nothing else runs. The first time it also
+    compiles the kernels for this processor. The results are kept, and `plan` and every run use them. The fast kernel
+    for 4-bit matmul is tested, not assumed from the processor's name: run `doctor` again after installing another
+    version of torch or bitsandbytes.
     """
     if self_test:
         others = {"directory": directory, "no_measure": no_measure, "as_json": as_json}
@@ -35,11 +36,14 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     from qmix.errors import QmixError
     from qmix.machine.doctor import examine
     from qmix.machine.doctor_view import report_table
+    from qmix.machine.found import interpreter_memory
     from qmix.machine.measured import keep, measured_rates
     from qmix.machine.rates import Rates
     from qmix.terminal.tables import print_table, say
 
     where = directory or cache_directory()
+    for kernels in (False, True):
+        interpreter_memory(kernels=kernels)  # also compiles, so that no run has to
     quiet_libraries()
     from qmix.machine.four_bit import try_four_bit
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -25,8 +26,10 @@ from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import current
 from qmix.version import __version__
 
+_LOG = logging.getLogger(__name__)
 SHARE_OF_AVAILABLE = 0.9  # of the available memory, where no budget is given; the rest is for other processes
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+SECONDS, KERNELS_SECONDS = 3, 30  # of measuring Python's memory: typical, for the line that announces it
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
 
@@ -157,6 +160,8 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
         return known.bytes
     options = [*(["kernels"] if kernels else []), *(["whole"] if transformers_is_whole() else [])]
     command = [sys.executable, "-m", "qmix.engine.baseline", *options]
+    compiling = " and compiling kernels for this processor" if kernels else ""
+    _LOG.info("measuring the memory of Python%s: once, about %d s", compiling, KERNELS_SECONDS if kernels else SECONDS)
     for _ in range(1 + kernels):  # the first run compiles them, which takes more memory
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:

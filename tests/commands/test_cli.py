@@ -16,6 +16,7 @@ from checkpoints import make_checkpoint
 from qmix.units import format_bytes
 
 NOTICE = "no model given: using the embedded tiny, a toy model\n"
+MEASURING = "measuring the memory of Python: once, about 3 s\n"
 PROGRESS = r"quantizing {}: [\d.]+ [kMG]?B of {}, \d+%(, [\d.]+ [kMG]?B/s)?(, \d+ s left)?\n"
 DONE = r"quantizing {}: {} of {}, 100%, [\d.]+ [kMG]?B/s\n"
 STATISTICS = (
@@ -115,7 +116,7 @@ def test_first_use_says_what_is_made_ready_then_prints_the_text(qmix, first_use)
     title, size = "tiny, once", "29.8 MB"
     progress = f"({PROGRESS.format(title, size)})*{DONE.format(title, size, size)}"
     assert done.status == 0
-    assert re.fullmatch(re.escape(NOTICE) + progress + STATISTICS, done.err), done.err
+    assert re.fullmatch(re.escape(NOTICE + MEASURING) + progress + STATISTICS, done.err), done.err
     assert done.out == result(qmix(*SEEDED, "--max-new-tokens", "24", "--json"))["text"] + "\n"
 
 
