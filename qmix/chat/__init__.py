@@ -7,6 +7,7 @@ settings      settings of the answers, typed and saved
 record        a session as JSON
 kept          a file for each running chat
 slash         /commands
+first_turn    the turn that is typed while the model is loaded
 reader        lines from a terminal or from a pipe
 loop          reads, asks, shows
 """

@@ -11,8 +11,6 @@ from contextlib import ExitStack, suppress
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
-REFRESH_SECONDS = 0.2
-
 
 class FirstTurn:
     """A prompt in a thread of its own. Lines that the main thread prints meanwhile appear above it."""
@@ -22,7 +20,7 @@ class FirstTurn:
         self._over = threading.Event()
         self._typed: str | None = None
         self._failure: BaseException | None = None
-        session.bottom_toolbar, session.refresh_interval = status, REFRESH_SECONDS
+        session.bottom_toolbar = status
         self._printing = ExitStack()
         if sys.stderr is not None and sys.stderr.isatty():
             self._printing.enter_context(patch_stdout(raw=True))
@@ -41,10 +39,14 @@ class FirstTurn:
         if self._failure is not None and not self._over.is_set():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
+    def refresh(self) -> None:
+        """Show the status as it is now."""
+        self._session.app.invalidate()
+
     def hide_status(self) -> None:
         self._over.set()
-        self._session.bottom_toolbar, self._session.refresh_interval = None, 0
-        self._session.app.invalidate()
+        self._session.bottom_toolbar = None
+        self.refresh()
 
     def text(self) -> str:
         """Wait for the turn. Raises EOFError and KeyboardInterrupt as the prompt does."""

@@ -33,6 +33,10 @@ class Reader(Protocol):
         """Let the first turn be typed from now on, where that is possible, with `status` below it."""
         ...
 
+    def refresh(self) -> None:
+        """Show the status as it is now."""
+        ...
+
     def ready(self, limit: int) -> None:
         """End what `begin` began, because turns can be answered; they have at most `limit` bytes."""
         ...
@@ -97,6 +101,10 @@ class TerminalReader:
         """
         self._first = FirstTurn(self._session, status)
 
+    def refresh(self) -> None:
+        if self._first is not None:
+            self._first.refresh()
+
     def ready(self, limit: int) -> None:
         """Let the first turn be answered as soon as it is entered; turns have at most `limit` bytes."""
         self._limit = max(limit, LEAST_LIMIT)
@@ -131,6 +139,9 @@ class PlainReader:
 
     def begin(self, status: Callable[[], str]) -> None:
         """Do nothing: lines wait where they come from."""
+
+    def refresh(self) -> None:
+        """Do nothing: no status is shown."""
 
     def ready(self, limit: int) -> None:
         self._limit = max(limit, LEAST_LIMIT)

@@ -14,6 +14,7 @@ from qmix.commands.shared import draft_option, given, loaded, loading_options, m
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
 from qmix.files import read_text
+from qmix.progress import Progress
 from qmix.text.detokenizer import check_text
 
 MAX_HELP = "longest answer [what the context leaves]"
@@ -56,8 +57,13 @@ def chat(
     Sampling(**settings)
     reader, status = _reader(no_history), LoadingStatus(name)
     begin = partial(reader.begin, status.text)
+
+    def follow(progress: Progress) -> None:
+        status(progress)
+        reader.refresh()
+
     try:
-        with loaded(name, attention, begin=begin, on_load=status if _at_terminal() else None, **loading) as runner:
+        with loaded(name, attention, begin=begin, on_load=follow if _at_terminal() else None, **loading) as runner:
             session = _session(runner, settings, text, resume)
             _introduce(session, name, quiet)
             running = _chat(session, reader, no_history, quiet)

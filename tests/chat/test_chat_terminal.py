@@ -73,10 +73,22 @@ def sit_down(qmix):
         typist.terminal.close(force=True)
 
 
+def begun(*argv: str) -> pexpect.spawn:
+    return pexpect.spawn(
+        COMMAND[0],
+        [*COMMAND[1:], *argv],
+        dimensions=(24, 160),
+        env=os.environ | {"TERM": "xterm-256color"},
+        encoding="utf-8",
+        timeout=LIMIT_SECONDS,
+    )
+
+
 def test_the_first_turn_is_typed_while_the_model_is_loaded(qmix, sit_down, tmp_path):
     """The prompt is there before the model, with a line below it; what is entered then is answered."""
-    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], *GREEDY], encoding="utf-8", timeout=LIMIT_SECONDS)
-    terminal.expect(READY)
+    terminal = begun(*GREEDY)
+    terminal.expect_exact("\x1b[6n")  # asks for the cursor's place, without which nothing is shown below the prompt
+    terminal.send("\x1b[1;1R")
     terminal.expect_exact("loading tiny")
     terminal.send(f"{ASK}\r")
     terminal.expect(ENTERED)
@@ -92,8 +104,8 @@ def test_the_first_turn_is_typed_while_the_model_is_loaded(qmix, sit_down, tmp_p
 
 @pytest.mark.parametrize(("key", "status"), [("\x04", 0), ("\x03", 130)])
 def test_leaving_while_the_model_is_loaded(qmix, key, status):
-    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], *GREEDY], encoding="utf-8", timeout=LIMIT_SECONDS)
-    terminal.expect(READY)
+    terminal = begun(*GREEDY)
+    terminal.expect(">>>")
     terminal.send(key)
     terminal.expect(pexpect.EOF)
     terminal.close()
@@ -107,8 +119,8 @@ def test_a_store_that_is_damaged_is_told_below_the_prompt(qmix, tiny, tmp_path):
     with (store / "dense.safetensors").open("r+b") as file:
         file.seek(-4096, os.SEEK_END)
         file.write(bytes(reversed(range(256))) * 16)
-    terminal = pexpect.spawn(COMMAND[0], [*COMMAND[1:], "chat", str(store)], encoding="utf-8", timeout=LIMIT_SECONDS)
-    terminal.expect(READY)
+    terminal = begun("chat", str(store))
+    terminal.expect(">>>")
     terminal.expect("is damaged")
     terminal.expect(pexpect.EOF)
     terminal.close()
