@@ -125,8 +125,7 @@ def test_rotary_positions_and_cache_equal_transformers(dtype):
     assert torch.equal(heads.qkv.view(3, 10, 16)[:2, :6], q[:2])
 
 
-@both_dtypes
-@pytest.mark.parametrize("first", [0, ATTENTION_SPLIT - 1, 580])
+@pytest.mark.parametrize(("dtype", "first"), [("bf16", 0), ("bf16", ATTENTION_SPLIT - 1), ("fp16", 580)])
 def test_attention_sees_the_positions_up_to_its_own(dtype, first):
     heads = Heads(DTYPES[dtype], [first, first + 1, -1])
     heads.rotate()
@@ -168,10 +167,10 @@ def test_greedy_takes_the_first_of_the_largest():
 
 def test_draws_follow_softmax_and_depend_on_seed_and_position_alone():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    logits = probabilities.log().repeat(120, 1)
-    drawn = next_tokens(logits * 2, 2.0, list(range(120)), [3] * 120)
-    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 120
-    assert (shares - probabilities).abs().max() < 0.14  # three standard deviations
+    logits = probabilities.log().repeat(80, 1)
+    drawn = next_tokens(logits * 2, 2.0, list(range(80)), [3] * 80)
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 80
+    assert (shares - probabilities).abs().max() < 0.17  # three standard deviations
     again = next_tokens(logits[:12], 1.0, list(range(12)), [3] * 12)
     assert again == drawn[:12]
     assert next_tokens(logits[:12], 1.0, list(range(12)), [4] * 12) != again
