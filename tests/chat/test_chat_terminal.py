@@ -115,7 +115,7 @@ def test_leaving_while_the_model_is_loaded(qmix, key, status):
 
 def test_a_store_that_is_damaged_is_told_below_the_prompt(qmix, tiny, tmp_path):
     store = tmp_path / "store"
-    assert qmix("quantize", tiny, "--out", store).status == 0
+    assert qmix("quantize", tiny, store).status == 0
     with (store / "dense.safetensors").open("r+b") as file:
         file.seek(-4096, os.SEEK_END)
         file.write(bytes(reversed(range(256))) * 16)
