@@ -7,6 +7,7 @@ where a multiple of their size lies in the file: a disk with larger blocks then 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -72,9 +73,14 @@ class Read:
 
 
 class Reader:
-    """Threads that read. Its methods may be called from any thread."""
+    """Threads that read. Its methods may be called from any thread.
+
+    `busy` counts the seconds in which at least one piece was being read, up to the last moment when none was.
+    """
 
     def __init__(self, threads: int = READ_THREADS) -> None:
+        self.busy = 0.0
+        self._reading, self._since = 0, 0.0  # pieces now, and since when there is one
         self._changed = Condition()
         self._demand: deque[Read] = deque()
         self._ahead: deque[Read] = deque()
@@ -127,6 +133,9 @@ class Reader:
             read, start = piece
             read.run(start)
             with self._changed:
+                self._reading -= 1
+                if not self._reading:
+                    self.busy += time.perf_counter() - self._since
                 read.unfinished -= 1
                 last = read.unfinished == 0
             if last:
@@ -144,4 +153,7 @@ class Reader:
             start = read.waiting.popleft()
             if not read.waiting:
                 queue.popleft()
+            if not self._reading:
+                self._since = time.perf_counter()
+            self._reading += 1
             return read, start

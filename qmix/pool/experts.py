@@ -8,6 +8,7 @@ need are prefetched in the disk's idle time.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
@@ -56,6 +57,7 @@ class ExpertPool:
         self.counters = PoolCounters()
         self.cancelled = self.closed = False
         self.layer = 0
+        self.waited = 0.0  # seconds that requests have waited for reads
         self._resident: dict[Key, int] = {}
         self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet requested
         self._ending: list[tuple[int, Read]] = []  # abandoned; the disk still writes to their slots
@@ -72,6 +74,11 @@ class ExpertPool:
     def holds_all(self) -> bool:
         """True if every expert served has a slot, so that nothing is ever read twice."""
         return all_have_slots(self.store.layout, self.slots, self.elsewhere)
+
+    @property
+    def reading(self) -> float:
+        """The seconds in which a read was under way."""
+        return self._reader.busy
 
     @property
     def memory(self) -> torch.Tensor:
@@ -201,6 +208,7 @@ class ExpertPool:
                 while len(reading) < self._reads_awaited and (begun := self._begin_next(layer, waiting, pinned)):
                     reading.append(begun)
                 if not waiting:
+                    self._collect()
                     self._read_ahead(layer, coming, pinned)
                 key = ready.popleft() if ready else self._finish(reading)
                 pinned.add(key)
@@ -284,7 +292,9 @@ class ExpertPool:
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:
         """Wait for the first of the reads, and return its key, now resident."""
         key, slot, read = reading[0]
+        started = time.perf_counter()
         read.done.result()
+        self.waited += time.perf_counter() - started
         reading.popleft()
         self._resident[key] = slot
         return key

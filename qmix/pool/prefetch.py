@@ -17,7 +17,7 @@ import torch
 
 from qmix.pool.eviction import Key
 
-DEPTH = 4  # layers ahead
+DEPTH = 8  # layers ahead: the misses of a token come in bursts, which the disk has time for in the layers before
 TRUSTED = 0.75  # least share of right guesses to act upon them: a wrong one delays the reads that are waited for
 MEMORY = 0.9  # weight of the share so far against the next guess
 FEW_TOKENS = 8  # with more, nearly every expert of a layer is needed
