@@ -25,7 +25,7 @@ def limited(rate: float | None) -> Iterator[None]:
         read_into(file, pages, offset, nbytes)
         time.sleep(max(0.0, until - time.perf_counter()))
 
-    DirectFile.read_into = late  # type: ignore[method-assign]
+    DirectFile.read_into = late  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

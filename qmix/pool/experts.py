@@ -32,6 +32,21 @@ READS_IN_FLIGHT = 4  # records, when filling
 READS_AHEAD = 2  # records: one that the disk reads and the next; each further one only takes a slot
 
 
+class _Checksum:
+    """Checks a record's checksum; `damage` says what is wrong if it differs."""
+
+    def __init__(self, wanted: str, damage: str) -> None:
+        self.wanted, self.damage, self._digest = wanted, damage, xxhash.xxh3_64()
+
+    def take(self, part: memoryview) -> None:
+        self._digest.update(part)
+
+    def finish(self) -> None:
+        found, self._digest = self._digest.hexdigest(), xxhash.xxh3_64()
+        if found != self.wanted:
+            raise StoreError(self.damage)
+
+
 class ExpertPool:
     """Slots over a store's records, except for those `elsewhere`; serves one thread, reads with several.
 
@@ -276,15 +291,12 @@ class ExpertPool:
         layer, expert = key
         buffer = self._slots.bytes(slot)
         offset = self.store.layout.record_offset(layer, expert)
-        want, path = self.store.record_checksums[layer][expert], self._files[layer].path
-
-        def check(record: memoryview) -> None:
-            if xxhash.xxh3_64_hexdigest(record) != want:
-                place = f"bytes {offset} to {offset + len(record) - 1}"
-                raise StoreError(
-                    f"{path}: the record of expert {expert} ({place}) is damaged; {mending(self.store.directory)}"
-                )
-
+        place = f"bytes {offset} to {offset + len(buffer) - 1}"
+        damage = (
+            f"{self._files[layer].path}: the record of expert {expert} ({place}) is damaged; "
+            f"{mending(self.store.directory)}"
+        )
+        check = _Checksum(self.store.record_checksums[layer][expert], damage)
         self.counters.bytes_read += len(buffer)
         read = Read(self._files[layer], buffer.numpy().data, offset, check)
         return key, slot, self._reader.submit(read, ahead)
