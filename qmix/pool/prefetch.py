@@ -55,8 +55,9 @@ class Prefetcher:
         if len(hidden) > FEW_TOKENS:
             return [((layer + 1) % self.layers, expert) for expert in range(self.experts)]
         keys = []
-        for depth, best in enumerate(self.guesses_from(layer, hidden).unbind(1), 1):
-            later, experts = layer + depth, list(dict.fromkeys(best.flatten().tolist()))
+        by_depth = self.guesses_from(layer, hidden).transpose(0, 1).flatten(1).tolist()  # [D, T * k]
+        for depth, best in enumerate(by_depth, 1):
+            later, experts = layer + depth, list(dict.fromkeys(best))
             self._guessed[later][depth] = experts
             if self._trust[later, depth] >= TRUSTED:
                 keys += [(later, expert) for expert in experts]
