@@ -98,14 +98,10 @@ class Read:
 
 
 class Reader:
-    """Threads that read. Its methods may be called from any thread.
-
-    `busy` counts the seconds in which at least one piece was being read, up to the last moment when none was.
-    """
+    """Threads that read. Its methods may be called from any thread."""
 
     def __init__(self, threads: int = READ_THREADS) -> None:
-        self.busy = 0.0
-        self._reading, self._since = 0, 0.0  # pieces now, and since when there is one
+        self._busy, self._reading, self._since = 0.0, 0, 0.0  # seconds; pieces now, and since when there is one
         self._changed = Condition()
         self._demand: deque[Read] = deque()
         self._ahead: deque[Read] = deque()
@@ -113,6 +109,12 @@ class Reader:
         self._threads = [Thread(target=self._work, name="qmix-read", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def busy(self) -> float:
+        """The seconds in which at least one piece was being read."""
+        with self._changed:
+            return self._busy + (time.perf_counter() - self._since if self._reading else 0.0)
 
     def close(self) -> None:
         """Finish all submitted reads and end the threads."""
@@ -160,7 +162,7 @@ class Reader:
             with self._changed:
                 self._reading -= 1
                 if not self._reading:
-                    self.busy += time.perf_counter() - self._since
+                    self._busy += time.perf_counter() - self._since
                 read.unfinished -= 1
                 last = read.unfinished == 0
             if last:

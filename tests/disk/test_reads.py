@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import CancelledError
 from contextlib import closing
 from threading import Event
+from time import sleep
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def test_what_is_waited_for_comes_before_what_is_read_ahead(file):
         ahead.done.result()
         demanded.done.result()
     assert slow.pages == [0, 8, 9, 1, 2, 3]
+
+
+def test_the_time_of_reading_counts_once_whatever_is_read_and_while_it_lasts(file, monkeypatch):
+    slow, clock = Slow(file), [0.0]
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: clock[0])
+    with closing(Reader(2)) as reader:
+        assert reader.busy == 0
+        reads = [reader.submit(read_of(slow, 1, offset=at)) for at in (0, 4)]
+        slow.begun.wait()
+        while reader._reading < 2:
+            sleep(0.001)
+        clock[0] = 3.0
+        assert reader.busy == 3
+        slow.go.set()
+        for read in reads:
+            read.done.result()
+        while reader._reading:
+            sleep(0.001)
+        clock[0] = 9.0
+        assert reader.busy == 3
 
 
 def test_a_read_ahead_can_be_hastened(file):
