@@ -95,7 +95,7 @@ class RoutingRecorder(Observer):
         self._counts = {name: np.zeros((layers, experts), np.int64) for name in names}
         self._mass = {name: np.zeros((layers, experts)) for name in names}
         self._repeated = np.full(layers, np.nan)
-        self._guessed = np.full((layers, DEPTH), np.nan)
+        self._guessed = np.full((layers, min(DEPTH, layers)), np.nan)
         self._guesses: dict[int, list[tuple[int, torch.Tensor]]] = {}  # layer -> depths and guesses [T, k]
         self._trace = np.zeros((len(of_token), layers, k), np.int16)
 

@@ -7,10 +7,11 @@ where a multiple of their size lies in the file: a disk with larger blocks then 
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
+from typing import Protocol
 
 from qmix.disk.direct import DirectFile
 from qmix.errors import StoreError
@@ -19,31 +20,38 @@ PIECE_BYTES = 8 * 2**20  # large enough for a disk's full rate, small enough to 
 READ_THREADS = 4
 
 
+class Check(Protocol):
+    """Compares what is read with what is expected."""
+
+    def take(self, part: memoryview) -> None:
+        """Take the next part, in order."""
+
+    def finish(self) -> None:
+        """Raise StoreError where the parts are not what is expected. The next part is the first again."""
+
+
 class Read:
     """One read of `buffer`, whole pages, from `offset` of a file; `done` resolves when all of it is there and checked.
 
-    `check` is called with the whole buffer by the thread that finishes last. Where it raises StoreError, all is read
-    once more, past every cache; `done` raises what it raises then.
+    `check` takes the pieces in order, each as soon as those before it are there: when the last one is read, little is
+    left to check. Where it raises StoreError, all is read once more, past every cache; `done` raises what it raises
+    then.
     """
 
-    def __init__(
-        self,
-        file: DirectFile,
-        buffer: memoryview,
-        offset: int,
-        check: Callable[[memoryview], None] = lambda whole: None,
-    ) -> None:
+    def __init__(self, file: DirectFile, buffer: memoryview, offset: int, check: Check | None = None) -> None:
         self.done: Future[None] = Future()
         self.view, self.file, self.offset, self.check = buffer, file, offset, check
+        self._lock, self._there, self._checking, self._checked = Lock(), set[int](), False, 0
         first = PIECE_BYTES - offset % PIECE_BYTES
         self.waiting = deque([0, *range(first, len(self.view), PIECE_BYTES)])  # starts of pieces no thread has taken
         self.unfinished = len(self.waiting)
         self.errors: dict[int, BaseException] = {}  # of pieces by their start; the first in the file is raised
 
     def run(self, start: int) -> None:
-        """Read one piece, in the calling thread."""
+        """Read one piece, in the calling thread, and check what can be checked."""
         try:
             self.file.read_into(self.piece(start), self.offset + start)
+            self._check_along(start)
         except BaseException as error:
             self.errors[start] = error
 
@@ -56,25 +64,44 @@ class Read:
         try:
             if self.errors:
                 raise self.errors[min(self.errors)]
-            self._check()
+            if self.check is not None:
+                self._finish_check(self.check)
         except BaseException as error:
             self.done.set_exception(error)
         else:
             self.done.set_result(None)
 
-    def _check(self) -> None:
+    def _check_along(self, start: int) -> None:
+        """Note a piece as read; check it and those behind it that are there, unless another thread is at it."""
+        if self.check is None:
+            return
+        with self._lock:
+            self._there.add(start)
+            if self._checking or self._checked not in self._there:
+                return
+            self._checking = True
+        while self._checking:
+            piece = self.piece(self._checked)
+            self.check.take(piece)
+            with self._lock:
+                self._checked += len(piece)
+                self._checking = self._checked in self._there
+
+    def _finish_check(self, check: Check) -> None:
         try:
-            self.check(self.view)
+            check.finish()
         except StoreError:  # perhaps memory, a bus or a cached page was at fault, and the disk is right
             self.file.forget(self.offset, len(self.view))
             self.file.read_into(self.view, self.offset)
-            self.check(self.view)
+            check.take(self.view)
+            check.finish()
 
 
 class Reader:
     """Threads that read. Its methods may be called from any thread."""
 
     def __init__(self, threads: int = READ_THREADS) -> None:
+        self._busy, self._reading, self._since = 0.0, 0, 0.0  # seconds; pieces now, and since when there is one
         self._changed = Condition()
         self._demand: deque[Read] = deque()
         self._ahead: deque[Read] = deque()
@@ -82,6 +109,12 @@ class Reader:
         self._threads = [Thread(target=self._work, name="qmix-read", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def busy(self) -> float:
+        """The seconds in which at least one piece was being read."""
+        with self._changed:
+            return self._busy + (time.perf_counter() - self._since if self._reading else 0.0)
 
     def close(self) -> None:
         """Finish all submitted reads and end the threads."""
@@ -127,6 +160,9 @@ class Reader:
             read, start = piece
             read.run(start)
             with self._changed:
+                self._reading -= 1
+                if not self._reading:
+                    self._busy += time.perf_counter() - self._since
                 read.unfinished -= 1
                 last = read.unfinished == 0
             if last:
@@ -144,4 +180,7 @@ class Reader:
             start = read.waiting.popleft()
             if not read.waiting:
                 queue.popleft()
+            if not self._reading:
+                self._since = time.perf_counter()
+            self._reading += 1
             return read, start

@@ -2,7 +2,8 @@
 
 A pass is one flat row of tokens: the next one of every sequence that is being continued, and pieces of the prompts of
 those that have just come, as far as there is room. One read of an expert serves them all, so that where experts come
-from disk, taking in a prompt costs no pass of its own. A sequence that ends makes room for one that waits.
+from disk, taking in a prompt costs no pass of its own. A pass of several chunks goes layer by layer, where that costs
+the sequences that are being continued no time (`qmix.engine.pace`). A sequence that ends makes room for one that waits.
 
 transformers has continuous batching too, made for GPUs. It takes memory by what is free and not by a plan; on CPUs it
 gathers each sequence's keys and values anew in every pass and masks them against all others; all sequences share one
@@ -11,6 +12,7 @@ set of sampling options; and a token's numbers depend on its neighbours.
 
 from __future__ import annotations
 
+import time
 from collections import abc
 from dataclasses import dataclass, field
 
@@ -19,6 +21,8 @@ import torch
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import BatchResult, GrowingCompletion
 from qmix.engine.opener import OpenModel
+from qmix.engine.pace import Pace
+from qmix.engine.prefill import read_together
 from qmix.engine.sampler import Chosen, Sampler
 from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Scheduler, Sequence
@@ -83,7 +87,7 @@ class BatchRunner(OpenModel):
     """
 
     def __init__(self, store: Store, plan: Plan, on_load: OnProgress = ignore) -> None:
-        self.plan, self.work = plan, BatchCounters()
+        self.plan, self.work, self._pace = plan, BatchCounters(), Pace(plan.prefill)
         self.capacity = plan.batch * plan.context
         self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
         super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
@@ -125,6 +129,7 @@ class BatchRunner(OpenModel):
     @torch.inference_mode()
     def _pass(self) -> list[BatchResult]:
         """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
+        self._scheduler.pass_tokens = self._pace.tokens([len(each.tokens) - each.done for each in self._running])
         chosen = self._scheduler.next_pass()
         chunks = [
             Chunk(
@@ -135,7 +140,10 @@ class BatchRunner(OpenModel):
             )
             for sequence, count in chosen
         ]
+        started, waited, reading = time.perf_counter(), self.pool.waited, self.pool.reading
         logits = self.forward(chunks)
+        tokens, seconds = sum(count for _, count in chosen), time.perf_counter() - started
+        self._pace.note(tokens, seconds, self.pool.waited - waited, self.pool.reading - reading)
         for sequence, count in chosen:
             sequence.done += count
         ready = [sequence for sequence, _ in chosen if sequence.done == len(sequence.tokens)]
@@ -145,20 +153,28 @@ class BatchRunner(OpenModel):
             if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
                 self._scheduler.finish(sequence)
                 finished.append(self._running.pop(sequence).result())
-        self.work.tokens += sum(count for _, count in chosen)
+        self.work.tokens += tokens
         self.work.passes += 1
         return finished
 
     def forward(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
         """Return the logits [wanted chunks, V] of one pass."""
-        self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
-        ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        hidden = self.model.model(
-            ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
-        ).last_hidden_state[0]  # [T, H]
         ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0) - 1
         wanted = ends[torch.tensor([chunk.wanted for chunk in chunks])]
-        return self.model.lm_head(hidden[wanted]) if len(wanted) else hidden.new_empty(0, 0)
+        if ends[-1] < PREFILL_CHUNK:
+            hidden = self._whole_pass(chunks)[wanted]
+        else:
+            hidden = self.model.model.norm(read_together(self.model, self._cache, chunks)[wanted])
+        return self.model.lm_head(hidden) if len(wanted) else hidden.new_empty(0, 0)
+
+    def _whole_pass(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
+        """Return the hidden states [T, H] of all tokens of a pass, of a chunk at most."""
+        self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
+        ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
+        hidden: torch.Tensor = self.model.model(
+            ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
+        ).last_hidden_state[0]
+        return hidden
 
     def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose a sequence's next token from logits [V] in fp32."""

@@ -41,11 +41,13 @@ class Query:
 class PathSegment:
     """`count` rows of a pass: a sequence's tokens from `position` on. The sequence before has those below `position`.
 
-    A sequence that shares nothing begins at position 0.
+    A sequence that shares nothing begins at position 0. In a cache that many sequences share, `start` is the first of
+    this one's places.
     """
 
     position: int
     count: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +120,10 @@ def plain_pass(sequences: Sequence[Sequence[int]]) -> Pass:
     return Pass(tokens, segments, rows, tokens[rows + 1], np.repeat(np.arange(len(sequences)), lengths - 1))
 
 
-def continued_pass(tokens: Sequence[int], segment: PathSegment) -> Pass:
-    """Return the pass of one sequence's next tokens, those of `segment`; no token is predicted."""
+def continued_pass(tokens: Sequence[int], segments: Sequence[PathSegment]) -> Pass:
+    """Return the pass of the next tokens of one or several sequences, those of `segments`; no token is predicted."""
     nothing = np.empty(0, np.int64)
-    return Pass(np.array(tokens, np.int64), (segment,), nothing, nothing, nothing)
+    return Pass(np.array(tokens, np.int64), tuple(segments), nothing, nothing, nothing)
 
 
 def chunks(segments: Sequence[PathSegment], limit: int | None) -> Iterator[tuple[slice, list[PathSegment]]]:
@@ -137,7 +139,7 @@ def chunks(segments: Sequence[PathSegment], limit: int | None) -> Iterator[tuple
         full = limit or left
         while left:
             taken = min(left, full - count)
-            pieces.append(PathSegment(position, taken))
+            pieces.append(PathSegment(position, taken, segment.start))
             position, left, count = position + taken, left - taken, count + taken
             if count == full:
                 yield slice(start, start + count), pieces

@@ -1,7 +1,8 @@
-"""Long prompts layer by layer: all of a prompt's chunks go through a layer before the next layer.
+"""Long prompts layer by layer: all chunks of a prompt, or of several, go through a layer before the next layer.
 
-Each expert is then read once for the whole prompt instead of once a chunk. Every number is the one that a chunk after
-the other gives: chunks have the same rows, masks and groups of tokens in each product.
+Each expert is then read once for all of them instead of once a chunk. Every number is the one that a chunk after the
+other gives. For one stream, chunks have the same rows, masks and groups of tokens in each product; in a model of many
+sequences a token's numbers do not depend on the tokens beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from qmix.engine.layerwise import run_layers
 from qmix.engine.passes import PathSegment, chunks, continued_pass
 from qmix.engine.store_weights import StoreWeights
-from qmix.model.kv import KVCache
+from qmix.model.kv import Chunk, KVCache, Rows
 from qmix.plan.memory import PREFILL_CHUNK
 
 
@@ -50,6 +51,35 @@ class PromptWeights(StoreWeights):
         return make(config=config, inputs_embeds=rows, attention_mask=None, cache=self.cache, position_ids=positions)
 
 
+class SharedWeights(StoreWeights):
+    """The weights of a store's invariant model, for tokens of sequences that share a cache."""
+
+    def __init__(self, model: MixtralForCausalLM, cache: KVCache) -> None:
+        super().__init__(model)
+        self.cache = cache
+
+    def attend(
+        self, module: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], segments: list[PathSegment]
+    ) -> torch.Tensor:
+        """Return the attention of each row to its own sequence; add the rows' keys and values to the cache."""
+        parts = [Chunk(range(each.count), each.position, each.start, False) for each in segments]
+        self.cache.rows = rows = Rows.of(parts, self.model.config.sliding_window)
+        return module.self_attn(normed, position_embeddings=rotary, attention_mask=None, cache=self.cache, rows=rows)[
+            0
+        ][0]
+
+
+def read_together(model: MixtralForCausalLM, cache: KVCache, parts: Sequence[Chunk]) -> torch.Tensor:
+    """Take the tokens of several sequences through each layer together.
+
+    Returns their hidden states [T, H] before the final norm.
+    """
+    tokens = [token for part in parts for token in part.tokens]
+    segments = [PathSegment(part.position, len(part.tokens), part.start) for part in parts]
+    (stream,) = run_layers(SharedWeights(model, cache), continued_pass(tokens, segments))
+    return stream
+
+
 def read_prompt(model: MixtralForCausalLM, cache: KVCache, tokens: Sequence[int], together: int) -> torch.Tensor:
     """Put `tokens` behind those that the cache holds, `together` at a time through each layer.
 
@@ -59,7 +89,7 @@ def read_prompt(model: MixtralForCausalLM, cache: KVCache, tokens: Sequence[int]
     for first in range(0, len(tokens), together):
         some = tokens[first : first + together]
         segment = PathSegment(start + first, len(some))
-        (stream,) = run_layers(PromptWeights(model, cache, segment), continued_pass(some, segment))
+        (stream,) = run_layers(PromptWeights(model, cache, segment), continued_pass(some, [segment]))
     last = (len(tokens) - 1) % PREFILL_CHUNK + 1
     hidden: torch.Tensor = model.model.norm(stream[-last:])
     return hidden

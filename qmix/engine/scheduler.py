@@ -59,7 +59,8 @@ class Sequence:
 class Scheduler:
     """Shares `capacity` positions, `batch` sequences at once, and passes of `pass_tokens`.
 
-    `batch` is `pass_tokens` at most, so that every sequence has its token in every pass.
+    `batch` is `pass_tokens` at most, so that every sequence has its token in every pass. `pass_tokens` may be set anew
+    before each pass.
     """
 
     def __init__(self, capacity: int, batch: int, pass_tokens: int) -> None:

@@ -61,7 +61,7 @@ def make_plan(
         raise DoesNotFitError(host.refusal(), host.smallest)
     parts = host.parts(found.cpu_layers)
     prefill = PREFILL_CHUNK if found.holdings else host.prefill(found.slots)
-    prefill_work = prefill_bytes(layout.geometry, context, prefill)
+    prefill_work = prefill_bytes(layout.geometry, context, prefill, batch)
     parts["work"] += prefill_work
     if not found.cpu_layers and not found.elsewhere:  # the host only chooses the next token
         parts["work"] = sampling_bytes(layout.geometry, batch)
@@ -122,13 +122,13 @@ class _Host:
             return None
         room = usable_bytes(self.ram) - fixed
         if sum(wanted) > room and self._layerwise(cpu_layers):
-            geometry, context = self.demand.geometry, self.demand.context
-            wish = prefill_bytes(geometry, context, prefill_tokens(geometry, context, room))
+            geometry, context, batch = self.demand.geometry, self.demand.context, self.demand.batch
+            wish = prefill_bytes(geometry, context, prefill_tokens(geometry, context, room, batch), batch)
             room = max(self.least_bytes, room - min(wish, int(room * PREFILL_SHARE)))
         return share_slots(wanted, self.least, room)
 
     def prefill(self, slots: Mapping[int, int]) -> int:
-        """Return how many tokens of a prompt go through a layer together beside these slots, without GPUs.
+        """Return how many tokens of prompts go through a layer together beside these slots, without GPUs.
 
         A single chunk where every expert has a slot: nothing is read then.
         """
@@ -137,11 +137,11 @@ class _Host:
         if pool == sum(self.demand.layout.expert_bytes.values()) or not self._layerwise(geometry.num_layers):
             return PREFILL_CHUNK
         room = usable_bytes(self.ram) - sum(self.parts(geometry.num_layers).values()) - pool
-        return prefill_tokens(geometry, self.demand.context, room)
+        return prefill_tokens(geometry, self.demand.context, room, self.demand.batch)
 
     def _layerwise(self, cpu_layers: int) -> bool:
-        """Return True if prompts can go through the layers one by one: a single sequence, wholly on the CPU."""
-        return self.demand.batch == 1 and cpu_layers == self.demand.geometry.num_layers
+        """Return True if prompts can go through the layers one by one: wholly on the CPU."""
+        return cpu_layers == self.demand.geometry.num_layers
 
     @property
     def smallest(self) -> int:

@@ -21,7 +21,7 @@ from qmix.units import format_bytes
 
 # Chunk sizes that the engine shares.
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
-MOST_PREFILL = 8192  # tokens of a prompt that go through a layer before the next layer
+MOST_PREFILL = 8192  # tokens of prompts that go through a layer before the next layer
 PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
@@ -98,24 +98,26 @@ def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1)
     return max(step, kept + logits) + prefetch
 
 
-def prefill_bytes(geometry: Geometry, context: int, tokens: int) -> int:
-    """Return what `tokens` of a prompt that go through each layer together allocate besides one chunk's work.
+def prefill_bytes(geometry: Geometry, context: int, tokens: int, batch: int = 1) -> int:
+    """Return what `tokens` of prompts that go through each layer together allocate besides one chunk's work.
 
     Their residual stream, its normed copy, every chosen expert's output, the sums in chunks and as a whole, their
-    routing and the chunks' masks. A single chunk goes through the layers as any step does.
+    routing, and for a single sequence the chunks' masks. A single chunk goes through the layers as any step does.
     """
     rows = (4 + geometry.experts_per_token) * geometry.hidden_size * HALF_BYTES
-    return tokens * (rows + ROUTING_BYTES + context * HALF_BYTES) if tokens > PREFILL_CHUNK else 0
+    masks = context * HALF_BYTES if batch == 1 else 0
+    return tokens * (rows + ROUTING_BYTES + masks) if tokens > PREFILL_CHUNK else 0
 
 
-def prefill_tokens(geometry: Geometry, context: int, room: int) -> int:
-    """Return how many tokens of a prompt can go through each layer together in `room` bytes: whole chunks, at least
-    one.
+def prefill_tokens(geometry: Geometry, context: int, room: int, batch: int = 1) -> int:
+    """Return how many tokens of the prompts of `batch` sequences can go through each layer together in `room` bytes:
+    whole chunks, at least one.
 
     Each expert is read once for all of them.
     """
-    fitting = range(min(MOST_PREFILL, -(-context // PREFILL_CHUNK) * PREFILL_CHUNK), 0, -PREFILL_CHUNK)
-    return next((tokens for tokens in fitting if prefill_bytes(geometry, context, tokens) <= room), PREFILL_CHUNK)
+    chunks = min(MOST_PREFILL // PREFILL_CHUNK, -(-context * batch // PREFILL_CHUNK))
+    fitting = (count * PREFILL_CHUNK for count in range(chunks, 0, -1))
+    return next((some for some in fitting if prefill_bytes(geometry, context, some, batch) <= room), PREFILL_CHUNK)
 
 
 def expert_work_bytes(geometry: Geometry, context: int, batch: int = 1) -> int:

@@ -41,7 +41,7 @@ class Plan:
     layer's dense weights and KV cache, "cpu" or "gpu:0"; embeddings lie with the first layer, the last norm and the
     head with the last. `placement` is [layer][expert]: "gpu:0" for a resident, which stays there, "ram" or "disk" for
     where each other expert is at the start; use decides which of them the pool holds later. `slot_classes` are the
-    pool's slots, one class for each size of record. `prefill` is how many tokens of a prompt go through a layer
+    pool's slots, one class for each size of record. `prefill` is how many tokens of prompts go through a layer
     together, and `prefill_work` the part of `work` that more than one chunk takes.
     """
 

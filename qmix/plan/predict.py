@@ -26,6 +26,7 @@ OVERLAP = 3.0  # reads beside products: 1 would be one after the other, infinity
 CROSSING_SECONDS = 40e-6  # activations from one device to another and the wait for them; stated
 BANDS = {"measured": 0.25, "stated": 0.35, "typical": 0.6}  # either side of a prediction, by its limit's source
 GPU_BAND = 0.5
+LONG_PROMPT = 4096  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +65,16 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The speed of one decode step at half the context and of one chunk of a prompt, both after some use."""
+    """The speed of one decode step at half the context and of one chunk of a prompt, both after some use, and of a
+    whole prompt of LONG_PROMPT tokens, or of the context where that is less.
+    """
 
     prefill: Speed
     decode: Speed
+    prompt: Speed
 
     def to_json(self) -> dict[str, Any]:
-        return {"prefill": self.prefill.to_json(), "decode": self.decode.to_json()}
+        return {name: getattr(self, name).to_json() for name in ("prefill", "decode", "prompt")}
 
 
 _SOURCES = {  # a limit's name, and the rate that it follows from
@@ -92,7 +96,24 @@ def predict(plan: Plan, layout: StoreLayout, rates: Rates, use: ExpertFrequency 
     tokens = min(PREFILL_CHUNK, plan.context)
     decode = decode_load(found, StepUse.of(demand, plan.batch))
     prefill = prefill_load(found, StepUse.of(demand, tokens), tokens)
-    return Prediction(prefill=speed_of(prefill, rates, tokens), decode=speed_of(decode, rates, plan.batch))
+    return Prediction(
+        prefill=speed_of(prefill, rates, tokens),
+        decode=speed_of(decode, rates, plan.batch),
+        prompt=_prompt_speed(found, rates, min(LONG_PROMPT, plan.context), plan.prefill),
+    )
+
+
+def _prompt_speed(found: Arrangement, rates: Rates, tokens: int, together: int) -> Speed:
+    """Return the speed of a prompt that goes through each layer `together` tokens at a time: each expert without a slot
+    is read once for them.
+    """
+    parts = []
+    for before in range(0, tokens, together):
+        some = min(together, tokens - before)
+        load = prefill_load(found, StepUse.of(found.demand, some), some, before)
+        parts.append(speed_of(load, rates, some))
+    longest = max(parts, key=lambda part: part.seconds)
+    return Speed(sum(part.seconds for part in parts), tokens, longest.limit, longest.band)
 
 
 def _holdings(plan: Plan, demand: Demand) -> tuple[Holding, ...]:

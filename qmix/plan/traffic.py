@@ -58,13 +58,13 @@ def decode_load(found: Arrangement, step: StepUse) -> Load:
     )
 
 
-def prefill_load(found: Arrangement, chunk: StepUse, tokens: int) -> Load:
-    """Return the load of one chunk of `tokens` prompt tokens, a sweep over all experts."""
+def prefill_load(found: Arrangement, chunk: StepUse, tokens: int, before: int = 0) -> Load:
+    """Return the load of `tokens` prompt tokens behind `before` others, in one sweep over all experts."""
     demand = found.demand
     geometry, layers = demand.geometry, demand.geometry.num_layers
     on_cpu, beside = _elsewhere(found, chunk)
     missed = found.missed
-    attention, routed = tokens * _attention_flops(geometry, tokens / 2), tokens * _expert_flops(geometry)
+    attention, routed = tokens * _attention_flops(geometry, before + tokens / 2), tokens * _expert_flops(geometry)
     on_gpus = layers - found.cpu_layers
     expert_total = demand.expert_total / layers * on_gpus
     apart = min(1.0, beside / expert_total) if on_gpus else 0.0

@@ -103,6 +103,7 @@ def details(planned: Planned) -> Table:
 
     row("decode", speed_text(predicted.decode))
     row("prefill", speed_text(predicted.prefill))
+    row("prompt", prompt_text(predicted.prompt))
     row("4-bit kernel", kernel_text(machine))
     row("rates", rates_text(machine.speeds, bool(plan.devices)))
     free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
@@ -116,6 +117,12 @@ def speed_text(speed: Speed) -> str:
     return (
         f"{_digits(speed.rate)} tok/s ({_digits(speed.slowest)} to {_digits(speed.fastest)}), limited by {speed.limit}"
     )
+
+
+def prompt_text(speed: Speed) -> str:
+    """Return the time to the first token of a whole prompt, with its band."""
+    seconds, band = speed.seconds, 1 + speed.band
+    return f"{speed.tokens:,} tokens in {_digits(seconds)} s ({_digits(seconds / band)} to {_digits(seconds * band)})"
 
 
 def kernel_text(machine: Machine) -> str:

@@ -8,6 +8,7 @@ need are prefetched in the disk's idle time.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
@@ -29,6 +30,21 @@ from qmix.store.opened import Store
 
 READS_IN_FLIGHT = 4  # records, when filling
 READS_AHEAD = 2  # records: one that the disk reads and the next; each further one only takes a slot
+
+
+class _Checksum:
+    """Checks a record's checksum; `damage` says what is wrong if it differs."""
+
+    def __init__(self, wanted: str, damage: str) -> None:
+        self.wanted, self.damage, self._digest = wanted, damage, xxhash.xxh3_64()
+
+    def take(self, part: memoryview) -> None:
+        self._digest.update(part)
+
+    def finish(self) -> None:
+        found, self._digest = self._digest.hexdigest(), xxhash.xxh3_64()
+        if found != self.wanted:
+            raise StoreError(self.damage)
 
 
 class ExpertPool:
@@ -56,6 +72,7 @@ class ExpertPool:
         self.counters = PoolCounters()
         self.cancelled = self.closed = False
         self.layer = 0
+        self.waited = 0.0  # seconds that requests have waited for reads
         self._resident: dict[Key, int] = {}
         self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet requested
         self._ending: list[tuple[int, Read]] = []  # abandoned; the disk still writes to their slots
@@ -72,6 +89,11 @@ class ExpertPool:
     def holds_all(self) -> bool:
         """True if every expert served has a slot, so that nothing is ever read twice."""
         return all_have_slots(self.store.layout, self.slots, self.elsewhere)
+
+    @property
+    def reading(self) -> float:
+        """The seconds in which a read was under way."""
+        return self._reader.busy
 
     @property
     def memory(self) -> torch.Tensor:
@@ -201,6 +223,7 @@ class ExpertPool:
                 while len(reading) < self._reads_awaited and (begun := self._begin_next(layer, waiting, pinned)):
                     reading.append(begun)
                 if not waiting:
+                    self._collect()
                     self._read_ahead(layer, coming, pinned)
                 key = ready.popleft() if ready else self._finish(reading)
                 pinned.add(key)
@@ -268,15 +291,12 @@ class ExpertPool:
         layer, expert = key
         buffer = self._slots.bytes(slot)
         offset = self.store.layout.record_offset(layer, expert)
-        want, path = self.store.record_checksums[layer][expert], self._files[layer].path
-
-        def check(record: memoryview) -> None:
-            if xxhash.xxh3_64_hexdigest(record) != want:
-                place = f"bytes {offset} to {offset + len(record) - 1}"
-                raise StoreError(
-                    f"{path}: the record of expert {expert} ({place}) is damaged; {mending(self.store.directory)}"
-                )
-
+        place = f"bytes {offset} to {offset + len(buffer) - 1}"
+        damage = (
+            f"{self._files[layer].path}: the record of expert {expert} ({place}) is damaged; "
+            f"{mending(self.store.directory)}"
+        )
+        check = _Checksum(self.store.record_checksums[layer][expert], damage)
         self.counters.bytes_read += len(buffer)
         read = Read(self._files[layer], buffer.numpy().data, offset, check)
         return key, slot, self._reader.submit(read, ahead)
@@ -284,7 +304,9 @@ class ExpertPool:
     def _finish(self, reading: deque[tuple[Key, int, Read]]) -> Key:
         """Wait for the first of the reads, and return its key, now resident."""
         key, slot, read = reading[0]
+        started = time.perf_counter()
         read.done.result()
+        self.waited += time.perf_counter() - started
         reading.popleft()
         self._resident[key] = slot
         return key

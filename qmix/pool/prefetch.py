@@ -17,7 +17,7 @@ import torch
 
 from qmix.pool.eviction import Key
 
-DEPTH = 4  # layers ahead
+DEPTH = 8  # layers ahead: the misses of a token come in bursts, which the disk has time for in the layers before
 TRUSTED = 0.75  # least share of right guesses to act upon them: a wrong one delays the reads that are waited for
 MEMORY = 0.9  # weight of the share so far against the next guess
 FEW_TOKENS = 8  # with more, nearly every expert of a layer is needed
@@ -55,8 +55,9 @@ class Prefetcher:
         if len(hidden) > FEW_TOKENS:
             return [((layer + 1) % self.layers, expert) for expert in range(self.experts)]
         keys = []
-        for depth, best in enumerate(self.guesses_from(layer, hidden).unbind(1), 1):
-            later, experts = layer + depth, list(dict.fromkeys(best.flatten().tolist()))
+        by_depth = self.guesses_from(layer, hidden).transpose(0, 1).flatten(1).tolist()  # [D, T * k]
+        for depth, best in enumerate(by_depth, 1):
+            later, experts = layer + depth, list(dict.fromkeys(best))
             self._guessed[later][depth] = experts
             if self._trust[later, depth] >= TRUSTED:
                 keys += [(later, expert) for expert in experts]

@@ -437,11 +437,15 @@ def test_a_bar_with_rate_and_time_left_and_a_ctrl_c_that_says_how_to_go_on(qmix,
 
 
 def test_it_stays_within_its_budget_with_a_pool_of_few_experts(qmix, tmp_path):
-    """The plan's total is the peak, the arena taken at once."""
+    """The plan's total is the peak, the arena taken at once; the longer prompts together are several chunks."""
     store = make_store(
         write_checkpoint(tmp_path / "checkpoint", random_weights(WIDE), WIDE, tokenizer=_tiny()), tmp_path / "store"
     )
-    source = write(tmp_path / "in.jsonl", *({"id": str(i), "prompt": [5, i + 3], "max_tokens": 20} for i in range(40)))
+
+    def line(i: int) -> dict:
+        return {"id": str(i), "prompt": [5, i + 3] * (1 + 60 * (i % 2)), "max_tokens": 20}
+
+    source = write(tmp_path / "in.jsonl", *(line(i) for i in range(40)))
     argv = ("-m", store.directory, "--ram", "620MiB", "--json")
     done = real("batch", source, "-o", tmp_path / "out.jsonl", *argv)
     assert done.status == 0, done.err

@@ -60,7 +60,7 @@ def test_a_small_case_by_hand(small):
 
 def test_what_is_unknown_is_null_in_json(small):
     content = json.loads(json.dumps(small.to_json(), allow_nan=False))
-    assert content["lookahead"][0] == [0.6667, None, None, None]
+    assert content["lookahead"][0] == [0.6667, None]
     assert content["tokens"] == {"en": 2, "fr": 1}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from stores import make_store
 from transformers import MixtralForCausalLM
 
 from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.pace import Pace
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError
@@ -117,6 +119,47 @@ def test_logits_do_not_depend_on_chunks_nor_on_neighbours(shaped, data):
         ready = [index for index in chosen if done[index] == len(prompts[index])]
         found |= dict(zip(ready, forward(chunks), strict=True))
     assert all(torch.equal(found[index], alone[index]) for index in range(len(prompts)))
+
+
+def test_logits_of_several_chunks_layer_by_layer_are_those_of_chunk_after_chunk(shaped):
+    """To the bit: prompts of 130 to 200 tokens in one pass of 660, and by themselves in two pieces."""
+    rng, forward = random.Random(0), shaped.forward
+    lengths, vocabulary = (200, 150, 180, 130), shaped.store.geometry.vocab_size
+    prompts = [rng.choices(range(vocabulary), k=length) for length in lengths]
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    alone = []
+    for prompt in prompts:
+        forward([Chunk(prompt[:70], 0, 0, False)])
+        alone.append(forward([Chunk(prompt[70:], 70, 0, True)])[0])
+    found = forward([Chunk(prompt, 0, start, True) for prompt, start in zip(prompts, starts, strict=True)])
+    assert all(map(torch.equal, found, alone))
+    first = forward([Chunk(prompt[:-3], 0, start, False) for prompt, start in zip(prompts, starts, strict=True)])
+    assert first.numel() == 0
+    ends = [Chunk(p[-3:], len(p) - 3, start, True) for p, start in zip(prompts, starts, strict=True)]
+    assert all(map(torch.equal, forward(ends), alone))
+
+
+def test_prompts_that_wait_together_read_each_expert_once(store, monkeypatch):
+    """Six prompts of 200 to 450 tokens beside a sequence that is being continued, with three slots for 48 experts: the
+    same answers."""
+    greedy = Sampling(max_new_tokens=9, temperature=0, ignore_eos=True)
+    prompts = [random.Random(i).choices(range(3, store.geometry.vocab_size), k=200 + 50 * i) for i in range(6)]
+    requests = [BatchRequest("first", [5, 6, 7], greedy)]
+    requests += [BatchRequest(str(i), prompt, greedy) for i, prompt in enumerate(prompts)]
+    found, passes, misses = [], [], []
+    for together in (512, 4096):
+        monkeypatch.setattr(Pace, "tokens", lambda pace, left: pace.most)
+        plan = replace(plan_of(store, 7, 480, 3), prefill=together)
+        with BatchRunner(store, plan) as runner:
+            running = runner.answer(requests)
+            answered = [next(running)]
+            misses.append(runner.pool.counters.misses)
+            answered += running
+            found.append({answer.name: answer for finished in answered for answer in finished})
+            passes.append(runner.work.passes)
+    assert found[0] == found[1]
+    assert passes == [4 + 8, 1 + 8]  # 1,953 prompt tokens take four passes, or one
+    assert misses[1] <= store.geometry.num_records
 
 
 def test_greedy_texts_are_transformers_own_when_experts_are_half(tiny, tmp_path):

@@ -96,6 +96,13 @@ def test_chunks_cut_segments_and_know_each_part_s_position():
         (slice(4, 8), [PathSegment(4, 1), PathSegment(3, 1), PathSegment(2, 2)]),
         (slice(8, 9), [PathSegment(4, 1)]),
     ]
+    shared = [PathSegment(7, 3, start=20), PathSegment(0, 2, start=5)]
+    assert [part for _, parts in chunks(shared, 2) for part in parts] == [
+        PathSegment(7, 2, 20),
+        PathSegment(9, 1, 20),
+        PathSegment(0, 1, 5),
+        PathSegment(1, 1, 5),
+    ]
     whole = [PathSegment(0, 5), PathSegment(0, 1)]
     assert list(chunks(whole, None)) == [(slice(0, 5), whole[:1]), (slice(5, 6), whole[1:])]
     with pytest.raises(AssertionError):  # a chunk of its own cannot see another's prefix

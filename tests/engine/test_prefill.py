@@ -169,7 +169,8 @@ def test_a_plan_takes_prompts_layer_by_layer_where_experts_come_from_disk():
     least = make_plan(layout, whole.smallest, 4096, 2**28)
     assert least.slots == 2
     assert least.total <= least.ram
-    assert make_plan(layout, part.ram, 1024, 2**28, batch=4).prefill == PREFILL_CHUNK
+    together = make_plan(layout, part.ram, 1024, 2**28, batch=4)
+    assert (together.prefill, together.prefill_work) == (4096, 4096 * (6 * 6144 * 2 + 128))  # rows need no masks
     assert make_plan(layout, part.ram, PREFILL_CHUNK, 2**28).prefill == PREFILL_CHUNK
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qmix.geometry import Geometry
@@ -59,6 +61,26 @@ def test_a_speed_names_its_limit_and_is_surer_of_what_was_measured():
     assert surer.to_json()["band"] == [surer.slowest, surer.fastest]
 
 
+def test_a_long_prompt_reads_each_expert_once_for_the_tokens_that_go_together():
+    """8x22B, 4,096 tokens on a disk so slow that only reads count: once together, or once in each of eight chunks."""
+    layout = store(PUBLISHED["mixtral-8x22b"].geometry)
+    plan = make_plan(layout, 24 * GIB, 4096, 500 * 10**6)
+    assert plan.prefill == 4096
+    slow = Rates(disk_read=1e6, read_seconds=0.0)
+    together = predict(plan, layout, slow).prompt
+    assert together.tokens == 4096
+    assert together.limit == "disk"
+    assert together.seconds == pytest.approx(plan.on_disk / 1e6, rel=0.01)
+    chunks = predict(replace(plan, prefill=512), layout, slow)
+    assert chunks.prompt.seconds == pytest.approx(8 * together.seconds, rel=0.01)
+    assert chunks.prefill == predict(plan, layout, slow).prefill
+    # on a fast disk products count: eight chunks, and attention to 2,048 positions where a first chunk has 256
+    fast = Rates(disk_read=1e15, read_seconds=0.0, memory_read=1e15, four_bit_read=1e15, layer_seconds=0.0)
+    found = predict(plan, layout, fast)
+    attention = 4096 * 56 * 2 * 2 * (2048 - 256) * 6144 / (fast.matmul * 0.65)
+    assert found.prompt.seconds == pytest.approx(8 * found.prefill.seconds + attention, rel=0.001)
+
+
 def test_a_cpu_without_kernels_is_slower_unless_it_was_measured():
     slow = without_kernels(Rates())
     assert slow.four_bit_read < Rates().four_bit_read / 10
@@ -91,8 +113,6 @@ BOX = Rates(memory_read=53.8e9, matmul=1040e9, four_bit_read=58e9, layer_seconds
     ],
 )
 def test_predictions_are_within_a_quarter_of_what_full_size_runs_measured(layers, model, ram, context, disk, measured):
-    from dataclasses import replace
-
     geometry = replace(PUBLISHED[model].geometry, num_layers=layers)
     plan = make_plan(store(geometry), ram, context, 500 * 10**6)
     found = predict(plan, store(geometry), BOX.with_measured({"disk_read": disk}))
