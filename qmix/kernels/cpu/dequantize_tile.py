@@ -45,7 +45,7 @@ def _exact(kind: str) -> list[float]:
     """Return the 16 values by code in fp32, the largest 1."""
     values = np.array(VALUES[kind], np.float32)
     values = values / values[-1]
-    return (values[np.argsort(FP4_CODES)] if kind == "fp4" else values).tolist()  # type: ignore[no-any-return]
+    return (values[np.argsort(FP4_CODES)] if kind == "fp4" else values).tolist()
 
 
 def _look_up(b: Builder, kind: str, codes: Value) -> Value:

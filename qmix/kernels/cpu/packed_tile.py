@@ -296,10 +296,11 @@ def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[A
             place = b.add(codes, times(b, pair.index, PACK_ROWS))
             prefetch(b, at(b, place, AHEAD, I8))
             to = b.add(weights, times(b, pair.index, 2 // TOGETHER * 4 * PACK_ROWS))
+            columns: list[tuple[Value, ...]]
             if current().pairs:
                 columns = [(words,) for words in _words(b, kind.literal_value, place)]
             else:
-                columns = wide_columns(b, kind.literal_value, place)
+                columns = [*wide_columns(b, kind.literal_value, place)]
             for part, vectors in enumerate(columns):
                 for column, vector in enumerate(vectors):
                     b.store(vector, at(b, to, 4 * (PACK_ROWS * column + LANES * part), vector.type), align=4)
