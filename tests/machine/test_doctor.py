@@ -80,6 +80,8 @@ def test_products_are_timed_over_real_records(monkeypatch):
     monkeypatch.setattr(machine_rates, "POOL_BYTES", 0)
     monkeypatch.setattr(machine_rates, "ROWS", 2048)
     assert 1e6 < machine_rates.four_bit_read() < 1e13
+    assert 1e6 < machine_rates.half_read() < 1e13
+    assert 1e6 < machine_rates.own_products() < 1e16
 
 
 def test_overheads_come_from_the_embedded_model(first_use, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qmix.geometry import Geometry
@@ -29,11 +31,18 @@ ROUND = Rates(
 def test_each_part_of_a_step_by_hand():
     assert seconds_of(Load(layers=4), ROUND) == 4 * 0.5
     assert seconds_of(Load(layers=0, dense=84), ROUND) == pytest.approx(1)  # 0.84 of memory's rate
-    assert seconds_of(Load(layers=0, experts=70), ROUND) == pytest.approx(1)  # 0.7 of the product's
+    assert seconds_of(Load(layers=0, experts=70), ROUND) == pytest.approx(1)  # 0.7 of memory's
     assert seconds_of(Load(layers=0, experts=84, four_bit=False), ROUND) == pytest.approx(1)
     assert seconds_of(Load(layers=0, missed=10, reads=2), ROUND) == pytest.approx(1.5)
     assert seconds_of(Load(layers=0, flops=650), ROUND) == pytest.approx(1)
     assert seconds_of(Load(layers=0, gpu_bytes=500), ROUND) == pytest.approx(1)  # half of the GPU's rate
+
+
+def test_products_slower_than_memory_are_the_limit():
+    slow = replace(ROUND, four_bit_read=10.0, half_read=20.0)
+    assert seconds_of(Load(layers=0, experts=9), slow) == pytest.approx(1)  # 0.9 of the product's rate
+    assert seconds_of(Load(layers=0, dense=18), slow) == pytest.approx(1)
+    assert seconds_of(Load(layers=0, experts=18, four_bit=False), slow) == pytest.approx(1)
 
 
 def test_experts_go_to_the_gpu_where_that_is_sooner():
@@ -91,8 +100,6 @@ BOX = Rates(memory_read=53.8e9, matmul=1040e9, four_bit_read=58e9, layer_seconds
     ],
 )
 def test_predictions_are_within_a_quarter_of_what_full_size_runs_measured(layers, model, ram, context, disk, measured):
-    from dataclasses import replace
-
     geometry = replace(PUBLISHED[model].geometry, num_layers=layers)
     plan = make_plan(store(geometry), ram, context, 500 * 10**6)
     found = predict(plan, store(geometry), BOX.with_measured({"disk_read": disk}))

@@ -14,7 +14,6 @@ For many rows of x a block is looked up once, into the L1 cache (`widen_block`),
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -24,7 +23,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qmix.kernels.cpu import avx2_step
 from qmix.kernels.cpu.blocks import FP4_CODES, VALUES
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.vectors import (
@@ -58,67 +56,36 @@ from qmix.kernels.packing import BLOCK, PACK_ROWS
 PARTS = PACK_ROWS // LANES  # vectors of sums in a group
 # Rows of x in a tile, times the vectors of a group: 24 registers of 32, or 8 of 16.
 PACKED_TOKENS = 12 if current().registers == 32 else max(1, 8 // PARTS)
-TILE_SUMS = 24 if current().registers == 32 else 8  # vectors of sums; with more, a tile takes half a group at a time
 # Groups side by side, so that few rows of x still make many independent sums: each waits for its own last addition.
 # Sixteen registers hold one group's sums and its look-up tables; two groups spilled.
 PACKED_GROUPS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2} if current().registers == 32 else {}
 BLOCK_TOKENS = 12 if current().registers == 32 else max(1, 12 // PARTS)  # rows of x in a tile over widened weights
-# Sums of even and of odd columns are apart on AVX2, which keeps one group: each sum would wait for its last addition.
-CHAINS = 2 if LANES == 8 else 1
-UNROLLED = 2  # pairs of columns in a step of the loop: 64 bytes of codes, a cache line to prefetch
 AHEAD = 1024  # bytes of each group's codes fetched ahead: one row of x takes 1.7 ms an expert; 2.4 at 3072, 1.8 at 6144
 X_ITEM = 2 if current().pairs else 4  # bytes of a number of x
 TOGETHER = 4 // X_ITEM  # columns that one instruction multiplies
 
-Sums = list[list[list[Value]]]  # places of vectors: [tokens][groups][parts]
-Halves = tuple[int, ...]  # of a group: 0 for the rows of low halves of bytes, 1 for those of high halves
-BOTH: Halves = (0, 1)
+Sums = list[list[list[Value]]]  # places of vectors: [tokens][groups][PARTS]
 
 
 def _packed_by_tokens(b: Builder, kind: str, tokens: int, groups: int, arguments: Sequence[Value]) -> None:
     """Emit the code of one four_bit_tile; `tokens` and `groups` are Python integers."""
-    for halves in ((0,), (1,)) if tokens * groups * PARTS * CHAINS > TILE_SUMS else (BOTH,):
-        _packed_halves(b, kind, tokens, groups, halves, arguments)
-
-
-def _packed_halves(b: Builder, kind: str, tokens: int, groups: int, halves: Halves, arguments: Sequence[Value]) -> None:
-    """Emit the code for these halves of each group."""
     codes, group_stride, absmax, stride, x, x_stride, blocks, sums = arguments
-    chains = [_places(b, tokens, groups, len(halves) * PARTS // 2) for _ in range(CHAINS)]
+    totals = _places(b, tokens, groups)
+    step = _add_pairs if current().pairs else _add_columns
     with cgutils.for_range(b, blocks) as block:
-        for totals in chains:
-            clear(b, chain.from_iterable(totals))
+        clear(b, chain.from_iterable(totals))
         block_codes = b.add(codes, times(b, block.index, BLOCK * PACK_ROWS // 2))
         block_x = b.add(x, times(b, block.index, X_ITEM * BLOCK))
-        with cgutils.for_range(b, ir.Constant(I64, BLOCK // 2 // UNROLLED)) as step:
-            first = b.add(block_codes, times(b, step.index, UNROLLED * PACK_ROWS))
-            first_x = b.add(block_x, times(b, step.index, UNROLLED * 2 * X_ITEM))
-            places = [b.add(first, times(b, group_stride, group)) for group in range(groups)]
-            rows = [b.add(first_x, times(b, x_stride, t)) for t in range(tokens)]
-            for place in places:
-                prefetch(b, at(b, place, AHEAD, I8))
-            if LANES == 8:
-                _step_in_avx2(b, kind, places[0], rows, chains, halves)
-            for pair in range(UNROLLED if LANES != 8 else 0):
-                codes_of = [b.add(place, ir.Constant(I64, pair * PACK_ROWS)) for place in places]
-                numbers = [b.add(row, ir.Constant(I64, 2 * X_ITEM * pair)) for row in rows]
-                (_add_pairs if current().pairs else _add_columns)(b, kind, codes_of, numbers, chains[0])
-        _add_scaled(b, kind, chains, b.add(absmax, b.mul(block.index, stride)), stride, sums, halves)
+        with cgutils.for_range(b, ir.Constant(I64, BLOCK // 2)) as pair:
+            place = b.add(block_codes, times(b, pair.index, PACK_ROWS))
+            places = [b.add(place, times(b, group_stride, group)) for group in range(groups)]
+            pair_x = b.add(block_x, times(b, pair.index, 2 * X_ITEM))
+            step(b, kind, places, [b.add(pair_x, times(b, x_stride, t)) for t in range(tokens)], totals)
+        _add_scaled(b, kind, totals, b.add(absmax, b.mul(block.index, stride)), stride, sums)
 
 
-def _step_in_avx2(b: Builder, kind: str, codes: Value, rows: list[Value], chains: list[Sums], halves: Halves) -> None:
-    table = _table(kind)
-    low, high = ([word >> shift & 255 for word in table] for shift in (0, 8))
-    constants = [avx2_step.constant(b, *each) for each in ((low, 8), (high, 8), ([15], 8), ([0xFFFF0000], 32))]
-    by_chain = [list(chain.from_iterable(chain.from_iterable(totals))) for totals in chains]
-    places = list(chain.from_iterable(zip(*by_chain, strict=True)))
-    found = avx2_step.add_step(b, [b.load(place) for place in places], constants, codes, rows, halves)
-    for place, total in zip(places, found, strict=True):
-        b.store(total, place)
-
-
-def _places(b: Builder, tokens: int, groups: int, parts: int) -> Sums:
-    return [[[cgutils.alloca_once(b, SUMS) for _ in range(parts)] for _ in range(groups)] for _ in range(tokens)]
+def _places(b: Builder, tokens: int, groups: int) -> Sums:
+    return [[[cgutils.alloca_once(b, SUMS) for _ in range(PARTS)] for _ in range(groups)] for _ in range(tokens)]
 
 
 def _add_pairs(b: Builder, kind: str, places: list[Value], x: list[Value], totals: Sums) -> None:
@@ -142,7 +109,7 @@ def _add_columns(b: Builder, kind: str, places: list[Value], x: list[Value], tot
 
 
 def wide_columns(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]:
-    """Return two columns of 32 rows in fp32, as vectors; `in_order` restores the order of rows."""
+    """Return two columns of 32 rows in fp32, as PARTS vectors; `in_order` restores the order of rows."""
     if current().name == "portable":
         return _looked_up(b, kind, place)
     columns = []
@@ -155,20 +122,20 @@ def wide_columns(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value
 
 def _words(b: Builder, kind: str, place: Value) -> list[Value]:
     """Return two columns of 32 rows as pairs of bf16 bit patterns, LANES rows a vector."""
+    prefetch(b, at(b, place, AHEAD, I8))
     codes = load(b, place, 0, ir.VectorType(I8, PACK_ROWS))
     if LANES == 16:
         table, words = ir.Constant(WORDS, _table(kind) * 2), b.zext(codes, WORDS)
         indices = (words, b.lshr(words, fill(WORDS, 4)))
         return [call(b, "llvm.x86.avx512.permvar.hi.512", WORDS, table, index) for index in indices]
-    return [words for half in BOTH for words in _two_look_ups(b, kind, _nibbles(b, codes, half))]
+    return [half for index in _nibbles(b, codes) for half in _two_look_ups(b, kind, index)]
 
 
-def _nibbles(b: Builder, codes: Value, half: int) -> Value:
-    """Return the low or the high half of each byte. Words are shifted: the processor cannot shift bytes."""
-    if half:
-        words = ir.VectorType(I16, PACK_ROWS // 2)
-        codes = b.bitcast(b.lshr(b.bitcast(codes, words), fill(words, 4)), codes.type)
-    return b.and_(codes, fill(codes.type, 15))
+def _nibbles(b: Builder, codes: Value) -> tuple[Value, Value]:
+    """Return the low and the high half of each byte. Words are shifted: the processor cannot shift bytes."""
+    words = b.lshr(b.bitcast(codes, ir.VectorType(I16, PACK_ROWS // 2)), fill(ir.VectorType(I16, PACK_ROWS // 2), 4))
+    mask = fill(codes.type, 15)
+    return b.and_(codes, mask), b.and_(b.bitcast(words, codes.type), mask)
 
 
 def _two_look_ups(b: Builder, kind: str, index: Value) -> list[Value]:
@@ -227,25 +194,16 @@ def in_order(b: Builder, vectors: list[Value]) -> list[Value]:
     return ordered
 
 
-def _add_scaled(
-    b: Builder, kind: str, chains: list[Sums], absmax: Value, stride: Value, sums: Value, halves: Halves = BOTH
-) -> None:
-    """Add a block's sums, those of all chains together, times its absmax, to the sums of the tile."""
-    groups, half = len(chains[0][0]), PARTS // 2
+def _add_scaled(b: Builder, kind: str, totals: Sums, absmax: Value, stride: Value, sums: Value) -> None:
+    """Add a block's sums, times its absmax, to the sums of the tile."""
+    groups = len(totals[0])
     prefetch(b, at(b, absmax, times(b, stride, 3), I8))
-    places = [
-        PARTS * group + half * which + part for group in range(groups) for which in halves for part in range(half)
-    ]
-    bits = [load(b, absmax, 2 * LANES * place, ir.VectorType(I16, LANES)) for place in places]
+    bits = [load(b, absmax, 2 * LANES * part, ir.VectorType(I16, LANES)) for part in range(PARTS * groups)]
     scales = [b.fmul(bf16_to_float(b, vector), fill(SUMS, 1 / VALUES[kind][-1])) for vector in bits]
-    for t, lines in enumerate(zip(*(totals for totals in chains), strict=True)):
-        found = [
-            reduce(b.fadd, map(b.load, parts))
-            for group in zip(*lines, strict=True)
-            for parts in zip(*group, strict=True)
-        ]
-        for place, total, scale in zip(places, in_order(b, found), scales, strict=True):
-            to = at(b, sums, 4 * LANES * (PARTS * groups * t + place), SUMS)
+    for t, lines in enumerate(totals):
+        ordered = [vector for line in lines for vector in in_order(b, [b.load(place) for place in line])]
+        for part, (total, scale) in enumerate(zip(ordered, scales, strict=True)):
+            to = at(b, sums, 4 * LANES * (PARTS * groups * t + part), SUMS)
             b.store(add_wide(b, b.load(to, align=4), total, scale), to, align=4)
 
 
@@ -294,7 +252,6 @@ def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[A
         _, codes, weights = arguments
         with cgutils.for_range(b, ir.Constant(I64, BLOCK // 2)) as pair:
             place = b.add(codes, times(b, pair.index, PACK_ROWS))
-            prefetch(b, at(b, place, AHEAD, I8))
             to = b.add(weights, times(b, pair.index, 2 // TOGETHER * 4 * PACK_ROWS))
             columns: list[tuple[Value, ...]]
             if current().pairs:
@@ -312,14 +269,12 @@ def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[A
 def _block_by_tokens(b: Builder, kind: str, tokens: int, arguments: Sequence[Value]) -> None:
     """Emit the code of one block_tile; `tokens` is a Python integer."""
     weights, absmax, stride, x, sums = arguments
-    chains = [_places(b, tokens, 1, PARTS) for _ in range(CHAINS)]
-    for first, totals in enumerate(chains):
-        clear(b, chain.from_iterable(totals))
-        with cgutils.for_range(b, ir.Constant(I64, BLOCK // TOGETHER // CHAINS)) as loop:
-            item = b.add(times(b, loop.index, CHAINS), ir.Constant(I64, first))
-            place, numbers = b.add(weights, times(b, item, 4 * PACK_ROWS)), b.add(x, times(b, item, 4))
-            _add_items(b, place, numbers, totals)
-    _add_scaled(b, kind, chains, absmax, stride, sums)
+    totals = _places(b, tokens, 1)
+    clear(b, chain.from_iterable(totals))
+    with cgutils.for_range(b, ir.Constant(I64, BLOCK // TOGETHER)) as loop:
+        place, numbers = b.add(weights, times(b, loop.index, 4 * PACK_ROWS)), b.add(x, times(b, loop.index, 4))
+        _add_items(b, place, numbers, totals)
+    _add_scaled(b, kind, totals, absmax, stride, sums)
 
 
 def _add_items(b: Builder, place: Value, numbers: Value, totals: Sums) -> None:
