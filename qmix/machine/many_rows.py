@@ -6,7 +6,6 @@ it holds only where a token's numbers may depend on the tokens beside it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +16,11 @@ from qmix.kernels.packing import BLOCK
 from qmix.precision.formats import FOUR_BITS
 from qmix.precision.matmul import FourBitMatrix, Int8Matrix, Matrix
 
-ROWS, COLS = 2048, 4096
-TOKENS = (512, 128, 64, 32)  # rows of x, tried until torch's product is no faster
+ROWS, COLS = 1024, 4096
+TOKENS = (128, 64, 32)  # rows of x, tried until torch's product is no faster
 CLEARLY = 0.95  # of the own product's time: a choice that a measurement's noise could turn is not made
 ROUNDS = 3
+HOPELESS = 4  # times the own product's time in the first round; torch may take a hundred times as long in fp16
 
 
 def try_widened() -> dict[str, int]:
@@ -40,23 +40,27 @@ def faster_from(matrix: Matrix, dtype: torch.dtype) -> int | None:
     with torch.inference_mode():
         for tokens in TOKENS:
             x = torch.ones(tokens, matrix.cols, dtype=dtype)
-            own, widened = _seconds(partial(matrix.multiply, x), partial(matrix.multiply_widened, x))
+            own, widened = _compared(partial(matrix.multiply, x), partial(matrix.multiply_widened, x))
             if widened > CLEARLY * own:
                 break
             least = tokens
     return least
 
 
-def _seconds(*products: Callable[[], object]) -> list[float]:
-    """Return the least seconds of each, taking turns: other processes only make one longer."""
-    least = [math.inf] * len(products)
-    for round_ in range(1 + ROUNDS):
-        for index, product in enumerate(products):
-            started = time.perf_counter()
-            product()
-            if round_:  # the first compiles and wakes the threads
-                least[index] = min(least[index], time.perf_counter() - started)
+def _compared(own: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
+    """Return the least seconds of both, taking turns: other processes only make one longer."""
+    own()  # compiles, and wakes the threads
+    other()
+    least = _seconds(own), _seconds(other)
+    for _ in range(ROUNDS if least[1] < HOPELESS * least[0] else 0):
+        least = min(least[0], _seconds(own)), min(least[1], _seconds(other))
     return least
+
+
+def _seconds(product: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    product()
+    return time.perf_counter() - started
 
 
 def _four_bit() -> FourBitMatrix:

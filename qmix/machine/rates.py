@@ -97,7 +97,7 @@ class Rates:
 
 RATE_NAMES = tuple(RATE_LABELS)
 
-SLOW_FOUR_BIT = 40.0  # times slower to dequantise 4-bit weights and multiply one token (benchmarks/slow_path.py)
+SLOW_FOUR_BIT = 20.0  # times slower to dequantise 4-bit weights and multiply one token (benchmarks/slow_path.py)
 
 
 def without_kernels(rates: Rates) -> Rates:
