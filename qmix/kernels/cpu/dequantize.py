@@ -34,6 +34,12 @@ def packed_rows(kind: str, codes: int, absmax: int, rows: int, columns: int, fir
     team.run(_packed(kind), groups, rows, columns, codes, absmax, first, out.data_ptr(), out.dtype == torch.float16)
 
 
+def prepare(kind: str) -> None:
+    """Load both kernels, compiled now if they are not on disk yet."""
+    _flat(kind)
+    _packed(kind)
+
+
 # Numba treats the variables of an enclosing function as constants, which the tiles need.
 
 
