@@ -20,7 +20,7 @@ from qmix.store.layout import StoreLayout
 
 DENSE_SHARE = 0.84  # of memory's rate that dense products reach between all else (docs/performance.md, "Full size")
 EXPERT_SHARE = 0.7  # of memory's rate that 4-bit products reach over a whole pool (the same)
-PRODUCT_SHARE = 0.9  # of a product's own rate, where that is the limit ("By instruction set")
+PRODUCT_SHARE = 0.9  # of a product's own rate, where that is the limit; stated, not measured
 COMPUTE_SHARE = 0.65  # of bf16 products' rate that a prefill chunk reaches (the same)
 GPU_SHARE = 0.5  # of a GPU's rates; stated, not measured
 OVERLAP = 3.0  # reads beside products: 1 would be one after the other, infinity perfectly side by side
