@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qmix.machine.found import available_memory, free_disk
 from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, memory_read
 from qmix.machine.rates import Rates
 from qmix.plan import Plan, make_plan
-from qmix.precision.matmul import FourBitMatrix
+from qmix.precision.matmul import FourBitMatrix, half_product
 from qmix.precision.memory import anonymous_memory
 from qmix.store.opened import Store
 
@@ -34,6 +35,7 @@ SCRATCH_BYTES = 2**30  # in the scratch file: more than a disk's own cache
 CHUNK = 16 * 2**20
 ROWS, COLUMNS = 14336, 4096  # a matrix of 8x7B
 POOL_BYTES = 600 * 2**20  # of 4-bit matrices: far more than caches hold
+MANY = 128  # tokens
 SLOW_MATRICES = 1  # without a kernel a product takes seconds
 TOKENS = 48  # decoded by the embedded model, after as many to warm up
 CONTEXT = 1024
@@ -48,8 +50,8 @@ def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) ->
     room = min(MEMORY_BYTES, available_memory() // 4) // PAGE * PAGE
     found = {"memory_read": max(memory_read(room).rounds)}  # other processes only make a round slower
     tell("multiplying")
-    found["matmul"] = max(matmul().rounds)
-    found["four_bit_read"] = four_bit_read()
+    found["matmul"] = max(*matmul().rounds, own_products())
+    found["four_bit_read"], found["half_read"] = four_bit_read(), half_read()
     tell("reading the disk")
     found["disk_read"] = disk_read(directory)
     tell("decoding with the embedded model")
@@ -77,18 +79,44 @@ def four_bit_read() -> float:
         return max(_rate(count * per_matrix, [matrix.multiply for matrix in matrices], x))
 
 
+def own_products() -> float:
+    """Return FLOP/s of a packed nf4 matrix multiplied with many tokens, 0 without a kernel."""
+    memory = anonymous_memory(ROWS * COLUMNS // 2 + ROWS * COLUMNS // 64 * 2)
+    memory.random_(0, 64)
+    matrix = FourBitMatrix("nf4", *_parts(memory), ROWS, COLUMNS)
+    if matrix.kernel is None:
+        return 0.0
+    x = torch.randn(MANY, COLUMNS).bfloat16()
+    with torch.inference_mode():
+        matrix.multiply(x)
+        return max(_rate(2 * MANY * ROWS * COLUMNS, [matrix.multiply], x))
+
+
+def half_read() -> float:
+    """Return bytes/s of bf16 matrices of the size of a projection multiplied with one token."""
+    nbytes = 2 * COLUMNS**2
+    memory = anonymous_memory(max(1, min(POOL_BYTES, available_memory() // 4) // nbytes) * nbytes)
+    memory.random_(0, 64)
+    weights = [part.view(torch.bfloat16).view(COLUMNS, COLUMNS) for part in memory.split(nbytes)]
+    x = torch.randn(1, COLUMNS).bfloat16()
+    with torch.inference_mode():
+        half_product(x, weights[0])
+        return max(_rate(memory.nbytes, [partial(half_product, weight=weight) for weight in weights], x))
+
+
 def _parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return views of the codes and the absmax of a packed matrix that fills `memory`."""
     codes = memory[: ROWS * COLUMNS // 2].view(ROWS, COLUMNS // 2)
     return codes, memory[ROWS * COLUMNS // 2 :].view(torch.bfloat16).view(COLUMNS // 64, ROWS)
 
 
-def _rate(nbytes: int, products: list[Callable[[torch.Tensor], object]], x: torch.Tensor) -> Iterator[float]:
+def _rate(amount: int, products: list[Callable[[torch.Tensor], object]], x: torch.Tensor) -> Iterator[float]:
+    """Yield bytes/s or FLOP/s of a few rounds of all products."""
     for _ in range(ROUNDS):
         started = time.perf_counter()
         for product in products:
             product(x)
-        yield nbytes / (time.perf_counter() - started)
+        yield amount / (time.perf_counter() - started)
 
 
 def disk_read(directory: Path) -> float:

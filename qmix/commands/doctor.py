@@ -48,15 +48,18 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     from qmix.machine.four_bit import try_four_bit
 
     four_bit, rates, lost = try_four_bit(), measured_rates(), None
-    found = None
+    found = widened = None
     if not no_measure:
         load_libraries()
         from qmix.bench.machine_rates import measure
+        from qmix.machine.many_rows import try_widened
 
         found = measure(where, say)
         rates = Rates().with_measured(found)
+        say("multiplying dequantised weights")
+        widened = try_widened()
     try:
-        kept = keep(found, four_bit)
+        kept = keep(found, four_bit, widened=widened)
         if not no_measure:
             say(f"kept in {kept}")
     except QmixError as error:  # raised at the end: the report is useful all the same

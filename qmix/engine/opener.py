@@ -11,6 +11,7 @@ from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
 from qmix.engine.compute import ComputeThread, one_thread_for_few
 from qmix.engine.generation_config import model_generation_config
 from qmix.machine.found import give_back_freed_memory
+from qmix.machine.measured import widened_from
 from qmix.model.build import build_model
 from qmix.model.gpu.devices import pin
 from qmix.model.gpu.spread import Spread
@@ -53,7 +54,8 @@ class OpenModel:
         if generates:
             self.tokenizer = load_tokenizer(store.directory)
         elsewhere = spread.residents if spread else frozenset()
-        self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere)
+        widened = {} if invariant else widened_from(store.layout.dtype)
+        self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
         self.thread = ComputeThread(self.pool)
         with ExitStack() as opened:
             if spread and any(device.device.type == "cuda" for device in spread.devices.values()):

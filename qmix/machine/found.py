@@ -64,6 +64,12 @@ def cpu_name(root: Path = Path("/")) -> str:
     return _cpuinfo(root).get("model name") or platform.processor() or platform.machine()
 
 
+def torch_threads() -> int:
+    """Return how many threads torch computes with: OMP_NUM_THREADS, read where torch reads it, or the cores."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isascii() and stated.isdigit() and int(stated) else psutil.cpu_count(False) or 1
+
+
 def _cpuinfo(root: Path) -> dict[str, str]:
     """Return the fields of the first core."""
     try:

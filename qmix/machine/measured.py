@@ -16,12 +16,15 @@ from qmix.disk.places import state_directory
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import PORTABLE, current, supported
-from qmix.machine.found import cpu_name
+from qmix.machine.found import cpu_name, torch_threads
 from qmix.machine.rates import RATE_NAMES, FourBitProducts, Rates
 from qmix.version import __version__
 
 STACK = ("torch", "bitsandbytes", "transformers", "numba", "llvmlite")  # decides how products are computed
-SOFTWARE_RATES = ("matmul", "four_bit_read", "gpu_matmul", "layer_seconds")  # depend on the stack's versions
+# These depend on the versions of the stack, the next on the CPU path and the threads.
+SOFTWARE_RATES = ("matmul", "four_bit_read", "half_read", "gpu_matmul", "layer_seconds")
+CPU_RATES = ("memory_read", "matmul", "four_bit_read", "half_read", "layer_seconds", "read_seconds")
+Rows = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Rate = Annotated[float, msgspec.Meta(ge=1e-9, le=1e21)]  # any machine's; plans can compute with it
 
 
@@ -47,14 +50,30 @@ class FourBitTrial(msgspec.Struct, frozen=True):
         return self.correct and self.path != PORTABLE and None not in (self.large, self.small)
 
 
+class CpuProfile(msgspec.Struct, frozen=True):
+    """What was measured on one CPU path with one number of threads, under the versions in `stack`.
+
+    `widened_from` are numbers of rows of x by precision and type, like "nf4 bf16": from there on it is faster to
+    dequantise a matrix and multiply with torch's product.
+    """
+
+    rates: dict[str, Rate] = {}
+    widened_from: dict[str, Rows] = {}
+    four_bit: FourBitTrial | None = None
+    stack: dict[str, str] = {}
+
+
 class MachineProfile(msgspec.Struct, frozen=True):
-    """The file's content. `machine` and `stack` identify the machine and the versions that were measured."""
+    """The file's content. `machine` and `stack` identify the machine and the versions that were measured.
+
+    `cpu` has what depends on the CPU path and the threads, by both: "avx2, 8 threads". `rates` has the others.
+    """
 
     schema: Literal["qmix-machine-1"]
     machine: dict[str, str | int | None]
     rates: dict[str, Rate]
     stack: dict[str, str] = {}
-    four_bit: FourBitTrial | None = None
+    cpu: dict[str, CpuProfile] = {}
     measured_at: str = ""
 
 
@@ -66,20 +85,59 @@ def profile_path() -> Path:
 def measured_rates(path: Path | None = None) -> Rates:
     """Return typical rates, replaced by the rates measured on this machine.
 
-    A profile of another machine is ignored; of one with other versions only the hardware's rates are used.
+    A profile of another machine is ignored; of one with other versions only the hardware's rates are used. The CPU's
+    rates are those of the path and the number of threads in use. Measured with another number of threads only, they
+    are scaled (`Rates.with_threads`).
     """
     known = _known(path)
     if known is None:
         return Rates()
-    same = known.stack == _stack()
-    names = [name for name in RATE_NAMES if same or name not in SOFTWARE_RATES]
-    return Rates().with_measured({name: known.rates[name] for name in names if name in known.rates})
+    found = Rates().with_measured(_usable(known.rates, known.stack))
+    measured = {count: _usable(cpu.rates, cpu.stack) for count, cpu in _by_threads(known).items()}
+    measured = {count: rates for count, rates in measured.items() if rates}
+    threads = torch_threads()
+    if threads in measured:
+        return found.with_measured(measured[threads])
+    if not measured:
+        return found
+    nearest = min(measured, key=lambda count: abs(count - threads))
+    return found.with_threads(measured[nearest], nearest, threads)
+
+
+def _usable(rates: Mapping[str, float], stack: Mapping[str, str]) -> dict[str, float]:
+    """Return the rates that still hold with the versions installed now."""
+    same = stack == _stack()
+    return {name: rates[name] for name in RATE_NAMES if name in rates and (same or name not in SOFTWARE_RATES)}
+
+
+def _by_threads(known: MachineProfile) -> dict[int, CpuProfile]:
+    """Return what was measured on the path in use, by the number of threads."""
+    every = {_key(current().name, count): count for count in range(1, (os.cpu_count() or 1) + 1)}
+    return {every[key]: cpu for key, cpu in known.cpu.items() if key in every}
+
+
+def _key(path: str, threads: int) -> str:
+    return f"{path}, {threads} threads"
+
+
+def _in_use(known: MachineProfile | None) -> CpuProfile:
+    """Return what was measured on this path with so many threads under the same versions; empty if nothing was."""
+    found = known.cpu.get(_key(current().name, torch_threads())) if known else None
+    return found if found is not None and found.stack == _stack() else CpuProfile(stack=_stack())
+
+
+def widened_from(dtype: str, path: Path | None = None) -> dict[str, int]:
+    """Return by precision from how many rows of x on dequantising and torch's product are faster, as measured here.
+
+    `dtype` is "bf16" or "fp16". A precision that is not there has its own product for every number of rows.
+    """
+    found = _in_use(_known(path)).widened_from
+    return {name.split()[0]: rows for name, rows in found.items() if name.endswith(f" {dtype}")}
 
 
 def tried_four_bit(path: Path | None = None) -> FourBitTrial | None:
     """Return the last trial of a 4-bit product, None where none was made here with these versions."""
-    known = _known(path)
-    return known.four_bit if known is not None and known.stack == _stack() else None
+    return _in_use(_known(path)).four_bit
 
 
 def four_bit_products(path: Path | None = None) -> FourBitProducts:
@@ -91,20 +149,33 @@ def four_bit_products(path: Path | None = None) -> FourBitProducts:
 
 
 def keep(
-    rates: Mapping[str, float] | None = None, four_bit: FourBitTrial | None = None, path: Path | None = None
+    rates: Mapping[str, float] | None = None,
+    four_bit: FourBitTrial | None = None,
+    path: Path | None = None,
+    widened: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write new rates or a new trial beside what is known of the rest; return the path. Raises QmixError."""
+    """Write new rates or a new trial beside what is known of the rest; return the path. Raises QmixError.
+
+    The CPU's rates, the trial and `widened`, a CpuProfile's `widened_from`, are kept for this path and these threads.
+    """
     target = path or profile_path()
     known, stack = _known(target), _stack()
-    if known is not None and known.stack != stack:
-        others = {name: rate for name, rate in known.rates.items() if name not in SOFTWARE_RATES}
-        known = msgspec.structs.replace(known, rates=others, four_bit=None)
+    others = _usable(known.rates, known.stack) if known else {}
+    before = _in_use(known)
+    if rates is not None:
+        others = {name: rate for name, rate in rates.items() if name not in CPU_RATES}
+        before = CpuProfile({name: rates[name] for name in CPU_RATES if name in rates}, {}, before.four_bit, stack)
+    cpu = msgspec.structs.replace(
+        before,
+        four_bit=four_bit or before.four_bit,
+        widened_from=dict(widened) if widened is not None else before.widened_from,
+    )
     content = MachineProfile(
         schema="qmix-machine-1",
         machine=_identity(),
-        rates=dict(rates) if rates is not None else known.rates if known else {},
+        rates=others,
         stack=stack,
-        four_bit=four_bit or (known.four_bit if known else None),
+        cpu={**(known.cpu if known else {}), _key(current().name, torch_threads()): cpu},
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     try:
@@ -127,9 +198,8 @@ def _identity() -> dict[str, str | int | None]:
 
 
 def _stack() -> dict[str, str]:
-    """Return the versions and the CPU path that decide how products are computed."""
-    found = {"qmix": __version__, "python": platform.python_version(), "cpu_path": current().name}
-    return found | versions(STACK)
+    """Return the versions that decide how products are computed."""
+    return {"qmix": __version__, "python": platform.python_version()} | versions(STACK)
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

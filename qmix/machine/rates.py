@@ -13,13 +13,15 @@ from typing import Any
 from qmix.units import format_bytes, format_flops
 
 FLOP_RATES = ("matmul", "gpu_matmul")
+PRODUCTS = ("matmul", "four_bit_read", "half_read")  # of the CPU, in proportion to its threads
 SECONDS = ("layer_seconds", "read_seconds")
 RATE_LABELS = {
     "memory_read": "memory bandwidth",
-    "disk_read": "disk read",
+    "disk_read": "disk reads",
     "pcie": "memory to GPU",
     "matmul": "bf16 matmul",
     "four_bit_read": "4-bit matmul bandwidth",
+    "half_read": "bf16 matmul bandwidth",
     "gpu_memory": "GPU memory bandwidth",
     "gpu_matmul": "GPU matmul",
     "layer_seconds": "per-layer overhead",
@@ -34,14 +36,16 @@ class Rates:
     memory_read    bytes/s, reading memory with all cores
     disk_read      bytes/s, O_DIRECT reads of expert records at random places
     pcie           bytes/s, from pinned memory to one GPU
-    matmul         FLOP/s of bf16 products on the CPU
+    matmul         FLOP/s of products of many tokens on the CPU: torch's in bf16, or qmix's own if faster
     four_bit_read  bytes/s of 4-bit weights multiplied with one token on the CPU, by the product alone
+    half_read      bytes/s of bf16 weights multiplied with one token on the CPU, by the product alone
     gpu_memory     bytes/s, reading one GPU's memory
     gpu_matmul     FLOP/s of half-precision products on one GPU
     layer_seconds  seconds of a layer in decode besides its weights: Python, small tensors, the router
     read_seconds   seconds of a record's read besides its bytes
 
-    `measured` and `stated` name the rates that were measured on the machine, and the rates that a user gave.
+    `measured` and `stated` name the rates that were measured on the machine, and the rates that a user gave; `scaled`
+    those that were measured with another number of threads.
     """
 
     memory_read: float = 40e9
@@ -49,21 +53,36 @@ class Rates:
     pcie: float = 20e9
     matmul: float = 800e9
     four_bit_read: float = 42e9
+    half_read: float = 40e9
     gpu_memory: float = 800e9
     gpu_matmul: float = 80e12
     layer_seconds: float = 0.6e-3
     read_seconds: float = 0.3e-3
     measured: frozenset[str] = frozenset()
     stated: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
 
     def source(self, name: str) -> str:
-        """Return the source of a rate: "measured", "stated" or "typical"."""
-        return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
+        """Return the source of a rate: "stated", "measured", "scaled" or "typical"."""
+        sources = {"stated": self.stated, "measured": self.measured, "scaled": self.scaled}
+        return next((source for source, names in sources.items() if name in names), "typical")
 
     def with_measured(self, found: Mapping[str, float]) -> Rates:
         """Return the rates with those of `found` in place, as measured."""
         sources = {"measured": self.measured.union(found), "stated": self.stated.difference(found)}
         changes: dict[str, Any] = {**found, **sources}
+        return replace(self, **changes)
+
+    def with_threads(self, found: Mapping[str, float], measured: int, threads: int) -> Rates:
+        """Return the rates with those of `found` in place, measured with other threads: products in proportion.
+
+        Products with one token read no faster than memory. Memory's rate and the overheads are left as they are.
+        """
+        rates = {name: rate * threads / measured if name in PRODUCTS else rate for name, rate in found.items()}
+        for name in ("four_bit_read", "half_read"):
+            if name in rates and "memory_read" in rates:
+                rates[name] = min(rates[name], rates["memory_read"])
+        changes: dict[str, Any] = {**rates, "scaled": self.scaled.union(rates)}
         return replace(self, **changes)
 
     def with_stated(self, given: Mapping[str, float]) -> Rates:
@@ -76,20 +95,9 @@ class Rates:
         return {name: {"value": getattr(self, name), "source": self.source(name)} for name in RATE_NAMES}
 
 
-RATE_LABELS = {
-    "memory_read": "memory bandwidth",
-    "disk_read": "disk reads",
-    "pcie": "memory to GPU",
-    "matmul": "bf16 matmul",
-    "four_bit_read": "4-bit matmul bandwidth",
-    "gpu_memory": "GPU memory bandwidth",
-    "gpu_matmul": "GPU matmul",
-    "layer_seconds": "per-layer overhead",
-    "read_seconds": "per-read overhead",
-}
 RATE_NAMES = tuple(RATE_LABELS)
 
-SLOW_FOUR_BIT = 40.0  # times slower to dequantise 4-bit weights and multiply one token (benchmarks/slow_path.py)
+SLOW_FOUR_BIT = 20.0  # times slower to dequantise 4-bit weights and multiply one token (benchmarks/slow_path.py)
 
 
 def without_kernels(rates: Rates) -> Rates:

@@ -19,12 +19,18 @@ from qmix.store.expert_frequency import ExpertFrequency, uniform_frequency
 from qmix.store.layout import StoreLayout
 
 DENSE_SHARE = 0.84  # of memory's rate that dense products reach between all else (docs/performance.md, "Full size")
-EXPERT_SHARE = 0.7  # of the 4-bit product's own rate that it reaches over a whole pool (the same)
+EXPERT_SHARE = 0.7  # of memory's rate that 4-bit products reach over a whole pool (the same)
+PRODUCT_SHARE = 0.9  # of a product's own rate, where that is the limit; stated, not measured
 COMPUTE_SHARE = 0.65  # of bf16 products' rate that a prefill chunk reaches (the same)
 GPU_SHARE = 0.5  # of a GPU's rates; stated, not measured
 OVERLAP = 3.0  # reads beside products: 1 would be one after the other, infinity perfectly side by side
 CROSSING_SECONDS = 40e-6  # activations from one device to another and the wait for them; stated
-BANDS = {"measured": 0.25, "stated": 0.35, "typical": 0.6}  # either side of a prediction, by its limit's source
+BANDS = {
+    "measured": 0.25,
+    "stated": 0.35,
+    "scaled": 0.45,
+    "typical": 0.6,
+}  # either side of a prediction, by its limit's source
 GPU_BAND = 0.5
 LONG_PROMPT = 4096  # tokens
 
@@ -146,12 +152,14 @@ def speed_of(load: Load, rates: Rates, tokens: int) -> Speed:
 
 def _parts(load: Load, rates: Rates) -> dict[str, float]:
     """Return seconds by limit."""
-    reading, rate = "memory", rates.memory_read * DENSE_SHARE
+    dense = min(rates.memory_read * DENSE_SHARE, rates.half_read * PRODUCT_SHARE)
+    reading, rate = "memory", dense
     if load.four_bit:
-        reading, rate = "4-bit products", rates.four_bit_read * EXPERT_SHARE
+        reading = "4-bit products"
+        rate = min(rates.memory_read * EXPERT_SHARE, rates.four_bit_read * PRODUCT_SHARE)
     flops, gpu_flops = rates.matmul * COMPUTE_SHARE, rates.gpu_matmul * GPU_SHARE
     parts = {
-        "memory": load.dense / (rates.memory_read * DENSE_SHARE),
+        "memory": load.dense / dense,
         "4-bit products": 0.0,
         "CPU arithmetic": load.flops / flops,
         "GPU memory": load.gpu_bytes / (rates.gpu_memory * GPU_SHARE),

@@ -137,7 +137,7 @@ def kernel_text(machine: Machine) -> str:
 
 def rates_text(rates: Rates, gpus: bool) -> str:
     """Return each rate that counts, grouped by source."""
-    names = ["memory_read", "disk_read", "matmul", "four_bit_read", "layer_seconds"]
+    names = ["memory_read", "disk_read", "matmul", "four_bit_read", "half_read", "layer_seconds"]
     names += ["pcie", "gpu_memory", "gpu_matmul"] if gpus else []
     groups: dict[str, list[str]] = {}
     for name in names:

@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NoReturn
 
 import torch
@@ -52,8 +53,9 @@ class ExpertPool:
 
     `slots` are counts by the bytes of their records, at least one for every size in the store. A store's profile
     decides what is read first, how likely a use is before the first, and the policy unless `policy` is given. With
-    `invariant`, an expert's result for a token does not depend on the tokens beside it. Setting `cancelled` makes the
-    next request raise Cancelled. `layer` is the layer of the last request, for progress displays.
+    `invariant`, an expert's result for a token does not depend on the tokens beside it; otherwise `widened_from` has by
+    precision the tokens from which on torch multiplies dequantised weights. Setting `cancelled` makes the next request
+    raise Cancelled. `layer` is the layer of the last request, for progress displays.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class ExpertPool:
         policy: Eviction | None = None,
         invariant: bool = False,
         elsewhere: frozenset[Key] = frozenset(),
+        widened_from: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.store, self.slots, self.invariant, self.elsewhere = store, slots, invariant, elsewhere
+        self._widened_from = widened_from
         advised = store.profile.policy if store.profile is not None else None
         self.policy = policy or POLICIES[advised or DEFAULT_POLICY](store.geometry, store.use)
         self._slots = SlotMemory(slots)
@@ -339,6 +343,7 @@ class ExpertPool:
         view = self._views.get((slot, precision))
         if view is None:
             record = self.store.layout.records[precision]
-            view = Expert(self._slots.bytes(slot), record, self.store.geometry.expert_matrices, self.invariant)
+            shapes, widened = self.store.geometry.expert_matrices, self._widened_from.get(precision)
+            view = Expert(self._slots.bytes(slot), record, shapes, self.invariant, widened)
             self._views[slot, precision] = view
         return view

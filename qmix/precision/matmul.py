@@ -28,6 +28,8 @@ from qmix.precision.formats import FOUR_BITS, KERNEL_WEIGHTS, fits_kernels
 from qmix.precision.record import RecordLayout
 
 SLOW_PATH_WEIGHTS = 2**20  # dequantised at once without a kernel: 4 MiB of fp32
+WIDENED_WEIGHTS = 2**19  # dequantised at once for torch's product, with two copies in fp32 on the way: 5 MiB
+PACKED_WIDENED = 4 * WIDENED_WEIGHTS  # without copies: 4 MiB
 OURS, THEIRS = "qmix", "bitsandbytes"  # owners of kernels for packed matrices
 FEW_TOKENS = 32  # from this many rows of x on, torch's product in bf16 is as fast as qmix's
 
@@ -35,8 +37,9 @@ FEW_TOKENS = 32  # from this many rows of x on, torch's product in bf16 is as fa
 class Matrix:
     """A [rows, cols] matrix in one of the precisions."""
 
-    def __init__(self, rows: int, cols: int, invariant: bool = False) -> None:
+    def __init__(self, rows: int, cols: int, invariant: bool = False, widened_from: int | None = None) -> None:
         self.rows, self.cols, self.invariant = rows, cols, invariant
+        self.widened_from = None if invariant else widened_from
 
     @property
     def uses_ours(self) -> bool:
@@ -47,11 +50,27 @@ class Matrix:
         """Return rows [start, stop) in fp32."""
         raise NotImplementedError
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Yield the matrix a few rows at a time, dequantised and rounded to `dtype`."""
-        step = max(1, SLOW_PATH_WEIGHTS // self.cols // PACK_ROWS) * PACK_ROWS
+    def pieces(self, dtype: torch.dtype, weights: int = SLOW_PATH_WEIGHTS) -> Iterator[torch.Tensor]:
+        """Yield the matrix a few rows at a time, about `weights`, dequantised and rounded to `dtype`."""
+        step = max(1, weights // self.cols // PACK_ROWS) * PACK_ROWS
         for start in range(0, self.rows, step):
             yield self.dequantize(start, min(start + step, self.rows)).to(dtype)
+
+    def widened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Yield the same pieces for a product by torch; each may be overwritten by the next."""
+        return self.pieces(dtype, WIDENED_WEIGHTS)
+
+    def widens(self, tokens: int) -> bool:
+        """Return True if `multiply` dequantises for so many rows of x and lets torch multiply."""
+        return self.widened_from is not None and tokens >= self.widened_from
+
+    def multiply_widened(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x @ self.T by torch's product in x's type, with a few rows of the matrix dequantised at a time."""
+        out, row = torch.empty((len(x), self.rows), dtype=x.dtype), 0
+        for piece in self.widened(x.dtype):
+            out[:, row : row + len(piece)] = x @ piece.T
+            row += len(piece)
+        return out
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the whole matrix, dequantised and rounded to `dtype`, in new memory."""
@@ -113,9 +132,15 @@ class Int8Matrix(Matrix):
     """bitsandbytes' row-wise int8: weight = code * row_max / 127."""
 
     def __init__(
-        self, codes: torch.Tensor, row_max: torch.Tensor, rows: int, cols: int, invariant: bool = False
+        self,
+        codes: torch.Tensor,
+        row_max: torch.Tensor,
+        rows: int,
+        cols: int,
+        invariant: bool = False,
+        widened_from: int | None = None,
     ) -> None:
-        super().__init__(rows, cols, invariant)
+        super().__init__(rows, cols, invariant, widened_from)
         self.codes, self.row_max = codes, row_max
         self._ones = torch.ones(rows, dtype=torch.bfloat16)
 
@@ -123,6 +148,8 @@ class Int8Matrix(Matrix):
         return self.codes[start:stop].float() * (self.row_max[start:stop, None] / 127)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.widens(len(x)):
+            return self.multiply_widened(x)
         if self.uses_ours:
             from qmix.kernels.cpu.products import multiply_rows
 
@@ -138,9 +165,16 @@ class FourBitMatrix(Matrix):
     """bitsandbytes' nf4 or fp4, packed for its CPU kernel where the shape allows it, else flat."""
 
     def __init__(
-        self, kind: str, codes: torch.Tensor, absmax: torch.Tensor, rows: int, cols: int, invariant: bool = False
+        self,
+        kind: str,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        rows: int,
+        cols: int,
+        invariant: bool = False,
+        widened_from: int | None = None,
     ) -> None:
-        super().__init__(rows, cols, invariant)
+        super().__init__(rows, cols, invariant, widened_from)
         self.kind, self.codes, self.absmax = kind, codes, absmax
         self.table = code_table(kind)
         self.packed = fits_kernels(rows, cols)
@@ -164,13 +198,37 @@ class FourBitMatrix(Matrix):
 
     def _dequantize_flat(self, start: int, stop: int) -> torch.Tensor:
         begin, end = start * self.cols, stop * self.cols
+        if self.rows * self.cols < KERNEL_WEIGHTS:
+            return self._flat_values(begin, end).view(stop - start, self.cols)
+        from qmix.kernels.cpu.dequantize import flat_blocks
+
+        first, last = begin // BLOCK, end // BLOCK  # whole blocks by the kernel, the end of the last one apart
+        codes, absmax = self.places
+        values = torch.empty(end - first * BLOCK)
+        flat_blocks(self.kind, codes + first * BLOCK // 2, absmax + 2 * first, last - first, values)
+        values[(last - first) * BLOCK :] = self._flat_values(last * BLOCK, end)
+        return values[begin % BLOCK :].view(stop - start, self.cols)
+
+    def _flat_values(self, begin: int, end: int) -> torch.Tensor:
         codes = self.codes[begin // 2 : (end + 1) // 2]
         values = self.table[torch.stack((codes >> 4, codes & 15), dim=1).view(-1).int()]
         values = values[begin % 2 : begin % 2 + end - begin]
         blocks = torch.arange(begin, end) // BLOCK
-        return (values * self.absmax[blocks].float()).view(stop - start, self.cols)
+        return values * self.absmax[blocks].float()
+
+    def widened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        from qmix.kernels.cpu.dequantize import packed_rows
+
+        step = max(1, PACKED_WIDENED // self.cols // PACK_ROWS) * PACK_ROWS
+        buffer = torch.empty(self.cols * min(step, self.rows), dtype=dtype)
+        for start in range(0, self.rows, step):
+            piece = buffer[: self.cols * min(step, self.rows - start)].view(self.cols, -1)
+            packed_rows(self.kind, *self.places, self.rows, self.cols, start, piece)
+            yield piece.T
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel == OURS and self.widens(len(x)):
+            return self.multiply_widened(x)
         if self.kernel is None:
             return super().multiply(x)
         if self.kernel == OURS:
@@ -194,13 +252,14 @@ class Expert:
         layout: RecordLayout,
         shapes: dict[str, tuple[int, int]],
         invariant: bool = False,
+        widened_from: int | None = None,
     ) -> None:
         tensors: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
         for item in layout.parts:
             raw = buffer[item.offset : item.offset + item.part.nbytes]
             tensors[item.matrix].append(raw.view(TORCH[item.part.dtype]).view(item.part.shape))
         self.gate, self.up, self.down = (
-            _matrix(layout.precision, tensors[matrix], *shapes[matrix], invariant) for matrix in MATRICES
+            _matrix(layout.precision, tensors[matrix], *shapes[matrix], invariant, widened_from) for matrix in MATRICES
         )
 
     def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -208,13 +267,15 @@ class Expert:
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 
 
-def _matrix(precision: str, tensors: list[torch.Tensor], rows: int, cols: int, invariant: bool) -> Matrix:
+def _matrix(
+    precision: str, tensors: list[torch.Tensor], rows: int, cols: int, invariant: bool, widened_from: int | None
+) -> Matrix:
     if precision == "half":
         return HalfMatrix(tensors[0], rows, cols, invariant)
     codes, scales = tensors
     if precision == "int8":
-        return Int8Matrix(codes, scales, rows, cols, invariant)
-    return FourBitMatrix(precision, codes, scales, rows, cols, invariant)
+        return Int8Matrix(codes, scales, rows, cols, invariant, widened_from)
+    return FourBitMatrix(precision, codes, scales, rows, cols, invariant, widened_from)
 
 
 @cache

@@ -42,17 +42,18 @@ def test_the_best_path_is_taken_where_none_is_chosen():
 
 
 @pytest.mark.parametrize("path", OFTEN)
-def test_products_and_attention_on_every_path(path):
-    """4-bit and half products of every remainder, batch invariance, and attention, compared with fp64."""
-    chosen = "four_bit_products_of_any_packed_shape and nf4 or half_products_of_any_shape and bf16"
-    assert "3 passed" in pytest_on(path, "tests/kernels/test_products.py", "-k", f"{chosen} or neither_threads")
+def test_products_on_every_path(path):
+    """4-bit, int8 and half products of every remainder compared with fp64, batch invariance, dequantised weights."""
+    files = ("tests/kernels/test_products.py", "tests/precision/test_widened.py")
+    chosen = "products_of_any or neither_threads or both_products or flat_rows"
+    assert "21 passed" in pytest_on(path, *files, "-k", chosen)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OTHERS)
 def test_all_kernels_on_every_path(path):
     kernels = ("test_products", "test_attention", "test_kernels")
-    users = ("precision/test_matmul", "precision/test_round_trip", "model/test_model")
+    users = ("precision/test_widened", "precision/test_matmul", "precision/test_round_trip", "model/test_model")
     names = (*(f"kernels/{name}" for name in kernels), *users)
     assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in names))
 

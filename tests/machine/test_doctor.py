@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qmix.bench import machine_rates
+from qmix.kernels.cpu.paths import PATHS
 from qmix.machine import doctor
 from qmix.machine import found as machine
 from qmix.machine import measured as machine_profile
@@ -79,6 +80,8 @@ def test_products_are_timed_over_real_records(monkeypatch):
     monkeypatch.setattr(machine_rates, "POOL_BYTES", 0)
     monkeypatch.setattr(machine_rates, "ROWS", 2048)
     assert 1e6 < machine_rates.four_bit_read() < 1e13
+    assert 1e6 < machine_rates.half_read() < 1e13
+    assert 1e6 < machine_rates.own_products() < 1e16
 
 
 def test_overheads_come_from_the_embedded_model(first_use, monkeypatch):
@@ -160,3 +163,29 @@ def test_a_gpus_rates_are_measured():
     found = machine_rates.gpu_rates(torch.device("cuda", 0))
     assert set(found) == {"pcie", "gpu_memory", "gpu_matmul"}
     assert all(rate > 1e8 for rate in found.values())
+
+
+def test_the_cpus_rates_are_those_of_its_path_and_threads(tmp_path, monkeypatch):
+    path = tmp_path / "machine.json"
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    trial = machine_profile.FourBitTrial("avx2", "qmix", "qmix", True, 1e9, 100.0)
+    rates = {"disk_read": 1e9, "four_bit_read": 8e9, "memory_read": 12e9, "matmul": 4e12, "layer_seconds": 1e-3}
+    machine_profile.keep(rates, trial, path, widened={"nf4 bf16": 64, "int8 fp16": 128})
+    assert machine_profile.measured_rates(path).measured == set(rates)
+    assert machine_profile.widened_from("bf16", path) == {"nf4": 64}
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    found = machine_profile.measured_rates(path)
+    # twice the threads: the product would read 16 GB/s, memory gives 12
+    assert (found.four_bit_read, found.memory_read, found.matmul, found.layer_seconds) == (12e9, 12e9, 8e12, 1e-3)
+    assert [found.source(name) for name in ("disk_read", "matmul", "layer_seconds")] == ["measured", "scaled", "scaled"]
+    assert machine_profile.widened_from("bf16", path) == {}
+    assert machine_profile.tried_four_bit(path) is None
+    machine_profile.keep({"disk_read": 2e9, "matmul": 5e12}, path=path)
+    assert machine_profile.measured_rates(path).matmul == 5e12
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert machine_profile.measured_rates(path).matmul == 4e12
+    assert machine_profile.measured_rates(path).disk_read == 2e9
+    assert machine_profile.tried_four_bit(path) == trial
+    monkeypatch.setattr(machine_profile, "current", lambda: PATHS["portable"])
+    assert machine_profile.measured_rates(path).measured == {"disk_read"}

@@ -31,11 +31,18 @@ ROUND = Rates(
 def test_each_part_of_a_step_by_hand():
     assert seconds_of(Load(layers=4), ROUND) == 4 * 0.5
     assert seconds_of(Load(layers=0, dense=84), ROUND) == pytest.approx(1)  # 0.84 of memory's rate
-    assert seconds_of(Load(layers=0, experts=70), ROUND) == pytest.approx(1)  # 0.7 of the product's
+    assert seconds_of(Load(layers=0, experts=70), ROUND) == pytest.approx(1)  # 0.7 of memory's
     assert seconds_of(Load(layers=0, experts=84, four_bit=False), ROUND) == pytest.approx(1)
     assert seconds_of(Load(layers=0, missed=10, reads=2), ROUND) == pytest.approx(1.5)
     assert seconds_of(Load(layers=0, flops=650), ROUND) == pytest.approx(1)
     assert seconds_of(Load(layers=0, gpu_bytes=500), ROUND) == pytest.approx(1)  # half of the GPU's rate
+
+
+def test_products_slower_than_memory_are_the_limit():
+    slow = replace(ROUND, four_bit_read=10.0, half_read=20.0)
+    assert seconds_of(Load(layers=0, experts=9), slow) == pytest.approx(1)  # 0.9 of the product's rate
+    assert seconds_of(Load(layers=0, dense=18), slow) == pytest.approx(1)
+    assert seconds_of(Load(layers=0, experts=18, four_bit=False), slow) == pytest.approx(1)
 
 
 def test_experts_go_to_the_gpu_where_that_is_sooner():

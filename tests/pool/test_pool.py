@@ -349,3 +349,14 @@ def test_slots_start_on_pages(store):
     pool = make_pool(store, 3)
     assert all(pool._slots.bytes(slot).data_ptr() % 4096 == 0 for slot in range(3))
     pool.close()
+
+
+def test_torchs_product_is_chosen_by_precision_and_never_in_an_invariant_pool(mixed):
+    sizes = {mixed.layout.record(*key).nbytes for key in mixed.layout.experts}
+    for invariant, wanted in ((False, 64), (True, None)):
+        pool = ExpertPool(mixed, dict.fromkeys(sizes, 1), invariant=invariant, widened_from={"nf4": 64})
+        (_, expert), *_ = pool.get(0, [0])
+        assert [matrix.widened_from for matrix in (expert.gate, expert.up, expert.down)] == [wanted] * 3
+        (_, half), *_ = pool.get(0, [3])
+        assert half.gate.widened_from is None
+        pool.close()

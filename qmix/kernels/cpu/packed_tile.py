@@ -62,6 +62,7 @@ PACKED_GROUPS = {1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2} if current().registers == 3
 BLOCK_TOKENS = 12 if current().registers == 32 else max(1, 12 // PARTS)  # rows of x in a tile over widened weights
 AHEAD = 1024  # bytes of each group's codes fetched ahead: one row of x takes 1.7 ms an expert; 2.4 at 3072, 1.8 at 6144
 X_ITEM = 2 if current().pairs else 4  # bytes of a number of x
+TOGETHER = 4 // X_ITEM  # columns that one instruction multiplies
 
 Sums = list[list[list[Value]]]  # places of vectors: [tokens][groups][PARTS]
 
@@ -100,15 +101,15 @@ def _add_columns(b: Builder, kind: str, places: list[Value], x: list[Value], tot
     """Add the same products one column after the other, all in fp32."""
     parts = [[spread(b, load(b, row, 4 * column, FLOAT)) for column in range(2)] for row in x]
     for group, place in enumerate(places):
-        for vector, columns in enumerate(_columns(b, kind, place)):
+        for vector, columns in enumerate(wide_columns(b, kind, place)):
             for column, weights in enumerate(columns):
                 for row, lines in zip(parts, totals, strict=True):
                     total = lines[group][vector]
                     b.store(add_wide(b, b.load(total), row[column], weights), total)
 
 
-def _columns(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]:
-    """Return two columns of 32 rows in fp32, as PARTS vectors; `_in_order` restores the order of rows."""
+def wide_columns(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]:
+    """Return two columns of 32 rows in fp32, as PARTS vectors; `in_order` restores the order of rows."""
     if current().name == "portable":
         return _looked_up(b, kind, place)
     columns = []
@@ -181,8 +182,8 @@ def _looked_up(b: Builder, kind: str, place: Value) -> list[tuple[Value, Value]]
     return columns
 
 
-def _in_order(b: Builder, vectors: list[Value]) -> list[Value]:
-    """Return a group's vectors with the rows in order again after `_columns`."""
+def in_order(b: Builder, vectors: list[Value]) -> list[Value]:
+    """Return a group's vectors with the rows in order again after `wide_columns`."""
     if LANES != 8:
         return vectors
     ordered = []
@@ -200,7 +201,7 @@ def _add_scaled(b: Builder, kind: str, totals: Sums, absmax: Value, stride: Valu
     bits = [load(b, absmax, 2 * LANES * part, ir.VectorType(I16, LANES)) for part in range(PARTS * groups)]
     scales = [b.fmul(bf16_to_float(b, vector), fill(SUMS, 1 / VALUES[kind][-1])) for vector in bits]
     for t, lines in enumerate(totals):
-        ordered = [vector for line in lines for vector in _in_order(b, [b.load(place) for place in line])]
+        ordered = [vector for line in lines for vector in in_order(b, [b.load(place) for place in line])]
         for part, (total, scale) in enumerate(zip(ordered, scales, strict=True)):
             to = at(b, sums, 4 * LANES * (PARTS * groups * t + part), SUMS)
             b.store(add_wide(b, b.load(to, align=4), total, scale), to, align=4)
@@ -242,16 +243,24 @@ def four_bit_tile(
 
 @intrinsic(prefer_literal=True)
 def widen_block(context: object, kind: Any, codes: Any, weights: Any) -> tuple[Any, Callable[..., Any]]:
-    """Look up the weights of 64 columns of a group, unscaled, into fp32 [64, 32], for `block_tile`."""
+    """Look up the weights of 64 columns of a group, unscaled, for `block_tile`.
+
+    `weights` takes fp32 [64, 32] or, where the path has pairs, bf16 [32, 32, 2].
+    """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         _, codes, weights = arguments
         with cgutils.for_range(b, ir.Constant(I64, BLOCK // 2)) as pair:
             place = b.add(codes, times(b, pair.index, PACK_ROWS))
-            to = b.add(weights, times(b, pair.index, 8 * PACK_ROWS))
-            for part, columns in enumerate(_columns(b, kind.literal_value, place)):
-                for column, vector in enumerate(columns):
-                    b.store(vector, at(b, to, 4 * (PACK_ROWS * column + LANES * part), SUMS), align=4)
+            to = b.add(weights, times(b, pair.index, 2 // TOGETHER * 4 * PACK_ROWS))
+            columns: list[tuple[Value, ...]]
+            if current().pairs:
+                columns = [(words,) for words in _words(b, kind.literal_value, place)]
+            else:
+                columns = [*wide_columns(b, kind.literal_value, place)]
+            for part, vectors in enumerate(columns):
+                for column, vector in enumerate(vectors):
+                    b.store(vector, at(b, to, 4 * (PACK_ROWS * column + LANES * part), vector.type), align=4)
         return context.get_dummy_value()
 
     return types.void(kind, types.int64, types.int64), emit
@@ -262,30 +271,36 @@ def _block_by_tokens(b: Builder, kind: str, tokens: int, arguments: Sequence[Val
     weights, absmax, stride, x, sums = arguments
     totals = _places(b, tokens, 1)
     clear(b, chain.from_iterable(totals))
-    with cgutils.for_range(b, ir.Constant(I64, BLOCK)) as column:
-        place, numbers = b.add(weights, times(b, column.index, 4 * PACK_ROWS)), b.add(x, times(b, column.index, 4))
-
-        def vector(part: int) -> Value:
-            return load(b, place, 4 * LANES * part, SUMS)
-
-        def number(t: int) -> Value:
-            return spread(b, load(b, numbers, 4 * BLOCK * t, FLOAT))
-
-        # registers hold the operand with fewer vectors beside the sums; the other one is loaded vector by vector
-        if tokens < PARTS:
-            held = [number(t) for t in range(tokens)]
-            products = (
-                (t, part, held[t], weight) for part in range(PARTS) for weight in [vector(part)] for t in range(tokens)
-            )
-        else:
-            kept = [vector(part) for part in range(PARTS)]
-            products = (
-                (t, part, one, kept[part]) for t in range(tokens) for one in [number(t)] for part in range(PARTS)
-            )
-        for t, part, one, weight in products:
-            total = totals[t][0][part]
-            b.store(add_wide(b, b.load(total), one, weight), total)
+    with cgutils.for_range(b, ir.Constant(I64, BLOCK // TOGETHER)) as loop:
+        place, numbers = b.add(weights, times(b, loop.index, 4 * PACK_ROWS)), b.add(x, times(b, loop.index, 4))
+        _add_items(b, place, numbers, totals)
     _add_scaled(b, kind, totals, absmax, stride, sums)
+
+
+def _add_items(b: Builder, place: Value, numbers: Value, totals: Sums) -> None:
+    """Add the products of TOGETHER columns of a block with the numbers of each row of x."""
+    item, add = (PAIRS, add_pairs) if current().pairs else (SUMS, add_wide)
+
+    def vector(part: int) -> Value:
+        return load(b, place, 4 * LANES * part, item)
+
+    def number(t: int) -> Value:
+        offset = X_ITEM * BLOCK * t
+        return b.bitcast(spread(b, load(b, numbers, offset, I32)), item)
+
+    # registers hold the operand with fewer vectors beside the sums; the other one is loaded vector by vector
+    tokens = len(totals)
+    if tokens < PARTS:
+        held = [number(t) for t in range(tokens)]
+        products = (
+            (t, part, held[t], weight) for part in range(PARTS) for weight in [vector(part)] for t in range(tokens)
+        )
+    else:
+        kept = [vector(part) for part in range(PARTS)]
+        products = ((t, part, one, kept[part]) for t in range(tokens) for one in [number(t)] for part in range(PARTS))
+    for t, part, one, weight in products:
+        total = totals[t][0][part]
+        b.store(add(b, b.load(total), one, weight), total)
 
 
 @intrinsic(prefer_literal=True)
@@ -294,7 +309,7 @@ def block_tile(
 ) -> tuple[Any, Callable[..., Any]]:
     """Add, to fp32 sums [tokens, 32], the products of a block from `widen_block` with 1 to BLOCK_TOKENS rows of x.
 
-    x is fp32 [tokens, 64]. Every sum has the order of additions of four_bit_tile in fp32.
+    x is [tokens, 64], in bf16 where the path has pairs, else in fp32. Every sum has four_bit_tile's order of additions.
     """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:

@@ -59,7 +59,7 @@ def multiply_packed(x: torch.Tensor, kind: str, codes: int, absmax: int, rows: i
     out = torch.empty((len(x), rows), dtype=x.dtype)
     half = x.to(torch.bfloat16)  # on every path: paths differ only in the order of their sums
     kernel, as_read = _packed, half if current().pairs else half.float()
-    if not current().pairs and len(x) > PACKED_TOKENS:
+    if len(x) > PACKED_TOKENS:
         kernel, as_read = _packed_blocks, as_read.view(len(x), columns // BLOCK, BLOCK).transpose(0, 1)
     as_read = as_read.contiguous()
     places = codes, absmax, as_read.data_ptr(), out.data_ptr()
@@ -79,8 +79,7 @@ def prepare(precisions: Iterable[str], dtype: torch.dtype) -> None:
             _row_major(_holds(torch.int8))
         elif precision != "half":
             _packed(precision)
-            if not current().pairs:
-                _packed_blocks(precision)
+            _packed_blocks(precision)
 
 
 def _holds(dtype: torch.dtype) -> int:
@@ -178,14 +177,14 @@ def _packed(kind: str) -> int:
 
 @cache
 def _packed_blocks(kind: str) -> int:
-    """Return the kernel in fp32 for many rows of x, laid out as [columns / 64, T, 64].
+    """Return the kernel for many rows of x, laid out as [columns / 64, T, 64].
 
     Each block of weights is looked up once.
     """
 
     def kernel(block: Any) -> None:
         tokens, rows, columns, codes, absmax, x, out, fp16 = carray(block, 9)[1:]
-        weights = np.empty((BLOCK, GROUP), np.float32)
+        weights = np.empty((BLOCK, GROUP * X_ITEM), np.uint8)
         sums = np.empty((tokens, GROUP), np.float32)
         first = next_piece(block) * GROUP
         while first < rows:
@@ -199,7 +198,7 @@ def _packed_blocks(kind: str) -> int:
                         weights.ctypes.data,
                         absmax + (column // BLOCK * rows + first) * 2,
                         rows * 2,
-                        x + (column * tokens + token * BLOCK) * 4,
+                        x + (column * tokens + token * BLOCK) * X_ITEM,
                         sums[token:].ctypes.data,
                     )
             _put_sums(sums, rows, first, first + GROUP, out, fp16)
