@@ -24,10 +24,9 @@ GIB = 2**30
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), str(tmp_path / "there")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PATH": str(tmp_path)}, check=False
-    )
+    command = [sys.executable, gpu.__file__, str(tmp_path / "there")]
+    bare = os.environ | {"PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=bare, check=False)
     assert done.returncode == 1
     assert "Error: needs an NVIDIA GPU with its driver, and torch for CUDA" in done.stderr
     assert not (tmp_path / "there").exists()
