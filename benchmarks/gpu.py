@@ -137,14 +137,13 @@ def measured(case: Case, store: Path, state: Path, limit: float) -> dict[str, An
     command = [sys.executable, __file__, "--text", str(store), *(["--budget", case.budget] if case.budget else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit)
     right = json.loads(done.stdout)["right"]
-    together = batched(case, store, state, limit) if case.budget else None
-    return {
-        "report": report,
-        "planned": planned,
-        "peak": peak.nbytes if peak else None,
-        "right": right,
-        "batch": together,
-    }
+    found = {"report": report, "planned": planned, "peak": peak.nbytes if peak else None, "right": right, "batch": None}
+    if case.budget:
+        try:
+            found["batch"] = batched(case, store, state, limit)
+        except RuntimeError as error:  # the other figures are worth having
+            found["batch_error"] = str(error)
+    return found
 
 
 def batched(case: Case, store: Path, state: Path, limit: float) -> dict[str, Any]:
@@ -244,6 +243,9 @@ def main(directory: Path, budgets: tuple[str, ...], no_large: bool, no_self_test
             say(f"{case.name}: {error}")
             left.append(case.name)
     console.print(table([row(case, each) for case, each in found.items()]))
+    for case, each in found.items():
+        if "batch_error" in each:
+            console.print(f"{case.name}: no batch: {each['batch_error']}")
     if left:
         console.print(f"not run, or failed: {'; '.join(left)}")
     console.print(f"{gpu_name()}, {format_bytes(memory)}; {time.strftime('%Y-%m-%d')}")
