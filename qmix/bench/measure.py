@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from qmix.bench.report import BenchReport, Row, Sample
-from qmix.bench.roofline import Bound, Workload, bound, decode_cost, prefill_cost
+from qmix.bench.roofline import Bound, GpuRates, OnGpus, Workload, bound, decode_cost, prefill_cost
 from qmix.engine.compute import compute_threads
 from qmix.engine.load import check_attention
 from qmix.engine.resolve import prepare_store
@@ -26,7 +27,7 @@ from qmix.machine.found import cpu_name
 from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
-from qmix.plan.here import plan_for
+from qmix.plan.here import Gpus, plan_for, run_machine
 from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import Key
@@ -50,6 +51,7 @@ def prepare(
     workloads: Sequence[Workload],
     *,
     ram: int | str | None = None,
+    gpu: Gpus = None,
     context: int | None = None,
     precision: str | None = None,
     clip: bool = False,
@@ -60,10 +62,11 @@ def prepare(
 ) -> tuple[Store, Plan]:
     """Return a model's store, quantised first if there is none, and the plan for these workloads. Loads no weights.
 
-    The default `context` is that of the longest workload. `plan` replaces `ram` and `context`. Raises QmixError as
-    `qmix.load` does.
+    The default `context` is that of the longest workload. `plan` replaces `ram`, `gpu` and `context`. Raises QmixError
+    as `qmix.load` does.
     """
     check_attention(attention)
+    machine = run_machine(ram, gpu)
 
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
@@ -74,7 +77,7 @@ def prepare(
         else:
             check_context(workloads, context, f"{arg('context')} is", "give a larger one, or fewer tokens")
         tokens = context or max(workload.context for workload in workloads)
-        return plan_for(layout, ram, tokens, attention, use=use)
+        return plan_for(layout, None, tokens, attention, machine=machine, use=use)
 
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, planned, clip)
@@ -109,7 +112,8 @@ def measure(
             samples.append(_repeat(watch, workload, repetitions, probes, tell))
         for probe in probes.values():
             probe.slice()
-        machine = replace(machine, **{name: probe.rate() for name, probe in probes.items()})
+        rates: dict[str, Any] = {name: probe.rate() for name, probe in probes.items()}
+        machine = replace(machine, **rates)
     rows = [Row(workload, mine, _bounds(mine, machine)) for workload, mine in zip(workloads, samples, strict=True)]
     return BenchReport(
         model=store.source_name,
@@ -159,7 +163,7 @@ class _Watch:
             rate=result.rate if count else result.prompt_rate,
             hit_rate=used.hit_rate,
             bytes_read=used.bytes_read,
-            cost=least(workload, layout, trace, self.runner.pool.slots),
+            cost=least(workload, layout, trace, self.runner.pool.slots, OnGpus.of(self.runner.plan, layout)),
         )
 
 
@@ -218,7 +222,14 @@ def _repeat(
 
 def _bounds(samples: Sequence[Sample], machine: Ceilings) -> tuple[Bound, ...]:
     disk = None if machine.disk_read is None else machine.disk_read.median
-    return tuple(bound(sample.cost, machine.memory_read.median, disk, machine.matmul.median) for sample in samples)
+    memory, matmul, gpus = machine.memory_read.median, machine.matmul.median, _gpu_rates(machine)
+    return tuple(bound(sample.cost, memory, disk, matmul, gpus) for sample in samples)
+
+
+def _gpu_rates(machine: Ceilings) -> GpuRates:
+    """Return the best that all GPUs together reached."""
+    sums = [sum(max(gpu[name].rounds) for gpu in machine.gpus) for name in ("gpu_memory", "pcie", "gpu_matmul")]
+    return GpuRates(*sums)
 
 
 def random_prompt(runner: Runner, tokens: int, seed: int) -> list[int]:

@@ -142,5 +142,6 @@ class BenchReport:
                 "disk_read": ceilings.disk_read and ceilings.disk_read.to_json(),
                 "matmul": ceilings.matmul.to_json(),
             },
+            "gpu_ceilings": [{name: rate.to_json() for name, rate in gpu.items()} for gpu in ceilings.gpus],
             "rows": [row.to_json() for row in self.rows],
         }

@@ -12,6 +12,7 @@ from qmix.commands.shared import (
     attention_option,
     clip_option,
     dtype_option,
+    gpu_option,
     hold_to,
     load_libraries,
     model_or_default,
@@ -29,6 +30,7 @@ NEW_HELP = "numbers of tokens to generate, such as 128 or 128,512; 0 for none [1
 @click.command()
 @click.argument("model", required=False)
 @ram_option
+@gpu_option
 @click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[as long as the longest test]")
 @precision_option
 @clip_option
@@ -43,9 +45,11 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     """Measure MODEL's speed and compare it with the roofline.
 
     A pp test processes a prompt, a tg test generates tokens. The bound of a test is the highest speed that the memory,
-    disk and cores of this machine allow.
+    disk, cores and GPUs of this machine allow.
     """
-    given = read_plan_option(options.pop("plan_path"), ram=options["ram"], context=options["context"])
+    options["gpu"] = options["gpu"] or None
+    limits = {option: options[option] for option in ("ram", "gpu", "context")}
+    given = read_plan_option(options.pop("plan_path"), **limits)
     name = model_or_default(model)
     from qmix.bench.roofline import workloads
 
@@ -54,6 +58,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.bench.measure import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.stream import Runner
+    from qmix.machine.measured import measured_rates
     from qmix.machine.probes import probe_in_child
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
@@ -64,7 +69,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     machine = probe_in_child()
     hold_to(plan.ram)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
-        runner = Runner(store, plan, attn, loading)
+        runner = Runner(store, plan, attn, loading, measured_rates())
     with runner:
         report = measure(runner, tests, repetitions, machine, say)
     if as_json:

@@ -52,7 +52,8 @@ def chat(
     from qmix.terminal.progress import LoadingStatus
 
     name = model_or_default(model)
-    loading = {option: options.pop(option) for option in ("ram", "context", "precision", "clip", "dtype", "plan_path")}
+    names = ("ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
+    loading = {option: options.pop(option) for option in names}
     attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
     Sampling(**settings)
     reader, status = _reader(no_history), LoadingStatus(name)

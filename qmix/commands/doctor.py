@@ -34,10 +34,10 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
         return
     from qmix.disk.places import cache_directory
     from qmix.errors import QmixError
-    from qmix.machine.doctor import examine
+    from qmix.machine.doctor import examine, examine_gpus
     from qmix.machine.doctor_view import report_table
     from qmix.machine.found import interpreter_memory
-    from qmix.machine.measured import keep, measured_rates
+    from qmix.machine.measured import keep, measured_gpus, measured_rates
     from qmix.machine.rates import Rates
     from qmix.terminal.tables import print_table, say
 
@@ -48,23 +48,23 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     from qmix.machine.four_bit import try_four_bit
 
     four_bit, rates, lost = try_four_bit(), measured_rates(), None
-    found = widened = None
+    found, widened, gpus = None, None, measured_gpus()
     if not no_measure:
         load_libraries()
         from qmix.bench.machine_rates import measure
         from qmix.machine.many_rows import try_widened
 
         found = measure(where, say)
-        rates = Rates().with_measured(found)
+        rates, gpus = Rates().with_measured(found), examine_gpus()
         say("multiplying dequantised weights")
         widened = try_widened()
     try:
-        kept = keep(found, four_bit, widened=widened)
+        kept = keep(found, four_bit, widened=widened, gpus=gpus)
         if not no_measure:
             say(f"kept in {kept}")
     except QmixError as error:  # raised at the end: the report is useful all the same
         lost = error
-    report = examine(where, rates, four_bit)
+    report = examine(where, rates, four_bit, gpus.context)
     if as_json:
         out(json.dumps(report.to_json()) + "\n")
     else:

@@ -63,6 +63,13 @@ class CpuProfile(msgspec.Struct, frozen=True):
     stack: dict[str, str] = {}
 
 
+class MeasuredGpus(msgspec.Struct, frozen=True):
+    """The GPUs whose rates were measured, as the driver names them, and the bytes of CUDA's context on one of them."""
+
+    names: tuple[str, ...] = ()
+    context: Annotated[int, msgspec.Meta(ge=1, le=2**40)] | None = None
+
+
 class MachineProfile(msgspec.Struct, frozen=True):
     """The file's content. `machine` and `stack` identify the machine and the versions that were measured.
 
@@ -74,6 +81,7 @@ class MachineProfile(msgspec.Struct, frozen=True):
     rates: dict[str, Rate]
     stack: dict[str, str] = {}
     cpu: dict[str, CpuProfile] = {}
+    gpus: MeasuredGpus = MeasuredGpus()
     measured_at: str = ""
 
 
@@ -135,6 +143,14 @@ def widened_from(dtype: str, path: Path | None = None) -> dict[str, int]:
     return {name.split()[0]: rows for name, rows in found.items() if name.endswith(f" {dtype}")}
 
 
+def measured_gpus(path: Path | None = None) -> MeasuredGpus:
+    """Return the GPUs that were measured here; a context of other versions is left out."""
+    known = _known(path)
+    if known is None:
+        return MeasuredGpus()
+    return known.gpus if known.stack == _stack() else MeasuredGpus(known.gpus.names)
+
+
 def tried_four_bit(path: Path | None = None) -> FourBitTrial | None:
     """Return the last trial of a 4-bit product, None where none was made here with these versions."""
     return _in_use(_known(path)).four_bit
@@ -153,10 +169,12 @@ def keep(
     four_bit: FourBitTrial | None = None,
     path: Path | None = None,
     widened: Mapping[str, int] | None = None,
+    gpus: MeasuredGpus | None = None,
 ) -> Path:
     """Write new rates or a new trial beside what is known of the rest; return the path. Raises QmixError.
 
     The CPU's rates, the trial and `widened`, a CpuProfile's `widened_from`, are kept for this path and these threads.
+    `gpus` are those whose rates are among `rates`.
     """
     target = path or profile_path()
     known, stack = _known(target), _stack()
@@ -176,6 +194,7 @@ def keep(
         rates=others,
         stack=stack,
         cpu={**(known.cpu if known else {}), _key(current().name, torch_threads()): cpu},
+        gpus=gpus or measured_gpus(target),
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     try:

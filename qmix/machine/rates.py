@@ -44,8 +44,9 @@ class Rates:
     layer_seconds  seconds of a layer in decode besides its weights: Python, small tensors, the router
     read_seconds   seconds of a record's read besides its bytes
 
-    `measured` and `stated` name the rates that were measured on the machine, and the rates that a user gave; `scaled`
-    those that were measured with another number of threads.
+    `measured`, `stated` and `published` name the rates that were measured on the machine, that a user gave, and that
+    follow from a vendor's figures of a card; `scaled` those that were measured with another number of threads. `card`
+    is that card, or the one that the GPU's typical rates are of.
     """
 
     memory_read: float = 40e9
@@ -61,11 +62,20 @@ class Rates:
     measured: frozenset[str] = frozenset()
     stated: frozenset[str] = frozenset()
     scaled: frozenset[str] = frozenset()
+    published: frozenset[str] = frozenset()
+    card: str = ""
 
     def source(self, name: str) -> str:
-        """Return the source of a rate: "stated", "measured", "scaled" or "typical"."""
-        sources = {"stated": self.stated, "measured": self.measured, "scaled": self.scaled}
-        return next((source for source, names in sources.items() if name in names), "typical")
+        """Return the source of a rate: "stated", "measured", "scaled", "published" or "typical"."""
+        kinds = ("stated", "measured", "scaled", "published")
+        return next((kind for kind in kinds if name in getattr(self, kind)), "typical")
+
+    def with_card(self, found: Mapping[str, float], card: str, named: bool) -> Rates:
+        """Return the rates with those of a card in place: as published where it was `named`, else as typical ones."""
+        published = self.published.union(found) if named else self.published.difference(found)
+        others = {"measured": self.measured.difference(found), "published": published, "card": card}
+        changes: dict[str, Any] = {**found, **others}
+        return replace(self, **changes)
 
     def with_measured(self, found: Mapping[str, float]) -> Rates:
         """Return the rates with those of `found` in place, as measured."""
@@ -123,7 +133,8 @@ class Machine:
     """Budgets and rates for a plan.
 
     `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` the free bytes for a store (None: not
-    checked), all in bytes. `four_bit` is how 4-bit products are computed.
+    checked), all in bytes. `four_bit` is how 4-bit products are computed. `cuda` are the bytes of CUDA's context on a
+    GPU, None where they were not measured.
     """
 
     ram: int
@@ -131,6 +142,7 @@ class Machine:
     disk: int | None = None
     rates: Rates = Rates()
     four_bit: FourBitProducts = FourBitProducts(fast=True)
+    cuda: int | None = None
 
     @property
     def speeds(self) -> Rates:
@@ -142,6 +154,8 @@ class Machine:
             "ram": self.ram,
             "gpus": list(self.gpus),
             "disk": self.disk,
+            "cuda_context": self.cuda,
+            "card": self.rates.card,
             "fast_kernels": self.four_bit.fast,
             "fast_kernels_tried": self.four_bit.tried,
             "rates": self.rates.to_json(),

@@ -1,8 +1,7 @@
 """Predict how fast a plan will be: from bytes and rates to seconds. Pure arithmetic; loads no torch.
 
 Decode reads the dense weights, the cache and the experts of one step once; misses come from the disk meanwhile. A
-prompt is computed in chunks, each of which needs nearly every expert. Experts on no GPU are computed on the CPU in
-decode; in prefill they are copied to the GPU where that is faster.
+prompt is computed in chunks, each of which needs nearly every expert. `qmix.plan.device_work` has the layers on GPUs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
+from qmix.plan.device_work import HostRates, beside, decode_parts, prefill_parts
 from qmix.plan.memory import PREFILL_CHUNK
 from qmix.plan.plan import Plan
 from qmix.plan.traffic import Load, decode_load, prefill_load
@@ -22,15 +22,14 @@ DENSE_SHARE = 0.84  # of memory's rate that dense products reach between all els
 EXPERT_SHARE = 0.7  # of memory's rate that 4-bit products reach over a whole pool (the same)
 PRODUCT_SHARE = 0.9  # of a product's own rate, where that is the limit; stated, not measured
 COMPUTE_SHARE = 0.65  # of bf16 products' rate that a prefill chunk reaches (the same)
-GPU_SHARE = 0.5  # of a GPU's rates; stated, not measured
-OVERLAP = 3.0  # reads beside products: 1 would be one after the other, infinity perfectly side by side
 CROSSING_SECONDS = 40e-6  # activations from one device to another and the wait for them; stated
-BANDS = {
+BANDS = {  # either side of a prediction, by its limit's source
     "measured": 0.25,
     "stated": 0.35,
     "scaled": 0.45,
+    "published": 0.5,
     "typical": 0.6,
-}  # either side of a prediction, by its limit's source
+}
 GPU_BAND = 0.5
 LONG_PROMPT = 4096  # tokens
 
@@ -90,6 +89,7 @@ _SOURCES = {  # a limit's name, and the rate that it follows from
     "CPU arithmetic": "matmul",
     "GPU memory": "gpu_memory",
     "GPU arithmetic": "gpu_matmul",
+    "GPU launches": "gpu_memory",
     "PCIe": "pcie",
     "Python": "layer_seconds",
 }
@@ -145,7 +145,7 @@ def speed_of(load: Load, rates: Rates, tokens: int) -> Speed:
     parts = _parts(load, rates)
     limit = max(parts, key=lambda name: parts[name])
     band = BANDS[rates.source(_SOURCES[limit])]
-    if load.gpu_bytes and rates.source("gpu_memory") != "measured":
+    if load.on_gpus and rates.source("gpu_memory") != "measured":
         band = max(band, GPU_BAND)
     return Speed(_total(parts), tokens, limit, band)
 
@@ -157,27 +157,19 @@ def _parts(load: Load, rates: Rates) -> dict[str, float]:
     if load.four_bit:
         reading = "4-bit products"
         rate = min(rates.memory_read * EXPERT_SHARE, rates.four_bit_read * PRODUCT_SHARE)
-    flops, gpu_flops = rates.matmul * COMPUTE_SHARE, rates.gpu_matmul * GPU_SHARE
+    host = HostRates(rate, rates.matmul * COMPUTE_SHARE)
     parts = {
         "memory": load.dense / dense,
         "4-bit products": 0.0,
-        "CPU arithmetic": load.flops / flops,
-        "GPU memory": load.gpu_bytes / (rates.gpu_memory * GPU_SHARE),
-        "GPU arithmetic": load.gpu_flops / gpu_flops,
+        "CPU arithmetic": load.flops / host.flops,
+        "GPU launches": load.crossings * CROSSING_SECONDS,
         "disk": load.missed / rates.disk_read + load.reads * rates.read_seconds,
-        "Python": load.layers * rates.layer_seconds + load.crossings * CROSSING_SECONDS,
-        "PCIe": 0.0,
+        "Python": load.layers * rates.layer_seconds,
     }
     parts[reading] += load.experts / rate
-    if load.copied:
-        on_cpu = load.copied / rate + load.copied_flops / flops
-        copying = load.copied / rates.pcie + load.copied_flops / gpu_flops
-        if copying < on_cpu:
-            parts["PCIe"] = load.copied / rates.pcie
-            parts["GPU arithmetic"] += load.copied_flops / gpu_flops
-        else:
-            parts[reading] += load.copied / rate
-            parts["CPU arithmetic"] += load.copied_flops / flops
+    on_gpus = (decode_parts if load.decodes else prefill_parts)(load.on_gpus, rates, host, reading)
+    for name, seconds in on_gpus.items():
+        parts[name] = parts.get(name, 0.0) + seconds
     return parts
 
 
@@ -185,9 +177,3 @@ def _total(parts: dict[str, float]) -> float:
     """Return the seconds of all parts; the disk overlaps with most of the others."""
     busy = sum(seconds for name, seconds in parts.items() if name not in ("disk", "Python"))
     return parts["Python"] + beside(busy, parts["disk"])
-
-
-def beside(first: float, second: float) -> float:
-    """Return the seconds of two things done side by side: more than the longer, less than the sum."""
-    longer, shorter = max(first, second), min(first, second)
-    return longer * (1 + (shorter / longer) ** OVERLAP) ** (1 / OVERLAP) if longer else 0.0
