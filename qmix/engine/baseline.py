@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _load_kernels() -> None:
-    from qmix.kernels.cpu import experts
+    from qmix.kernels.cpu import attention_half, experts
     from qmix.kernels.cpu.attention import attend
     from qmix.kernels.cpu.products import prepare
     from qmix.precision.formats import PRECISIONS
@@ -65,6 +65,7 @@ def _load_kernels() -> None:
     prepare(PRECISIONS, torch.bfloat16)
     for precision in PRECISIONS:
         experts.prepare(precision, torch.bfloat16)
+    attention_half.prepare()
     keys = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
     attend(keys[:, :, :1], keys, keys, None, 1.0)
 

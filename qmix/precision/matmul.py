@@ -241,7 +241,7 @@ class Expert:
         self.places = (*self.gate.places, *self.up.places, *self.down.places)  # of its slot, which does not move
 
     def takes_ours(self, tokens: int) -> bool:
-        """Return True if qmix's own products compute so many rows; then `multiply_experts` can compute them together."""
+        """Return True if qmix's own products compute so many rows: then `multiply_experts` takes them."""
         return all(matrix.takes_ours(tokens) for matrix in (self.gate, self.up, self.down))
 
     def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -250,9 +250,7 @@ class Expert:
             from qmix.kernels.cpu.experts import multiply_experts
 
             outputs, places = x.new_empty(len(x), 1, x.shape[1]), torch.arange(len(x))
-            multiply_experts(
-                self.precision, [(self.places, places.data_ptr(), len(x))], x, outputs, self.gate.rows
-            )
+            multiply_experts(self.precision, [(self.places, places.data_ptr(), len(x))], x, outputs, self.gate.rows)
             return outputs[:, 0]
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 

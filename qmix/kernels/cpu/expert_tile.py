@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu.attention_tile import exp_of_negative
+from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.vectors import (
     FLOAT,
     HALF,
@@ -31,7 +32,6 @@ from qmix.kernels.cpu.vectors import (
     load,
     times,
 )
-from qmix.kernels.cpu.paths import current
 
 HALVES = ir.VectorType(I16, LANES)
 

@@ -25,10 +25,10 @@ from numba import carray, njit
 from qmix.kernels.cpu import team
 from qmix.kernels.cpu.attention_tile import integers
 from qmix.kernels.cpu.blocks import to_bf16
-from qmix.kernels.cpu.compiled import compiled_address
+from qmix.kernels.cpu.compiled import compiled_address, constant_first
 from qmix.kernels.cpu.expert_tile import gated_product, half_at, put_float
 from qmix.kernels.cpu.products import holds_of
-from qmix.kernels.cpu.row_tile import GROUP, INT8, INT8_WIDE
+from qmix.kernels.cpu.row_tile import GROUP
 from qmix.kernels.cpu.stages import finish, wait_for
 from qmix.kernels.cpu.sums import Holds, blocked, group_sums, groups_together, x_item
 from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
@@ -132,92 +132,146 @@ def _scale(sums: Any, row_max: int, first: int, last: int) -> None:
         sums[:, r] *= float_at(row_max + (first + r) * 4) / np.float32(127)
 
 
+@njit
+def put_as_read(item: int, value: np.float32, place: int) -> None:
+    """Store a number as the tiles read it: in bf16, which it is already rounded to, or in fp32."""
+    if item == 2:
+        put_half(value, place, 0)
+    else:
+        put_float(value, place)
+
+
+@njit
+def _row(packed: bool, item: int, at: int, count: int, t: int, columns: int) -> tuple[int, int]:
+    """Return the address of the first 64 columns of the t-th of `count` rows as read, and the step to the next 64."""
+    if blocked(packed, count):
+        return at + t * BLOCK * item, count * BLOCK * item
+    return at + t * columns * item, BLOCK * item
+
+
+@njit
+def _expert_of(numbers: Any, expert: int) -> Any:
+    """Return an expert's fields in the kernel's table."""
+    return carray(integers(numbers[10]), (expert + 1) * FIELDS)[expert * FIELDS :]
+
+
+@njit
+def _read_row(packed: bool, item: int, numbers: Any, piece: int) -> None:
+    """Put a row of x where the tiles read it."""
+    experts, top_k, hidden, fp16, x, read = numbers[2], numbers[5], numbers[6], numbers[8], numbers[11], numbers[12]
+    expert = 0
+    while expert + 1 < experts and _expert_of(numbers, expert + 1)[8] <= piece:
+        expert += 1
+    mine = _expert_of(numbers, expert)
+    count, first = mine[7], mine[8]
+    token = carray(integers(mine[6]), count)[piece - first] // top_k
+    to, step = _row(packed, item, read + first * hidden * item, count, piece - first, hidden)
+    for column in range(0, hidden, BLOCK):
+        for c in range(min(BLOCK, hidden - column)):
+            number = half_at(x + (token * hidden + column + c) * 2, fp16)
+            place = to + column // BLOCK * step + c * item
+            put_as_read(item, to_bf16(number) if packed and fp16 else number, place)
+
+
+@constant_first
+def _inner_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) -> None:
+    """Compute silu(gate @ x) * (up @ x) for some rows of an expert's gate and up."""
+    tokens, hidden, inner, fp16, read, inner_at = (
+        numbers[4],
+        numbers[6],
+        numbers[7],
+        numbers[8],
+        numbers[12],
+        numbers[13],
+    )
+    expert, group, groups = _piece(packed, numbers[10], numbers[2], inner, piece)
+    mine = _expert_of(numbers, expert)
+    count, first, row = mine[7], mine[8], group * GROUP
+    x = read if tokens == 1 else read + first * hidden * item
+    gate, up = (np.empty((count, groups * GROUP), np.float32), np.empty((count, groups * GROUP), np.float32))
+    group_sums(holds, gate, row, groups, inner, hidden, mine[0], mine[1], x)
+    group_sums(holds, up, row, groups, inner, hidden, mine[2], mine[3], x)
+    last = min(row + groups * GROUP, inner)
+    if not packed and mine[1]:
+        _scale(gate, mine[1], row, last)
+        _scale(up, mine[3], row, last)
+    gated_product(gate.ctypes.data, up.ctypes.data, gate.size, fp16, packed or item == 2)
+    for t in range(count):
+        to, step = _row(packed, item, inner_at + first * inner * item, count, t, inner)
+        for r in range(row, last):
+            put_as_read(item, gate[t, r - row], to + r // BLOCK * step + r % BLOCK * item)
+
+
+@constant_first
+def _outer_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) -> None:
+    """Compute some rows of down @ inner, and put them into their places of the outputs."""
+    hidden, inner, fp16, inner_at, out = numbers[6], numbers[7], numbers[8], numbers[13], numbers[14]
+    expert, group, groups = _piece(packed, numbers[10], numbers[2], hidden, piece)
+    mine = _expert_of(numbers, expert)
+    count, first, row = mine[7], mine[8], group * GROUP
+    sums = np.empty((count, groups * GROUP), np.float32)
+    group_sums(holds, sums, row, groups, hidden, inner, mine[4], mine[5], inner_at + first * inner * item)
+    last = min(row + groups * GROUP, hidden)
+    if not packed and mine[5]:
+        _scale(sums, mine[5], row, last)
+    places = carray(integers(mine[6]), count)
+    for t in range(count):
+        for r in range(row, last):
+            put_half(sums[t, r - row], out + (places[t] * hidden + r) * 2, fp16)
+
+
+@njit
+def _sum_columns(numbers: Any, piece: int) -> None:
+    """Sum some columns of a token's outputs times the router's weights."""
+    top_k, hidden, fp16, out, weights, result = (
+        numbers[5],
+        numbers[6],
+        numbers[8],
+        numbers[14],
+        numbers[15],
+        numbers[16],
+    )
+    parts = (hidden + SUMMED - 1) // SUMMED
+    token, column = piece // parts, piece % parts * SUMMED
+    for c in range(column, min(column + SUMMED, hidden)):
+        total = np.float32(0)
+        for i in range(top_k):
+            number = half_at(out + ((token * top_k + i) * hidden + c) * 2, fp16)
+            weighted = number * float_at(weights + (token * top_k + i) * 4)
+            total = weighted if i == 0 else total + weighted
+        put_half(total, result + (token * hidden + c) * 2, fp16)
+
+
 @cache
 def _experts(holds: Holds) -> int:
-    packed, int8, item = isinstance(holds, str), holds in (INT8, INT8_WIDE), x_item(holds)
-    narrow = packed or item == 2  # the tiles read numbers that are rounded to bf16
+    packed, item = isinstance(holds, str), x_item(holds)
 
     def kernel(block: Any) -> None:
         numbers = carray(block, 17)
-        experts, rows, tokens, top_k, hidden, inner, fp16, direct = numbers[2:10]
-        table, x, read, inner_at, out, weights, result = numbers[10:17]
-        fields, done = carray(integers(table), experts * FIELDS), numbers[1:].ctypes.data
+        experts, rows, tokens, hidden, inner, direct = (
+            numbers[2], numbers[3], numbers[4], numbers[6], numbers[7], numbers[9]
+        )  # fmt: skip
+        table, done = numbers[10], numbers[1:].ctypes.data
         to_inner = 0 if direct else 1 if tokens == 1 else rows
         to_outer = to_inner + _pieces(packed, table, experts, inner)
         to_sum = to_outer + _pieces(packed, table, experts, hidden)
-        parts = (hidden + SUMMED - 1) // SUMMED
-        end = to_sum + (tokens * parts if weights else 0)
+        end = to_sum + (tokens * ((hidden + SUMMED - 1) // SUMMED) if numbers[15] else 0)
         piece = next_piece(block)
         while piece < end:
             if piece < to_inner:
-                expert = 0
-                while expert + 1 < experts and fields[(expert + 1) * FIELDS + 8] <= piece:
-                    expert += 1
-                mine = fields[expert * FIELDS : (expert + 1) * FIELDS]
-                count, first = mine[7], mine[8]
-                token = carray(integers(mine[6]), count)[piece - first] // top_k
-                to, step = read + piece * hidden * item, BLOCK * item
-                if blocked(packed, count):
-                    to, step = read + (first * hidden + (piece - first) * BLOCK) * item, count * BLOCK * item
-                for column in range(0, hidden, BLOCK):
-                    for c in range(min(BLOCK, hidden - column)):
-                        number = half_at(x + (token * hidden + column + c) * 2, fp16)
-                        place = to + column // BLOCK * step + c * item
-                        if item == 2:
-                            put_half(number, place, 0)
-                        else:
-                            put_float(to_bf16(number) if narrow and fp16 else number, place)
+                _read_row(packed, item, numbers, piece)
+                finish(done, to_inner)
             elif piece < to_outer:
                 wait_for(done, to_inner)
-                expert, group, groups = _piece(packed, table, experts, inner, piece - to_inner)
-                mine = fields[expert * FIELDS : (expert + 1) * FIELDS]
-                count, first, row = mine[7], mine[8], group * GROUP
-                from_x = read if tokens == 1 else read + first * hidden * item
-                gate = np.empty((count, groups * GROUP), np.float32)
-                up = np.empty((count, groups * GROUP), np.float32)
-                group_sums(holds, gate, row, groups, inner, hidden, mine[0], mine[1], from_x)
-                group_sums(holds, up, row, groups, inner, hidden, mine[2], mine[3], from_x)
-                last = min(row + groups * GROUP, inner)
-                if int8:
-                    _scale(gate, mine[1], row, last)
-                    _scale(up, mine[3], row, last)
-                gated_product(gate.ctypes.data, up.ctypes.data, gate.size, fp16, narrow)
-                for t in range(count):
-                    to, step = inner_at + (first + t) * inner * item, BLOCK * item
-                    if blocked(packed, count):
-                        to, step = inner_at + (first * inner + t * BLOCK) * item, count * BLOCK * item
-                    for r in range(row, last):
-                        place = to + r // BLOCK * step + r % BLOCK * item
-                        if item == 2:
-                            put_half(gate[t, r - row], place, 0)
-                        else:
-                            put_float(gate[t, r - row], place)
+                _inner_rows(holds, packed, item, numbers, piece - to_inner)
+                finish(done, to_outer)
             elif piece < to_sum:
                 wait_for(done, to_outer)
-                expert, group, groups = _piece(packed, table, experts, hidden, piece - to_outer)
-                mine = fields[expert * FIELDS : (expert + 1) * FIELDS]
-                count, first, row = mine[7], mine[8], group * GROUP
-                sums = np.empty((count, groups * GROUP), np.float32)
-                from_inner = inner_at + first * inner * item
-                group_sums(holds, sums, row, groups, hidden, inner, mine[4], mine[5], from_inner)
-                last = min(row + groups * GROUP, hidden)
-                if int8:
-                    _scale(sums, mine[5], row, last)
-                places = carray(integers(mine[6]), count)
-                for t in range(count):
-                    for r in range(row, last):
-                        put_half(sums[t, r - row], out + (places[t] * hidden + r) * 2, fp16)
+                _outer_rows(holds, packed, item, numbers, piece - to_outer)
+                finish(done, to_sum)
             else:
                 wait_for(done, to_sum)
-                token, column = (piece - to_sum) // parts, (piece - to_sum) % parts * SUMMED
-                for c in range(column, min(column + SUMMED, hidden)):
-                    total = np.float32(0)
-                    for i in range(top_k):
-                        number = half_at(out + ((token * top_k + i) * hidden + c) * 2, fp16)
-                        weighted = number * float_at(weights + (token * top_k + i) * 4)
-                        total = weighted if i == 0 else total + weighted
-                    put_half(total, result + (token * hidden + c) * 2, fp16)
-            finish(done)
+                _sum_columns(numbers, piece - to_sum)
             piece = next_piece(block)
 
     return compiled_address(kernel)

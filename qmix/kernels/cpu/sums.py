@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
+from qmix.kernels.cpu.compiled import constant_first
 from qmix.kernels.cpu.packed_tile import (
     BLOCK_TOKENS,
     PACKED_GROUPS,
@@ -65,9 +66,10 @@ def group_sums(
     `holds` is a literal. The matrix is [rows, columns]; `weights`, `scales` and `x` are addresses. `scales` are a
     packed matrix's absmax. A row-major one, whose own scales are left to the caller, takes one group.
     """
-    raise NotImplementedError  # compiled only
+    raise NotImplementedError  # one of the three below, compiled
 
 
+@constant_first
 def _packed_sums(
     holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
 ) -> None:
@@ -95,7 +97,7 @@ def _wide_packed_sums(
 ) -> None:
     tokens = len(sums)
     if tokens <= PACKED_TOKENS:
-        _few_packed_sums(holds, sums, first, groups, rows, columns, weights, scales, x)
+        _packed_sums(holds, sums, first, groups, rows, columns, weights, scales, x)
         return
     widened = np.empty((BLOCK, GROUP * X_ITEM), np.uint8)
     sums[:] = 0
@@ -117,7 +119,7 @@ def _row_sums(
     holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
 ) -> None:
     tokens, last = len(sums), min(first + GROUP, rows)
-    item = 1 if holds == INT8 or holds == INT8_WIDE else 2
+    item = 1 if holds in (INT8, INT8_WIDE) else 2
     number = 2 if holds in PAIRED else 4
     sums[:] = 0
     for column in range(0, columns, STRIP):
@@ -139,20 +141,7 @@ def _row_sums(
                 row += taken
 
 
-def _few_packed_sums(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> None:
-    raise NotImplementedError  # `_packed_sums`, compiled
-
-
-@overload(_few_packed_sums, prefer_literal=True, jit_options={"error_model": "numpy"})
-def _compile_few(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> Callable[..., None]:
-    return _packed_sums
-
-
-@overload(group_sums, prefer_literal=True, jit_options={"error_model": "numpy"})
+@overload(group_sums, {"error_model": "numpy"}, prefer_literal=True)
 def _compile(
     holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
 ) -> Callable[..., None]:
