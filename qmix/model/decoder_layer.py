@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import (
@@ -24,6 +23,11 @@ from transformers.models.mixtral.modeling_mixtral import (
 from qmix.model.attention import GROUPED_SDPA
 from qmix.model.kv import COLUMNS, KVCache
 from qmix.precision.dense import HalfLinear
+
+KINDS = (
+    *(MixtralAttention, MixtralSparseMoeBlock),
+    *(MixtralRMSNorm, HalfLinear, HalfLinear, HalfLinear, HalfLinear, MixtralRMSNorm, MixtralTopKRouter),
+)  # what the short way stands for, in the order of HalfLayer from the third on
 
 
 class OneTokenLayer(MixtralDecoderLayer):
@@ -39,7 +43,8 @@ class OneTokenLayer(MixtralDecoderLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the layer's residual stream [B, T, H]."""
-        if position_embeddings is None or not self._takes(hidden_states, attention_mask, cache):
+        parts = self._parts()
+        if position_embeddings is None or not self._takes(hidden_states, attention_mask, cache, parts):
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -50,26 +55,33 @@ class OneTokenLayer(MixtralDecoderLayer):
             )
         from qmix.kernels.cpu.attention_half import HalfLayer, attend_and_route
 
-        attention, router = self.self_attn, self.mlp.gate
-        weights = HalfLayer(
-            self.input_layernorm.weight,
-            attention.q_proj.weight,
-            attention.k_proj.weight,
-            attention.v_proj.weight,
-            attention.o_proj.weight,
-            self.post_attention_layernorm.weight,
-            router.weight,
-        )
-        epsilons = self.input_layernorm.variance_epsilon, self.post_attention_layernorm.variance_epsilon
+        attention, mixture, norm, *_, second_norm, router = parts
+        weights = HalfLayer(*[part._parameters["weight"] for part in parts[2:]])
+        epsilons = norm.variance_epsilon, second_norm.variance_epsilon
         keys, values = cache.layers[attention.layer_idx].extend(1)
         attended, normed, logits = attend_and_route(
             weights, hidden_states, position_embeddings, keys[0], values[0], epsilons, attention.scaling
         )
         chosen, experts = logits.float().softmax(-1).topk(router.top_k, dim=-1)
         chosen /= chosen.sum(-1, keepdim=True)
-        return (attended + self.mlp.experts(normed, experts, chosen))[None]
+        return (attended + mixture._modules["experts"](normed, experts, chosen))[None]
 
-    def _takes(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> bool:
+    def _parts(self) -> tuple[Any, ...]:
+        """Return the modules of KINDS. Each attribute of a module that is looked up as such is a call of Python."""
+        mine, attention, mixture = self._modules, self._modules["self_attn"], self._modules["mlp"]
+        projections: dict[str, Any] = attention._modules
+        return (
+            attention,
+            mixture,
+            mine["input_layernorm"],
+            *(projections["q_proj"], projections["k_proj"], projections["v_proj"], projections["o_proj"]),
+            mine["post_attention_layernorm"],
+            mixture._modules["gate"],
+        )
+
+    def _takes(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, cache: Any, parts: tuple[Any, ...]
+    ) -> bool:
         return (
             hidden_states.shape[:2] == (1, 1)
             and mask is None
@@ -78,34 +90,20 @@ class OneTokenLayer(MixtralDecoderLayer):
             and type(hidden_states) is torch.Tensor
             and hidden_states.dtype == torch.bfloat16
             and not (self.training or hidden_states.requires_grad or _has_any_global_hook())
-            and self._is_plain()
-            and _kernel_reads(cache.layers[self.self_attn.layer_idx].keys, self.self_attn.head_dim)
-        )
-
-    def _is_plain(self) -> bool:
-        """Return whether no module that the short way leaves out was replaced, is trained, or has a hook."""
-        attention, mixture = self.self_attn, self.mlp
-        weights = (
-            (self.input_layernorm, MixtralRMSNorm),
-            (attention.q_proj, HalfLinear),
-            (attention.k_proj, HalfLinear),
-            (attention.v_proj, HalfLinear),
-            (attention.o_proj, HalfLinear),
-            (self.post_attention_layernorm, MixtralRMSNorm),
-            (mixture.gate, MixtralTopKRouter),
-        )
-        return (
-            type(attention) is MixtralAttention
-            and type(mixture) is MixtralSparseMoeBlock
-            and not (_has_hooks(attention) or _has_hooks(mixture))
-            and all(
-                type(part) is kind and not part.weight.requires_grad and not _has_hooks(part) for part, kind in weights
-            )
+            and _are_plain(parts)
+            and _kernel_reads(cache.layers[parts[0].layer_idx].keys, parts[0].head_dim)
         )
 
 
-def _has_hooks(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks)
+def _are_plain(parts: tuple[Any, ...]) -> bool:
+    """Return whether no module that the short way leaves out was replaced, is trained, or has a hook."""
+    for part, kind in zip(parts, KINDS, strict=True):
+        weight = part._parameters.get("weight")
+        if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
+            return False
+        if weight is not None and weight.requires_grad:
+            return False
+    return True
 
 
 def _kernel_reads(keys: torch.Tensor, head_dim: int) -> bool:

@@ -61,7 +61,8 @@ class PooledExperts(PoolExperts):
                 self._compute(expert, forward, hidden_states, top_k_index, outputs)
             if together and places:
                 last = left == 0 and not top_k_weights.requires_grad
-                total = _multiply(together, places, hidden_states, outputs, top_k_weights if last else None)
+                weights = top_k_weights.contiguous() if last else None
+                total = _multiply(together, places, hidden_states, outputs, weights)
         return weighted_sums(outputs, top_k_weights) if total is None else total
 
     def _kernel_takes(self, hidden_states: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ def multiply_experts(
     x is [T, H] in bf16 or fp16, `outputs` [T, k, H] in the same type. Each expert has the addresses of its gate, up and
     down with their scales (0 for none), and the address of its places: int64 numbers t * k + i, ascending, for the i-th
     output of token t. `inner` is the number of the gate's rows. With `weights`, fp32 [T, k], all other outputs are
-    there already; the weighted sum [T, H] is returned.
+    there already; the weighted sum [T, H] is returned. `outputs` and `weights` are contiguous.
     """
     tokens, top_k, hidden = outputs.shape
     holds: Holds = precision
@@ -68,7 +68,7 @@ def multiply_experts(
     memory = torch.empty(x_item(holds) * rows * (hidden + inner), dtype=torch.uint8)  # x as read, and the inner numbers
     x = x.contiguous()
     result = None if weights is None else torch.empty_like(x)
-    summed = (0, 0) if weights is None or result is None else (weights.contiguous().data_ptr(), result.data_ptr())
+    summed = (0, 0) if weights is None or result is None else (weights.data_ptr(), result.data_ptr())
     table = (c_int64 * len(numbers))(*numbers)
     read = x.data_ptr() if direct else memory.data_ptr()
     sizes = len(experts), rows, tokens, top_k, hidden, inner, fp16, direct
