@@ -30,6 +30,13 @@ from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
 
 PARTIAL = 16  # sums of squares side by side
 
+# of the kernel's block, after the counts of pieces drawn and done
+SIZE, HEADS, GROUPS, WIDTH, POSITIONS, EXPERTS = range(2, 8)
+HIDDEN, COS, SIN, CONSTANTS, WORK = range(8, 13)  # addresses, as are the following
+KEYS, VALUES, KEY_GROUP, VALUE_GROUP = range(13, 17)  # the last two are strides in bytes
+NORM, QUERY, KEY, VALUE, OUT, SECOND_NORM, ROUTER = range(17, 24)
+ATTENDED, NORMED, LOGITS = range(24, 27)
+
 
 @dataclass(frozen=True, slots=True)
 class HalfLayer:
@@ -121,8 +128,14 @@ def _groups(rows: int) -> int:
 @njit
 def _layout(item: int, numbers: Any) -> tuple[int, int, int, int, int]:
     """Return addresses in the work memory: what is projected, parts of attention, x, queries and results as read."""
-    size, heads, groups, width, positions = numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
-    projected = numbers[12]
+    size, heads, groups, width, positions = (
+        numbers[SIZE],
+        numbers[HEADS],
+        numbers[GROUPS],
+        numbers[WIDTH],
+        numbers[POSITIONS],
+    )
+    projected = numbers[WORK]
     parts = projected + 4 * (heads + 2 * groups) * width
     read = parts + 4 * ((positions + BLOCK - 1) // BLOCK) * heads * (width + 2)
     return projected, parts, read, read + item * size, read + item * (size + heads * width)
@@ -131,13 +144,13 @@ def _layout(item: int, numbers: Any) -> tuple[int, int, int, int, int]:
 @constant_first
 def _project(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
     """Compute 32 rows of query, key or value."""
-    size, width = numbers[2], numbers[5]
+    size, width = numbers[SIZE], numbers[WIDTH]
     to, _, read, _, _ = _layout(item, numbers)
-    row, rows, weight = piece, numbers[3] * width, numbers[18]
-    for following in (numbers[19], numbers[20]):
+    row, rows, weight = piece, numbers[HEADS] * width, numbers[QUERY]
+    for following in (numbers[KEY], numbers[VALUE]):
         if row >= _groups(rows):
             row, to = row - _groups(rows), to + 4 * rows
-            rows, weight = numbers[4] * width, following
+            rows, weight = numbers[GROUPS] * width, following
         else:
             break
     row *= GROUP
@@ -150,15 +163,22 @@ def _project(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
 @njit
 def _place_head(item: int, numbers: Any, head: int) -> None:
     """Turn a head of queries or keys by its position's angles; put keys and values into the cache."""
-    heads, groups, width, positions, cos, sin = numbers[3], numbers[4], numbers[5], numbers[6], numbers[9], numbers[10]
+    heads, groups, width, positions, cos, sin = (
+        numbers[HEADS],
+        numbers[GROUPS],
+        numbers[WIDTH],
+        numbers[POSITIONS],
+        numbers[COS],
+        numbers[SIN],
+    )
     projected, _, _, queries, _ = _layout(item, numbers)
     place, last = projected + head * width * 4, (positions - 1) * width * 2
     if head < heads:
         _rotate(item, place, width, cos, sin, queries + head * width * item)
     elif head < heads + groups:
-        _rotate(2, place, width, cos, sin, numbers[13] + (head - heads) * numbers[15] + last)
+        _rotate(2, place, width, cos, sin, numbers[KEYS] + (head - heads) * numbers[KEY_GROUP] + last)
     else:
-        to = numbers[14] + (head - heads - groups) * numbers[16] + last
+        to = numbers[VALUES] + (head - heads - groups) * numbers[VALUE_GROUP] + last
         for i in range(width):
             put_half(float_at(place + i * 4), to + i * 2, 0)
 
@@ -166,22 +186,22 @@ def _place_head(item: int, numbers: Any, head: int) -> None:
 @constant_first
 def _attend(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
     """Attend from a group of query heads to a block of positions."""
-    heads, groups, width, positions = numbers[3], numbers[4], numbers[5], numbers[6]
+    heads, groups, width, positions = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
     shared, blocks = heads // groups, (positions + BLOCK - 1) // BLOCK
     _, parts, _, queries, _ = _layout(item, numbers)
     g, first = piece // blocks, piece % blocks * BLOCK
     scores, added = np.empty((BLOCK // GROUP, shared, GROUP), np.float32), np.empty(BLOCK, np.float32)
-    keys = numbers[13] + g * numbers[15] + first * width * 2
-    values = numbers[14] + g * numbers[16] + first * width * 2
+    keys = numbers[KEYS] + g * numbers[KEY_GROUP] + first * width * 2
+    values = numbers[VALUES] + g * numbers[VALUE_GROUP] + first * width * 2
     query, part = queries + g * shared * width * item, parts + piece * shared * (width + 2) * 4
-    count, scale = min(BLOCK, positions - first), float_at(numbers[11] + 8)
+    count, scale = min(BLOCK, positions - first), float_at(numbers[CONSTANTS] + 8)
     attend_block(holds, scores, added, keys, values, query, 0, count, width, scale, part)
 
 
 @njit
 def _combine(item: int, numbers: Any, head: int) -> None:
     """Combine the blocks of a head."""
-    heads, groups, width, positions = numbers[3], numbers[4], numbers[5], numbers[6]
+    heads, groups, width, positions = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
     shared, blocks = heads // groups, (positions + BLOCK - 1) // BLOCK
     _, parts, _, _, found = _layout(item, numbers)
     of_group = parts + head // shared * blocks * shared * (width + 2) * 4
@@ -194,10 +214,10 @@ def _combine(item: int, numbers: Any, head: int) -> None:
 @constant_first
 def _add_output(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
     """Compute 32 rows of the output's projection, and add them to the residual stream."""
-    size, hidden, attended = numbers[2], numbers[8], numbers[24]
+    size, hidden, attended = numbers[SIZE], numbers[HIDDEN], numbers[ATTENDED]
     _, _, _, _, found = _layout(item, numbers)
     sums, row = np.empty((1, GROUP), np.float32), piece * GROUP
-    group_sums(holds, sums, row, 1, size, numbers[3] * numbers[5], numbers[21], 0, found)
+    group_sums(holds, sums, row, 1, size, numbers[HEADS] * numbers[WIDTH], numbers[OUT], 0, found)
     for r in range(row, min(row + GROUP, size)):
         put_half(half_at(hidden + r * 2, 0) + to_bf16(sums[0, r - row]), attended + r * 2, 0)
 
@@ -205,12 +225,18 @@ def _add_output(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
 @constant_first
 def _route(holds: Any, item: Any, numbers: Any) -> None:
     """Norm the residual stream, and compute the router's logits."""
-    size, experts, attended, normed, logits = numbers[2], numbers[7], numbers[24], numbers[25], numbers[26]
+    size, experts, attended, normed, logits = (
+        numbers[SIZE],
+        numbers[EXPERTS],
+        numbers[ATTENDED],
+        numbers[NORMED],
+        numbers[LOGITS],
+    )
     _, _, read, _, _ = _layout(item, numbers)
-    _norm(item, attended, numbers[22], float_at(numbers[11] + 4), size, read, normed)
+    _norm(item, attended, numbers[SECOND_NORM], float_at(numbers[CONSTANTS] + 4), size, read, normed)
     sums = np.empty((1, GROUP), np.float32)
     for row in range(0, experts, GROUP):
-        group_sums(holds, sums, row, 1, experts, size, numbers[23], 0, read)
+        group_sums(holds, sums, row, 1, experts, size, numbers[ROUTER], 0, read)
         for r in range(row, min(row + GROUP, experts)):
             put_half(sums[0, r - row], logits + r * 2, 0)
 
@@ -221,7 +247,13 @@ def _half_layer(holds: int) -> int:
 
     def kernel(block: Any) -> None:
         numbers = carray(block, 27)
-        size, heads, groups, width, positions = numbers[2], numbers[3], numbers[4], numbers[5], numbers[6]
+        size, heads, groups, width, positions = (
+            numbers[SIZE],
+            numbers[HEADS],
+            numbers[GROUPS],
+            numbers[WIDTH],
+            numbers[POSITIONS],
+        )
         done = numbers[1:].ctypes.data
         to_place = 1 + _groups(heads * width) + 2 * _groups(groups * width)
         to_attend = to_place + heads + 2 * groups
@@ -231,7 +263,15 @@ def _half_layer(holds: int) -> int:
         piece = next_piece(block)
         while piece <= to_route:
             if piece < 1:
-                _norm(item, numbers[8], numbers[17], float_at(numbers[11]), size, _layout(item, numbers)[2], 0)
+                _norm(
+                    item,
+                    numbers[HIDDEN],
+                    numbers[NORM],
+                    float_at(numbers[CONSTANTS]),
+                    size,
+                    _layout(item, numbers)[2],
+                    0,
+                )
                 finish(done, 1)
             elif piece < to_place:
                 wait_for(done, 1)

@@ -35,7 +35,13 @@ from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
 from qmix.kernels.packing import BLOCK
 
 SUMMED = 1024  # columns of a token in a piece of the last stage
-FIELDS = 9  # of an expert in the kernel's table
+
+# of the kernel's block, after the counts of pieces drawn and done
+EXPERTS, ROWS, TOKENS, TOP_K, HIDDEN, INNER, FP16, DIRECT = range(2, 10)
+TABLE, X, READ, READ_INNER, OUT, WEIGHTS, RESULT = range(10, 17)  # addresses
+# of an expert in the table: addresses, the number of its rows, and the number of the first among all
+GATE, GATE_SCALES, UP, UP_SCALES, DOWN, DOWN_SCALES, PLACES, COUNT, FIRST = range(9)
+FIELDS = 9
 
 Rows = tuple[Sequence[int], int, int]  # addresses of the three matrices and their scales; address and number of places
 
@@ -56,9 +62,7 @@ def multiply_experts(
     there already; the weighted sum [T, H] is returned. `outputs` and `weights` are contiguous.
     """
     tokens, top_k, hidden = outputs.shape
-    holds: Holds = precision
-    if precision in ("half", "int8"):
-        holds = holds_of(torch.int8 if precision == "int8" else x.dtype)
+    holds = _holds(precision, x.dtype)
     fp16, alone = x.dtype == torch.float16, tokens == 1
     numbers, rows = [], 0
     for addresses, places, count in experts:
@@ -80,8 +84,13 @@ def multiply_experts(
 
 def prepare(precision: str, dtype: torch.dtype) -> None:
     """Load the kernel for experts in this precision; compile it if it is not on disk yet."""
-    half = holds_of(torch.int8 if precision == "int8" else dtype)
-    _experts(half if precision in ("half", "int8") else precision)
+    _experts(_holds(precision, dtype))
+
+
+def _holds(precision: str, dtype: torch.dtype) -> Holds:
+    if precision in ("half", "int8"):
+        return holds_of(torch.int8 if precision == "int8" else dtype)
+    return precision
 
 
 @njit
@@ -89,7 +98,7 @@ def _pieces(packed: bool, table: int, experts: int, rows: int) -> int:
     """Return the number of pieces into which a matrix of each expert is cut."""
     total = 0
     for expert in range(experts):
-        large, small = _cut(packed, carray(integers(table), experts * FIELDS)[expert * FIELDS + 7], rows)
+        large, small = _cut(packed, carray(integers(table), experts * FIELDS)[expert * FIELDS + COUNT], rows)
         total += large + small
     return total
 
@@ -110,14 +119,14 @@ def _piece(packed: bool, table: int, experts: int, rows: int, piece: int) -> tup
     """Return a piece's expert, its first group of rows and its number of groups."""
     numbers = carray(integers(table), experts * FIELDS)
     for expert in range(experts):
-        count = numbers[expert * FIELDS + 7]
+        count = numbers[expert * FIELDS + COUNT]
         large, _ = _cut(packed, count, rows)
         if piece < large:
             together = groups_together(packed, count)
             return expert, piece * together, together
         piece -= large
     for expert in range(experts):
-        count = numbers[expert * FIELDS + 7]
+        count = numbers[expert * FIELDS + COUNT]
         large, small = _cut(packed, count, rows)
         if piece < small:
             return expert, large * groups_together(packed, count) + piece, 1
@@ -152,19 +161,26 @@ def _row(packed: bool, item: int, at: int, count: int, t: int, columns: int) -> 
 @njit
 def _expert_of(numbers: Any, expert: int) -> Any:
     """Return an expert's fields in the kernel's table."""
-    return carray(integers(numbers[10]), (expert + 1) * FIELDS)[expert * FIELDS :]
+    return carray(integers(numbers[TABLE]), (expert + 1) * FIELDS)[expert * FIELDS :]
 
 
 @njit
 def _read_row(packed: bool, item: int, numbers: Any, piece: int) -> None:
     """Put a row of x where the tiles read it."""
-    experts, top_k, hidden, fp16, x, read = numbers[2], numbers[5], numbers[6], numbers[8], numbers[11], numbers[12]
+    experts, top_k, hidden, fp16, x, read = (
+        numbers[EXPERTS],
+        numbers[TOP_K],
+        numbers[HIDDEN],
+        numbers[FP16],
+        numbers[X],
+        numbers[READ],
+    )
     expert = 0
-    while expert + 1 < experts and _expert_of(numbers, expert + 1)[8] <= piece:
+    while expert + 1 < experts and _expert_of(numbers, expert + 1)[FIRST] <= piece:
         expert += 1
     mine = _expert_of(numbers, expert)
-    count, first = mine[7], mine[8]
-    token = carray(integers(mine[6]), count)[piece - first] // top_k
+    count, first = mine[COUNT], mine[FIRST]
+    token = carray(integers(mine[PLACES]), count)[piece - first] // top_k
     to, step = _row(packed, item, read + first * hidden * item, count, piece - first, hidden)
     for column in range(0, hidden, BLOCK):
         for c in range(min(BLOCK, hidden - column)):
@@ -177,24 +193,24 @@ def _read_row(packed: bool, item: int, numbers: Any, piece: int) -> None:
 def _inner_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) -> None:
     """Compute silu(gate @ x) * (up @ x) for some rows of an expert's gate and up."""
     tokens, hidden, inner, fp16, read, inner_at = (
-        numbers[4],
-        numbers[6],
-        numbers[7],
-        numbers[8],
-        numbers[12],
-        numbers[13],
+        numbers[TOKENS],
+        numbers[HIDDEN],
+        numbers[INNER],
+        numbers[FP16],
+        numbers[READ],
+        numbers[READ_INNER],
     )
-    expert, group, groups = _piece(packed, numbers[10], numbers[2], inner, piece)
+    expert, group, groups = _piece(packed, numbers[TABLE], numbers[EXPERTS], inner, piece)
     mine = _expert_of(numbers, expert)
-    count, first, row = mine[7], mine[8], group * GROUP
+    count, first, row = mine[COUNT], mine[FIRST], group * GROUP
     x = read if tokens == 1 else read + first * hidden * item
     gate, up = (np.empty((count, groups * GROUP), np.float32), np.empty((count, groups * GROUP), np.float32))
-    group_sums(holds, gate, row, groups, inner, hidden, mine[0], mine[1], x)
-    group_sums(holds, up, row, groups, inner, hidden, mine[2], mine[3], x)
+    group_sums(holds, gate, row, groups, inner, hidden, mine[GATE], mine[GATE_SCALES], x)
+    group_sums(holds, up, row, groups, inner, hidden, mine[UP], mine[UP_SCALES], x)
     last = min(row + groups * GROUP, inner)
-    if not packed and mine[1]:
-        _scale(gate, mine[1], row, last)
-        _scale(up, mine[3], row, last)
+    if not packed and mine[GATE_SCALES]:
+        _scale(gate, mine[GATE_SCALES], row, last)
+        _scale(up, mine[UP_SCALES], row, last)
     gated_product(gate.ctypes.data, up.ctypes.data, gate.size, fp16, packed or item == 2)
     for t in range(count):
         to, step = _row(packed, item, inner_at + first * inner * item, count, t, inner)
@@ -205,16 +221,22 @@ def _inner_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) ->
 @constant_first
 def _outer_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) -> None:
     """Compute some rows of down @ inner, and put them into their places of the outputs."""
-    hidden, inner, fp16, inner_at, out = numbers[6], numbers[7], numbers[8], numbers[13], numbers[14]
-    expert, group, groups = _piece(packed, numbers[10], numbers[2], hidden, piece)
+    hidden, inner, fp16, inner_at, out = (
+        numbers[HIDDEN],
+        numbers[INNER],
+        numbers[FP16],
+        numbers[READ_INNER],
+        numbers[OUT],
+    )
+    expert, group, groups = _piece(packed, numbers[TABLE], numbers[EXPERTS], hidden, piece)
     mine = _expert_of(numbers, expert)
-    count, first, row = mine[7], mine[8], group * GROUP
+    count, first, row = mine[COUNT], mine[FIRST], group * GROUP
     sums = np.empty((count, groups * GROUP), np.float32)
-    group_sums(holds, sums, row, groups, hidden, inner, mine[4], mine[5], inner_at + first * inner * item)
+    group_sums(holds, sums, row, groups, hidden, inner, mine[DOWN], mine[DOWN_SCALES], inner_at + first * inner * item)
     last = min(row + groups * GROUP, hidden)
-    if not packed and mine[5]:
-        _scale(sums, mine[5], row, last)
-    places = carray(integers(mine[6]), count)
+    if not packed and mine[DOWN_SCALES]:
+        _scale(sums, mine[DOWN_SCALES], row, last)
+    places = carray(integers(mine[PLACES]), count)
     for t in range(count):
         for r in range(row, last):
             put_half(sums[t, r - row], out + (places[t] * hidden + r) * 2, fp16)
@@ -224,12 +246,12 @@ def _outer_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) ->
 def _sum_columns(numbers: Any, piece: int) -> None:
     """Sum some columns of a token's outputs times the router's weights."""
     top_k, hidden, fp16, out, weights, result = (
-        numbers[5],
-        numbers[6],
-        numbers[8],
-        numbers[14],
-        numbers[15],
-        numbers[16],
+        numbers[TOP_K],
+        numbers[HIDDEN],
+        numbers[FP16],
+        numbers[OUT],
+        numbers[WEIGHTS],
+        numbers[RESULT],
     )
     parts = (hidden + SUMMED - 1) // SUMMED
     token, column = piece // parts, piece % parts * SUMMED
@@ -249,13 +271,13 @@ def _experts(holds: Holds) -> int:
     def kernel(block: Any) -> None:
         numbers = carray(block, 17)
         experts, rows, tokens, hidden, inner, direct = (
-            numbers[2], numbers[3], numbers[4], numbers[6], numbers[7], numbers[9]
+            numbers[EXPERTS], numbers[ROWS], numbers[TOKENS], numbers[HIDDEN], numbers[INNER], numbers[DIRECT]
         )  # fmt: skip
-        table, done = numbers[10], numbers[1:].ctypes.data
+        table, done = numbers[TABLE], numbers[1:].ctypes.data
         to_inner = 0 if direct else 1 if tokens == 1 else rows
         to_outer = to_inner + _pieces(packed, table, experts, inner)
         to_sum = to_outer + _pieces(packed, table, experts, hidden)
-        end = to_sum + (tokens * ((hidden + SUMMED - 1) // SUMMED) if numbers[15] else 0)
+        end = to_sum + (tokens * ((hidden + SUMMED - 1) // SUMMED) if numbers[WEIGHTS] else 0)
         piece = next_piece(block)
         while piece < end:
             if piece < to_inner:
