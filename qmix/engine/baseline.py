@@ -57,14 +57,17 @@ def main() -> None:
 
 
 def _load_kernels() -> None:
-    from qmix.kernels.cpu import dequantize
+    from qmix.kernels.cpu import attention_half, dequantize, experts
     from qmix.kernels.cpu.attention import attend
     from qmix.kernels.cpu.products import prepare
     from qmix.precision.formats import FOUR_BITS, PRECISIONS
 
     prepare(PRECISIONS, torch.bfloat16)
+    for precision in PRECISIONS:
+        experts.prepare(precision, torch.bfloat16)
     for kind in FOUR_BITS:
         dequantize.prepare(kind)
+    attention_half.prepare()
     keys = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
     attend(keys[:, :, :1], keys, keys, None, 1.0)
 

@@ -23,6 +23,7 @@ from qmix.errors import StoreError
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.attention import GROUPED_SDPA, register
+from qmix.model.decoder_layer import use_one_token_layers
 from qmix.model.dense import read_dense
 from qmix.model.experts import PooledExperts
 from qmix.model.gpu.devices import download
@@ -138,6 +139,7 @@ def load_weights(
         make_invariant(model)
     elif uses_kernels(store.geometry):
         use_half_linear(model)
+        use_one_token_layers(model)
     if spread is not None:
         spread.put_experts(model, pool, activation)
         spread.connect(model)

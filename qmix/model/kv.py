@@ -87,11 +87,15 @@ class KVLayer(CacheLayerMixin):
         if key_states.requires_grad:
             raise UsageError("a planned cache keeps no gradients; call the model without it, or within torch.no_grad()")
         rows, _, tokens, columns = key_states.shape
-        end = self.length + tokens
-        self.keys[:rows, :, self.length : end, :columns] = key_states
-        self.values[:rows, :, self.length : end, :columns] = value_states
-        self.length = end
-        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+        keys, values = self.extend(tokens, rows)
+        keys[:, :, -tokens:, :columns] = key_states
+        values[:, :, -tokens:, :columns] = value_states
+        return keys, values
+
+    def extend(self, tokens: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the first `rows` sequences with `tokens` more positions, yet to be written."""
+        self.length += tokens
+        return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor, places: torch.Tensor) -> None:
         """Put [1, G, T, D] at `places` [T]."""

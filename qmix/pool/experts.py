@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -163,6 +164,15 @@ class ExpertPool:
         `coming` are experts that later layers will probably need, soonest first. An expert may be used until the next
         is requested. Raises StoreError where a record is damaged.
         """
+        return chain.from_iterable(self.groups(layer, experts, coming))
+
+    def groups(
+        self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()
+    ) -> Iterator[list[tuple[int, Expert]]]:
+        """Yield the same experts as `get`, in lists of those that are in memory together; each until the next list.
+
+        Experts in memory come one by one as long as others wait for a slot: a slot that is done with takes the next.
+        """
         self._check_running()
         self.layer = layer
         keys = [(layer, expert) for expert in experts]
@@ -219,8 +229,8 @@ class ExpertPool:
         reading: deque[tuple[Key, int, Read]],
         waiting: deque[Key],
         coming: Sequence[Key],
-    ) -> Iterator[tuple[int, Expert]]:
-        """Yield each key while it is resident, and read missing records and then what is coming meanwhile."""
+    ) -> Iterator[list[tuple[int, Expert]]]:
+        """Yield keys while they are resident, and read missing records and then what is coming meanwhile."""
         pinned = set(ready)
         try:
             while ready or waiting or reading:
@@ -229,10 +239,11 @@ class ExpertPool:
                 if not waiting:
                     self._collect()
                     self._read_ahead(layer, coming, pinned)
-                key = ready.popleft() if ready else self._finish(reading)
-                pinned.add(key)
-                yield key[1], self._expert(key)
-                pinned.discard(key)
+                together = len(ready) if not waiting else min(1, len(ready))
+                keys = [ready.popleft() for _ in range(together)] or [self._finish(reading)]
+                pinned.update(keys)
+                yield [(key[1], self._expert(key)) for key in keys]
+                pinned.difference_update(keys)
         finally:
             self._release(reading)
 

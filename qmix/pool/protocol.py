@@ -34,6 +34,11 @@ class Pool(Protocol):
     def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
         """Yield each of a layer's `experts` once, in any order; `coming` is what later layers will probably need."""
 
+    def groups(
+        self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()
+    ) -> Iterator[list[tuple[int, Expert]]]:
+        """Yield the same experts as `get`, in lists of those that are in memory together."""
+
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read experts that later layers will probably need, soonest first."""
 

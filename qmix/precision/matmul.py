@@ -42,6 +42,15 @@ class Matrix:
         self.widened_from = None if invariant else widened_from
 
     @property
+    def places(self) -> tuple[int, int]:
+        """The addresses of the weights or codes, and of the scales; 0 for none."""
+        raise NotImplementedError
+
+    def takes_ours(self, tokens: int) -> bool:
+        """Return True if `multiply` uses qmix's own product for so many rows of x."""
+        return self.uses_ours and not self.widens(tokens)
+
+    @property
     def uses_ours(self) -> bool:
         """True if qmix's own products, which are invariant, multiply this matrix."""
         return self.invariant or self.rows * self.cols >= KERNEL_WEIGHTS
@@ -95,18 +104,24 @@ class Matrix:
         return out
 
 
-def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
-    """Return x [..., cols] @ weight.T, both in the same half precision, by the faster kernel.
-
-    With `invariant` that is always qmix's own. If x or the weight requires a gradient it is torch's.
+def half_takes_ours(tokens: int, weight: torch.Tensor, invariant: bool = False) -> bool:
+    """Return True if qmix's product multiplies a weight in half precision with so many rows of x.
 
     In fp16 torch multiplies a single row at the speed of reading the weight, and more rows at a sixth of qmix's speed;
     in bf16 it is fast with many rows.
     """
-    tokens = x.numel() // weight.shape[1]
     ours = tokens > 1 if weight.dtype == torch.float16 else 0 < tokens < FEW_TOKENS
-    ours = ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous()
-    ours = (ours or invariant) and type(x) is torch.Tensor  # our kernel takes addresses: subclasses may have none
+    return invariant or (ours and weight.numel() >= KERNEL_WEIGHTS and weight.is_contiguous())
+
+
+def half_product(x: torch.Tensor, weight: torch.Tensor, invariant: bool = False) -> torch.Tensor:
+    """Return x [..., cols] @ weight.T, both in the same half precision, by the faster kernel.
+
+    With `invariant` that is always qmix's own. If x or the weight requires a gradient it is torch's.
+    """
+    tokens = x.numel() // weight.shape[1]
+    ours = half_takes_ours(tokens, weight, invariant)
+    ours = ours and type(x) is torch.Tensor  # our kernel takes addresses: subclasses may have none
     if not ours or x.dtype != weight.dtype or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
     from qmix.kernels.cpu.products import multiply_rows
@@ -120,6 +135,13 @@ class HalfMatrix(Matrix):
     def __init__(self, weight: torch.Tensor, rows: int, cols: int, invariant: bool = False) -> None:
         super().__init__(rows, cols, invariant)
         self.weight = weight
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), 0
+
+    def takes_ours(self, tokens: int) -> bool:
+        return half_takes_ours(tokens, self.weight, self.invariant)
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         return self.weight[start:stop].float()
@@ -143,6 +165,10 @@ class Int8Matrix(Matrix):
         super().__init__(rows, cols, invariant, widened_from)
         self.codes, self.row_max = codes, row_max
         self._ones = torch.ones(rows, dtype=torch.bfloat16)
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return self.codes.data_ptr(), self.row_max.data_ptr()
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         return self.codes[start:stop].float() * (self.row_max[start:stop, None] / 127)
@@ -180,7 +206,13 @@ class FourBitMatrix(Matrix):
         self.packed = fits_kernels(rows, cols)
         self.kernel = four_bit_kernel(kind, self.uses_ours) if self.packed else None
         self._theirs = packed_kernel(kind) if self.kernel == THEIRS else None
-        self.places = codes.data_ptr(), absmax.data_ptr()
+
+    @property
+    def places(self) -> tuple[int, int]:
+        return self.codes.data_ptr(), self.absmax.data_ptr()
+
+    def takes_ours(self, tokens: int) -> bool:
+        return self.kernel == OURS and not self.widens(tokens)
 
     def dequantize(self, start: int, stop: int) -> torch.Tensor:
         if not self.packed:
@@ -244,7 +276,10 @@ class FourBitMatrix(Matrix):
 
 
 class Expert:
-    """One expert's three matrices in a buffer; a call is the expert's forward."""
+    """One expert's three matrices in a buffer; a call is the expert's forward.
+
+    `places` are the addresses of gate, up and down, each with its scales.
+    """
 
     def __init__(
         self,
@@ -261,9 +296,21 @@ class Expert:
         self.gate, self.up, self.down = (
             _matrix(layout.precision, tensors[matrix], *shapes[matrix], invariant, widened_from) for matrix in MATRICES
         )
+        self.precision = layout.precision
+        self.places = (*self.gate.places, *self.up.places, *self.down.places)  # of its slot, which does not move
+
+    def takes_ours(self, tokens: int) -> bool:
+        """Return True if qmix's own products compute so many rows: then `multiply_experts` takes them."""
+        return all(matrix.takes_ours(tokens) for matrix in (self.gate, self.up, self.down))
 
     def __call__(self, x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Return down(activation(gate(x)) * up(x)), [T, hidden] for x [T, hidden]."""
+        if activation is F.silu and type(x) is torch.Tensor and self.takes_ours(len(x)):
+            from qmix.kernels.cpu.experts import multiply_experts
+
+            outputs, places = x.new_empty(len(x), 1, x.shape[1]), torch.arange(len(x))
+            multiply_experts(self.precision, [(self.places, places.data_ptr(), len(x))], x, outputs, self.gate.rows)
+            return outputs[:, 0]
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 
 

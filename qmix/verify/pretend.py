@@ -55,6 +55,9 @@ class PretendPool:
         for expert in experts:
             yield expert, self._computes
 
+    def groups(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[list[tuple[int, Any]]]:
+        yield list(self.get(layer, experts))
+
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         pass
 

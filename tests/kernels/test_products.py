@@ -71,7 +71,7 @@ def test_int8_products_of_any_shape(dtype, tokens, rows, columns):
 @pytest.mark.parametrize("shape", [(1, 33, 47), (7, 64, 100)], ids=str)
 def test_products_on_cpus_without_bf16_arithmetic(monkeypatch, holds, shape):
     tokens, rows, columns = shape
-    monkeypatch.setattr(products, "_holds", lambda dtype: holds)
+    monkeypatch.setattr(products, "holds_of", lambda dtype: holds)
     x = randn(tokens, columns).bfloat16()
     weight = random_bytes(rows, columns).view(torch.int8)
     if holds == row_tile.BF16_WIDE:

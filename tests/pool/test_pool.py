@@ -160,11 +160,11 @@ def test_a_record_takes_the_slot_of_one_of_its_size(mixed):
 def test_records_that_wait_for_a_slot_do_not_hold_up_those_of_another_size(mixed):
     small, large = mixed.layout.record_counts
     pool = ExpertPool(mixed, {small: 1, large: 1})
-    request = pool.get(1, [1, 2, 0])
-    assert next(request)[0] == 1
+    request = pool.groups(1, [1, 2, 0])
+    assert next(request)[0][0] == 1
     begun = {key for key, _, _ in request.gi_frame.f_locals["reading"]}
     assert begun == {(1, 0)}  # 2 waits for the slot that 1 computes in
-    assert [expert for expert, _ in request] == [0, 2]
+    assert [expert for group in request for expert, _ in group] == [0, 2]
     pool.close()
 
 

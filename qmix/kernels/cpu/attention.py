@@ -1,7 +1,7 @@
 """Attention of single query tokens over long KV caches, at about the speed of reading the cache.
 
 A piece of work is a block of 512 positions of one token and key head, for all query heads that share it: scores,
-their softmax relative to the block's own maximum, and the weighted sum of values, all in fp32. A second pass combines
+their softmax relative to the block's own maximum, and the weighted sum of values, all in fp32. A second stage combines
 the blocks of each query head in order. Blocks and results are the same for any number of threads.
 
 The first call compiles the kernel, once for an installation.
@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray
+from numba import carray, njit
 
 from qmix.kernels.cpu import team
 from qmix.kernels.cpu.attention_tile import AHEAD, WIDTH, fetch, integers, pointer, softmax, value_tile
-from qmix.kernels.cpu.compiled import compiled_address
+from qmix.kernels.cpu.compiled import compiled_address, constant_first
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, PAIRED, ROWS, TOKENS, dot_tile
+from qmix.kernels.cpu.stages import finish, wait_for
 from qmix.kernels.cpu.vectors import LANES, float_at, next_piece, put_half
 
 BLOCK = 512  # positions in a piece of work
@@ -67,111 +68,125 @@ def attend_rows(
     scale = torch.tensor([scaling], dtype=torch.float32)
     shape = tokens, groups, heads, width, blocks
     places = as_read.data_ptr(), rows.data_ptr(), parts.data_ptr(), scale.data_ptr()
-    team.run(_blocks(holds), *shape, *places, *group_strides)
-    team.run(_combined(), *shape, rows.data_ptr(), parts.data_ptr(), out.data_ptr(), holds == FP16)
+    team.run(_attention(holds), 0, *shape, *places, *group_strides, out.data_ptr(), holds == FP16)
     return out
 
 
+@constant_first
+def attend_block(
+    holds: Any, scores: Any, added: Any, keys: Any, values: Any, queries: Any, bias: Any, count: Any, width: Any,
+    scale: Any, part: Any,
+) -> None:  # fmt: skip
+    """Attend from the query heads of a group to `count` positions, at most BLOCK.
+
+    `holds` is a literal. `keys`, `values` and `bias` are addresses of the first position's, `bias` may be 0. `scores`,
+    fp32 [BLOCK / 32, heads, 32], and `added`, fp32 [BLOCK], are scratch memory. For each head the `part` [heads, width
+    + 2] gets the weighted sum of values, the sum of weights, and the maximum.
+    """
+    heads, used, query_item = scores.shape[1], (count + GROUP - 1) // GROUP, 2 if holds in PAIRED else 4
+    scores[:used] = 0
+    added[:count] = 0
+    added[count : used * GROUP] = -np.inf
+    if bias:
+        for i in range(count):
+            added[i] = float_at(bias + i * 4)
+    position = 0
+    while position < count:
+        taken = ROWS if position + ROWS <= count else 1
+        for line in range(0, taken * width * 2, 64):
+            fetch(keys + position * width * 2 + AHEAD + line)
+        for head in range(0, heads, TOKENS):
+            dot_tile(
+                holds,
+                taken,
+                min(TOKENS, heads - head),
+                keys + position * width * 2,
+                width * 2,
+                queries + head * width * query_item,
+                width * query_item,
+                width,
+                scores[position // GROUP, head, position % GROUP :].ctypes.data,
+            )
+        position += taken
+    carray(pointer(part), heads * (width + 2))[:] = 0
+    for head in range(heads):
+        place = part + (head * (width + 2) + width) * 4
+        softmax(scores[0, head].ctypes.data, heads * GROUP * 4, used, scale, added.ctypes.data, place)
+    for strip in range(0, count, STRIP):
+        column = 0
+        while column < width:
+            vectors = WIDTH if column + WIDTH * LANES <= width else 1
+            for group in range(strip, min(strip + STRIP, count), GROUP):
+                for head in range(0, heads, TOKENS):
+                    value_tile(
+                        holds,
+                        min(TOKENS, heads - head),
+                        vectors,
+                        scores[group // GROUP, head].ctypes.data,
+                        values + (group * width + column) * 2,
+                        width * 2,
+                        min(GROUP, count - group),
+                        part + (head * (width + 2) + column) * 4,
+                        (width + 2) * 4,
+                    )
+            column += vectors * LANES
+
+
+@njit
+def combine_blocks(of_head: Any, sums: Any) -> None:
+    """Set `sums` [width] to a head's attention, from its blocks' parts [blocks, width + 2]."""
+    width = len(sums)
+    maximum = of_head[:, width + 1].max()
+    if maximum == -np.inf:
+        maximum = np.float32(0)
+    sums[:] = 0
+    total = np.float32(0)
+    for part in range(len(of_head)):
+        factor = np.exp(of_head[part, width + 1] - maximum)
+        total += factor * of_head[part, width]
+        for column in range(width):
+            sums[column] += factor * of_head[part, column]
+    share = np.float32(1) / total if total != 0 else np.float32(0)
+    for column in range(width):
+        sums[column] *= share
+
+
 @cache
-def _blocks(holds: int) -> int:
+def _attention(holds: int) -> int:
     query_item = 2 if holds in PAIRED else 4
 
     def kernel(block: Any) -> None:
-        numbers = carray(block, 12)
-        tokens, groups, heads, width, blocks = numbers[1:6]
-        query, table, parts, scale_at, key_group, value_group = numbers[6:12]
+        numbers = carray(block, 15)
+        tokens, groups, heads, width, blocks = numbers[2:7]
+        query, table, parts, scale_at, key_group, value_group, out, fp16 = numbers[7:15]
+        done, to_combine = numbers[1:].ctypes.data, tokens * groups * blocks
         scale = float_at(scale_at)
         scores = np.empty((BLOCK // GROUP, heads, GROUP), np.float32)
-        added = np.empty(BLOCK, np.float32)
+        added, sums = np.empty(BLOCK, np.float32), np.empty(width, np.float32)
         piece = next_piece(block)
-        while piece < tokens * groups * blocks:
-            pair, first = piece // blocks, piece % blocks * BLOCK
-            token, g = pair // groups, pair % groups
-            key, value, positions, bias = carray(integers(table + token * 32), 4)
-            if first >= positions:
-                piece = next_piece(block)
-                continue
-            count = min(BLOCK, positions - first)
-            used = (count + GROUP - 1) // GROUP
-            keys = key + g * key_group + first * width * 2
-            values = value + g * value_group + first * width * 2
-            queries = query + pair * heads * width * query_item
-            part = parts + piece * heads * (width + 2) * 4
-            scores[:used] = 0
-            added[:count] = 0
-            added[count : used * GROUP] = -np.inf
-            if bias:
-                for i in range(count):
-                    added[i] = float_at(bias + (first + i) * 4)
-            position = 0
-            while position < count:
-                taken = ROWS if position + ROWS <= count else 1
-                for line in range(0, taken * width * 2, 64):
-                    fetch(keys + position * width * 2 + AHEAD + line)
-                for head in range(0, heads, TOKENS):
-                    dot_tile(
-                        holds,
-                        taken,
-                        min(TOKENS, heads - head),
-                        keys + position * width * 2,
-                        width * 2,
-                        queries + head * width * query_item,
-                        width * query_item,
-                        width,
-                        scores[position // GROUP, head, position % GROUP :].ctypes.data,
-                    )
-                position += taken
-            carray(pointer(part), heads * (width + 2))[:] = 0
-            for head in range(heads):
-                place = part + (head * (width + 2) + width) * 4
-                softmax(scores[0, head].ctypes.data, heads * GROUP * 4, used, scale, added.ctypes.data, place)
-            for strip in range(0, count, STRIP):
-                column = 0
-                while column < width:
-                    vectors = WIDTH if column + WIDTH * LANES <= width else 1
-                    for group in range(strip, min(strip + STRIP, count), GROUP):
-                        for head in range(0, heads, TOKENS):
-                            value_tile(
-                                holds,
-                                min(TOKENS, heads - head),
-                                vectors,
-                                scores[group // GROUP, head].ctypes.data,
-                                values + (group * width + column) * 2,
-                                width * 2,
-                                min(GROUP, count - group),
-                                part + (head * (width + 2) + column) * 4,
-                                (width + 2) * 4,
-                            )
-                    column += vectors * LANES
-            piece = next_piece(block)
-
-    return compiled_address(kernel)
-
-
-@cache
-def _combined() -> int:
-    def kernel(block: Any) -> None:
-        tokens, groups, heads, width, blocks, table, parts, out, fp16 = carray(block, 10)[1:]
-        sums = np.empty(width, np.float32)
-        row = next_piece(block)
-        while row < tokens * groups * heads:
-            positions = carray(integers(table + row // (groups * heads) * 32), 4)[2]
-            used = (positions + BLOCK - 1) // BLOCK
-            of_pair = parts + row // heads * blocks * heads * (width + 2) * 4
-            of_head = carray(pointer(of_pair), (blocks, heads, width + 2))[:used, row % heads]
-            maximum = of_head[:, width + 1].max()
-            if maximum == -np.inf:
-                maximum = np.float32(0)
-            sums[:] = 0
-            total = np.float32(0)
-            for part in range(used):
-                factor = np.exp(of_head[part, width + 1] - maximum)
-                total += factor * of_head[part, width]
+        while piece < to_combine + tokens * groups * heads:
+            if piece < to_combine:
+                pair, first = piece // blocks, piece % blocks * BLOCK
+                token, g = pair // groups, pair % groups
+                key, value, positions, bias = carray(integers(table + token * 32), 4)
+                if first < positions:
+                    keys = key + g * key_group + first * width * 2
+                    values = value + g * value_group + first * width * 2
+                    queries = query + pair * heads * width * query_item
+                    part = parts + piece * heads * (width + 2) * 4
+                    bias = bias + first * 4 if bias else 0
+                    count = min(BLOCK, positions - first)
+                    attend_block(holds, scores, added, keys, values, queries, bias, count, width, scale, part)
+            else:
+                wait_for(done, to_combine)
+                row = piece - to_combine
+                positions = carray(integers(table + row // (groups * heads) * 32), 4)[2]
+                used = (positions + BLOCK - 1) // BLOCK
+                of_pair = parts + row // heads * blocks * heads * (width + 2) * 4
+                combine_blocks(carray(pointer(of_pair), (blocks, heads, width + 2))[:used, row % heads], sums)
                 for column in range(width):
-                    sums[column] += factor * of_head[part, column]
-            share = np.float32(1) / total if total != 0 else np.float32(0)
-            for column in range(width):
-                put_half(sums[column] * share, out + (row * width + column) * 2, fp16)
-            row = next_piece(block)
+                    put_half(sums[column], out + (row * width + column) * 2, fp16)
+            finish(done, to_combine)
+            piece = next_piece(block)
 
     return compiled_address(kernel)

@@ -54,7 +54,7 @@ def _larger(b: Builder, left: Value, right: Value) -> Value:
     return b.select(b.fcmp_ordered(">", left, right), left, right)
 
 
-def _exp(b: Builder, x: Value) -> Value:
+def exp_of_negative(b: Builder, x: Value) -> Value:
     """Return e**x for LANES numbers up to 0, with a relative error of 2e-7; 0 below 2**-126, NaN for NaN.
 
     It is 2**n * 2**f, with f from -0.5 to 0.5 and the Taylor series of 2**f.
@@ -100,7 +100,7 @@ def softmax(
         with cgutils.for_range(b, groups) as loop:
             for half in range(GROUP // LANES):
                 place = at(b, b.add(scores, b.mul(loop.index, step)), 4 * LANES * half, SUMS)
-                weight = _exp(b, b.fsub(b.load(place, align=4), taken_off))
+                weight = exp_of_negative(b, b.fsub(b.load(place, align=4), taken_off))
                 b.store(weight, place, align=4)
                 b.store(b.fadd(b.load(total), weight), total)
         b.store(_lanes_to_one(b, b.load(total), b.fadd), at(b, result, 0, FLOAT), align=4)

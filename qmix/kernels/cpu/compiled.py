@@ -13,14 +13,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llvmlite
 from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
+from numba.extending import overload
 
 from qmix.kernels.cpu.paths import current
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 KERNEL_SIGNATURE = (types.CPointer(types.int64),), types.void
 
@@ -59,6 +62,16 @@ def compiled_address(kernel: Callable[..., None]) -> int:
     callback = _with_cache(CFunc(kernel, KERNEL_SIGNATURE, {}, {"error_model": "numpy"}), kernel)
     callback.compile()
     return callback.address
+
+
+def constant_first(function: Function) -> Function:
+    """Let kernels call `function` with a first argument that is a constant of theirs, and a constant inside it too.
+
+    It is compiled once for each such constant, apart from its callers.
+    """
+    options = {"error_model": "numpy"}
+    overload(function, options, strict=False, prefer_literal=True)(lambda *arguments: function)
+    return function
 
 
 def _with_cache(compilable: Any, function: Callable[..., Any]) -> Any:
