@@ -13,6 +13,7 @@ from numba import carray, cfunc
 
 from qmix.kernels.cpu import workers
 from qmix.kernels.cpu.compiled import KERNEL_SIGNATURE
+from qmix.kernels.cpu.futex import FUTEX
 from qmix.kernels.cpu.products import multiply_packed
 from qmix.kernels.cpu.team import Team
 from qmix.kernels.cpu.threads import choose_threads, threads
@@ -21,7 +22,7 @@ from qmix.kernels.cpu.workers import cycles, read
 
 PIECES = 500
 ARGUMENTS, ((ARGUMENT,), RESULT) = 3, KERNEL_SIGNATURE
-pytestmark = pytest.mark.skipif(not workers.FUTEX, reason="a system without futexes has no team")
+pytestmark = pytest.mark.skipif(not FUTEX, reason="a system without futexes has no team")
 
 
 @cfunc(RESULT(ARGUMENT))

@@ -9,7 +9,6 @@ lost its core to another program is waited for without taking that program's cor
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,24 +17,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from qmix.kernels.cpu.vectors import I32, I64, VOID, Builder, Value, at, call
+from qmix.kernels.cpu.futex import WAIT, WAKE, futex, pause_core
+from qmix.kernels.cpu.vectors import I64, Builder, Value, at
 
 LOOKS = 2000  # before a thread sleeps; a pause takes 40 to 140 cycles
-FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine(), 0)  # Linux's number of the system call
-WAIT, WAKE, PRIVATE = 0, 1, 128
-
-
-def _futex(b: Builder, address: Value, operation: int, number: Value) -> None:
-    """Sleep while the int32 at an address is `number`, or wake that many who sleep there; elsewhere than on Linux yield
-    the core."""
-    if not FUTEX or platform.system() != "Linux":
-        call(b, "sched_yield", I32)
-        return
-    kind = ir.FunctionType(I64, [I64], var_arg=True)
-    function = cgutils.get_or_insert_function(b.module, kind, "syscall")
-    zero = ir.Constant(I64, 0)
-    numbers = ir.Constant(I64, FUTEX), address, ir.Constant(I64, operation | PRIVATE), number, zero, zero, zero
-    b.call(function, numbers)
 
 
 @intrinsic
@@ -57,10 +42,9 @@ def wait_for(context: object, done: Any, pieces: Any) -> tuple[Any, Callable[...
         b.store(b.add(count, ir.Constant(I64, 1)), looks)
         with b.if_else(b.icmp_unsigned("<", count, ir.Constant(I64, LOOKS))) as (soon, late):
             with soon:
-                if platform.machine() == "x86_64":
-                    call(b, "llvm.x86.sse2.pause", VOID)
+                pause_core(b)
             with late:
-                _futex(b, address, WAIT, b.zext(b.trunc(found, I32), I64))
+                futex(b, address, WAIT, found)
         b.branch(look)
         b.position_at_end(ready)
         return context.get_dummy_value()
@@ -79,7 +63,7 @@ def finish(context: object, done: Any, pieces: Any) -> tuple[Any, Callable[..., 
         address, pieces = arguments
         before = b.atomic_rmw("add", at(b, address, 0, I64), ir.Constant(I64, 1), "acq_rel")
         with b.if_then(b.icmp_signed("==", b.add(before, ir.Constant(I64, 1)), pieces)):
-            _futex(b, address, WAKE, ir.Constant(I64, 2**31 - 1))
+            futex(b, address, WAKE, ir.Constant(I64, 2**31 - 1))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), emit

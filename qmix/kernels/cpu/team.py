@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from qmix.kernels.cpu import workers
 from qmix.kernels.cpu.compiled import compiled_address
+from qmix.kernels.cpu.futex import FUTEX
 from qmix.kernels.cpu.threads import threads
 from qmix.kernels.cpu.workers import (
     BLOCK,
@@ -56,7 +56,7 @@ def run(kernel: int, *arguments: int) -> None:
     """Call the kernel at the address `kernel` on `threads()` threads, without the GIL."""
     block = (ctypes.c_int64 * (1 + len(arguments)))(0, *arguments)
     helpers = threads() - 1
-    if helpers > 0 and workers.FUTEX:
+    if helpers > 0 and FUTEX:
         _team().run(kernel, ctypes.addressof(block), helpers)
     else:
         _FUNCTION(kernel)(block)

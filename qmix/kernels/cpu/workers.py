@@ -21,7 +21,6 @@ core from it for another program, until it has had the core for CALM kernels.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from qmix.kernels.cpu.futex import WAIT, WAKE, futex, pause_core
 from qmix.kernels.cpu.vectors import I8, I32, I64, VOID, Builder, Value, at
 
 GATE, SLEEPING, FINISHED, CALLER_SLEEPS, KERNEL, BLOCK, LIMIT, TEAM_BYTES = 0, 64, 128, 132, 192, 200, 208, 256
@@ -38,17 +38,7 @@ NUMBERS = 1 << 15  # kernels, then they count from 0 again
 PATIENCE = 400_000  # cycles of the time stamp counter, 100 to 200 microseconds: longer than Python between two kernels
 CALM = 64
 
-FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(platform.machine(), 0)  # the system call's number
-WAIT, WAKE, PRIVATE = 0, 1, 128
 USAGE_BYTES, THREAD, INVOLUNTARY = 144, 1, 136  # struct rusage, RUSAGE_THREAD, offset of ru_nivcsw
-
-
-def _system_call(b: Builder, *arguments: Value) -> None:
-    """Call the C library's syscall, with six arguments."""
-    function = ir.FunctionType(I64, [I64], var_arg=True)
-    numbers = [b.zext(value, I64) if value.type != I64 else value for value in arguments]
-    numbers += [ir.Constant(I64, 0)] * (7 - len(numbers))
-    b.call(cgutils.get_or_insert_function(b.module, function, "syscall"), numbers)
 
 
 def _operation(result: Any, emit: Callable[..., Value | None], *arguments: Any) -> tuple[Any, Callable[..., Any]]:
@@ -103,8 +93,7 @@ def sleep(context: object, address: Any, value: Any) -> tuple[Any, Callable[...,
     """Sleep until `wake` is called for an address, unless its int32 is no longer `value`."""
 
     def emit(b: Builder, place: Value, value: Value) -> None:
-        number, wait = ir.Constant(I64, FUTEX), ir.Constant(I64, WAIT | PRIVATE)
-        _system_call(b, number, place, wait, b.trunc(value, I32))
+        futex(b, place, WAIT, value)
 
     return _operation(types.void, emit, types.int64, types.int64)
 
@@ -114,7 +103,7 @@ def wake(context: object, address: Any, count: Any) -> tuple[Any, Callable[..., 
     """Wake `count` threads that sleep at an address."""
 
     def emit(b: Builder, place: Value, count: Value) -> None:
-        _system_call(b, ir.Constant(I64, FUTEX), place, ir.Constant(I64, WAKE | PRIVATE), count)
+        futex(b, place, WAKE, count)
 
     return _operation(types.void, emit, types.int64, types.int64)
 
@@ -141,14 +130,8 @@ def cycles(context: object) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def pause(context: object) -> tuple[Any, Callable[..., Any]]:
-    """Leave the core's execution units to its other thread for some cycles."""
-
-    def emit(b: Builder) -> None:
-        if platform.machine() == "x86_64":
-            function = ir.FunctionType(VOID, [])
-            b.call(cgutils.get_or_insert_function(b.module, function, "llvm.x86.sse2.pause"), [])
-
-    return _operation(types.void, emit)
+    """Let some cycles pass."""
+    return _operation(types.void, pause_core)
 
 
 @intrinsic
