@@ -36,9 +36,10 @@ class Typist:
             timeout=LIMIT_SECONDS,
         )
         self.ready()  # the prompt of the first turn, shown before the model is loaded
-        self.terminal.expect_exact(LOADED)
-        self.greeting = ESCAPES.sub("", self.terminal.before + LOADED)
-        self.ready()
+        if "--quiet" not in argv:
+            self.terminal.expect_exact(LOADED)
+            self.greeting = ESCAPES.sub("", self.terminal.before + LOADED)
+            self.ready()
 
     def ready(self) -> str:
         self.terminal.expect(READY)
