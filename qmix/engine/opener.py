@@ -12,8 +12,12 @@ from qmix.engine.compute import ComputeThread
 from qmix.engine.generation_config import model_generation_config
 from qmix.machine.found import give_back_freed_memory
 from qmix.model.build import build_model
-from qmix.model.gpu.devices import pin
+from qmix.model.gpu.assemble import make_steps
+from qmix.model.gpu.devices import HOST, pin
+from qmix.model.gpu.kernels import find_kernels
 from qmix.model.gpu.spread import Spread
+from qmix.model.gpu.steps import Steps
+from qmix.model.kv import KVCache
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
@@ -65,6 +69,19 @@ class OpenModel:
             if self.pool.holds_all:
                 self.pool.fill(on_load)
             self._opened = opened.pop_all()
+
+    def capture(self, spread: Spread, cache: KVCache, tokens: int) -> Steps | None:
+        """Let steps of up to `tokens` tokens over `cache` run as captured launches, where there are kernels for them."""
+        gpus = [device.device for device in dict.fromkeys(spread.layers) if device.name != HOST]
+        kernels = find_kernels(self.store.layout, cache.capacity, self.model.config, gpus)
+        if kernels is None:
+            return None
+        try:
+            self.model.steps = steps = make_steps(self.model, spread, cache, kernels, tokens)
+        except BaseException:
+            self.close()
+            raise
+        return steps
 
     def __enter__(self: Self) -> Self:
         return self

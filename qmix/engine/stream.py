@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import GrowingCompletion, Piece, Result
-from qmix.engine.generation_config import decoding
+from qmix.engine.device_choice import plain_temperature
+from qmix.engine.generation_config import Decoding, decoding
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
 from qmix.engine.sampling import Sampling
@@ -32,7 +33,7 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
 from qmix.pool.counters import PoolCounters
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
@@ -60,6 +61,7 @@ class Runner(OpenModel):
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
         super().__init__(store, plan.slots_by_size, attention, spread=spread, on_load=on_load)
+        self._steps = self.capture(spread, self.cache, captured_tokens(plan.batch)) if spread else None
         self.encoder = PromptEncoder(self.tokenizer, plan.context, store.geometry.max_position)
         self._held: list[int] = []
 
@@ -145,7 +147,8 @@ class Runner(OpenModel):
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sampling.seed)
-                with self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt):
+                read = self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt)
+                with read, self._choosing(how, sampling, prompt):
                     self.model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
@@ -159,6 +162,12 @@ class Runner(OpenModel):
             self._note_held(prompt + streamer.completion.token_ids)
         streamer.send_text(streamer.completion.finish())
         send(Piece("", [], self._result(streamer, sampling.seed, before, reused)))
+
+    def _choosing(self, how: Decoding, sampling: Sampling, prompt: list[int]) -> AbstractContextManager[None]:
+        """Let a GPU choose the tokens, where it computes them and no option needs their logits."""
+        if self._steps is None or sampling.draft_ngram:
+            return nullcontext()
+        return self._steps.choosing(plain_temperature(self.model, how.config, prompt), sampling.seed)
 
     def _keep(self, prompt: list[int]) -> int:
         """Crop the cache to the tokens that it has in common with the prompt; return how many these are.
