@@ -71,7 +71,7 @@ class OpenModel:
             self._opened = opened.pop_all()
 
     def capture(self, spread: Spread, cache: KVCache, tokens: int) -> Steps | None:
-        """Let steps of up to `tokens` tokens over `cache` run as captured launches, where there are kernels for them."""
+        """Capture steps of up to `tokens` tokens over `cache`; None where there are no kernels for them."""
         gpus = [device.device for device in dict.fromkeys(spread.layers) if device.name != HOST]
         kernels = find_kernels(self.store.layout, cache.capacity, self.model.config, gpus)
         if kernels is None:

@@ -6,7 +6,6 @@ import torch
 from transformers import MixtralForCausalLM
 
 from qmix.kernels.gpu.shapes import ExpertShape
-from qmix.machine.rates import Rates
 from qmix.model.gpu.away import AwayExperts, Exchange
 from qmix.model.gpu.captured import OnDevice
 from qmix.model.gpu.copy_or_compute import copied_share
@@ -30,9 +29,7 @@ def make_steps(model: MixtralForCausalLM, spread: Spread, cache: KVCache, kernel
 class _Maker:
     """Makes the parts of a model on its GPUs."""
 
-    def __init__(
-        self, model: MixtralForCausalLM, spread: Spread, cache: KVCache, kernels: Kernels, rows: int
-    ) -> None:
+    def __init__(self, model: MixtralForCausalLM, spread: Spread, cache: KVCache, kernels: Kernels, rows: int) -> None:
         self.model, self.spread, self.cache, self.kernels, self.rows = model, spread, cache, kernels, rows
         self.layout = model.pool.store.layout
         self.shapes = expert_shapes(self.layout)
