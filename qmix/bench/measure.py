@@ -26,7 +26,7 @@ from qmix.machine.found import cpu_name
 from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
-from qmix.plan.here import plan_for
+from qmix.plan.here import Gpus, plan_for, run_machine
 from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import Key
@@ -50,6 +50,7 @@ def prepare(
     workloads: Sequence[Workload],
     *,
     ram: int | str | None = None,
+    gpu: Gpus = None,
     context: int | None = None,
     precision: str | None = None,
     clip: bool = False,
@@ -60,10 +61,11 @@ def prepare(
 ) -> tuple[Store, Plan]:
     """Return a model's store, quantised first if there is none, and the plan for these workloads. Loads no weights.
 
-    The default `context` is that of the longest workload. `plan` replaces `ram` and `context`. Raises QmixError as
-    `qmix.load` does.
+    The default `context` is that of the longest workload. `plan` replaces `ram`, `gpu` and `context`. Raises QmixError
+    as `qmix.load` does.
     """
     check_attention(attention)
+    machine = run_machine(ram, gpu)
 
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
@@ -74,7 +76,7 @@ def prepare(
         else:
             check_context(workloads, context, f"{arg('context')} is", "give a larger one, or fewer tokens")
         tokens = context or max(workload.context for workload in workloads)
-        return plan_for(layout, ram, tokens, attention, use=use)
+        return plan_for(layout, None, tokens, attention, machine=machine, use=use)
 
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, planned, clip)

@@ -12,6 +12,7 @@ from qmix.commands.shared import (
     attention_option,
     clip_option,
     dtype_option,
+    gpu_option,
     hold_to,
     load_libraries,
     model_or_default,
@@ -29,6 +30,7 @@ NEW_HELP = "numbers of tokens to generate, such as 128 or 128,512; 0 for none [1
 @click.command()
 @click.argument("model", required=False)
 @ram_option
+@gpu_option
 @click.option("--context", type=click.IntRange(min=1), metavar="TOKENS", help="[as long as the longest test]")
 @precision_option
 @clip_option
@@ -45,7 +47,9 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     A pp test processes a prompt, a tg test generates tokens. The bound of a test is the highest speed that the memory,
     disk and cores of this machine allow.
     """
-    given = read_plan_option(options.pop("plan_path"), ram=options["ram"], context=options["context"])
+    options["gpu"] = options["gpu"] or None
+    limits = {option: options[option] for option in ("ram", "gpu", "context")}
+    given = read_plan_option(options.pop("plan_path"), **limits)
     name = model_or_default(model)
     from qmix.bench.roofline import workloads
 

@@ -49,7 +49,8 @@ def chat(
     from qmix.engine.sampling import Sampling
 
     name = model_or_default(model)
-    loading = {option: options.pop(option) for option in ("ram", "context", "precision", "clip", "dtype", "plan_path")}
+    names = ("ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
+    loading = {option: options.pop(option) for option in names}
     attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
     Sampling(**settings)
     with loaded(name, attention, **loading) as runner:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from qmix.commands.shared import (
     budget_option,
     context_option,
     dtype_option,
+    gpu_option,
     model_or_default,
     out,
     profile_option,
@@ -26,7 +26,7 @@ from qmix.commands.shared import (
     read_profile_option,
     refuse,
 )
-from qmix.errors import DoesNotFitError, UsageError
+from qmix.errors import DoesNotFitError, UsageError, arg
 from qmix.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ RATES = {  # option: name of the rate, whether in FLOP/s, help
     "--gpu-matmul": ("gpu_matmul", True, "GPU matmul in half precision, such as 80TFLOP/s"),
 }
 OF_GPUS = ("pcie", "gpu_memory", "gpu_matmul")
-COMPARE_HELP = "compare machines, each as GPUs,RAM, such as 24GiB+24GiB,64GiB; repeatable"
+COMPARE_HELP = "compare machines, each as GPUs,RAM, such as 24GiB+24GiB,64GiB or 4090,64GiB; repeatable"
 
 
 def _rate_options(command: Any) -> Any:
@@ -56,7 +56,7 @@ def _rate_options(command: Any) -> Any:
 @click.command()
 @click.argument("model", required=False)
 @ram_option
-@click.option("--gpu", multiple=True, metavar="SIZE", help="memory of a GPU; repeat for each, or `none` [those found]")
+@gpu_option
 @click.option("--disk", type=Size(), metavar="SIZE", help="disk space for the store [what is free]")
 @_rate_options
 @context_option
@@ -190,30 +190,26 @@ def _machine(options: dict[str, Any]) -> Machine:
 
     from qmix.plan.here import this_machine
 
-    found = this_machine(options["ram"], _gpus(options["gpu"]))
+    found = this_machine(options["ram"], options["gpu"] or None)
     stated = {name: options[name] for name, _, _ in RATES.values() if options[name] is not None}
     disk = found.disk if options["disk"] is None else options["disk"]
     return replace(found, rates=found.rates.with_stated(stated), disk=disk)
 
 
-def _gpus(sizes: Sequence[str]) -> tuple[int, ...] | None:
-    """Return the bytes of each GPU: () for `none`, None where no size was given."""
-    if not sizes:
-        return None
-    if "none" in sizes:
-        if len(sizes) > 1:
-            raise UsageError("--gpu none: not together with other GPUs; leave one of them out")
-        return ()
-    return tuple(_size("--gpu", size) for size in sizes)
-
-
 def _compared(text: str, machine: Machine) -> Machine:
-    """Return the machine that a value of `--compare` names: 24GiB+24GiB,64GiB, or 128GiB without a GPU."""
+    """Return the machine that a value of `--compare` names: 24GiB+24GiB,64GiB, RTX 4090,64GiB, or 128GiB alone."""
     from dataclasses import replace
 
-    gpus, comma, ram = text.rpartition(",")
-    found = tuple(_size("--compare", size) for size in gpus.split("+")) if comma and gpus.strip() != "none" else ()
-    return replace(machine, gpus=found, ram=_size("--compare", ram))
+    from qmix.plan.here import this_machine
+
+    named, comma, ram = text.rpartition(",")
+    memory = _size("--compare", ram)
+    try:
+        found = this_machine(memory, named.split("+") if comma else ("none",))
+    except UsageError as error:
+        raise UsageError(f"--compare: {error.message}".replace(f"{arg('gpu')}: ", "")) from None
+    stated = {name: getattr(machine.rates, name) for name in machine.rates.stated}
+    return replace(found, rates=found.rates.with_stated(stated), disk=machine.disk)
 
 
 def _size(option: str, text: str) -> int:

@@ -77,6 +77,8 @@ max_new_tokens_option = click.option(
 ram_option = click.option(
     "--ram", type=Size(), metavar="SIZE", help="memory of the whole process, such as 12GiB [90% of free memory]"
 )
+GPU_HELP = "memory of a GPU, such as 24GiB, or a card such as 4090; repeat for each, or `none` [those found]"
+gpu_option = click.option("--gpu", multiple=True, metavar="SIZE", help=GPU_HELP)
 context_option = click.option(
     "--context", type=click.IntRange(min=1), metavar="TOKENS", help="tokens of prompt and answer together [4096]"
 )
@@ -85,7 +87,7 @@ plan_option = click.option(
     "plan_path",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="a plan written by `qmix plan --json`, in place of --ram and --context",
+    help="a plan written by `qmix plan --json`, in place of --ram, --gpu and --context",
 )
 attention_option = click.option(
     "--attn",
@@ -108,7 +110,7 @@ def together(*options: Decorator) -> Decorator:
 
 
 loading_options = together(
-    ram_option, context_option, precision_option, clip_option, dtype_option, attention_option, plan_option
+    ram_option, gpu_option, context_option, precision_option, clip_option, dtype_option, attention_option, plan_option
 )
 sampling_options = together(
     click.option("--temperature", type=float, help="0 is greedy [the model's own]"),
@@ -149,7 +151,9 @@ def model_or_default(model: str | None) -> str:
 
 def loaded(model: str | None, attention: str, plan_path: Path | None = None, **options: Any) -> Any:
     """Return the runner of a model, showing progress while it is made ready."""
-    plan = read_plan_option(plan_path, ram=options.get("ram"), context=options.get("context"))
+    options["gpu"] = options.get("gpu") or None
+    given = {option: options.get(option) for option in ("ram", "gpu", "context")}
+    plan = read_plan_option(plan_path, **given)
     name = model_or_default(model)
     from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from qmix.engine.resolve import prepare_store
 from qmix.errors import UsageError, arg
-from qmix.machine.measured import measured_rates
 from qmix.models import DEFAULT_MODEL
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
-from qmix.plan.here import plan_for
+from qmix.plan.here import Gpus, plan_for, run_machine
 from qmix.progress import OnProgress, ignore
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
@@ -31,6 +30,7 @@ def load(
     model: str | Path = DEFAULT_MODEL,
     *,
     ram: int | str | None = None,
+    gpu: Gpus = None,
     context: int | None = None,
     precision: str | None = None,
     clip: bool = False,
@@ -45,22 +45,25 @@ def load(
 
     `model` is a store, a checkpoint directory, a Hub id, or an embedded model's name. A checkpoint is quantised once
     into the user's cache directory; `clip` chooses the 4-bit scales of least squared error. `ram` (bytes, or text like
-    "12GiB") is a ceiling for the whole process, by default 90% of the free memory. `context` is the number of tokens of
-    prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes
-    the place of both. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
+    "12GiB") is a ceiling for the whole process, by default 90% of the free memory. `gpu` has a ceiling for each GPU,
+    "gpu:0" first: bytes, text like "24GiB", or a card's name like "RTX 4090"; by default it is all that is free on the
+    GPUs that torch finds, and an empty list leaves them out. `context` is the number of tokens of prompt and answer
+    together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes the place of all
+    three. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
     beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
 
     `import_libraries` imports transformers without what it loads in vain (`qmix.model.lean`): it is called after
     everything that can be refused. Without it transformers is imported as it is, and first, so that the plan counts it.
     """
     check_attention(attention)
+    machine = run_machine(ram, gpu)
     if import_libraries is None:
         import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
             return plan.plan_of(layout, fingerprint, attention)
-        return plan_for(layout, ram, context, attention, use=use)
+        return plan_for(layout, None, context, attention, machine=machine, use=use)
 
     def check(layout: StoreLayout) -> None:
         planned(layout)
@@ -74,7 +77,7 @@ def load(
         import_libraries()
     from qmix.engine.stream import Runner
 
-    return Runner(store, made, attention, on_load, measured_rates())
+    return Runner(store, made, attention, on_load, machine.rates)
 
 
 def check_attention(name: str) -> None:

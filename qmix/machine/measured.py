@@ -47,6 +47,13 @@ class FourBitTrial(msgspec.Struct, frozen=True):
         return self.correct and self.path != PORTABLE and None not in (self.large, self.small)
 
 
+class MeasuredGpus(msgspec.Struct, frozen=True):
+    """The GPUs whose rates were measured, as the driver names them, and the bytes of CUDA's context on one of them."""
+
+    names: tuple[str, ...] = ()
+    context: Annotated[int, msgspec.Meta(ge=1, le=2**40)] | None = None
+
+
 class MachineProfile(msgspec.Struct, frozen=True):
     """The file's content. `machine` and `stack` identify the machine and the versions that were measured."""
 
@@ -55,6 +62,7 @@ class MachineProfile(msgspec.Struct, frozen=True):
     rates: dict[str, Rate]
     stack: dict[str, str] = {}
     four_bit: FourBitTrial | None = None
+    gpus: MeasuredGpus = MeasuredGpus()
     measured_at: str = ""
 
 
@@ -76,6 +84,14 @@ def measured_rates(path: Path | None = None) -> Rates:
     return Rates().with_measured({name: known.rates[name] for name in names if name in known.rates})
 
 
+def measured_gpus(path: Path | None = None) -> MeasuredGpus:
+    """Return the GPUs that were measured here; a context of other versions is left out."""
+    known = _known(path)
+    if known is None:
+        return MeasuredGpus()
+    return known.gpus if known.stack == _stack() else MeasuredGpus(known.gpus.names)
+
+
 def tried_four_bit(path: Path | None = None) -> FourBitTrial | None:
     """Return the last trial of a 4-bit product, None where none was made here with these versions."""
     known = _known(path)
@@ -91,20 +107,27 @@ def four_bit_products(path: Path | None = None) -> FourBitProducts:
 
 
 def keep(
-    rates: Mapping[str, float] | None = None, four_bit: FourBitTrial | None = None, path: Path | None = None
+    rates: Mapping[str, float] | None = None,
+    four_bit: FourBitTrial | None = None,
+    path: Path | None = None,
+    gpus: MeasuredGpus | None = None,
 ) -> Path:
-    """Write new rates or a new trial beside what is known of the rest; return the path. Raises QmixError."""
+    """Write new rates or a new trial beside what is known of the rest; return the path. Raises QmixError.
+
+    `gpus` are those whose rates are among `rates`.
+    """
     target = path or profile_path()
     known, stack = _known(target), _stack()
     if known is not None and known.stack != stack:
         others = {name: rate for name, rate in known.rates.items() if name not in SOFTWARE_RATES}
-        known = msgspec.structs.replace(known, rates=others, four_bit=None)
+        known = msgspec.structs.replace(known, rates=others, four_bit=None, gpus=MeasuredGpus(known.gpus.names))
     content = MachineProfile(
         schema="qmix-machine-1",
         machine=_identity(),
         rates=dict(rates) if rates is not None else known.rates if known else {},
         stack=stack,
         four_bit=four_bit or (known.four_bit if known else None),
+        gpus=gpus or (known.gpus if known else MeasuredGpus()),
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     try:

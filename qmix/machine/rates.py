@@ -41,7 +41,8 @@ class Rates:
     layer_seconds  seconds of a layer in decode besides its weights: Python, small tensors, the router
     read_seconds   seconds of a record's read besides its bytes
 
-    `measured` and `stated` name the rates that were measured on the machine, and the rates that a user gave.
+    `measured`, `stated` and `published` name the rates that were measured on the machine, that a user gave, and that
+    follow from a vendor's figures of a card. `card` is that card, or the one that the GPU's typical rates are of.
     """
 
     memory_read: float = 40e9
@@ -55,10 +56,20 @@ class Rates:
     read_seconds: float = 0.3e-3
     measured: frozenset[str] = frozenset()
     stated: frozenset[str] = frozenset()
+    published: frozenset[str] = frozenset()
+    card: str = ""
 
     def source(self, name: str) -> str:
-        """Return the source of a rate: "measured", "stated" or "typical"."""
-        return "stated" if name in self.stated else "measured" if name in self.measured else "typical"
+        """Return the source of a rate: "stated", "measured", "published" or "typical"."""
+        sources = {"stated": self.stated, "measured": self.measured, "published": self.published}
+        return next((source for source, names in sources.items() if name in names), "typical")
+
+    def with_card(self, found: Mapping[str, float], card: str, named: bool) -> Rates:
+        """Return the rates with those of a card in place: as published where it was `named`, else as typical ones."""
+        published = self.published.union(found) if named else self.published.difference(found)
+        others = {"measured": self.measured.difference(found), "published": published, "card": card}
+        changes: dict[str, Any] = {**found, **others}
+        return replace(self, **changes)
 
     def with_measured(self, found: Mapping[str, float]) -> Rates:
         """Return the rates with those of `found` in place, as measured."""
@@ -115,7 +126,8 @@ class Machine:
     """Budgets and rates for a plan.
 
     `ram` is the ceiling of the whole process, `gpus` that of each GPU, `disk` the free bytes for a store (None: not
-    checked), all in bytes. `four_bit` is how 4-bit products are computed.
+    checked), all in bytes. `four_bit` is how 4-bit products are computed. `cuda` are the bytes of CUDA's context on a
+    GPU, None where they were not measured.
     """
 
     ram: int
@@ -123,6 +135,7 @@ class Machine:
     disk: int | None = None
     rates: Rates = Rates()
     four_bit: FourBitProducts = FourBitProducts(fast=True)
+    cuda: int | None = None
 
     @property
     def speeds(self) -> Rates:
@@ -134,6 +147,8 @@ class Machine:
             "ram": self.ram,
             "gpus": list(self.gpus),
             "disk": self.disk,
+            "cuda_context": self.cuda,
+            "card": self.rates.card,
             "fast_kernels": self.four_bit.fast,
             "fast_kernels_tried": self.four_bit.tried,
             "rates": self.rates.to_json(),

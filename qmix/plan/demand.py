@@ -5,9 +5,12 @@ Experts are ranked by expected use, 0 the most used; a tier's experts are given 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.plan.memory import device_record_bytes, layer_kv_bytes, step_tokens
@@ -189,20 +192,35 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class StepUse:
-    """A step's use of experts, by rank: the chance of each, and the expected bytes of its record and on a GPU."""
+    """A step's use of experts, by rank: the chance of each, and the expected bytes of its record.
+
+    `by_layer` has for each layer its experts' ranks, and the sums of bytes and of chances of the first, the first two
+    and so on. `device_layers` keeps what `qmix.plan.device_work` works out from them.
+    """
 
     chance: list[float]
     record: list[float]
-    device: list[float]
+    by_layer: list[tuple[list[int], list[float], list[float]]]
+    device_layers: dict[tuple[int, int, int, bool], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, demand: Demand, tokens: int) -> StepUse:
         """Return the use of a step whose `tokens` tokens are routed independently."""
-        precisions, records, chance = demand.layout.precisions, demand.layout.records, []
-        record, device = [], []
-        for layer, expert in demand.order:
+        precisions, records = demand.layout.precisions, demand.layout.records
+        chance, record = [], []
+        ranks: list[list[int]] = [[] for _ in range(demand.geometry.num_layers)]
+        for rank, (layer, expert) in enumerate(demand.order):
             chance.append(1 - (1 - min(1.0, demand.use[layer][expert])) ** tokens)
-            precision = precisions[layer][expert]
-            record.append(chance[-1] * records[precision].nbytes)
-            device.append(chance[-1] * demand.device_bytes[precision])
-        return cls(chance, record, device)
+            record.append(chance[-1] * records[precisions[layer][expert]].nbytes)
+            ranks[layer].append(rank)
+        sums = [
+            (mine, list(accumulate(map(record.__getitem__, mine))), list(accumulate(map(chance.__getitem__, mine))))
+            for mine in ranks
+        ]
+        return cls(chance, record, sums)
+
+    def up_to(self, layer: int, limit: int) -> tuple[float, float, int]:
+        """Return the bytes, the expected number and the count of a layer's experts of rank `limit` and below."""
+        ranks, nbytes, used = self.by_layer[layer]
+        count = bisect_right(ranks, limit)
+        return (nbytes[count - 1], used[count - 1], count) if count else (0.0, 0.0, 0)

@@ -145,7 +145,7 @@ def _checks(file: PlanFile, sizes: _Sizes) -> Iterator[tuple[str, bool]]:
         yield name, (len(table), {len(row) for row in table}) == (sizes.num_layers, {sizes.num_experts})
     names = {device.name for device in plan.devices}
     yield "devices", len(names) == len(plan.devices) and all(DEVICE.fullmatch(name) for name in names)
-    yield "devices", all(device.total <= device.budget for device in plan.devices)
+    yield "devices", all(device.total + device.cuda <= device.budget for device in plan.devices)
     yield "layer_devices", len(plan.layer_devices) == sizes.num_layers
     yield "layer_devices", names <= set(plan.layer_devices) <= names | {"cpu"}
     yield "placement", {where for row in plan.placement for where in row} <= names | {"ram", "disk"}

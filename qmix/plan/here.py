@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from qmix.disk.places import cache_directory
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
+from qmix.machine.cards import Card, card_named, gpu_budget, typical_card
 from qmix.machine.found import default_budget, found_gpus, free_disk, interpreter_memory
-from qmix.machine.measured import four_bit_products, measured_rates
-from qmix.machine.rates import Machine
+from qmix.machine.measured import four_bit_products, measured_gpus, measured_rates
+from qmix.machine.rates import Machine, Rates
 from qmix.plan.make import make_plan
+from qmix.plan.memory import CUDA_CONTEXT_BYTES
 from qmix.plan.plan import Plan
 from qmix.precision.formats import uses_kernels
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
-from qmix.units import parse_bytes
+from qmix.units import parse_bytes, plural
 
 DEFAULT_CONTEXT = 4096
 
@@ -25,16 +27,106 @@ def default_context(geometry: Geometry) -> int:
     return min(DEFAULT_CONTEXT, geometry.max_position)
 
 
-def this_machine(ram: int | str | None = None, gpus: Sequence[int] | None = None) -> Machine:
-    """Return this machine as found and measured; `ram` and `gpus` are budgets in place of the free memory."""
-    budget = default_budget() if ram is None else parse_bytes(ram)
+Gpus = Sequence[int | str] | int | str | None  # budgets of GPUs, see `this_machine`
+
+
+def run_machine(ram: int | str | None = None, gpus: Gpus = None) -> Machine:
+    """Return this machine for a run, with `gpus` as `this_machine` takes them, or a single one.
+
+    Raises UsageError where the GPUs are not there or have less free.
+    """
+    machine = this_machine(ram, [gpus] if isinstance(gpus, int | str) else gpus)
+    if gpus is not None:
+        check_gpus(machine)
+    return machine
+
+
+def this_machine(ram: int | str | None = None, gpus: Sequence[int | str] | None = None) -> Machine:
+    """Return this machine as found and measured.
+
+    `ram` is a budget in place of the free memory. `gpus` are budgets in place of the GPUs that were found: bytes, sizes
+    like "24GiB", or names of cards like "RTX 4090", whose published rates then count unless such a card was measured
+    here; "none" alone leaves all out. Raises UsageError.
+    """
+    known = measured_gpus()
+    asked = None if gpus is None else _asked(gpus)
+    budgets = free_gpus(known.context) if asked is None else tuple(budget for budget, _ in asked)
     return Machine(
-        ram=budget,
-        gpus=found_gpus() if gpus is None else tuple(gpus),
+        ram=default_budget() if ram is None else parse_bytes(ram),
+        gpus=budgets,
         disk=free_disk(cache_directory()),
-        rates=measured_rates(),
+        rates=gpu_rates(measured_rates(), budgets, [card for _, card in asked or ()], known.names),
         four_bit=four_bit_products(),
+        cuda=known.context,
     )
+
+
+def _asked(gpus: Sequence[int | str]) -> list[tuple[int, Card | None]]:
+    """Return the bytes and the card of each GPU. Raises UsageError."""
+    if "none" in gpus:
+        if len(gpus) > 1:
+            raise UsageError(f"{arg('gpu', 'none')}: not together with other GPUs; leave one of them out")
+        return []
+    try:
+        return [gpu_budget(gpu) for gpu in gpus]
+    except UsageError as error:
+        raise UsageError(f"{arg('gpu')}: {error.message}") from None
+
+
+def free_gpus(context: int | None) -> tuple[int, ...]:
+    """Return what this process can take of each GPU; its own context of CUDA, made by asking, is a part of that."""
+    return tuple(free + (context or CUDA_CONTEXT_BYTES) for free in found_gpus())
+
+
+def gpu_rates(
+    rates: Rates, budgets: Sequence[int], named: Sequence[Card | None] = (), measured: Sequence[str] = ()
+) -> Rates:
+    """Return `rates` with the GPUs' of the cards that were `named`, or of typical ones for these budgets.
+
+    Rates that were measured stay, unless a card was named that is none of the `measured` ones. Of several cards each
+    rate is the slowest one's.
+    """
+    cards = [card for card in named if card is not None]
+    if not budgets:
+        return rates
+    if cards and not all(any(_is_card(name, card) for name in measured) for card in cards):
+        return rates.with_card(_slowest(cards), _names(cards), named=True)
+    missing = [name for name in ("gpu_memory", "gpu_matmul", "pcie") if rates.source(name) == "typical"]
+    if not missing:
+        return rates
+    cards = cards or [typical_card(budget) for budget in budgets]
+    return rates.with_card({name: _slowest(cards)[name] for name in missing}, _names(cards), named=any(named))
+
+
+def _is_card(name: str, card: Card) -> bool:
+    """Return True if the driver's name may be that of a card."""
+    try:
+        return card_named(name, card.budget) == card
+    except UsageError:
+        return False
+
+
+def _slowest(cards: Sequence[Card]) -> dict[str, float]:
+    return {name: min(card.rates[name] for card in cards) for name in cards[0].rates}
+
+
+def _names(cards: Sequence[Card]) -> str:
+    return " and ".join(dict.fromkeys(card.name for card in cards))
+
+
+def check_gpus(machine: Machine) -> None:
+    """Raise UsageError where this computer has not the GPUs, or not the free memory on them, of `machine`."""
+    if not machine.gpus:
+        return
+    free = free_gpus(machine.cuda)
+    if len(free) < len(machine.gpus):
+        have = plural(len(free), "GPU") if free else "no GPU"
+        why = "" if free else f"; `qmix doctor` tells more, and {arg('gpu', 'none')} runs on the CPU"
+        raise UsageError(f"{arg('gpu')}: {plural(len(machine.gpus), 'GPU')} given, and torch finds {have} here{why}")
+    for index, (budget, most) in enumerate(zip(machine.gpus, free, strict=False)):
+        if budget > most:
+            small = f"{budget / 2**20:.0f}MiB is more than what is free on gpu:{index}"
+            raise UsageError(f"{arg('gpu')}: {small}; give {arg('gpu', f'{most // 2**20}MiB')}")
 
 
 def python_bytes(geometry: Geometry) -> int:
@@ -59,4 +151,5 @@ def plan_for(
     on = machine or this_machine(ram)
     tokens = context or default_context(layout.geometry)
     own = python_bytes(layout.geometry)
-    return make_plan(layout, on.ram, tokens, own, attention, batch, gpus=on.gpus, rates=on.speeds, use=use)
+    cuda = on.cuda or CUDA_CONTEXT_BYTES
+    return make_plan(layout, on.ram, tokens, own, attention, batch, gpus=on.gpus, rates=on.speeds, use=use, cuda=cuda)

@@ -14,10 +14,13 @@ from qmix.errors import DoesNotFitError, arg
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand
 from qmix.plan.memory import (
+    CUDA_CONTEXT_BYTES,
     CUDA_HOST_BYTES,
     PREFILL_CHUNK,
     PREFILL_SHARE,
+    captured_tokens,
     expert_work_bytes,
+    pinned_bytes,
     prefill_bytes,
     prefill_tokens,
     sampling_bytes,
@@ -46,17 +49,18 @@ def make_plan(
     gpus: Sequence[int] = (),
     rates: Rates = TYPICAL,
     use: ExpertFrequency | None = None,
+    cuda: int = CUDA_CONTEXT_BYTES,
 ) -> Plan:
     """Return the plan of a store under budgets of `ram` bytes and `gpus` bytes, for `batch` sequences of `context`
     tokens.
 
-    `interpreter` is what Python takes without GPUs. `rates` decide between the ways to use the GPUs. The experts that
-    `use` says are used most are placed first; without it all count the same. Raises DoesNotFitError with the smallest
-    `ram` that works.
+    `interpreter` is what Python takes without GPUs, `cuda` what CUDA's context takes of each GPU. `rates` decide
+    between the ways to use the GPUs. The experts that `use` says are used most are placed first; without it all count
+    the same. Raises DoesNotFitError with the smallest `ram` that works.
     """
     demand = Demand(layout, context, batch, attention, use or uniform_frequency(layout.geometry))
     host = _Host(demand, ram, interpreter)
-    found = arrange(demand, gpus, host.slots, rates)
+    found = arrange(demand, gpus, host.slots, rates, cuda)
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
     parts = host.parts(found.cpu_layers)
@@ -105,8 +109,9 @@ class _Host:
             work = work_bytes(geometry, demand.context, demand.attention, demand.batch)
         else:
             work = expert_work_bytes(geometry, demand.context, demand.batch)
+        cuda = 0 if whole else CUDA_HOST_BYTES + pinned_bytes(geometry, captured_tokens(demand.batch))
         return {
-            "interpreter": self.interpreter + (0 if whole else CUDA_HOST_BYTES),
+            "interpreter": self.interpreter + cuda,
             "dense": layout.dense.size - len(layout.dense.header) if whole else demand.dense_of(0, cpu_layers),
             "kv_cache": demand.layer_kv * cpu_layers,
             "work": work,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from math import prod
 
 from qmix.checkpoint import Checkpoint
-from qmix.checkpoint.safetensors_header import ITEM_BYTES, aligned
+from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.errors import DoesNotFitError, arg
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.precision.formats import FOUR_BITS, parts
+from qmix.precision.formats import FOUR_BITS
 from qmix.precision.record import record_layout
 from qmix.store.layout import StoreLayout
 from qmix.units import format_bytes
@@ -26,22 +25,29 @@ PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may t
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
+FEW_TOKENS = 32  # tokens of the longest captured step; longer ones are prefill
+LEAST_STEP = 8  # tokens that a captured step has room for in every plan: the next one and a draft
+ATTENTION_SPLIT = 256  # positions of the cache in one partial sum of a captured step's attention
+DOWN_SPLITS = 4  # partial sums of a captured step's last expert matrix
+DEQUANTISED_AT_ONCE = 2**21  # weights that are dequantised by torch's own operations at once
 ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
 
 # What a process takes besides tensors.
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
 RESERVE_SHARE = 0.01
-CUDA_HOST_BYTES = 2**30  # CUDA's libraries and pinned buffers in main memory; stated, not measured
-GPU_RESERVE_BYTES = 600 * 2**20  # CUDA's context, cuBLAS' work space
-GPU_RESERVE_SHARE = 0.02  # the allocator's slack
+CUDA_HOST_BYTES = 2**30  # CUDA's libraries in main memory; stated, not measured
+CUDA_CONTEXT_BYTES = 600 * 2**20  # on a GPU where `qmix doctor` did not measure it
+GPU_SLACK_SHARE = (
+    0.02  # of what torch allocates: freed blocks that its allocator keeps, and the driver's code and graphs
+)
 LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the first product
 SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
 
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
+DEQUANTISING_BYTES = 14  # a weight: its code, as an index, and its value in fp32 before and after scaling
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
-ABSMAX_BYTES = 4  # fp32, which bitsandbytes' CUDA kernels take
 
 
 def with_reserve(needed: int) -> int:
@@ -54,9 +60,13 @@ def usable_bytes(budget: int) -> int:
     return int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE))
 
 
-def usable_device_bytes(budget: int) -> int:
-    """Return what a GPU's budget leaves after the reserve."""
-    return int((budget - GPU_RESERVE_BYTES) / (1 + GPU_RESERVE_SHARE))
+def usable_device_bytes(budget: int, context: int = CUDA_CONTEXT_BYTES) -> int:
+    """Return what a GPU's budget leaves for torch's allocations beside CUDA's context of `context` bytes.
+
+    Under this margin nvidia-smi's peak stayed 173 MiB below a budget of 24 GiB and 319 MiB below one of 12 GiB, with
+    8x7B's geometry on an H100 (docs/gpus.md).
+    """
+    return int((budget - context) / (1 + GPU_SLACK_SHARE))
 
 
 def step_tokens(context: int, batch: int) -> int:
@@ -128,18 +138,56 @@ def expert_work_bytes(geometry: Geometry, context: int, batch: int = 1) -> int:
 
 
 def device_record_bytes(geometry: Geometry, precision: str, dtype: str) -> int:
-    """Return the bytes of one expert on a GPU; `dtype` ("bf16" or "fp16") is what `half` means here.
+    """Return the bytes of one expert on a GPU: its record as it lies in the store, 4.25 bits a weight for nf4 and fp4.
 
-    A resident lies as bitsandbytes' CUDA kernels take it: int8 and half precision as in its record, 4 bits in the
-    ordinary order with fp32 absmax (4.5 bits a weight where a record has 4.25).
+    `dtype` ("bf16" or "fp16") is what `half` means here.
     """
-    if precision not in FOUR_BITS:
-        return record_layout(geometry, precision, dtype).nbytes
-    total = 0
-    for rows, cols in geometry.expert_matrices.values():
-        codes, absmax = parts(precision, dtype, rows, cols)
-        total += aligned(codes.nbytes, ALIGNMENT) + aligned(prod(absmax.shape) * ABSMAX_BYTES, ALIGNMENT)
-    return total
+    return record_layout(geometry, precision, dtype).nbytes
+
+
+def staging_bytes(geometry: Geometry, precisions: Iterable[str], dtype: str) -> int:
+    """Return the bytes of a GPU's staging buffers, for experts that are copied to it for a step."""
+    return STAGED_RECORDS * max(device_record_bytes(geometry, precision, dtype) for precision in precisions)
+
+
+def dequantised_bytes(geometry: Geometry, precisions: Iterable[str]) -> int:
+    """Return the bytes of a GPU's buffer for a 4-bit expert in half precision, for steps of many tokens."""
+    weights = sum(rows * cols for rows, cols in geometry.expert_matrices.values())
+    return weights * HALF_BYTES if any(precision in FOUR_BITS for precision in precisions) else 0
+
+
+def captured_tokens(batch: int) -> int:
+    """Return the tokens that the buffers of captured steps have room for, with `batch` sequences."""
+    return min(FEW_TOKENS, max(LEAST_STEP, batch))
+
+
+def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool = True) -> int:
+    """Return the bytes of a GPU's buffers for captured steps of up to `tokens` tokens.
+
+    A captured step takes no other memory. Counted are the residual stream, its normed copy and what is added to it;
+    queries, keys and values, and the heads' results; attention's partial sums in fp32, each with its largest score and
+    its weight; the experts' inner values, their partial sums in fp32, and the results that come from the host; ids,
+    weights and the rotary table; and with `last` the logits in fp32.
+    """
+    hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
+    q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
+    rows = tokens * (3 * hidden + 2 * q_rows + 2 * kv_rows) * HALF_BYTES
+    splits = math.ceil(context / ATTENTION_SPLIT)
+    sums = tokens * geometry.num_heads * splits * (geometry.head_dim + 2) * 4
+    experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES + DOWN_SPLITS * pairs * hidden * 4
+    routing = pairs * (8 + 4) + geometry.num_records * 8  # ids and weights; the records' addresses
+    rotary = context * geometry.head_dim * 4
+    return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * 4 if last else 0)
+
+
+def pinned_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return the bytes of pinned main memory through which captured steps and the host exchange.
+
+    Each layer has x, ids and weights of up to `tokens` tokens, and all layers share the host's results and the logits.
+    """
+    hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
+    a_layer = tokens * hidden * HALF_BYTES + pairs * (8 + 4)
+    return geometry.num_layers * a_layer + pairs * hidden * HALF_BYTES + tokens * geometry.vocab_size * 4
 
 
 def device_work_bytes(
@@ -167,9 +215,9 @@ def device_work_bytes(
         3 * tokens * geometry.hidden_size * 4,  # RMSNorm, in fp32
         batch * geometry.vocab_size * (HALF_BYTES + 4) if last else 0,
     )
-    staged = _staged_bytes(geometry, precisions, dtype) if uploads else 0
-    loading = max(_loading_bytes(geometry, precision, dtype) for precision in precisions)
-    return max(kept + step + staged, loading + staged) + LIBRARY_BYTES
+    fixed = dequantised_bytes(geometry, precisions) + (staging_bytes(geometry, precisions, dtype) if uploads else 0)
+    fixed += step_buffer_bytes(geometry, captured_tokens(batch), context, last)
+    return kept + step + fixed + LIBRARY_BYTES
 
 
 def _device_attention_bytes(geometry: Geometry, tokens: int, context: int, attention: str, batch: int) -> int:
@@ -191,30 +239,17 @@ def _device_attention_bytes(geometry: Geometry, tokens: int, context: int, atten
 def _device_expert_bytes(geometry: Geometry, tokens: int, precision: str) -> int:
     """Return the work space of all tokens at one expert.
 
-    Counted are the results of all pairs, the expert's x, two inner values, and a matrix in half precision.
+    Counted are the results of all pairs, the expert's x, two inner values, and for int8 a matrix in half precision.
     """
     hidden, inner = geometry.hidden_size, geometry.intermediate_size
     pairs = tokens * geometry.experts_per_token * hidden
     product = tokens * inner * (HALF_BYTES if precision != "int8" else HALF_BYTES + 4)
-    widened = 0 if precision == "half" else inner * hidden * HALF_BYTES
+    widened = inner * hidden * HALF_BYTES if precision == "int8" else 0
     computing = 2 * tokens * hidden * HALF_BYTES + tokens * inner * HALF_BYTES
     computing += max(widened + tokens * inner * HALF_BYTES, product)
+    dequantising = DEQUANTISED_AT_ONCE * DEQUANTISING_BYTES if precision in FOUR_BITS else 0
     adding = pairs * 4 + 2 * tokens * hidden * 4
-    return pairs * HALF_BYTES + max(computing, adding)
-
-
-def _staged_bytes(geometry: Geometry, precisions: Iterable[str], dtype: str) -> int:
-    """Return the bytes of the staging buffers, and of one expert that is reordered."""
-    buffers = STAGED_RECORDS * max(record_layout(geometry, precision, dtype).nbytes for precision in precisions)
-    reordered = [device_record_bytes(geometry, precision, dtype) for precision in precisions if precision in FOUR_BITS]
-    return buffers + max(reordered, default=0)
-
-
-def _loading_bytes(geometry: Geometry, precision: str, dtype: str) -> int:
-    """Return what reordering a resident takes: its record, and as much as the codes of a matrix."""
-    if precision not in FOUR_BITS:
-        return 0
-    return record_layout(geometry, precision, dtype).nbytes + geometry.intermediate_size * geometry.hidden_size // 2
+    return pairs * HALF_BYTES + max(computing, dequantising, adding)
 
 
 def scoring_token_bytes(geometry: Geometry) -> int:

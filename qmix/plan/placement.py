@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
-from qmix.plan.memory import device_work_bytes, usable_device_bytes
+from qmix.plan.memory import CUDA_CONTEXT_BYTES, device_work_bytes, usable_device_bytes
 from qmix.plan.plan import DevicePlan
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load
@@ -27,13 +27,17 @@ Cut = tuple[int, ...]  # where each GPU's layers begin, and at the end the numbe
 SlotsFor = Callable[[int, list[int]], dict[int, int] | None]
 
 
-def arrange(demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rates) -> Arrangement | None:
+def arrange(
+    demand: Demand, gpus: Sequence[int], slots_for: SlotsFor, rates: Rates, cuda: int = CUDA_CONTEXT_BYTES
+) -> Arrangement | None:
     """Return the arrangement with the fastest predicted JOB under the GPUs' budgets; None where none fits the host.
+
+    `cuda` are the bytes of CUDA's context on each GPU.
 
     Of equals, return the one with the fewest layers on the CPU, then the one that follows the GPUs' sizes best.
     """
     best: tuple[tuple[float, int, float], Arrangement] | None = None
-    holdings = _Holdings(demand, gpus)
+    holdings = _Holdings(demand, gpus, cuda)
     prompt, new = (min(tokens, demand.context) for tokens in JOB)
     step, chunk = StepUse.of(demand, demand.batch), StepUse.of(demand, prompt)
     for cut in _cuts(demand.geometry.num_layers, gpus):
@@ -72,8 +76,8 @@ def _cuts(layers: int, gpus: Sequence[int]) -> Iterator[Cut]:
 class _Holdings:
     """The holding of each GPU for each run of layers, worked out once."""
 
-    def __init__(self, demand: Demand, gpus: Sequence[int]) -> None:
-        self.demand, self.gpus = demand, gpus
+    def __init__(self, demand: Demand, gpus: Sequence[int], cuda: int) -> None:
+        self.demand, self.gpus, self.cuda = demand, gpus, cuda
         self._found: dict[tuple[int, int, int], Holding | None] = {}
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
@@ -94,13 +98,14 @@ class _Holdings:
         dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
         for uploads in (False, True):  # no record is copied where all experts are residents
             work = self._work(last, uploads)
-            room = usable_device_bytes(budget) - dense - cache - work
+            room = usable_device_bytes(budget, self.cuda) - dense - cache - work
             if room < 0:
                 continue
             ranks, sizes = self._run(first, last)
             count = bisect_right(sizes, room)
             if uploads or count == len(sizes):
-                plan = DevicePlan(f"gpu:{gpu}", budget, dense, cache, sizes[count - 1] if count else 0, work)
+                experts = sizes[count - 1] if count else 0
+                plan = DevicePlan(f"gpu:{gpu}", budget, dense, cache, experts, work, self.cuda)
                 return Holding(first, last, plan, ranks[count - 1] if count else -1)
         return None
 

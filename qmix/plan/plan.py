@@ -8,12 +8,15 @@ from typing import Any
 from qmix.plan.memory import PREFILL_CHUNK, with_reserve
 from qmix.plan.slots import SlotClass
 
-SCHEMA = "qmix-plan-3"
+SCHEMA = "qmix-plan-4"
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """Bytes of each part of a run on one GPU, whose ceiling is `budget`. `experts` are the residents."""
+    """Bytes of each part of a run on one GPU, whose ceiling is `budget`. `experts` are the residents.
+
+    `cuda` is CUDA's own context, which torch does not count.
+    """
 
     name: str  # "gpu:0"
     budget: int
@@ -21,16 +24,17 @@ class DevicePlan:
     kv_cache: int
     experts: int
     work: int
+    cuda: int = 0
 
     @property
     def total(self) -> int:
-        """The predicted peak of allocated memory."""
+        """The predicted peak of torch's allocations."""
         return self.dense + self.kv_cache + self.experts + self.work
 
     @property
     def headroom(self) -> int:
-        """Bytes that the budget leaves free for CUDA's own context and the allocator's slack."""
-        return self.budget - self.total
+        """Bytes that the budget leaves free, the allocator's slack included."""
+        return self.budget - self.total - self.cuda
 
 
 @dataclass(frozen=True, slots=True)

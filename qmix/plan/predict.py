@@ -1,17 +1,18 @@
 """Predict how fast a plan will be: from bytes and rates to seconds. Pure arithmetic; loads no torch.
 
 Decode reads the dense weights, the cache and the experts of one step once; misses come from the disk meanwhile. A
-prompt is computed in chunks, each of which needs nearly every expert. Experts on no GPU are computed on the CPU in
-decode; in prefill they are copied to the GPU where that is faster.
+prompt is computed in chunks, each of which needs nearly every expert. `qmix.plan.device_work` has the layers on GPUs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
+from qmix.plan.device_work import HostRates, beside, decode_parts, prefill_parts
 from qmix.plan.memory import PREFILL_CHUNK
 from qmix.plan.plan import Plan
 from qmix.plan.traffic import Load, decode_load, prefill_load
@@ -21,10 +22,9 @@ from qmix.store.layout import StoreLayout
 DENSE_SHARE = 0.84  # of memory's rate that dense products reach between all else (docs/performance.md, "Full size")
 EXPERT_SHARE = 0.7  # of the 4-bit product's own rate that it reaches over a whole pool (the same)
 COMPUTE_SHARE = 0.65  # of bf16 products' rate that a prefill chunk reaches (the same)
-GPU_SHARE = 0.5  # of a GPU's rates; stated, not measured
-OVERLAP = 3.0  # reads beside products: 1 would be one after the other, infinity perfectly side by side
 CROSSING_SECONDS = 40e-6  # activations from one device to another and the wait for them; stated
-BANDS = {"measured": 0.25, "stated": 0.35, "typical": 0.6}  # either side of a prediction, by its limit's source
+# Either side of a prediction, by its limit's source.
+BANDS = {"measured": 0.25, "stated": 0.35, "published": 0.5, "typical": 0.6}
 GPU_BAND = 0.5
 
 
@@ -80,6 +80,7 @@ _SOURCES = {  # a limit's name, and the rate that it follows from
     "CPU arithmetic": "matmul",
     "GPU memory": "gpu_memory",
     "GPU arithmetic": "gpu_matmul",
+    "GPU launches": "gpu_memory",
     "PCIe": "pcie",
     "Python": "layer_seconds",
 }
@@ -118,7 +119,7 @@ def speed_of(load: Load, rates: Rates, tokens: int) -> Speed:
     parts = _parts(load, rates)
     limit = max(parts, key=lambda name: parts[name])
     band = BANDS[rates.source(_SOURCES[limit])]
-    if load.gpu_bytes and rates.source("gpu_memory") != "measured":
+    if load.on_gpus and rates.source("gpu_memory") != "measured":
         band = max(band, GPU_BAND)
     return Speed(_total(parts), tokens, limit, band)
 
@@ -128,27 +129,19 @@ def _parts(load: Load, rates: Rates) -> dict[str, float]:
     reading, rate = "memory", rates.memory_read * DENSE_SHARE
     if load.four_bit:
         reading, rate = "4-bit products", rates.four_bit_read * EXPERT_SHARE
-    flops, gpu_flops = rates.matmul * COMPUTE_SHARE, rates.gpu_matmul * GPU_SHARE
-    parts = {
-        "memory": load.dense / (rates.memory_read * DENSE_SHARE),
-        "4-bit products": 0.0,
-        "CPU arithmetic": load.flops / flops,
-        "GPU memory": load.gpu_bytes / (rates.gpu_memory * GPU_SHARE),
-        "GPU arithmetic": load.gpu_flops / gpu_flops,
-        "disk": load.missed / rates.disk_read + load.reads * rates.read_seconds,
-        "Python": load.layers * rates.layer_seconds + load.crossings * CROSSING_SECONDS,
-        "PCIe": 0.0,
-    }
+    host = HostRates(rate, rates.matmul * COMPUTE_SHARE)
+    parts = Counter(
+        {
+            "memory": load.dense / (rates.memory_read * DENSE_SHARE),
+            "CPU arithmetic": load.flops / host.flops,
+            "disk": load.missed / rates.disk_read + load.reads * rates.read_seconds,
+            "Python": load.layers * rates.layer_seconds,
+        }
+    )
     parts[reading] += load.experts / rate
-    if load.copied:
-        on_cpu = load.copied / rate + load.copied_flops / flops
-        copying = load.copied / rates.pcie + load.copied_flops / gpu_flops
-        if copying < on_cpu:
-            parts["PCIe"] = load.copied / rates.pcie
-            parts["GPU arithmetic"] += load.copied_flops / gpu_flops
-        else:
-            parts[reading] += load.copied / rate
-            parts["CPU arithmetic"] += load.copied_flops / flops
+    if load.on_gpus:
+        parts["GPU launches"] += load.crossings * CROSSING_SECONDS
+        parts.update((decode_parts if load.decodes else prefill_parts)(load.on_gpus, rates, host, reading))
     return parts
 
 
@@ -156,9 +149,3 @@ def _total(parts: dict[str, float]) -> float:
     """Return the seconds of all parts; the disk overlaps with most of the others."""
     busy = sum(seconds for name, seconds in parts.items() if name not in ("disk", "Python"))
     return parts["Python"] + beside(busy, parts["disk"])
-
-
-def beside(first: float, second: float) -> float:
-    """Return the seconds of two things done side by side: more than the longer, less than the sum."""
-    longer, shorter = max(first, second), min(first, second)
-    return longer * (1 + (shorter / longer) ** OVERLAP) ** (1 / OVERLAP) if longer else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,23 +12,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Composite = Callable[..., torch.Tensor]
 WEIGHT = 2**20  # least numbers of an operand that counts as a matrix of weights
 
 
 class AliveBytes(TorchDispatchMode):
     """Counts storages by device from their first tensor to their last; enter it inside a FakeTensorMode.
 
-    `alive` and `peak` are in bytes by device ("gpu:0", "cpu"). `composites` are replacements, made of smaller ones, for
-    operators that take memory inside. `wide` collects products with a matrix that was not in half precision.
+    `alive` and `peak` are in bytes by device ("gpu:0", "cpu"). `wide` collects products with a matrix that was not in
+    half precision.
     """
 
-    def __init__(self, composites: dict[Any, Composite] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.alive: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.wide: list[str] = []
-        self.composites = composites or {}
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def forget_peak(self) -> None:
@@ -38,9 +35,6 @@ class AliveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.composites:
-            with self:
-                return self.composites[func](*args, **kwargs)
         if func in _PRODUCTS:
             self.wide += [f"{func}: {arg.dtype} {list(arg.shape)} on {arg.device}" for arg in args if _is_wide(arg)]
         result = func(*args, **kwargs)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -126,10 +125,3 @@ def given_routing(layer: int, choose: Choose) -> Callable[..., Any]:
             return logits, weights, GivenIndex(torch.tensor(numbers))
 
     return hook
-
-
-def gemm_4bit(
-    x: torch.Tensor, codes: torch.Tensor, shape: Sequence[int], absmax: torch.Tensor, block: int, kind: str
-) -> torch.Tensor:
-    """Compute bitsandbytes' product in the way that takes the most memory: through a dequantised matrix."""
-    return F.linear(x, torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, block, kind, shape, x.dtype))

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import ExpertSize, copy_seconds, copying_pays, host_seconds
 
-MIXTRAL = ExpertSize(record=160_000_000, on_device=170_000_000, weights=302_000_000, four_bit=True)
+MIXTRAL = ExpertSize(record=160_000_000, weights=302_000_000, four_bit=True)
 RATES = Rates(memory_read=40e9, four_bit_read=32e9, matmul=1e12, pcie=16e9, gpu_memory=850e9, gpu_matmul=60.4e12)
 
 
 def test_one_token_by_hand():
     # CPU: 160 MB at 32 GB/s is 5 ms each; two rows of 1000 halves down and up at 16 GB/s are half a microsecond
     assert host_seconds(MIXTRAL, [1, 1], 1000, RATES) == 0.010 + 2 * 2 * 1000 * 2 / 16e9
-    # GPU: 10 ms a copy; the last one's products, 340 MB of traffic, come on top
-    assert copy_seconds(MIXTRAL, [1, 1], RATES) == 0.020 + 2 * 170e6 / 850e9
+    # GPU: 10 ms a copy; the last one's products, 320 MB of traffic, come on top
+    assert copy_seconds(MIXTRAL, [1, 1], RATES) == 0.020 + 2 * 160e6 / 850e9
     assert not copying_pays(MIXTRAL, [1, 1], 1000, RATES)
 
 
@@ -28,7 +28,7 @@ def test_many_tokens_by_hand():
 
 
 def test_eight_bits_are_read_at_the_speed_of_memory():
-    wide = ExpertSize(record=320_000_000, on_device=320_000_000, weights=302_000_000, four_bit=False)
+    wide = ExpertSize(record=320_000_000, weights=302_000_000, four_bit=False)
     assert host_seconds(wide, [1], 0, RATES) == 0.008
 
 

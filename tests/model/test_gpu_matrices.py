@@ -8,8 +8,8 @@ import torch
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import Geometry
 from qmix.kernels.packing import BLOCK
-from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, device_expert, reorder
-from qmix.plan.memory import device_record_bytes
+from qmix.model.gpu.matrices import DeviceHalf, DeviceInt8, code_values, dequantise, device_expert
+from qmix.plan.memory import dequantised_bytes
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.formats import parts
 from qmix.precision.matmul import Expert
@@ -36,25 +36,19 @@ def quantised(kind: str, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_reordered_record_is_what_bitsandbytes_quantises(kind, rows, cols):
-    matrix = weights(rows, cols)
-    want, state = bnb.quantize_4bit(matrix, blocksize=BLOCK, quant_type=kind)
-    codes, absmax = torch.empty(want.numel(), dtype=torch.uint8), torch.empty(state.absmax.shape)
-    reorder(*quantised(kind, matrix), rows, cols, codes, absmax)
-    assert torch.equal(codes, want.view(-1))
-    assert torch.equal(absmax, state.absmax.bfloat16().float())  # a store rounds it
-
-
-@pytest.mark.parametrize(("rows", "cols"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_a_product_is_that_of_bitsandbytes_dequantised_matrix(kind, tokens, rows, cols):
-    matrix, x = weights(rows, cols), weights(tokens, cols, seed=2)
-    codes, state = bnb.quantize_4bit(matrix, blocksize=BLOCK, quant_type=kind)
-    got = DeviceFourBit(kind, rows, cols, codes.view(-1), state.absmax).multiply(x)
-    assert got.dtype == torch.bfloat16
-    want = x.float() @ bnb.dequantize_4bit(codes, state).float().T
-    torch.testing.assert_close(got.float(), want, rtol=0.01, atol=0.01 * want.std().item())
+def test_a_record_is_dequantised_as_bitsandbytes_dequantises_it(kind, rows, cols, monkeypatch):
+    """In one piece, and in pieces of one group of 32 rows."""
+    codes, absmax = quantised(kind, weights(rows, cols))
+    _, state = bnb.quantize_4bit(weights(rows, cols), blocksize=BLOCK, quant_type=kind)
+    ordinary = bnb.quantize_4bit(weights(rows, cols), blocksize=BLOCK, quant_type=kind)[0]
+    state.absmax = state.absmax.bfloat16().float()  # a store rounds it
+    want = bnb.dequantize_4bit(ordinary, state)
+    values = code_values([kind], torch.device("cpu"))[kind]
+    for at_once in (2**21, 1):
+        monkeypatch.setattr("qmix.model.gpu.matrices.DEQUANTISED_AT_ONCE", at_once)
+        got = torch.empty(rows, cols, dtype=torch.bfloat16)
+        dequantise(codes, absmax, values, got)
+        assert torch.equal(got, want.view(rows, cols))
 
 
 def test_an_int8_product_by_hand():
@@ -66,15 +60,18 @@ def test_an_int8_product_by_hand():
 
 def test_operands_on_different_devices_are_refused_before_a_kernel_sees_them():
     x = torch.ones(1, 64, dtype=torch.bfloat16)
-    codes, absmax = torch.zeros(64 * 32 // 2, dtype=torch.uint8), torch.ones(32)
     for left_behind in (
-        DeviceFourBit("nf4", 32, 64, codes, absmax.to("meta")),
-        DeviceFourBit("nf4", 32, 64, codes.to("meta"), absmax),
-        DeviceInt8(32, 64, torch.zeros(32, 64, dtype=torch.int8), absmax.to("meta")),
+        DeviceInt8(32, 64, torch.zeros(32, 64, dtype=torch.int8), torch.ones(32, device="meta")),
         DeviceHalf(32, 64, torch.zeros(32, 64, dtype=torch.bfloat16, device="meta")),
     ):
         with pytest.raises(RuntimeError, match="operands on cpu, meta"):
             left_behind.multiply(x)
+    geometry = Geometry(64, 128, 1, 4, 2, 16, 1, 1, 96, 256)
+    layout, values = record_layout(geometry, "nf4", "bf16"), torch.zeros(16)
+    record, memory = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.zeros(3 * 64 * 128, dtype=torch.bfloat16)
+    for parts_given in ((record.to("meta"), memory, values), (record, memory.to("meta"), values)):
+        with pytest.raises(RuntimeError, match="a record in nf4: operands on cpu, meta"):
+            device_expert(parts_given[0], layout, geometry.expert_matrices, *parts_given[1:])
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "half"])
@@ -89,18 +86,9 @@ def test_an_expert_computes_what_it_does_in_main_memory(precision):
         main = quantizer.quantize(matrix, 0)[1]
         raw = main if item.part.name in ("codes", "weight") else quantizer.scales()
         record[item.offset : item.offset + item.part.nbytes] = torch.from_numpy(raw.copy().reshape(-1))
-    memory = torch.empty(device_record_bytes(geometry, precision, "bf16"), dtype=torch.uint8)
+    memory = torch.empty(dequantised_bytes(geometry, [precision]), dtype=torch.uint8).view(torch.bfloat16)
+    values = code_values([precision], torch.device("cpu")).get(precision)
     x = weights(7, 64, seed=9)
-    got = device_expert(record, layout, geometry.expert_matrices, memory)(x, torch.nn.functional.silu)
+    got = device_expert(record, layout, geometry.expert_matrices, memory, values)(x, torch.nn.functional.silu)
     want = Expert(record, layout, geometry.expert_matrices)(x, torch.nn.functional.silu)
     assert (got - want).float().norm() < 0.01 * want.float().norm()
-
-
-def test_bytes_of_a_resident_by_hand():
-    # three matrices of 128 x 64: 4096 bytes of codes and 128 blocks' absmax of 4 bytes
-    assert device_record_bytes(Geometry(64, 128, 1, 4, 2, 16, 1, 1, 96, 256), "nf4", "bf16") == 3 * (4096 + 512)
-    # 8x22B: 302 M weights at 4.5 bits; int8 and half as they are stored
-    big = Geometry(6144, 16384, 56, 48, 8, 128, 8, 2, 32000, 65536)
-    assert device_record_bytes(big, "nf4", "bf16") == 3 * 6144 * 16384 * 9 // 16
-    assert device_record_bytes(big, "half", "fp16") == 3 * 6144 * 16384 * 2
-    assert device_record_bytes(big, "int8", "bf16") == record_layout(big, "int8", "bf16").nbytes

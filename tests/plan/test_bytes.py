@@ -6,14 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 
+from qmix.checkpoint.safetensors_header import aligned
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
+from qmix.models.published import PUBLISHED
 from qmix.plan.memory import (
     LAYERWISE_SLACK,
     calibration_bytes,
+    captured_tokens,
     check_memory,
+    dequantised_bytes,
     device_record_bytes,
     layerwise_bytes,
+    pinned_bytes,
+    staging_bytes,
+    step_buffer_bytes,
     usable_bytes,
     usable_device_bytes,
     with_reserve,
@@ -30,12 +37,35 @@ def test_a_budget_with_reserve_leaves_what_was_needed():
     assert with_reserve(10**9) == 1_010_000_000 + 16 * 2**20
     assert usable_bytes(with_reserve(10**9)) == 10**9
     assert usable_device_bytes(600 * 2**20 + 1_020) == 1_000
+    assert usable_device_bytes(400 * 2**20 + 1_020, 400 * 2**20) == 1_000
 
 
 def test_an_expert_on_a_gpu_by_hand():
     weights = 3 * 128 * 64
-    assert device_record_bytes(SMALL, "nf4", "bf16") == weights // 2 + weights // 64 * 4  # fp32 absmax of 64 weights
+    assert device_record_bytes(SMALL, "nf4", "bf16") == aligned(weights // 2 + weights // 64 * 2, 4096)  # bf16 absmax
     assert device_record_bytes(SMALL, "half", "bf16") == weights * 2
+    large = PUBLISHED["mixtral-8x22b"].geometry
+    assert device_record_bytes(large, "nf4", "bf16") == 3 * 6144 * 16384 * 17 // 32  # 4.25 bits a weight
+    assert device_record_bytes(large, "int8", "bf16") == aligned(3 * 6144 * 16384 + 4 * (2 * 16384 + 6144), 4096)
+
+
+def test_buffers_of_a_gpu_by_hand():
+    record = device_record_bytes(SMALL, "int8", "bf16")
+    assert staging_bytes(SMALL, ("nf4", "int8"), "bf16") == 2 * record
+    assert dequantised_bytes(SMALL, ("nf4", "int8")) == 3 * 128 * 64 * 2
+    assert dequantised_bytes(SMALL, ("int8", "half")) == 0
+    assert [captured_tokens(batch) for batch in (1, 9, 256)] == [8, 9, 32]
+
+
+def test_a_captured_steps_buffers_by_hand():
+    """2 tokens of a model 64 wide, 4 heads and 2 key heads of 16, 2 of 4 experts 128 wide; 300 positions in 2 parts."""
+    rows = 2 * (3 * 64 + 2 * 64 + 2 * 32) * 2
+    sums = 2 * 4 * 2 * (16 + 2) * 4
+    experts = 4 * (128 + 64) * 2 + 4 * 4 * 64 * 4
+    routing, rotary = 4 * 12 + 8 * 8, 300 * 16 * 4
+    assert step_buffer_bytes(SMALL, 2, 300, last=False) == rows + sums + experts + routing + rotary
+    assert step_buffer_bytes(SMALL, 2, 300) - step_buffer_bytes(SMALL, 2, 300, last=False) == 2 * 96 * 4
+    assert pinned_bytes(SMALL, 2) == 2 * (2 * 64 * 2 + 4 * 12) + 4 * 64 * 2 + 2 * 96 * 4
 
 
 def test_a_layerwise_pass_by_hand():

@@ -16,7 +16,7 @@ from qmix.machine.rates import Rates
 from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
 from qmix.plan.demand import Demand
-from qmix.plan.memory import GPU_RESERVE_BYTES, device_record_bytes
+from qmix.plan.memory import CUDA_CONTEXT_BYTES, device_record_bytes
 from qmix.plan.placement import JOB, arrange
 from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout, parse_precisions
@@ -68,7 +68,7 @@ def check(plan, store: StoreLayout) -> None:
     changes = [name for name, after in pairwise((*plan.layer_devices, "end")) if name != after]
     assert len(changes) == len(set(changes))  # whole runs of layers
     for device in plan.devices:
-        assert device.total + GPU_RESERVE_BYTES <= device.budget
+        assert device.total + CUDA_CONTEXT_BYTES <= device.budget
         held = [
             device_record_bytes(geometry, store.precisions[layer][expert], store.dtype)
             for layer, row in enumerate(plan.placement)
@@ -107,8 +107,6 @@ def test_published_models_on_common_machines(name, gpus, ram):
     if gpus:
         assert "cpu" not in plan.layer_devices  # all dense weights fit a GPU
         assert plan.dense == plan.kv_cache == 0
-        share = len(plan.layer_devices) // len(gpus)
-        assert [plan.layer_devices.count(device.name) for device in plan.devices] == [share] * len(gpus)
 
 
 def test_448_experts_take_less_than_a_second_of_the_processor():
@@ -147,7 +145,7 @@ def test_the_most_used_experts_lie_on_the_gpu_then_in_memory():
     store = layout(SMALL, "half")
     demand, found = Demand(store, 100, 1, "sdpa", SKEWED), None
     (record,) = store.record_counts
-    for gpu in range(GPU_RESERVE_BYTES, 2 * GIB, MIB):  # until 8 experts have room
+    for gpu in range(CUDA_CONTEXT_BYTES, 2 * GIB, MIB):  # until 8 experts have room
         found = arrange(demand, (gpu,), lambda on_cpu, wanted: {record: 2} if on_cpu == 0 else None, Rates())
         if found and len(found.residents) >= 8:
             break
@@ -193,7 +191,7 @@ sizes = st.tuples(st.integers(64, 256).map(lambda n: n // 64 * 64), st.integers(
 @settings(deadline=None, max_examples=60)
 @given(
     sizes,
-    st.lists(st.one_of(st.integers(GPU_RESERVE_BYTES, 1000 * MIB), st.integers(GIB, 3 * GIB)), max_size=2),
+    st.lists(st.one_of(st.integers(CUDA_CONTEXT_BYTES, 1000 * MIB), st.integers(GIB, 3 * GIB)), max_size=2),
     st.integers(0, 200 * MIB),
     st.integers(0, 2),
     st.integers(0, 300 * MIB),

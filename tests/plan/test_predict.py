@@ -8,7 +8,8 @@ from qmix.geometry import Geometry
 from qmix.machine.rates import FourBitProducts, Machine, Rates, without_kernels
 from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
-from qmix.plan.predict import beside, seconds_of, speed_of
+from qmix.plan.device_work import beside
+from qmix.plan.predict import seconds_of, speed_of
 from qmix.plan.traffic import Load, missed_share
 from qmix.store.layout import StoreLayout, parse_precisions
 
@@ -33,14 +34,6 @@ def test_each_part_of_a_step_by_hand():
     assert seconds_of(Load(layers=0, experts=84, four_bit=False), ROUND) == pytest.approx(1)
     assert seconds_of(Load(layers=0, missed=10, reads=2), ROUND) == pytest.approx(1.5)
     assert seconds_of(Load(layers=0, flops=650), ROUND) == pytest.approx(1)
-    assert seconds_of(Load(layers=0, gpu_bytes=500), ROUND) == pytest.approx(1)  # half of the GPU's rate
-
-
-def test_experts_go_to_the_gpu_where_that_is_sooner():
-    one = Load(layers=0, copied=70, copied_flops=0)
-    assert seconds_of(one, ROUND) == pytest.approx(1)  # on the CPU: 1 s, copying 1.4
-    many = Load(layers=0, copied=70, copied_flops=6500)
-    assert seconds_of(many, ROUND) == pytest.approx(1.4 + 6500 / 5e4)
 
 
 def test_reads_beside_products_take_more_than_the_longer_and_less_than_both():

@@ -16,10 +16,9 @@ from qmix.machine.rates import Rates
 
 @dataclass(frozen=True, slots=True)
 class ExpertSize:
-    """An expert's bytes in main memory and on a GPU, the number of its weights, and true for 4-bit weights."""
+    """An expert's bytes, the number of its weights, and true for 4-bit weights."""
 
     record: int
-    on_device: int
     weights: int
     four_bit: bool
 
@@ -39,7 +38,7 @@ def copy_seconds(size: ExpertSize, tokens: Sequence[int], rates: Rates) -> float
     """Return the seconds on the GPU: an expert is copied while the one before computes, so the last product adds."""
     copying = size.record / rates.pcie
     products = [
-        max(2 * size.on_device / rates.gpu_memory, 2 * count * size.weights / rates.gpu_matmul) for count in tokens
+        max(2 * size.record / rates.gpu_memory, 2 * count * size.weights / rates.gpu_matmul) for count in tokens
     ]
     return sum(max(copying, product) for product in products) + (products[-1] if products else 0.0)
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from qmix.checkpoint.torch_dtypes import HALF
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.model.gpu.devices import HOST, Device, Staged, Staging, download
-from qmix.model.gpu.matrices import DeviceExpert, device_expert, is_reordered
+from qmix.model.gpu.matrices import DeviceExpert, code_values, device_expert, is_dequantised
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
-from qmix.plan.memory import device_record_bytes
+from qmix.plan.memory import dequantised_bytes
 from qmix.pool.eviction import Key
 from qmix.pool.prefetch import Prefetcher
 from qmix.pool.protocol import Pool
@@ -77,37 +78,38 @@ class Rows:
 
 
 class Loader:
-    """Staging buffers of a device, and memory to reorder one expert, for experts that lie elsewhere."""
+    """A device's memory to multiply records with, which its layers share, and where needed staging buffers."""
 
-    def __init__(self, device: Device, pool: Pool) -> None:
+    def __init__(self, device: Device, pool: Pool, uploads: bool) -> None:
+        """With `uploads` some experts of the device's layers lie elsewhere."""
         self.pool, self.layout = pool, pool.store.layout
-        self.staging = Staging(device, max(self.layout.record_counts))
+        geometry, half = self.layout.geometry, HALF[self.layout.dtype]
+        self.staging = Staging(device, max(self.layout.record_counts)) if uploads else None
         self.sizes = {precision: expert_size(self.layout, precision) for precision in self.layout.records}
-        most = max((size.on_device for name, size in self.sizes.items() if is_reordered(name)), default=0)
-        self.memory = device.empty(most)
+        self.memory = device.empty(dequantised_bytes(geometry, self.layout.records)).view(half)
+        self.values = code_values(self.layout.records, device.device)
 
     def copy(self, layer: int, expert: int) -> Staged:
         """Begin to copy a record that the pool has in memory."""
+        assert self.staging is not None
         return self.staging.copy(self.pool.record(layer, expert))
 
     def expert(self, precision: str, record: torch.Tensor) -> DeviceExpert:
         """Return the expert of a record's bytes on the device; valid until the next call."""
-        layout = self.layout.records[precision]
-        return device_expert(record, layout, self.layout.geometry.expert_matrices, self.memory)
+        layout, shapes = self.layout.records[precision], self.layout.geometry.expert_matrices
+        return device_expert(record, layout, shapes, self.memory, self.values.get(precision))
 
 
 def expert_size(layout: StoreLayout, precision: str) -> ExpertSize:
     """Return the sizes of an expert in some precision."""
-    geometry = layout.geometry
-    weights = sum(rows * cols for rows, cols in geometry.expert_matrices.values())
-    on_device = device_record_bytes(geometry, precision, layout.dtype)
-    return ExpertSize(layout.records[precision].nbytes, on_device, weights, is_reordered(precision))
+    weights = sum(rows * cols for rows, cols in layout.geometry.expert_matrices.values())
+    return ExpertSize(layout.records[precision].nbytes, weights, is_dequantised(precision))
 
 
 class DeviceExperts(PoolExperts):
     """Replacement of transformers' MixtralExperts for one layer on a GPU.
 
-    `residents` lie on the device. `loader` copies others there; without one they are always computed on the CPU.
+    `residents` are the records that lie on the device. `loader` multiplies with them, and copies others there.
     `read_routing` returns top_k_index as Python lists.
     """
 
@@ -115,10 +117,10 @@ class DeviceExperts(PoolExperts):
         self,
         layer: int,
         device: Device,
-        residents: dict[int, DeviceExpert],
+        residents: dict[int, torch.Tensor],
         pool: Pool,
         activation: Activation,
-        loader: Loader | None,
+        loader: Loader,
         rates: Rates,
         read_routing: Callable[[torch.Tensor], list[list[int]]] = read_numbers,
     ) -> None:
@@ -138,16 +140,16 @@ class DeviceExperts(PoolExperts):
         routing = TokensByExpert(self.read_routing(top_k_index))
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
         away = [expert for expert in routing.spans if expert not in self.residents]
-        loader = self.loader if away and self._copying_pays(away, routing) else None
+        copying = bool(away) and self._copying_pays(away, routing)
         # x is downloaded before any work is queued on the GPU: the copy would wait for that work
-        below = download(hidden_states) if away and loader is None else hidden_states
+        below = download(hidden_states) if away and not copying else hidden_states
         records = self._records(list(routing.spans), away, below)
         rows = Rows(hidden_states, routing, top_k, self.device)
         for expert in routing.spans:
             if expert in self.residents:
-                rows.put(outputs, expert, self._run(expert, self.residents[expert], rows))
-        if loader is not None:
-            self._on_device(loader, records, rows, outputs)
+                self._compute(expert, self.residents[expert], rows, outputs)
+        if copying:
+            self._on_device(records, rows, outputs)
         elif away:
             self._on_host(records, Rows(below, routing, top_k, self.host), outputs)
         # [T, 1, k] @ [T, k, H]
@@ -155,8 +157,6 @@ class DeviceExperts(PoolExperts):
         return torch.bmm(top_k_weights.unsqueeze(1), chosen).squeeze(1).to(hidden_states.dtype)
 
     def _copying_pays(self, away: Sequence[int], routing: TokensByExpert) -> bool:
-        if self.loader is None:
-            return False
         largest = max((self.loader.sizes[self.precisions[expert]] for expert in away), key=lambda size: size.record)
         tokens = [routing.count(expert) for expert in away]
         return copying_pays(largest, tokens, self.pool.store.geometry.hidden_size, self.rates)
@@ -182,23 +182,25 @@ class DeviceExperts(PoolExperts):
             pairs += rows.routing.pairs(expert)
         outputs.index_copy_(0, self.device.upload(torch.tensor(pairs)), self.device.upload(torch.cat(results)))
 
-    def _on_device(
-        self, loader: Loader, records: Iterator[tuple[int, Expert]], rows: Rows, outputs: torch.Tensor
-    ) -> None:
+    def _on_device(self, records: Iterator[tuple[int, Expert]], rows: Rows, outputs: torch.Tensor) -> None:
         """Copy experts and compute them, each copy beside the product before."""
         waiting: tuple[int, Staged] | None = None
         for expert, _ in records:
-            staged = loader.copy(self.layer, expert)
+            staged = self.loader.copy(self.layer, expert)
             if waiting is not None:
-                self._compute(loader, *waiting, rows, outputs)
+                self._compute_staged(*waiting, rows, outputs)
             staged.wait()  # the slot may be given to another record when the next one is requested
             waiting = expert, staged
         if waiting is not None:
-            self._compute(loader, *waiting, rows, outputs)
+            self._compute_staged(*waiting, rows, outputs)
 
-    def _compute(self, loader: Loader, expert: int, staged: Staged, rows: Rows, outputs: torch.Tensor) -> None:
+    def _compute_staged(self, expert: int, staged: Staged, rows: Rows, outputs: torch.Tensor) -> None:
         with staged.in_use() as record:
-            rows.put(outputs, expert, self._run(expert, loader.expert(self.precisions[expert], record), rows))
+            self._compute(expert, record, rows, outputs)
+
+    def _compute(self, expert: int, record: torch.Tensor, rows: Rows, outputs: torch.Tensor) -> None:
+        """Compute an expert whose record lies on the device."""
+        rows.put(outputs, expert, self._run(expert, self.loader.expert(self.precisions[expert], record), rows))
 
     def _run(self, expert: int, forward: Forward, rows: Rows) -> torch.Tensor:
         """Return an expert's results for its rows."""
@@ -209,7 +211,7 @@ class DeviceExperts(PoolExperts):
 
     def device_tensors(self) -> Iterator[torch.Tensor]:
         """Yield the residents, and the loader's memory, which layers on a device share."""
-        for resident in self.residents.values():
-            yield from (part for matrix in (resident.gate, resident.up, resident.down) for part in matrix.parts)
-        if self.loader is not None:
-            yield from (self.loader.memory, *self.loader.staging.buffers)
+        yield from self.residents.values()
+        yield self.loader.memory
+        if self.loader.staging is not None:
+            yield from self.loader.staging.buffers

@@ -1,46 +1,47 @@
-"""Products on a GPU: matrices as bitsandbytes' CUDA kernels take them, made from a record's bytes.
+"""Products on a GPU with the matrices of a record that lies there.
 
-4 bits   the CPU's packed layout is reordered, absmax is widened to fp32, and `bitsandbytes::gemm_4bit` multiplies: with
-         its own kernel for few tokens, dequantised and multiplied by torch for many
+4 bits   the record is dequantised at each use, into a buffer that all experts of a device share, and torch multiplies
 int8     codes are widened to half precision, exactly, and multiplied by torch. bitsandbytes' own int8 product would
          quantise x too, and a token's text would then depend on where an expert lies
 half     torch multiplies
 
-The same calls run on a CPU, by bitsandbytes' and torch's CPU kernels.
+The same calls run on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 
-from qmix.checkpoint.safetensors_header import aligned
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import MATRICES
 from qmix.kernels.packing import BLOCK, PACK_ROWS
-from qmix.plan.memory import ALIGNMENT
-from qmix.precision.bitsandbytes import functional  # noqa: F401 -- registers torch.ops.bitsandbytes
+from qmix.plan.memory import DEQUANTISED_AT_ONCE
+from qmix.precision.bitsandbytes import functional
 from qmix.precision.formats import FOUR_BITS, fits_kernels
 from qmix.precision.record import RecordLayout
 
+VALUES = {kind: functional.get_4bit_type(kind, device="cpu").tolist() for kind in FOUR_BITS}  # of the 16 codes
+
+
+def check_together(what: str, *operands: torch.Tensor) -> None:
+    """Raise RuntimeError where operands lie on different devices: kernels take addresses unchecked."""
+    places = {operand.device for operand in operands}
+    if len(places) > 1:
+        raise RuntimeError(f"{what}: operands on {', '.join(sorted(map(str, places)))}")
+
 
 class DeviceMatrix:
-    """A [rows, cols] matrix on a device. All of its parts and x must lie on the same device.
-
-    bitsandbytes' kernels take addresses unchecked: a part left elsewhere would be read as garbage.
-    """
+    """A [rows, cols] matrix on a device. All of its parts and x must lie on the same device."""
 
     def __init__(self, rows: int, cols: int, *parts: torch.Tensor) -> None:
         self.rows, self.cols, self.parts = rows, cols, parts
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ self.T, [T, cols] to [T, rows], in x's type. Raises RuntimeError where operands lie apart."""
-        places = {x.device, *(part.device for part in self.parts)}
-        if len(places) > 1:
-            found = ", ".join(sorted(map(str, places)))
-            raise RuntimeError(f"product of x [{len(x)}, {self.cols}] with a matrix: operands on {found}")
+        check_together(f"product of x [{len(x)}, {self.cols}] with a matrix", x, *self.parts)
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,20 +63,6 @@ class DeviceInt8(DeviceMatrix):
         return (F.linear(x, codes.to(x.dtype)) * (row_max / 127)).to(x.dtype)
 
 
-class DeviceFourBit(DeviceMatrix):
-    """4-bit codes in bitsandbytes' order, uint8, and absmax in fp32, both flat."""
-
-    def __init__(self, kind: str, rows: int, cols: int, codes: torch.Tensor, absmax: torch.Tensor) -> None:
-        super().__init__(rows, cols, codes, absmax)
-        self.kind = kind
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        codes, absmax = self.parts
-        return torch.ops.bitsandbytes.gemm_4bit(
-            x.contiguous(), codes.view(-1, 1), (self.rows, self.cols), absmax, BLOCK, self.kind
-        )
-
-
 class DeviceExpert:
     """An expert on a device; calling it is the expert's forward."""
 
@@ -87,18 +74,28 @@ class DeviceExpert:
         return self.down.multiply(activation(self.gate.multiply(x)).mul_(self.up.multiply(x)))
 
 
-def is_reordered(precision: str) -> bool:
-    """Return True if a record in this precision is reordered to be multiplied on a GPU."""
+def is_dequantised(precision: str) -> bool:
+    """Return True if a record in this precision is dequantised to be multiplied on a GPU."""
     return precision in FOUR_BITS
 
 
+def code_values(precisions: Iterable[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the 16 values of each 4-bit precision, in fp32 on a device."""
+    return {name: torch.tensor(VALUES[name]).to(device) for name in precisions if is_dequantised(name)}
+
+
 def device_expert(
-    record: torch.Tensor, layout: RecordLayout, shapes: dict[str, tuple[int, int]], memory: torch.Tensor | None = None
+    record: torch.Tensor,
+    layout: RecordLayout,
+    shapes: dict[str, tuple[int, int]],
+    memory: torch.Tensor | None = None,
+    values: torch.Tensor | None = None,
 ) -> DeviceExpert:
     """Return the expert whose record's bytes, uint8, lie on a device.
 
-    In int8 and half precision it consists of views of `record`. Where `is_reordered` it lies in `memory`,
-    `device_record_bytes` long, on the same device, and `record` is no longer needed.
+    In int8 and half precision it consists of views of `record`. Where `is_dequantised` it lies in `memory`, of as many
+    numbers in half precision as the expert has weights, on the same device; `values` are its precision's. Raises
+    RuntimeError where these lie apart.
     """
     parts: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
     for item in layout.parts:
@@ -109,42 +106,42 @@ def device_expert(
     if layout.precision == "int8":
         return DeviceExpert(*(DeviceInt8(*shapes[matrix], *parts[matrix]) for matrix in MATRICES))
     assert memory is not None
+    assert values is not None
+    check_together(f"a record in {layout.precision}", record, memory, values)
     matrices, position = [], 0
     for matrix in MATRICES:
         (rows, cols), (codes, absmax) = shapes[matrix], parts[matrix]
-        to_codes = memory[position : position + codes.numel()]
-        position += aligned(codes.numel(), ALIGNMENT)
-        to_absmax = memory[position : position + absmax.numel() * 4].view(torch.float32)
-        position += aligned(absmax.numel() * 4, ALIGNMENT)
-        reorder(codes, absmax, rows, cols, to_codes, to_absmax)
-        matrices.append(DeviceFourBit(layout.precision, rows, cols, to_codes, to_absmax))
+        dense = memory[position : position + rows * cols].view(rows, cols)
+        position += rows * cols
+        dequantise(codes, absmax, values, dense)
+        matrices.append(DeviceHalf(rows, cols, dense))
     return DeviceExpert(*matrices)
 
 
-def reorder(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    rows: int,
-    cols: int,
-    to_codes: torch.Tensor,
-    to_absmax: torch.Tensor,
-) -> None:
-    """Write a 4-bit matrix of a record's layout in bitsandbytes' ordinary one, on any device.
+@torch.library.custom_op("qmix::dequantise", mutates_args={"out"})
+def dequantise(codes: torch.Tensor, absmax: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    """Write a 4-bit matrix [rows, cols] of a record's layout in half precision, on any device.
 
     Of the 32 packed bytes for two columns, byte j holds column j % 2 of rows j // 2 (low nibble) and 16 + j // 2 (high
-    nibble); in the ordinary order a byte holds two columns of a row, the first in the high nibble. The work space is
-    as large as the codes.
+    nibble). A shape that is not packed lies in bitsandbytes' ordinary order: a byte holds two columns of a row, the
+    first in the high nibble. Some rows are written at a time.
     """
-    if not fits_kernels(rows, cols):  # a record has it in the ordinary order
-        to_codes.copy_(codes)
-        to_absmax.copy_(absmax)
+    rows, cols = out.shape
+    if not fits_kernels(rows, cols):
+        numbers = values[torch.stack((codes >> 4, codes & 15), dim=1).view(-1)[: rows * cols].int()]
+        out.view(-1).copy_(numbers * absmax.float().repeat_interleave(BLOCK)[: rows * cols])
         return
-    pairs = codes.view(-1, cols // 2, PACK_ROWS // 2, 2)  # [groups, column pairs, rows of a nibble, column of a pair]
-    first, second = pairs.unbind(-1)
-    ordered = to_codes.view(-1, PACK_ROWS, cols // 2)
-    upper = (first & 15).bitwise_left_shift_(4).bitwise_or_(second & 15)
-    ordered[:, : PACK_ROWS // 2] = upper.transpose(1, 2)
-    del upper
-    lower = (first & 240).bitwise_or_(second >> 4)
-    ordered[:, PACK_ROWS // 2 :] = lower.transpose(1, 2)
-    to_absmax.view(rows, cols // BLOCK).copy_(absmax.T)
+    groups = codes.view(-1, cols // 2, PACK_ROWS)  # [rows / 32, columns / 2, 32]
+    step = max(1, DEQUANTISED_AT_ONCE // (cols * PACK_ROWS))
+    for first in range(0, len(groups), step):
+        piece = groups[first : first + step]
+        nibbles = torch.stack((piece & 15, piece >> 4), dim=2)  # the low nibbles are rows 0-15, the high ones 16-31
+        index = nibbles.view(-1, cols // 2, PACK_ROWS, 2).transpose(1, 2).reshape(-1, cols // BLOCK, BLOCK).int()
+        start, stop = first * PACK_ROWS, first * PACK_ROWS + len(index)
+        numbers = values[index].mul_(absmax[:, start:stop].T.float()[:, :, None])
+        out[start:stop].copy_(numbers.view(-1, cols))
+
+
+@dequantise.register_fake
+def _(codes: torch.Tensor, absmax: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+    """Change no shapes."""

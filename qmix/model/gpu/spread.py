@@ -20,9 +20,7 @@ from qmix.errors import UsageError
 from qmix.machine.rates import Rates
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts, Loader, read_numbers
-from qmix.model.gpu.matrices import DeviceExpert, device_expert, is_reordered
 from qmix.plan import Plan
-from qmix.plan.memory import device_record_bytes
 from qmix.pool.eviction import Key
 from qmix.pool.protocol import Pool
 
@@ -67,32 +65,40 @@ class Spread:
         for index, (layer, device) in enumerate(zip(model.model.layers, self.layers, strict=True)):
             if device.name == HOST:
                 continue
-            experts = by_layer.get(index, {})
-            if len(experts) < pool.store.geometry.num_experts and device.name not in loaders:
-                loaders[device.name] = Loader(device, pool)
+            if device.name not in loaders:
+                loaders[device.name] = Loader(device, pool, self._uploads(device))
             layer.mlp.experts = DeviceExperts(
-                index, device, experts, pool, activation, loaders.get(device.name), self.rates, self.read_routing
+                index,
+                device,
+                by_layer.get(index, {}),
+                pool,
+                activation,
+                loaders[device.name],
+                self.rates,
+                self.read_routing,
             )
 
-    def _load(self, pool: Pool) -> dict[int, dict[int, DeviceExpert]]:
-        """Read, copy and reorder the residents one by one, into one block of memory on each GPU."""
+    def _uploads(self, device: Device) -> bool:
+        """Return True if some expert of the device's layers lies elsewhere."""
+        rows = zip(self.plan.layer_devices, self.plan.placement, strict=True)
+        return any(where != device.name for home, row in rows if home == device.name for where in row)
+
+    def _load(self, pool: Pool) -> dict[int, dict[int, torch.Tensor]]:
+        """Read and copy the residents' records one by one, into one block of memory on each GPU."""
         layout = pool.store.layout
-        geometry = layout.geometry
-        nbytes = {name: device_record_bytes(geometry, name, layout.dtype) for name in layout.records}
         totals = dict.fromkeys(self.devices, 0)
         for layer, expert in residents(self.plan):
-            totals[self.plan.placement[layer][expert]] += nbytes[layout.precisions[layer][expert]]
+            totals[self.plan.placement[layer][expert]] += layout.record(layer, expert).nbytes
         blocks = {name: self.devices[name].empty(total) for name, total in totals.items() if total}
-        found: dict[int, dict[int, DeviceExpert]] = {}
+        found: dict[int, dict[int, torch.Tensor]] = {}
         used = dict.fromkeys(blocks, 0)
         for (layer, expert), record in pool.pass_through(residents(self.plan)):
-            name, precision = self.plan.placement[layer][expert], layout.precisions[layer][expert]
-            memory = blocks[name][used[name] : used[name] + nbytes[precision]]
-            used[name] += nbytes[precision]
-            here = self.devices[name].upload(record) if is_reordered(precision) else memory.copy_(record)
-            made = device_expert(here, layout.records[precision], geometry.expert_matrices, memory)
+            name = self.plan.placement[layer][expert]
+            place = blocks[name][used[name] : used[name] + len(record)]
+            used[name] += len(record)
+            place.copy_(record)
             self.devices[name].wait()  # the record's slot is given to another from here on
-            found.setdefault(layer, {})[expert] = made
+            found.setdefault(layer, {})[expert] = place
         return found
 
     def connect(self, model: MixtralForCausalLM) -> None:
