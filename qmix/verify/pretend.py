@@ -115,6 +115,15 @@ class GivenIndex:
         return tuple(map(torch.tensor, numbers))
 
 
+def read_routing(layer: int, choose: Choose) -> Callable[[Any], list[list[int]]]:
+    """Return a function that reads a router's choice: the one given by `given_routing`, or one for fake numbers."""
+
+    def read(index: Any) -> list[list[int]]:
+        return index.tolist() if isinstance(index, GivenIndex) else choose(layer, len(index))
+
+    return read
+
+
 def given_routing(layer: int, choose: Choose) -> Callable[..., Any]:
     """Return a forward hook that replaces a router's choice after all has been computed."""
 

@@ -22,16 +22,20 @@ from qmix.geometry import CONFIG_KEYS, Geometry
 from qmix.machine.rates import Rates
 from qmix.model.build import empty_model, load_weights
 from qmix.model.dense import dense_memory, typed
+from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
+from qmix.model.gpu.kernels import find_kernels, takes
 from qmix.model.gpu.spread import spread_for
+from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import Store
 from qmix.verify import pretend
 from qmix.verify.alive import AliveBytes
+from qmix.verify.pretend_kernels import PretendKernels
 
 NEVER = 1e-9  # FLOP/s of a processor that is never preferred
 TOLERANCE = 0.03  # share of the planned bytes by which the bytes found may differ
@@ -88,6 +92,8 @@ class Rehearsal:
         self.model: MixtralForCausalLM = empty_model(self.store, attention)
         self.spread = spread_for(plan, rates, kind)
         self.bytes = AliveBytes()
+        self.kind = kind
+        self.steps: Steps | None = None
         self.pool: pretend.PretendPool
         self.cache: KVCache
 
@@ -103,6 +109,29 @@ class Rehearsal:
         homes = [device.device for device in spread.layers] if spread else None
         dtype, sizes = HALF[self.layout.dtype], (self.plan.context, self.plan.batch)
         self.cache = KVCache(self.layout.geometry, sizes[0], dtype, sizes[1], homes, allocate=pretend.allocate)
+
+    def capture(self, choose: pretend.Choose) -> None:
+        """Make the captured steps as a run does, over shape functions on pretend devices."""
+        context, config = self.plan.context, self.model.config
+        if self.spread is None or not takes(self.layout, context, config):
+            return
+        gpus = [device.device for device in dict.fromkeys(self.spread.layers) if device.name != HOST]
+        kernels = PretendKernels() if self.kind == pretend.KIND else find_kernels(self.layout, context, config, gpus)
+        if kernels is None:
+            return
+        for index, layer in enumerate(self.model.model.layers):
+            if isinstance(layer.mlp.experts, DeviceExperts):
+                layer.mlp.experts.read_routing = pretend.read_routing(index, choose)
+        self.steps = make_steps(self.model, self.spread, self.cache, kernels, captured_tokens(self.plan.batch))
+
+    def captured_step(self, tokens: int, before: int) -> None:
+        """Run one captured step of `tokens` tokens of a sequence after `before` cached ones, if there is one."""
+        if self.steps is None:
+            return
+        for layer in self.cache.layers:
+            layer.length = before
+        with torch.no_grad():
+            self.steps.step([0] * tokens, before)
 
     def prefer(self, rates: Rates) -> None:
         """Set the rates that decide whether experts in main memory are copied or computed on the CPU."""
@@ -196,6 +225,9 @@ def rehearse(made: Rehearsal) -> None:
     plan, geometry = made.plan, made.layout.geometry
     tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
     before, even = plan.context - 1 - tokens, _spread_out(geometry)
+    made.capture(even)
+    for few in (1, min(captured_tokens(plan.batch), tokens)):
+        made.captured_step(few, plan.context - few)
     made.step(tokens, before, even)
     made.step(1, plan.context - 1, even)
     for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):

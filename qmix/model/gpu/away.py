@@ -38,9 +38,7 @@ class Exchange:
 class AwayExperts:
     """The experts of one layer that are not on its GPU."""
 
-    def __init__(
-        self, experts: DeviceExperts, shapes: dict[str, ExpertShape], rates: Rates, kernels: Kernels
-    ) -> None:
+    def __init__(self, experts: DeviceExperts, shapes: dict[str, ExpertShape], rates: Rates, kernels: Kernels) -> None:
         self.experts, self.shapes, self.rates, self.kernels = experts, shapes, rates, kernels
         self.layer, self.pool = experts.layer, experts.pool
         self.staging = experts.loader.staging if self.pool.holds_all else None
@@ -77,7 +75,8 @@ class AwayExperts:
         if self.staging is None or not pairs:
             return frozenset()
         order = sorted(pairs, key=lambda expert: -len(pairs[expert]))
-        largest = max((self.experts.loader.sizes[self.experts.precisions[expert]] for expert in order), key=lambda size: size.record)
+        sizes = [self.experts.loader.sizes[self.experts.precisions[expert]] for expert in order]
+        largest = max(sizes, key=lambda size: size.record)
         counts = [len(pairs[expert]) for expert in order]
         return frozenset(order[: copied_share(largest, counts, self.rates, len(self.staging.buffers))])
 

@@ -59,7 +59,8 @@ class CapturedStep:
             self.stages.append(self._stages(step, part, embeds and part is parts[0]))
 
     def _stages(self, step: DeviceStep, part: OnDevice, embeds: bool) -> list[Stage]:
-        stages, work = [], [step.embed, step.norm] if embeds else [step.norm]
+        stages: list[Stage] = []
+        work: list[Launch] = [step.embed, step.norm] if embeds else [step.norm]
         for index, away in enumerate(part.away):
             work.append(_call(step.attend, index))
             if away is None:
@@ -72,8 +73,8 @@ class CapturedStep:
             work.append(_call(step.add, index))
         if part.ends.head is not None:
             work.append(step.choose)
-            if self.tokens == 1:
-                work.append(step.advance)
+        if self.tokens == 1:
+            work.append(step.advance)
         return [*stages, Stage(part.device, part.recorder.record(work))]
 
     def run(self) -> None:

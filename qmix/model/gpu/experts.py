@@ -143,7 +143,7 @@ class DeviceExperts(PoolExperts):
         copying = bool(away) and self._copying_pays(away, routing)
         # x is downloaded before any work is queued on the GPU: the copy would wait for that work
         below = download(hidden_states) if away and not copying else hidden_states
-        records = self._records(list(routing.spans), away, below)
+        records = self.records(list(routing.spans), away, below)
         rows = Rows(hidden_states, routing, top_k, self.device)
         for expert in routing.spans:
             if expert in self.residents:
@@ -161,7 +161,7 @@ class DeviceExperts(PoolExperts):
         tokens = [routing.count(expert) for expert in away]
         return copying_pays(largest, tokens, self.pool.store.geometry.hidden_size, self.rates)
 
-    def _records(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[tuple[int, Expert]]:
+    def records(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[tuple[int, Expert]]:
         """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
         if hidden.requires_grad:
             return one_by_one(self.pool, self.layer, away)
