@@ -13,8 +13,7 @@ from qmix.engine.generation_config import model_generation_config
 from qmix.machine.found import give_back_freed_memory
 from qmix.model.build import build_model
 from qmix.model.gpu.assemble import make_steps
-from qmix.model.gpu.devices import HOST, pin
-from qmix.model.gpu.kernels import find_kernels
+from qmix.model.gpu.devices import pin
 from qmix.model.gpu.spread import Spread
 from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
@@ -72,12 +71,10 @@ class OpenModel:
 
     def capture(self, spread: Spread, cache: KVCache, tokens: int) -> Steps | None:
         """Capture steps of up to `tokens` tokens over `cache`; None where there are no kernels for them."""
-        gpus = [device.device for device in dict.fromkeys(spread.layers) if device.name != HOST]
-        kernels = find_kernels(self.store.layout, cache.capacity, self.model.config, gpus)
-        if kernels is None:
+        if spread.kernels is None:
             return None
         try:
-            self.model.steps = steps = make_steps(self.model, spread, cache, kernels, tokens)
+            self.model.steps = steps = make_steps(self.model, spread, cache, spread.kernels, tokens)
         except BaseException:
             self.close()
             raise

@@ -25,7 +25,7 @@ from qmix.model.dense import dense_memory, typed
 from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
-from qmix.model.gpu.kernels import find_kernels, takes
+from qmix.model.gpu.kernels import takes
 from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
@@ -112,11 +112,9 @@ class Rehearsal:
 
     def capture(self, choose: pretend.Choose) -> None:
         """Make the captured steps as a run does, over shape functions on pretend devices."""
-        context, config = self.plan.context, self.model.config
-        if self.spread is None or not takes(self.layout, context, config):
+        if self.spread is None or not takes(self.layout, self.plan.context, self.model.config):
             return
-        gpus = [device.device for device in dict.fromkeys(self.spread.layers) if device.name != HOST]
-        kernels = PretendKernels() if self.kind == pretend.KIND else find_kernels(self.layout, context, config, gpus)
+        kernels = PretendKernels() if self.kind == pretend.KIND else self.spread.kernels
         if kernels is None:
             return
         for index, layer in enumerate(self.model.model.layers):

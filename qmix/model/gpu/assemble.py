@@ -12,9 +12,9 @@ from qmix.model.gpu.copy_or_compute import copied_share
 from qmix.model.gpu.devices import HOST, Device
 from qmix.model.gpu.experts import DeviceExperts, expert_size
 from qmix.model.gpu.graphs import Recorder
-from qmix.model.gpu.kernels import expert_shapes
+from qmix.model.gpu.kernels import Kernels, expert_shapes
 from qmix.model.gpu.spread import Spread
-from qmix.model.gpu.step import Kernels, StepBuffers, StepEnds, StepLayer
+from qmix.model.gpu.step import StepBuffers, StepEnds, StepLayer
 from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
 

@@ -17,7 +17,7 @@ from qmix.kernels.gpu.shapes import ExpertShape
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import copied_share
 from qmix.model.gpu.experts import DeviceExperts
-from qmix.model.gpu.step import Kernels
+from qmix.model.gpu.kernels import Kernels
 from qmix.precision.matmul import Expert
 
 

@@ -19,7 +19,8 @@ from qmix.kernels.gpu.shapes import ExpertShape
 from qmix.model.gpu.away import AwayExperts, Exchange
 from qmix.model.gpu.devices import Device
 from qmix.model.gpu.graphs import Graph, Launch, Recorder
-from qmix.model.gpu.step import DeviceStep, Kernels, StepBuffers, StepEnds, StepLayer
+from qmix.model.gpu.kernels import Kernels
+from qmix.model.gpu.step import DeviceStep, StepBuffers, StepEnds, StepLayer
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,17 @@ on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
+from qmix.kernels.gpu.shapes import ExpertShape
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.model.gpu.devices import HOST, Device, Staged, Staging, download
-from qmix.model.gpu.matrices import DeviceExpert, code_values, device_expert, is_dequantised
+from qmix.model.gpu.kernels import expert_shapes
+from qmix.model.gpu.matrices import code_values, device_expert, is_dequantised
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
 from qmix.plan.memory import dequantised_bytes
@@ -77,12 +80,25 @@ class Rows:
             outputs.index_copy_(0, self.pairs[self.routing.spans[expert]], result)
 
 
+class KernelExpert:
+    """An expert on a GPU whose matrices are dequantised one after another by a kernel, into `buffer`."""
+
+    def __init__(self, kernels: Any, shape: ExpertShape, record: torch.Tensor, buffer: torch.Tensor) -> None:
+        self.kernels, self.shape, self.record, self.buffer = kernels, shape, record, buffer
+
+    def __call__(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Return the expert's output [T, H] for x [T, H]; `activation` is SiLU wherever there are kernels."""
+        found: torch.Tensor = self.kernels.expert(self.shape, self.record, x.contiguous(), self.buffer)
+        return found
+
+
 class Loader:
     """A device's memory to multiply records with, which its layers share, and where needed staging buffers."""
 
-    def __init__(self, device: Device, pool: Pool, uploads: bool) -> None:
-        """With `uploads` some experts of the device's layers lie elsewhere."""
-        self.pool, self.layout = pool, pool.store.layout
+    def __init__(self, device: Device, pool: Pool, uploads: bool, kernels: Any = None) -> None:
+        """With `uploads` some experts of the device's layers lie elsewhere. `kernels` are the GPU's, if it has any."""
+        self.pool, self.layout, self.kernels = pool, pool.store.layout, kernels
+        self.shapes = expert_shapes(self.layout)
         geometry, half = self.layout.geometry, HALF[self.layout.dtype]
         self.staging = Staging(device, max(self.layout.record_counts)) if uploads else None
         self.sizes = {precision: expert_size(self.layout, precision) for precision in self.layout.records}
@@ -94,8 +110,10 @@ class Loader:
         assert self.staging is not None
         return self.staging.copy(self.pool.record(layer, expert))
 
-    def expert(self, precision: str, record: torch.Tensor) -> DeviceExpert:
+    def expert(self, precision: str, record: torch.Tensor) -> Forward:
         """Return the expert of a record's bytes on the device; valid until the next call."""
+        if self.kernels is not None and is_dequantised(precision):
+            return KernelExpert(self.kernels, self.shapes[precision], record, self.memory)
         layout, shapes = self.layout.records[precision], self.layout.geometry.expert_matrices
         return device_expert(record, layout, shapes, self.memory, self.values.get(precision))
 

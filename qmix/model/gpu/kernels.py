@@ -15,6 +15,7 @@ from qmix.kernels.gpu.shapes import ExpertShape, available, fits, fits_attention
 from qmix.precision.record import RecordLayout
 from qmix.store.layout import StoreLayout
 
+Kernels = Any  # TritonKernels, or shape functions in its place
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not change with the length of the text
 
 
@@ -22,11 +23,12 @@ class TritonKernels:
     """The kernels of `qmix.kernels.gpu`, with the address of a tensor for them."""
 
     def __init__(self) -> None:
-        from qmix.kernels.gpu import attention, dense, moe, norms, sample
+        from qmix.kernels.gpu import attention, dense, moe, norms, prefill, sample
 
         self.linear, self.rotate, self.attend = dense.linear, attention.rotate, attention.attend
         self.norm, self.Router, self.Mixture = norms.norm, norms.Router, norms.Mixture
         self.gate_up, self.down, self.sample = moe.gate_up, moe.down, sample.sample
+        self.expert = prefill.forward
 
     def address(self, tensor: torch.Tensor) -> int:
         """Return where a tensor lies on its device."""
@@ -55,13 +57,15 @@ def expert_shapes(layout: StoreLayout) -> dict[str, ExpertShape]:
     }
 
 
-def find_kernels(layout: StoreLayout, context: int, config: MixtralConfig, devices: Iterable[torch.device]) -> Any:
+def find_kernels(
+    layout: StoreLayout, context: int, config: MixtralConfig, devices: Iterable[torch.device]
+) -> Kernels | None:
     """Return the kernels for a model whose GPUs are `devices`; None where they do not take it."""
     if not takes(layout, context, config) or not available():
         return None
     for device in devices:
         if device.type == "cpu":
-            import triton
+            import triton  # type: ignore[import-untyped]
 
             if not triton.knobs.runtime.interpret:
                 return None

@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
 from qmix.geometry import Geometry
 from qmix.kernels.gpu.shapes import ExpertShape, attention_splits, down_splits, sample_blocks
-
-Kernels = Any  # qmix.model.gpu.kernels.TritonKernels, or shape functions in its place
+from qmix.model.gpu.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from qmix.model.gpu.captured import CapturedStep, OnDevice
 from qmix.model.gpu.devices import Mark
-from qmix.model.gpu.step import Kernels
+from qmix.model.gpu.kernels import Kernels
 from qmix.model.kv import KVCache
 
 SIZES = (1, 2, 4, 8, 16, 32)  # tokens of a graph

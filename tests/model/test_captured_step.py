@@ -1,0 +1,177 @@
+"""Captured steps by their kernels in Triton's interpreter, with the CPU as every GPU: texts and logits of the CPU's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from spreads import spread_plan
+from stores import make_store
+
+from qmix.engine.stream import Runner
+from qmix.machine.rates import Rates
+from qmix.model.gpu.copy_or_compute import ExpertSize, copied_share
+
+pytest.importorskip("triton")
+PROMPT = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+COPIES = Rates(pcie=1e15)  # by these copying pays for every expert
+ONE, TWO = ["gpu:0", "gpu:0"], ["gpu:0", "gpu:1"]
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def with_tokenizer(checkpoint, tiny):
+    for path in tiny.glob("tokenizer*"):
+        (checkpoint / path.name).write_bytes(path.read_bytes())
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny):
+    return with_tokenizer(make_checkpoint(tmp_path_factory.mktemp("captured") / "checkpoint"), tiny)
+
+
+@pytest.fixture(scope="module")
+def store(checkpoint, tmp_path_factory):
+    return make_store(checkpoint, tmp_path_factory.mktemp("store") / "store", "nf4")
+
+
+def runner(store, homes, residents=frozenset(), slots=8, rates=None):
+    """Return a runner by a plan with `residents` of every layer on its GPU; without homes on the CPU alone."""
+    plan = spread_plan(store.layout, homes or TWO, residents, slots)
+    if not homes:
+        plan = replace(plan, devices=(), layer_devices=("cpu",) * 2, placement=(("disk",) * 4,) * 2)
+    return Runner(store, plan, kind="cpu", rates=rates or Rates())
+
+
+def answer(runner, tokens=4, **options):
+    options = {"temperature": 0, "ignore_eos": True} | options
+    return runner.complete(PROMPT, max_new_tokens=tokens, **options).token_ids
+
+
+def logits(runner, ids):
+    """Return logits [T, V] of ids behind the prompt: transformers' forward reads it, one forward follows."""
+    with torch.inference_mode():
+        runner.cache.reset()
+        runner.model(torch.tensor([PROMPT]), cache=runner.cache, use_cache=True)
+        return runner.model(torch.tensor([ids]), cache=runner.cache, use_cache=True).logits[0].float()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, and the graphs of a step by it."""
+
+    homes: list[str]
+    residents: frozenset[int]
+    graphs: int
+    slots: int = 8
+    rates: Rates | None = None
+
+
+CASES = {
+    "resident": Case(ONE, frozenset(range(4)), 1),
+    "two GPUs": Case(TWO, frozenset(range(4)), 2),
+    "hybrid": Case(ONE, frozenset({0, 2}), 5),
+    "copied": Case(ONE, frozenset({0}), 5, rates=COPIES),
+    "disk": Case(ONE, frozenset({1}), 5, slots=2),
+    "none resident": Case(ONE, frozenset(), 3),
+    "CPU and GPU": Case(["cpu", "gpu:0"], frozenset({0, 1}), 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_text_is_the_cpus_and_logits_are_close_with_few_graphs_a_token(store, case):
+    with runner(store, None) as host:
+        want, scores = answer(host), logits(host, [7, 8, 9])
+    with runner(store, case.homes, case.residents, case.slots, case.rates) as gpu:
+        steps = gpu.model.steps
+        assert answer(gpu) == want
+        tokens = len(want) - 1 + steps.begins_early  # the prompt gives the first; one may be begun in vain
+        assert steps.launched == tokens * case.graphs
+        before = steps.launched
+        found = logits(gpu, [7, 8, 9])
+        assert steps.launched == before + case.graphs  # three tokens at once
+    torch.testing.assert_close(found, scores, rtol=0, atol=0.03 * scores.std().item())
+
+
+def test_every_precision_in_one_layer(checkpoint, tmp_path):
+    store = make_store(checkpoint, tmp_path / "store", "nf4,*.1=int8,*.2=half,1.3=fp4")
+    with runner(store, None) as host:
+        scores = logits(host, [7, 8])
+    for rates in (None, COPIES):
+        with runner(store, ONE, frozenset({0, 1}), rates=rates) as gpu:
+            found = logits(gpu, [7, 8])
+            assert gpu.model.steps.launched == 5
+        torch.testing.assert_close(found, scores, rtol=0, atol=0.03 * scores.std().item())
+
+
+def test_drafts_are_verified_by_steps_of_several_tokens(store):
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu:
+        want = answer(gpu, 12)
+        before = gpu.model.steps.launched
+        assert answer(gpu, 12, draft_ngram=3) == want
+        assert before <= gpu.model.steps.launched < before + 11
+
+
+def test_a_draw_on_the_gpu_follows_its_seed(store):
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu:
+        hot = {"temperature": 2.0, "top_k": 0}
+        texts = [answer(gpu, 4, seed=seed, **hot) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_token_that_was_not_expected_gets_a_step_of_its_own(store):
+    """The step after the expected token has begun already; its results must not be used."""
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu, torch.inference_mode():
+        steps, other = gpu.model.steps, [11, 12]
+        want = logits(gpu, other)[-1]
+        gpu.cache.reset()
+        gpu.model(torch.tensor([PROMPT]), cache=gpu.cache, use_cache=True)
+        with steps.choosing(0.0, 1):
+            for token in other:
+                found = gpu.model(torch.tensor([[token]]), cache=gpu.cache, use_cache=True).logits[0, -1]
+        assert found.argmax() == want.argmax()
+        assert found.isinf().sum() == found.numel() - 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_mask": torch.tensor([[0] + [1] * 20])},
+        {"output_hidden_states": True},
+        {"position_ids": torch.tensor([[3]])},
+        {"cache": None},
+    ],
+    ids=["masked", "hidden states", "positions", "another cache"],
+)
+def test_what_no_step_serves_is_left_to_transformers(store, options):
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu, torch.inference_mode():
+        gpu.model(torch.tensor([PROMPT]), cache=gpu.cache, use_cache=True)
+        gpu.model(torch.tensor([[5]]), **({"cache": gpu.cache, "use_cache": True} | options))
+        assert gpu.model.steps.launched == 0
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 65, "intermediate_size": 31}, {"hidden_act": "gelu"}])
+def test_models_that_the_kernels_do_not_take_run_without_steps(tmp_path, tiny, changes):
+    store = make_store(with_tokenizer(make_checkpoint(tmp_path / "checkpoint", **changes), tiny), tmp_path / "store")
+    with runner(store, ONE, frozenset({0})) as gpu:
+        assert gpu.model.steps is None
+        assert len(answer(gpu)) == 4
+
+
+def test_the_share_that_is_copied_by_hand():
+    """CPU 10 a record, link 5, memory 20 a second: two experts side by side, as copying is half as fast."""
+    size = ExpertSize(record=10, weights=10, four_bit=True)
+    rates = Rates(four_bit_read=10.0, pcie=5.0, memory_read=20.0, matmul=1e9)
+    assert copied_share(size, [1], rates, 2) == 0  # 1 s on the CPU, 2 s by the link
+    assert copied_share(size, [1, 1], rates, 2) == 0  # 2 s either way
+    assert copied_share(size, [1, 1, 1], rates, 2) == 1  # 2 s instead of 3
+    assert copied_share(size, [1, 1, 1], replace(rates, memory_read=8.0), 2) == 0  # memory allows no more than 3.75 s
+    assert copied_share(size, [1, 1], replace(rates, pcie=30.0), 2) == 1  # 1 s; both copied: 0.67 s, memory 1 s
+    many = replace(rates, matmul=10.0)  # a token takes 2 s of arithmetic on the CPU
+    assert copied_share(size, [4, 1], many, 2) == 1
