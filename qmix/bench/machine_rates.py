@@ -23,7 +23,7 @@ from qmix.engine.stream import Runner
 from qmix.files import scratch_file
 from qmix.machine.doctor import product_fault
 from qmix.machine.found import available_memory, free_disk
-from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, memory_read
+from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, gpu_ceilings, matmul, memory_read
 from qmix.machine.rates import Rates
 from qmix.plan import Plan, make_plan
 from qmix.precision.matmul import FourBitMatrix
@@ -38,8 +38,6 @@ SLOW_MATRICES = 1  # without a kernel a product takes seconds
 TOKENS = 48  # decoded by the embedded model, after as many to warm up
 CONTEXT = 1024
 PROMPT = list(range(5, 645))  # a layer's overhead grows a little with the context
-GPU_BYTES = 2**28
-GPU_SIZE = 8192
 
 
 def measure(directory: Path, tell: Callable[[str], None] = lambda line: None) -> dict[str, float]:
@@ -145,25 +143,4 @@ def _decoded(store: Store, plan: Plan) -> tuple[float, float]:
 
 def gpu_rates(device: torch.device) -> dict[str, float]:
     """Return a GPU's rates: copies from pinned memory, reads of its own memory, products in half precision."""
-    host = torch.empty(GPU_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    there = torch.empty(GPU_BYTES, dtype=torch.uint8, device=device)
-    words = there.view(torch.int32)
-    a, b = (torch.randn(GPU_SIZE, GPU_SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return {
-        "pcie": GPU_BYTES / _device_seconds(device, lambda: there.copy_(host, non_blocking=True)),
-        "gpu_memory": GPU_BYTES / _device_seconds(device, words.max),
-        "gpu_matmul": 2 * GPU_SIZE**3 / _device_seconds(device, lambda: a @ b),
-    }
-
-
-def _device_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Return the median seconds of `work`, synchronised after each run."""
-    work()
-    torch.cuda.synchronize(device)
-    found = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+    return {name: rate.median for name, rate in gpu_ceilings(device).items()}

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from qmix.bench.report import BenchReport, Row, Sample
-from qmix.bench.roofline import Bound, Workload, bound, decode_cost, prefill_cost
+from qmix.bench.roofline import Bound, GpuRates, OnGpus, Workload, bound, decode_cost, prefill_cost
 from qmix.engine.compute import compute_threads
 from qmix.engine.load import check_attention
 from qmix.engine.resolve import prepare_store
@@ -111,7 +112,8 @@ def measure(
             samples.append(_repeat(watch, workload, repetitions, probes, tell))
         for probe in probes.values():
             probe.slice()
-        machine = replace(machine, **{name: probe.rate() for name, probe in probes.items()})
+        rates: dict[str, Any] = {name: probe.rate() for name, probe in probes.items()}
+        machine = replace(machine, **rates)
     rows = [Row(workload, mine, _bounds(mine, machine)) for workload, mine in zip(workloads, samples, strict=True)]
     return BenchReport(
         model=store.source_name,
@@ -161,7 +163,7 @@ class _Watch:
             rate=result.rate if count else result.prompt_rate,
             hit_rate=used.hit_rate,
             bytes_read=used.bytes_read,
-            cost=least(workload, layout, trace, self.runner.pool.slots),
+            cost=least(workload, layout, trace, self.runner.pool.slots, OnGpus.of(self.runner.plan, layout)),
         )
 
 
@@ -220,7 +222,14 @@ def _repeat(
 
 def _bounds(samples: Sequence[Sample], machine: Ceilings) -> tuple[Bound, ...]:
     disk = None if machine.disk_read is None else machine.disk_read.median
-    return tuple(bound(sample.cost, machine.memory_read.median, disk, machine.matmul.median) for sample in samples)
+    memory, matmul, gpus = machine.memory_read.median, machine.matmul.median, _gpu_rates(machine)
+    return tuple(bound(sample.cost, memory, disk, matmul, gpus) for sample in samples)
+
+
+def _gpu_rates(machine: Ceilings) -> GpuRates:
+    """Return the best that all GPUs together reached."""
+    sums = [sum(max(gpu[name].rounds) for gpu in machine.gpus) for name in ("gpu_memory", "pcie", "gpu_matmul")]
+    return GpuRates(*sums)
 
 
 def random_prompt(runner: Runner, tokens: int, seed: int) -> list[int]:

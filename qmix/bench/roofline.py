@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qmix.errors import UsageError, arg
-from qmix.geometry import HALF_BYTES, Geometry
+from qmix.geometry import EMBEDDINGS, HALF_BYTES, HEAD, Geometry
+from qmix.plan import Plan
 from qmix.pool.replay import belady_hits, requests
 from qmix.pool.stack import Array
 from qmix.store.layout import StoreLayout
@@ -57,37 +58,85 @@ def _counts(argument: str, texts: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The least to read from disk and from memory, in bytes, and to compute, in floating-point operations."""
+    """The least to read from disk, from main memory and from GPUs' memory, in bytes, and the FLOP to compute."""
 
     disk_bytes: float
     memory_bytes: float
     flops: float
+    gpu_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The least time of a cost, and its bottleneck: "disk", "memory" or "compute"."""
+    """The least time of a cost, and its bottleneck: "disk", "memory", "GPU memory" or "compute"."""
 
     seconds: float
     by: str
 
 
-def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float) -> Bound:
-    """Return the least time of a cost if disk, memory and arithmetic overlap fully: the longest of the three.
+@dataclass(frozen=True, slots=True)
+class GpuRates:
+    """The sums over all GPUs of bytes/s of their memory, bytes/s of the links to them, and FLOP/s."""
 
-    Rates are in bytes/s and FLOP/s; `disk_read` may be None if the cost has no disk bytes.
+    memory: float = 0.0
+    link: float = 0.0
+    matmul: float = 0.0
+
+
+NO_GPU = GpuRates()
+
+
+def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float, gpus: GpuRates = NO_GPU) -> Bound:
+    """Return the least time of a cost if disk, memory, GPUs and arithmetic overlap fully: the longest of them.
+
+    Rates are in bytes/s and FLOP/s; `disk_read` may be None if the cost has no disk bytes. What lies in main memory may
+    be read by the CPU and over the links at once, and any processor may do the arithmetic, so that no run is faster.
     """
     times = {
         "disk": cost.disk_bytes / disk_read if disk_read else 0.0,
-        "memory": cost.memory_bytes / memory_read,
-        "compute": cost.flops / matmul,
+        "memory": cost.memory_bytes / (memory_read + gpus.link),
+        "GPU memory": cost.gpu_bytes / gpus.memory if gpus.memory else 0.0,
+        "compute": cost.flops / (matmul + gpus.matmul),
     }
     assert disk_read or not cost.disk_bytes
     by = max(times, key=lambda name: times[name])
     return Bound(times[by], by)
 
 
-def decode_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int]) -> Cost:
+@dataclass(frozen=True, slots=True)
+class OnGpus:
+    """What a plan has on GPUs, by layer: whether the layer is there, and the least bytes of its residents' records."""
+
+    layers: tuple[bool, ...]
+    residents: tuple[int, ...]
+
+    @classmethod
+    def of(cls, plan: Plan, layout: StoreLayout) -> OnGpus | None:
+        """Return what lies on the GPUs of a plan; None without any."""
+        if not plan.devices:
+            return None
+        homes = tuple(home != "cpu" for home in plan.layer_devices)
+        least = [
+            min((layout.record(layer, expert).nbytes for expert, where in enumerate(row) if ":" in where), default=0)
+            for layer, row in enumerate(plan.placement)
+        ]
+        return cls(homes, tuple(least))
+
+    def resident_bytes(self, trace: Array, passes: int, top_k: int) -> int:
+        """Return the least bytes of residents that `passes` passes read.
+
+        Each token uses `top_k` experts of a layer; those that the host was not asked for, by the trace, are residents.
+        """
+        asked = [0] * len(self.layers)
+        for row, experts in enumerate((trace >= 0).sum(axis=1).tolist()):
+            asked[row % len(asked)] += experts
+        uses = (max(0, passes * top_k - count) for count in asked)
+        return sum(use * nbytes for use, nbytes in zip(uses, self.residents, strict=True))
+
+
+def decode_cost(
+    workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int], gpus: OnGpus | None = None
+) -> Cost:
     """Return the cost of one token, the mean over a workload's decode steps, whose routing is `trace`.
 
     `slots` are numbers of slots by record size in bytes. The arithmetic of a token is left out: it takes less time than
@@ -95,17 +144,34 @@ def decode_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Ma
     """
     passes = workload.decode_steps
     seen = mean_position(workload.prompt_tokens, passes, layout.geometry.sliding_window)
-    weights = _requested_bytes(layout, trace) / passes + dense_read(layout)
-    read = least_read_bytes(layout, trace, slots)
-    return Cost(read / passes, weights + seen * layout.geometry.kv_bytes_per_token, 0.0)
+    read, host, device = _bytes_of(layout, trace, slots, gpus, passes, seen)
+    return Cost(read / passes, host / passes, 0.0, device / passes)
 
 
-def prefill_cost(workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int]) -> Cost:
+def prefill_cost(
+    workload: Workload, layout: StoreLayout, trace: Array, slots: Mapping[int, int], gpus: OnGpus | None = None
+) -> Cost:
     """Return the cost of a whole prompt, whose routing is `trace`: a step for each layer of each chunk."""
-    chunks = len(trace) // layout.geometry.num_layers
-    memory = _requested_bytes(layout, trace) + chunks * dense_read(layout)
-    read = least_read_bytes(layout, trace, slots)
-    return Cost(read, memory, prefill_flops(layout.geometry, workload.prompt_tokens))
+    chunks = len(trace) // layout.geometry.num_layers if gpus is None else 1
+    read, host, device = _bytes_of(layout, trace, slots, gpus, chunks, 0.0)
+    return Cost(read, host, prefill_flops(layout.geometry, workload.prompt_tokens), device)
+
+
+def _bytes_of(
+    layout: StoreLayout, trace: Array, slots: Mapping[int, int], gpus: OnGpus | None, passes: int, seen: float
+) -> tuple[float, float, float]:
+    """Return the bytes that passes read of the disk, of main memory and of GPUs, `seen` positions of the cache each."""
+    read, asked = least_read_bytes(layout, trace, slots), _requested_bytes(layout, trace)
+    dense = dense_read(layout) + seen * layout.geometry.kv_bytes_per_token
+    if gpus is None:
+        return read, asked + passes * dense, 0.0
+    there = dense_read(layout, gpus.layers) + seen * layout.geometry.kv_bytes_per_token * _share(gpus.layers)
+    residents = gpus.resident_bytes(trace, passes, layout.geometry.experts_per_token)
+    return read, asked + passes * (dense - there), passes * there + residents
+
+
+def _share(layers: Sequence[bool]) -> float:
+    return sum(layers) / len(layers)
 
 
 def least_read_bytes(
@@ -140,15 +206,19 @@ def _sizes(layout: StoreLayout, trace: Array) -> Array:
     return np.where(trace >= 0, np.array(sizes, np.int64)[layer[:, None], trace], 0)
 
 
-def dense_read(layout: StoreLayout) -> int:
+def dense_read(layout: StoreLayout, layers: Sequence[bool] | None = None) -> int:
     """Return the bytes of dense weights that one pass reads: all of them, but only one row of the embedding table.
 
-    A tied table is also the head, and read whole.
+    A tied table is also the head, and read whole. With `layers` only those of the layers that are true, the row with
+    the first and the head with the last.
     """
-    geometry = layout.geometry
-    table = geometry.vocab_size * geometry.hidden_size * HALF_BYTES
-    total = sum(info.nbytes for info in layout.dense.tensors.values())
-    return total if geometry.tie_embeddings else total - table + geometry.hidden_size * HALF_BYTES
+    geometry, tensors = layout.geometry, layout.dense.tensors
+    row = geometry.hidden_size * HALF_BYTES
+    head = tensors[EMBEDDINGS if geometry.tie_embeddings else HEAD].nbytes + tensors["model.norm.weight"].nbytes
+    a_layer = sum(info.nbytes for name, info in tensors.items() if name.startswith("model.layers.0."))
+    chosen = [True] * geometry.num_layers if layers is None else layers
+    first = 0 if geometry.tie_embeddings else row
+    return a_layer * sum(chosen) + first * chosen[0] + head * chosen[-1]
 
 
 def mean_position(prompt_tokens: int, decode_steps: int, window: int | None = None) -> float:

@@ -50,7 +50,9 @@ def bench_conditions(report: BenchReport) -> Table:
 
     row("model", f"{report.model}, experts {report.precision}, the rest {report.dtype}")
     row("memory", f"{format_bytes(plan.ram)} budget, peak {format_bytes(report.peak_memory)}")
-    row("experts", f"{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
+    resident = plan.num_records - plan.host_records if plan.devices else 0
+    on_gpus = f"{resident} of {plan.num_records} on GPUs, " if plan.devices else ""
+    row("experts", f"{on_gpus}{plan.slots} of {plan.num_records} fit in memory; context {plan.context}")
     row("machine", f"{report.cpu}, {plural(report.threads, 'thread')}")
     if not report.fast_kernels:
         row("", f"no fast 4-bit kernel for this model here: 4-bit matmuls are {SLOW_FOUR_BIT:.0f} times slower")
@@ -59,6 +61,10 @@ def bench_conditions(report: BenchReport) -> Table:
     if ceilings.disk_read is not None:
         row("disk read", _rate(ceilings.disk_read))
     row("matmul", _rate(ceilings.matmul, "FLOP"))
+    for index, gpu in enumerate(ceilings.gpus):
+        row(f"gpu:{index} memory", _rate(gpu["gpu_memory"]))
+        row(f"gpu:{index} matmul", _rate(gpu["gpu_matmul"], "FLOP"))
+        row(f"to gpu:{index}", _rate(gpu["pcie"]))
     for measured in report.rows:
         row("bound", _bound(measured))
     return table

@@ -45,7 +45,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     """Measure MODEL's speed and compare it with the roofline.
 
     A pp test processes a prompt, a tg test generates tokens. The bound of a test is the highest speed that the memory,
-    disk and cores of this machine allow.
+    disk, cores and GPUs of this machine allow.
     """
     options["gpu"] = options["gpu"] or None
     limits = {option: options[option] for option in ("ram", "gpu", "context")}
@@ -58,6 +58,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.bench.measure import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.stream import Runner
+    from qmix.machine.measured import measured_rates
     from qmix.machine.probes import probe_in_child
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
@@ -68,7 +69,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     machine = probe_in_child()
     hold_to(plan.ram)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
-        runner = Runner(store, plan, attn, loading)
+        runner = Runner(store, plan, attn, loading, measured_rates())
     with runner:
         report = measure(runner, tests, repetitions, machine, say)
     if as_json:

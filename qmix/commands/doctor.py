@@ -33,9 +33,9 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
         return
     from qmix.disk.places import cache_directory
     from qmix.errors import QmixError
-    from qmix.machine.doctor import examine
+    from qmix.machine.doctor import examine, examine_gpus
     from qmix.machine.doctor_view import report_table
-    from qmix.machine.measured import keep, measured_rates
+    from qmix.machine.measured import keep, measured_gpus, measured_rates
     from qmix.machine.rates import Rates
     from qmix.terminal.tables import print_table, say
 
@@ -44,20 +44,20 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     from qmix.machine.four_bit import try_four_bit
 
     four_bit, rates, lost = try_four_bit(), measured_rates(), None
-    found = None
+    found, gpus = None, measured_gpus()
     if not no_measure:
         load_libraries()
         from qmix.bench.machine_rates import measure
 
         found = measure(where, say)
-        rates = Rates().with_measured(found)
+        rates, gpus = Rates().with_measured(found), examine_gpus()
     try:
-        kept = keep(found, four_bit)
+        kept = keep(found, four_bit, gpus=gpus)
         if not no_measure:
             say(f"kept in {kept}")
     except QmixError as error:  # raised at the end: the report is useful all the same
         lost = error
-    report = examine(where, rates, four_bit)
+    report = examine(where, rates, four_bit, gpus.context)
     if as_json:
         out(json.dumps(report.to_json()) + "\n")
     else:

@@ -40,7 +40,7 @@ def generate(prompt: str | None, **options: Any) -> None:
     from qmix.engine.sampling import Sampling
 
     as_json = options.pop("as_json")
-    names = ("model", "ram", "context", "precision", "clip", "dtype", "plan_path")
+    names = ("model", "ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
     loading = {name: options.pop(name) for name in names}
     attention = options.pop("attn")
     sampling = Sampling(**given(options))

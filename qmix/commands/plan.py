@@ -170,18 +170,12 @@ def run_lines(planned: Planned) -> list[str]:
 
     plan, name = planned.plan, planned.subject.name
     model = shlex.quote(PUBLISHED[name].hub_id if name in PUBLISHED else name)
-    limits = f"--ram {math.ceil(plan.ram / 2**20)}MiB --context {plan.context}"
+    gpus = "".join(f" --gpu {budget // 2**20}MiB" for budget in planned.machine.gpus) if plan.devices else ""
+    limits = f"--ram {math.ceil(plan.ram / 2**20)}MiB{gpus} --context {plan.context}"
     if planned.precision is not None:
         limits += f" --precision {shlex.quote(planned.precision)}"
     attention = "" if planned.attention == "sdpa" else f" --attn {planned.attention}"
-    limits += attention
-    if not plan.devices:
-        return [f"qmix generate -m {model} {limits}"]
-    gpus = " ".join(f"--gpu {budget // 2**20}MiB" for budget in planned.machine.gpus)
-    return [
-        f"qmix plan {model} {gpus} {limits} --json > plan.json",
-        f"qmix generate -m {model} --plan plan.json{attention}",
-    ]
+    return [f"qmix generate -m {model} {limits}{attention}"]
 
 
 def _machine(options: dict[str, Any]) -> Machine:

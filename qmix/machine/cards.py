@@ -146,8 +146,10 @@ def card_named(text: str, memory: int | None = None) -> Card:
     if found:
         raise UsageError(f"{quoted(text)} may be {_listed(found, 'or')}; give one of these names")
     names = {_squeezed(card.name): card for card in CARDS}
-    close = difflib.get_close_matches(_squeezed(NOISE.sub("", plain)), names, 3, 0.4)
-    hint = f"; the nearest are {_listed((names[key] for key in close), 'and')}" if close else ""
+    asked = re.sub("laptop|mobile|maxq", "", _squeezed(NOISE.sub("", plain)))
+    close = difflib.get_close_matches(asked, names, 3, 0.6)
+    are = "is" if len(close) == 1 else "are"
+    hint = f"; the nearest {are} {_listed((names[key] for key in close), 'and')}" if close else ""
     raise UsageError(f"{quoted(text)} is neither a size like 24GiB nor a known card{hint}; give its memory as a size")
 
 

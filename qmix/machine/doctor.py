@@ -21,8 +21,9 @@ from qmix.disk import PAGE
 from qmix.disk.space import existing_parent
 from qmix.files import scratch_file
 from qmix.kernels.cpu.paths import supported
+from qmix.machine.cuda_context import context_bytes
 from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
-from qmix.machine.measured import FourBitTrial, versions
+from qmix.machine.measured import FourBitTrial, MeasuredGpus, versions
 from qmix.machine.rates import RATE_NAMES, Rates
 from qmix.version import __version__
 
@@ -49,7 +50,8 @@ class MachineReport:
     `memory_limit` is what control groups leave of the memory, if less than `memory_available`. `four_bit` is the trial
     of a 4-bit product, `best_path` the best instructions by the CPU's flags. `huge_pages` is the kernel's setting
     ("always", "madvise", "never", or "unknown"), `on_huge_pages` is true if memory was on huge pages when some was
-    allocated (None: the kernel does not tell). `direct_io` is true if `directory` is on a filesystem that reads past
+    allocated (None: the kernel does not tell). `cuda_context` are the bytes of CUDA's context on a GPU, if measured.
+    `direct_io` is true if `directory` is on a filesystem that reads past
     the page cache.
     """
 
@@ -67,6 +69,7 @@ class MachineReport:
     direct_io: bool
     gpus: tuple[Gpu, ...]
     gpu_driver: bool
+    cuda_context: int | None
     versions: dict[str, str]
     rates: Rates
 
@@ -84,8 +87,8 @@ class MachineReport:
         return [name for name in wanted if self.rates.source(name) == "typical"]
 
 
-def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> MachineReport:
-    """Return a report on this machine, the disk of `directory`, and the trial of a 4-bit product."""
+def examine(directory: Path, rates: Rates, four_bit: FourBitTrial, cuda_context: int | None = None) -> MachineReport:
+    """Return a report on this machine, the disk of `directory`, the trial of a 4-bit product and CUDA's context."""
     memory, available = psutil.virtual_memory(), available_memory()
     return MachineReport(
         cpu=cpu_name(),
@@ -102,6 +105,7 @@ def examine(directory: Path, rates: Rates, four_bit: FourBitTrial) -> MachineRep
         direct_io=reads_directly(directory),
         gpus=_gpus(),
         gpu_driver=gpu_driver(),
+        cuda_context=cuda_context,
         versions={"qmix": __version__, "python": platform.python_version()} | versions(STACK),
         rates=rates,
     )
@@ -163,6 +167,14 @@ def _gpus() -> tuple[Gpu, ...]:
         fault = product_fault(f"cuda:{index}")
         found.append(Gpu(torch.cuda.get_device_name(index), total, free, fault))
     return tuple(found)
+
+
+def examine_gpus() -> MeasuredGpus:
+    """Return the names of the GPUs that work here, and the bytes of CUDA's context: the most that it takes of one."""
+    gpus = [(index, gpu.name) for index, gpu in enumerate(_gpus()) if not gpu.fault]
+    contexts = [context_bytes(index) for index, _ in gpus]
+    known = [context for context in contexts if context]
+    return MeasuredGpus(tuple(name for _, name in gpus), max(known, default=None))
 
 
 def product_fault(device: str) -> str:

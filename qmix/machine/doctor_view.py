@@ -32,7 +32,10 @@ def report_table(report: MachineReport) -> Table:
     for index, gpu in enumerate(report.gpus):
         fault = f"; does not work: {gpu.fault}" if gpu.fault else ", a matmul on it tested"
         row(f"gpu:{index}", f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free{fault}")
-    if not report.gpus:
+    if report.gpus:
+        known = report.cuda_context
+        row("CUDA context", "not measured" if known is None else f"{format_bytes(known)} of each GPU, measured")
+    else:
         row("GPU", "a driver, but no GPU that this torch can use" if report.gpu_driver else "none")
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     for name in RATE_LABELS:

@@ -8,7 +8,7 @@ No Python stands between: a step is one captured graph, or two a layer where exp
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil, comb
@@ -96,9 +96,9 @@ def _layer(
     )
 
 
-def decode_parts(layers: Iterable[DeviceLayer], rates: Rates, host: HostRates, reading: str) -> Counter[str]:
+def decode_parts(layers: Iterable[DeviceLayer], rates: Rates, host: HostRates, reading: str) -> dict[str, float]:
     """Return the seconds of layers in a decode step by what limits them; `reading` names the host's own limit."""
-    parts: Counter[str] = Counter()
+    parts: dict[str, float] = defaultdict(float)
     for layer, count in Counter(layers).items():
         dense = layer.dense / (rates.gpu_memory * DENSE_SHARE)
         residents = layer.resident / (rates.gpu_memory * EXPERT_SHARE)
@@ -135,12 +135,12 @@ def shared_seconds(experts: int, on_cpu: float, copying: float) -> float:
     return min(found)
 
 
-def prefill_parts(layers: Iterable[DeviceLayer], rates: Rates, host: HostRates, reading: str) -> Counter[str]:
+def prefill_parts(layers: Iterable[DeviceLayer], rates: Rates, host: HostRates, reading: str) -> dict[str, float]:
     """Return the seconds of layers in a step of many tokens by what limits them.
 
     Copies of host experts are beside the GPU's work; the first one is waited for.
     """
-    work: Counter[str] = Counter()
+    work: dict[str, float] = defaultdict(float)
     upload, on_cpu, first = 0.0, 0.0, 0.0
     for layer, count in Counter(layers).items():
         share = layer.away / layer.used if layer.used else 0.0
@@ -160,8 +160,8 @@ def prefill_parts(layers: Iterable[DeviceLayer], rates: Rates, host: HostRates, 
     beside_it = max(apart, key=lambda name: apart[name])
     total, longer = beside(device, sum(apart.values())), max(device, sum(apart.values()))
     if longer > device:
-        return Counter({beside_it: total})
-    return Counter({name: seconds * total / device for name, seconds in work.items()}) if device else Counter()
+        return {beside_it: total}
+    return {name: seconds * total / device for name, seconds in work.items()} if device else {}
 
 
 def _device_prefill(layer: DeviceLayer, rates: Rates) -> tuple[float, float]:

@@ -6,7 +6,6 @@ prompt is computed in chunks, each of which needs nearly every expert. `qmix.pla
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,18 +129,18 @@ def _parts(load: Load, rates: Rates) -> dict[str, float]:
     if load.four_bit:
         reading, rate = "4-bit products", rates.four_bit_read * EXPERT_SHARE
     host = HostRates(rate, rates.matmul * COMPUTE_SHARE)
-    parts = Counter(
-        {
-            "memory": load.dense / (rates.memory_read * DENSE_SHARE),
-            "CPU arithmetic": load.flops / host.flops,
-            "disk": load.missed / rates.disk_read + load.reads * rates.read_seconds,
-            "Python": load.layers * rates.layer_seconds,
-        }
-    )
+    parts = {
+        "memory": load.dense / (rates.memory_read * DENSE_SHARE),
+        "4-bit products": 0.0,
+        "CPU arithmetic": load.flops / host.flops,
+        "GPU launches": load.crossings * CROSSING_SECONDS,
+        "disk": load.missed / rates.disk_read + load.reads * rates.read_seconds,
+        "Python": load.layers * rates.layer_seconds,
+    }
     parts[reading] += load.experts / rate
-    if load.on_gpus:
-        parts["GPU launches"] += load.crossings * CROSSING_SECONDS
-        parts.update((decode_parts if load.decodes else prefill_parts)(load.on_gpus, rates, host, reading))
+    on_gpus = (decode_parts if load.decodes else prefill_parts)(load.on_gpus, rates, host, reading)
+    for name, seconds in on_gpus.items():
+        parts[name] = parts.get(name, 0.0) + seconds
     return parts
 
 

@@ -17,6 +17,7 @@ from qmix.units import format_bytes
 
 GPU_COLOURS = ("green", "cyan", "blue", "magenta")
 COLOURS = {"ram": "yellow", "disk": "red"}
+GPU_RATES = ("pcie", "gpu_memory", "gpu_matmul")
 LETTERS = {"ram": "r", "disk": "."}
 
 
@@ -39,6 +40,8 @@ def device_table(plan: Plan) -> Table:
     row("experts", plan.pool, [device.experts for device in devices])
     table.add_section()
     row("predicted peak", plan.total, [device.total for device in devices])
+    if devices:
+        table.add_row("CUDA's context", "", *(format_bytes(device.cuda) for device in devices))
     row("headroom", plan.headroom, [device.headroom for device in devices])
     row("budget", plan.ram, [device.budget for device in devices])
     return table
@@ -131,10 +134,12 @@ def kernel_text(machine: Machine) -> str:
 def rates_text(rates: Rates, gpus: bool) -> str:
     """Return each rate that counts, grouped by source."""
     names = ["memory_read", "disk_read", "matmul", "four_bit_read", "layer_seconds"]
-    names += ["pcie", "gpu_memory", "gpu_matmul"] if gpus else []
+    names += GPU_RATES if gpus else ()
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(rates.source(name), []).append(f"{RATE_LABELS[name]} {rate_text(rates, name)}")
+        source = rates.source(name)
+        of_card = f" of {rates.card}" if name in GPU_RATES and source in ("published", "typical") and rates.card else ""
+        groups.setdefault(source + of_card, []).append(f"{RATE_LABELS[name]} {rate_text(rates, name)}")
     parts = [f"{source}: {', '.join(found)}" for source, found in groups.items()]
     advice = "; `qmix doctor` measures this machine" if "typical" in groups and "measured" not in groups else ""
     return "; ".join(parts) + advice

@@ -17,6 +17,7 @@ from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
 from qmix.engine.stream import Runner
 from qmix.geometry import Geometry
+from qmix.machine.measured import measured_rates
 from qmix.machine.rates import Rates
 from qmix.model.gpu.devices import HOST
 from qmix.models import EMBEDDED
@@ -29,6 +30,7 @@ from qmix.store.quantize import quantize
 from qmix.store.sources import layout_for
 from qmix.units import format_bytes
 from qmix.verify.rehearsal import Verification, verify, verify_on_gpus
+from qmix.verify.split import split_is_fastest
 
 Say = Callable[[str], None]
 
@@ -55,6 +57,10 @@ def self_test(say: Say) -> bool:
         say("no CUDA GPU here: the CPU stands in for the values, pretend devices for the bytes")
     passed = [_values("cuda" if count else HOST, min(count, 2) if count else 2, say)]
     passed += _real_bytes(min(count, 2), say) if count else _pretend_bytes(say)
+    if count:
+        right, line = split_is_fastest(half_on_host, measured_rates(), "cuda")
+        say(line)
+        passed.append(right)
     if all(passed):
         say("all passed")
     return all(passed)
@@ -78,20 +84,25 @@ def _values(kind: str, gpus: int, say: Say) -> bool:
     return passed
 
 
-def spread_over(store: Store, gpus: int) -> Plan:
-    """Return a plan with layers shared out over `gpus` GPUs and every other expert resident; others share 4 slots."""
+def spread_over(store: Store, gpus: int, slots: int = 4) -> Plan:
+    """Return a plan with layers shared out over `gpus` GPUs and every other expert resident; others share `slots`."""
     geometry = store.geometry
-    host = make_plan(store.layout, 2 * GIB, 64, PYTHON_BYTES)
+    host = make_plan(store.layout, 4 * GIB, 64, PYTHON_BYTES)
     if not gpus:
         return host
     homes = [f"gpu:{layer * gpus // geometry.num_layers}" for layer in range(geometry.num_layers)]
     experts = range(geometry.num_experts)
     return replace(
-        host.with_slots(4),
+        host.with_slots(slots),
         layer_devices=tuple(homes),
         placement=tuple(tuple("disk" if expert % 2 else home for expert in experts) for home in homes),
         devices=tuple(DevicePlan(f"gpu:{index}", GIB, 0, 0, 0, 0) for index in range(gpus)),
     )
+
+
+def half_on_host(store: Store) -> Plan:
+    """Return a plan with every other expert on one GPU, and a slot for each of the others."""
+    return spread_over(store, 1, slots=store.geometry.num_records // 2)
 
 
 def logits(store: Store, plan: Plan, rates: Rates, kind: str) -> torch.Tensor:

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from spreads import spread_plan
 
 from qmix.bench.roofline import (
     Bound,
     Cost,
+    GpuRates,
+    OnGpus,
     Workload,
     bound,
     decode_cost,
@@ -25,6 +28,7 @@ from qmix.bench.roofline import (
     workloads,
 )
 from qmix.geometry import Geometry
+from qmix.plan import make_plan
 from qmix.store.layout import StoreLayout, parse_precisions
 
 GEOMETRY = Geometry(
@@ -110,6 +114,34 @@ def test_cost_of_a_decoded_token():
     found = decode_cost(Workload(1, 2), layout_of(GEOMETRY), ROUTING, {RECORD: 3})
     assert found == Cost(2 * RECORD / 2, 8 * RECORD / 2 + DENSE + ROW + 2.5 * KV, 0.0)
     assert decode_cost(Workload(1, 2), layout_of(GEOMETRY), ROUTING, {RECORD: 8}).disk_bytes == 0
+
+
+def test_a_gpu_adds_its_memory_its_link_and_its_arithmetic_to_the_bound():
+    cost, gpus = Cost(disk_bytes=0, memory_bytes=30e9, flops=1e12, gpu_bytes=80e9), GpuRates(40e9, 20e9, 9e12)
+    assert bound(cost, 10e9, None, 1e12, gpus) == Bound(2.0, "GPU memory")
+    assert bound(replace(cost, memory_bytes=90e9), 10e9, None, 1e12, gpus) == Bound(3.0, "memory")
+    assert bound(replace(cost, flops=5e13), 10e9, None, 1e12, gpus) == Bound(5.0, "compute")
+
+
+def test_cost_of_a_decoded_token_whose_second_layer_is_on_a_gpu():
+    """Of that layer's two experts a token, the host was asked for one in the second step only."""
+    layout, there = layout_of(GEOMETRY), OnGpus((False, True), (0, RECORD))
+    asked = np.array([[0, 1], [-1, -1], [0, 2], [0, -1]])
+    found = decode_cost(Workload(1, 2), layout, asked, {RECORD: 8}, there)
+    a_layer = DENSE // 2 - (4 + 40)  # without the last norm and the head
+    assert found.memory_bytes == 5 * RECORD / 2 + a_layer + ROW + 2.5 * KV / 2
+    assert found.gpu_bytes == 3 * RECORD / 2 + a_layer + 2 * (4 + 40) + 2.5 * KV / 2
+    whole = decode_cost(Workload(1, 2), layout, ROUTING, {RECORD: 8})
+    assert found.memory_bytes + found.gpu_bytes == whole.memory_bytes
+    prompt = prefill_cost(Workload(600), layout, asked, {RECORD: 8}, there)
+    assert prompt.gpu_bytes == a_layer + 2 * (4 + 40) + RECORD
+
+
+def test_what_lies_on_gpus_comes_from_the_plan():
+    layout = layout_of(replace(GEOMETRY, hidden_size=64, intermediate_size=64), "nf4,1.0=half")
+    assert OnGpus.of(make_plan(layout, 2**30, 8, 2**20), layout) is None
+    plan = spread_plan(layout, ["cpu", "gpu:0"], {0, 2})
+    assert OnGpus.of(plan, layout) == OnGpus((False, True), (0, layout.record(1, 2).nbytes))
 
 
 def test_cost_of_a_prompt_in_two_chunks():

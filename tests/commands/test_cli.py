@@ -260,7 +260,7 @@ def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
     }
     parts = ("interpreter", "dense", "kv_cache", "work", "pool")
     assert found["total"] == sum(found[part] for part in parts)
-    assert (found["fits"], found["schema"]) == (True, "qmix-plan-3")
+    assert (found["fits"], found["schema"]) == (True, "qmix-plan-4")
     assert found["on_disk"] + found["pool"] == sum(found["expert_bytes"].values())
     assert table.out.count("r") > 48  # every expert's cell
     assert table.out.endswith("run it:\n  qmix generate -m tiny --ram 2048MiB --context 512\n")
@@ -281,7 +281,7 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     assert json.loads(qmix(*options, str(answer["smallest"])).out)["slots"] == 2
     assert qmix(*options, str(answer["smallest"] - 1)).status == 3
     nearest = answer.pop("nearest")
-    assert answer == {"schema": "qmix-plan-3", "fits": False, "smallest": answer["smallest"]}
+    assert answer == {"schema": "qmix-plan-4", "fits": False, "smallest": answer["smallest"]}
     assert nearest["ram"] == int(told[1]) * 2**20
     assert nearest["fits"]
     assert math.ceil(answer["smallest"] / 2**20) == int(told[1])

@@ -24,6 +24,10 @@ PAIRS = [
         for command in ("generate x", "chat", "batch IN -o OUT", "bench", "eval")
         for option, value in (("ram", "8GiB"), ("context", "64"))
     ),
+    *(
+        (f"{command} --plan PLAN --gpu 24GiB", f"--plan and --gpu: {SAID}")
+        for command in ("generate x", "chat", "bench")
+    ),
     ("chat --system x --system-file y", "--system and --system-file: give only one of them"),
     ("batch IN -o - --json", "--json: stdout has the answers; write them to a file with -o, or leave it out"),
     (
@@ -74,6 +78,7 @@ MEANT = [
     (("plan", "tiny", "--pcie", "25"), "25GB/s"),
     (("plan", "tiny", "--gpu-matmul", "80"), "80TFLOP/s"),
     (("generate", "x", "--ram", "64"), "64GiB"),
+    (("generate", "x", "--gpu", "24"), "24GiB"),
     (("chat", "--ram", "64"), "64GiB"),
     (("batch", "x", "-o", "y", "--ram", "64"), "64GiB"),
     (("bench", "--ram", "64"), "64GiB"),

@@ -29,7 +29,40 @@ def test_a_published_model_is_planned_for_a_machine_that_is_not_there(qmix):
     assert found["machine"]["disk"] == 2 * 10**12
     assert found["predicted"]["decode"]["tokens_per_s"] > 1
     assert found["model"]["geometry"]["num_layers"] == 56
-    assert found["commands"][1] == "qmix generate -m mistralai/Mixtral-8x22B-v0.1 --plan plan.json"
+    assert found["commands"] == [
+        "qmix generate -m mistralai/Mixtral-8x22B-v0.1 --ram 32768MiB --gpu 24576MiB --gpu 24576MiB --context 4096"
+    ]
+
+
+def test_a_card_is_planned_with_its_published_figures(qmix):
+    found = planned(qmix("plan", "mixtral-8x7b", "--gpu", "rtx 4090", "--ram", "32GiB", "--json"))
+    assert found["machine"]["card"] == "RTX 4090"
+    assert found["machine"]["rates"]["gpu_memory"] == {"value": 0.8 * 1008e9, "source": "published"}
+    assert found["devices"][0]["budget"] == int(24 * 2**30 * 0.98)
+    shown = qmix("plan", "mixtral-8x7b", "--gpu", "24GiB", "--ram", "32GiB").out
+    assert re.search(r"typical of RTX 3090: memory to GPU", " ".join(shown.split()))
+    assert re.search(r"CUDA's context +│ +│ 629 MB", shown)
+
+
+def test_cards_are_compared(qmix):
+    names = ("3060 12GB,32GiB", "4090,32GiB", "3090+4090,32GiB")
+    done = qmix("plan", "mixtral-8x7b", *(word for name in names for word in ("--compare", name)), "--json")
+    slow, fast, two = (planned(done)["machines"][name] for name in names)
+    assert slow["predicted"]["decode"]["tokens_per_s"] < fast["predicted"]["decode"]["tokens_per_s"]
+    assert two["machine"]["card"] == "RTX 3090 and RTX 4090"
+    assert len(two["machine"]["gpus"]) == 2
+
+
+@pytest.mark.parametrize("command", [("generate", "x", "-m", "tiny"), ("chat", "tiny"), ("bench", "tiny")])
+def test_a_gpu_that_is_not_here_is_refused_before_any_work(qmix, command):
+    done = qmix(*command, "--gpu", "24GiB")
+    assert (done.status, done.out) == (2, "")
+    assert "--gpu: 1 GPU given, and torch finds no GPU here" in done.err
+
+
+def test_no_gpu_is_none(qmix):
+    done = planned(qmix("generate", PROMPT, "-m", "tiny", "--gpu", "none", "--max-new-tokens", "2", "--json"))
+    assert done["usage"]["completion_tokens"] == 2
 
 
 def test_the_map_shows_every_expert_by_letters_without_colours(qmix):
@@ -152,15 +185,17 @@ def test_a_plan_is_followed_by_generate_and_bench(qmix, tmp_path):
         (("bench", "tiny", "--plan", "{plan}", "--context", "9"), "--plan and --context"),
         (("generate", "x", "-m", "mixtral-8x7b"), "only usable with `plan`; to run it, use mistralai/Mixtral-8x7B"),
         (("plan", "tiny", "--gpu", "none", "--gpu", "1GiB"), "--gpu none"),
-        (("plan", "tiny", "--gpu", "big"), "--gpu: 'big' is not a size"),
-        (("plan", "tiny", "--compare", "1GiB+x,2GiB"), "--compare: 'x' is not a size"),
+        (("plan", "tiny", "--gpu", "big"), "--gpu: 'big' is neither a size like 24GiB nor a known card"),
+        (("plan", "tiny", "--gpu", "4060 ti"), "--gpu: '4060 ti' may be RTX 4060 Ti 8GB or RTX 4060 Ti 16GB"),
+        (("generate", "x", "-m", "tiny", "--gpu", "RX 7900 XTX"), "--gpu: 'RX 7900 XTX' cannot run qmix"),
+        (("plan", "tiny", "--compare", "1GiB+x,2GiB"), "--compare: 'x' is neither a size"),
         (("plan", "tiny", "--pcie", "fast"), "'fast' is not a rate"),
         (("plan", "tiny", "--gpu-matmul", "0"), "is not a compute rate"),
         (("plan", "tiny", "--plot", "plan.pdf"), "write it like plan.png or plan.svg"),
         (("plan", "tiny", "--precision", "auto"), "--precision auto: needs a --profile"),
         (("plan", "tiny", "--budget", "7MB"), "--budget: needs a --profile"),
         (("plan", "tiny", "--budget", "7MB", "--precision", "nf4"), "--budget and --precision nf4: leave one"),
-        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-3', this qmix reads 'qmix-profile-2'"),
+        (("plan", "tiny", "--profile", "{plan}"), "schema 'qmix-plan-4', this qmix reads 'qmix-profile-2'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 
 from qmix.bench import machine_rates
-from qmix.machine import doctor
+from qmix.machine import doctor, probes
 from qmix.machine import found as machine
 from qmix.machine import measured as machine_profile
+from qmix.machine.cuda_context import taken_by
 from qmix.machine.doctor import examine, huge_pages, product_fault, reads_directly, takes_huge_pages
+from qmix.machine.measured import MeasuredGpus
 from qmix.machine.rates import RATE_NAMES, Rates
 
 
@@ -152,6 +155,43 @@ def test_doctor_measures_and_plans_use_it(qmix):
     rates = json.loads(done.out)["rates"]
     assert {name for name, rate in rates.items() if rate["source"] == "measured"} >= {"memory_read", "disk_read"}
     assert json.loads(qmix("plan", "tiny", "--json").out)["machine"]["rates"] == rates
+
+
+def test_a_context_is_what_is_no_longer_free_besides_what_torch_counts():
+    free = iter([1000, 300])
+    child = [sys.executable, "-c", "import sys; print(100, flush=True); sys.stdin.read()"]
+    assert taken_by(child, lambda: next(free)) == 600
+    assert taken_by([sys.executable, "-c", "raise SystemExit(1)"], lambda: 1000) is None
+
+
+def test_the_gpus_that_were_measured_are_kept(tmp_path, monkeypatch):
+    path = tmp_path / "machine.json"
+    assert machine_profile.measured_gpus(path) == MeasuredGpus()
+    known = MeasuredGpus(("NVIDIA GeForce RTX 4090",), 450 * 2**20)
+    machine_profile.keep({"pcie": 2e10}, path=path, gpus=known)
+    assert machine_profile.measured_gpus(path) == known
+    machine_profile.keep(four_bit=machine_profile.FourBitTrial("avx2", "qmix", "qmix", True, 1e9, 9.0), path=path)
+    assert machine_profile.measured_gpus(path) == known
+    monkeypatch.setattr(machine_profile, "_stack", lambda: {"torch": "another"})
+    assert machine_profile.measured_gpus(path) == MeasuredGpus(known.names)  # its context was another torch's
+
+
+def test_a_gpus_ceilings_are_measured_with_the_cpu_in_its_place(monkeypatch):
+    monkeypatch.setattr(probes, "GPU_BYTES", 2**22)
+    monkeypatch.setattr(probes, "GPU_SIZE", 64)
+    found = probes.gpu_ceilings(torch.device("cpu"))
+    assert set(found) == {"gpu_memory", "gpu_matmul", "pcie"}
+    assert all(len(rate.rounds) == probes.ROUNDS for rate in found.values())
+
+
+def test_a_card_is_named_for_measured_rates(monkeypatch, tmp_path):
+    """`doctor` names the GPUs that work, and takes the largest context."""
+    cards = (doctor.Gpu("A", 2, 1), doctor.Gpu("Old", 2, 1, "no kernel image"), doctor.Gpu("B", 2, 1))
+    monkeypatch.setattr(doctor, "_gpus", lambda: cards)
+    monkeypatch.setattr(doctor, "context_bytes", {0: 5, 2: 7}.get)
+    assert doctor.examine_gpus() == MeasuredGpus(("A", "B"), 7)
+    monkeypatch.setattr(doctor, "_gpus", tuple)
+    assert doctor.examine_gpus() == MeasuredGpus()
 
 
 @pytest.mark.gpu

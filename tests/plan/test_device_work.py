@@ -123,7 +123,7 @@ def test_prefill_on_an_h100_is_within_a_quarter():
 
 
 def test_8x22b_on_an_h100_is_between_what_ran_and_its_bound():
-    """With the code of that day 3.6 tok/s in 24 GiB. The bound reads every active byte at the host's and link's rates."""
+    """With the code of that day 3.6 tok/s in 24 GiB. The bound reads every byte over the CPU and the link at once."""
     layout = store("mixtral-8x22b")
     plan = make_plan(layout, 84 * GIB, 2048, GIB, gpus=[24 * GIB], rates=H100)
     active = 112 * plan.host_records / plan.num_records * layout.record(0, 0).nbytes
