@@ -157,8 +157,11 @@ def dequantised_bytes(geometry: Geometry, precisions: Iterable[str]) -> int:
 
 
 def captured_tokens(batch: int) -> int:
-    """Return the tokens that the buffers of captured steps have room for, with `batch` sequences."""
-    return min(FEW_TOKENS, max(LEAST_STEP, batch))
+    """Return the tokens that the buffers of captured steps have room for, with `batch` sequences.
+
+    A batch reads its prompts in such steps, too.
+    """
+    return FEW_TOKENS if batch > 1 else LEAST_STEP
 
 
 def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool = True) -> int:

@@ -137,7 +137,7 @@ class ExpertPool:
         `coming` are experts that later layers will probably need, soonest first. An expert may be used until the next
         is requested. Raises StoreError where a record is damaged.
         """
-        self._check_running()
+        self.check_running()
         self.layer = layer
         keys = [(layer, expert) for expert in experts]
         for key in [key for key in self._ahead if key[0] == layer and key not in keys]:
@@ -150,12 +150,13 @@ class ExpertPool:
 
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read, while `layer` computes, experts that later layers will probably need, soonest first."""
-        self._check_running()
+        self.check_running()
         self._collect()
         self._coming = frozenset(coming)
         self._read_ahead(layer, coming, set())
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
+        """Raise Cancelled after a request to stop, and UsageError after `close`."""
         if self.closed:
             raise UsageError("this runner is closed; load the model again")
         if self.cancelled:

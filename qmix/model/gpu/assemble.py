@@ -6,7 +6,7 @@ import torch
 from transformers import MixtralForCausalLM
 
 from qmix.kernels.gpu.shapes import ExpertShape
-from qmix.model.gpu.away import AwayExperts, Exchange
+from qmix.model.gpu.away import AwayExperts, Exchange, may_copy
 from qmix.model.gpu.captured import OnDevice
 from qmix.model.gpu.copy_or_compute import copied_share
 from qmix.model.gpu.devices import HOST, Device
@@ -85,7 +85,7 @@ class _Maker:
     def _copied_shapes(self, layers: list[int]) -> list[ExpertShape]:
         """Return the shapes of experts that a step may copy to these layers' GPU."""
         experts = self._experts(layers[0])
-        if not experts.pool.holds_all or experts.loader.staging is None:
+        if not may_copy(experts.pool) or experts.loader.staging is None:
             return []
         most = min(self.layout.geometry.num_experts, self.rows * self.layout.geometry.experts_per_token)
         found = []

@@ -18,6 +18,7 @@ from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import copied_share
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.kernels import Kernels
+from qmix.pool.protocol import Pool
 from qmix.precision.matmul import Expert
 
 
@@ -35,13 +36,21 @@ class Exchange:
     staged: dict[ExpertShape, torch.Tensor]
 
 
+def may_copy(pool: Pool) -> bool:
+    """Return whether steps may copy experts: a record stays where it is, and nobody minds who computes it.
+
+    The share that is copied depends on the tokens of a step, and a result on who computed it by its last bits.
+    """
+    return pool.holds_all and not pool.invariant
+
+
 class AwayExperts:
     """The experts of one layer that are not on its GPU."""
 
     def __init__(self, experts: DeviceExperts, shapes: dict[str, ExpertShape], rates: Rates, kernels: Kernels) -> None:
         self.experts, self.shapes, self.rates, self.kernels = experts, shapes, rates, kernels
         self.layer, self.pool = experts.layer, experts.pool
-        self.staging = experts.loader.staging if self.pool.holds_all else None
+        self.staging = experts.loader.staging if may_copy(self.pool) else None
 
     def compute(self, exchange: Exchange, tokens: int) -> AbstractContextManager[object]:
         """Compute what the first `tokens` rows of the exchange ask for.

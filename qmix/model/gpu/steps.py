@@ -7,9 +7,10 @@ that token. If all experts are resident, the GPU begins the step after the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,11 +18,16 @@ from transformers import MixtralForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from qmix.errors import arg
 from qmix.model.gpu.captured import CapturedStep, OnDevice
-from qmix.model.gpu.devices import Mark
+from qmix.model.gpu.devices import HOST, Mark
 from qmix.model.gpu.kernels import Kernels
-from qmix.model.kv import KVCache
+from qmix.model.kv import Chunk, KVCache
 
+NOT_ON_GPUS = (
+    "batches and evaluations run on GPUs only where all layers fit there and Triton's kernels take the model; "
+    f"{arg('gpu', 'none')} runs them on the CPU"
+)
 SIZES = (1, 2, 4, 8, 16, 32)  # tokens of a graph
 KNOWN = ("use_cache", "return_dict", "logits_to_keep", "attention_mask", "position_ids", "cache")
 
@@ -37,7 +43,7 @@ class _Ahead:
 
 
 class Steps:
-    """Captured steps over a planned cache, of up to `rows` tokens of one sequence."""
+    """Captured steps over a planned cache, of up to `rows` tokens."""
 
     def __init__(
         self, model: MixtralForCausalLM, cache: KVCache, kernels: Kernels, parts: list[OnDevice], rows: int
@@ -117,19 +123,41 @@ class Steps:
         )
 
     def step(self, tokens: list[int], position: int) -> None:
-        """Queue the step of `tokens` from `position` on, and count them in the cache."""
+        """Queue the step of `tokens` of one sequence from `position` on, and count them in the cache."""
         captured = self.captured(len(tokens))
-        self._ahead = None
-        idle = captured.tokens - len(tokens)
-        places = torch.tensor([*range(position, position + len(tokens)), *[-1] * idle])
-        for part in self.parts:
-            part.buffers.position[: captured.tokens].copy_(places)
-        first = self.parts[0].buffers
-        first.token[: captured.tokens].copy_(torch.tensor(tokens + [0] * idle))
+        self._place(captured.tokens, tokens, list(range(position, position + len(tokens))), [0] * len(tokens))
         if self.cpu_layers:
-            first.stream[: len(tokens)].copy_(self._on_cpu(tokens, position))
+            self.parts[0].buffers.stream[: len(tokens)].copy_(self._on_cpu(tokens, position))
         captured.run()
         self._count(len(tokens))
+
+    def chunks(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Run the tokens of a batch's pass; return in main memory the logits [wanted chunks, V] after the last ones.
+
+        Each sequence has the capacity of the cache to itself, from `start` on.
+        """
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        positions = [chunk.position + index for chunk in chunks for index in range(len(chunk.tokens))]
+        sequences = [chunk.start // self.cache.capacity for chunk in chunks for _ in chunk.tokens]
+        captured = self.captured(len(tokens))
+        self._place(captured.tokens, tokens, positions, sequences)
+        captured.run()
+        ends = accumulate(len(chunk.tokens) for chunk in chunks)
+        wanted = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.wanted]
+        return self.parts[-1].buffers.logits[wanted].to(HOST)
+
+    def logits(self, tokens: int) -> torch.Tensor:
+        """Return the logits [T, V] of the last step's first `tokens` rows, on a GPU; valid until the next step."""
+        return self.parts[-1].buffers.logits[:tokens]
+
+    def _place(self, size: int, tokens: list[int], positions: list[int], sequences: list[int]) -> None:
+        """Write a step's rows to every GPU; a step of `size` rows has some without a token."""
+        self._ahead = None
+        idle = size - len(tokens)
+        for part in self.parts:
+            part.buffers.position[:size].copy_(torch.tensor(positions + [-1] * idle))
+            part.buffers.sequence[:size].copy_(torch.tensor(sequences + [0] * idle))
+        self.parts[0].buffers.token[:size].copy_(torch.tensor(tokens + [0] * idle))
 
     def _count(self, tokens: int) -> None:
         for layer in self.cache.layers[self.cpu_layers :]:
