@@ -122,13 +122,12 @@ class Rehearsal:
                 layer.mlp.experts.read_routing = pretend.read_routing(index, choose)
         self.steps = make_steps(self.model, self.spread, self.cache, kernels, captured_tokens(self.plan.batch))
 
-    def captured_step(self, tokens: int, before: int) -> None:
+    def captured_step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
         """Run one captured step of `tokens` tokens of a sequence after `before` cached ones, if there is one."""
         if self.steps is None:
             return
-        for layer in self.cache.layers:
-            layer.length = before
-        with torch.no_grad():
+        self._set_length(before)
+        with torch.no_grad(), self._routed(choose):
             self.steps.step([0] * tokens, before)
 
     def prefer(self, rates: Rates) -> None:
@@ -139,18 +138,26 @@ class Rehearsal:
 
     def step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
         """Run one step of `tokens` tokens of each sequence, after `before` cached ones."""
+        self._set_length(before)
+        ids = torch.zeros((self.plan.batch, tokens), dtype=torch.int64)
+        mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
+        with torch.no_grad(), self._routed(choose):
+            logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.cache.layers:
+            layer.length = length
+
+    @contextmanager
+    def _routed(self, choose: pretend.Choose) -> Iterator[None]:
+        """Give transformers' routers their choice, because fake numbers have no order."""
         hooks = [
             layer.mlp.gate.register_forward_hook(pretend.given_routing(index, choose))
             for index, layer in enumerate(self.model.model.layers)
         ]
-        for layer in self.cache.layers:
-            layer.length = before
-        ids = torch.zeros((self.plan.batch, tokens), dtype=torch.int64)
-        mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
         try:
-            with torch.no_grad():
-                logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
-            logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -225,7 +232,7 @@ def rehearse(made: Rehearsal) -> None:
     before, even = plan.context - 1 - tokens, _spread_out(geometry)
     made.capture(even)
     for few in (1, min(captured_tokens(plan.batch), tokens)):
-        made.captured_step(few, plan.context - few)
+        made.captured_step(few, plan.context - few, even)
     made.step(tokens, before, even)
     made.step(1, plan.context - 1, even)
     for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):

@@ -1,4 +1,4 @@
-"""Batches and scores by captured steps, in Triton's interpreter with the CPU as the GPU."""
+"""Batches and scores by captured steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import make_checkpoint
+from places import KIND
 from spreads import spread_plan
 from stores import make_store
 
@@ -19,14 +20,8 @@ from qmix.engine.scoring import Scorer
 from qmix.errors import UsageError
 from qmix.plan.scoring import plan_scoring
 
-pytest.importorskip("triton")
-GREEDY = Sampling(max_new_tokens=3, temperature=0, ignore_eos=True)
+GREEDY = Sampling(max_new_tokens=2, temperature=0, ignore_eos=True)
 ONE = ["gpu:0", "gpu:0"]
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +55,22 @@ def answers(runner, lines):
 @pytest.mark.parametrize("residents", [{0, 1, 2, 3}, {1, 2}], ids=["resident", "hybrid"])
 def test_answers_of_a_batch_on_a_gpu_are_the_cpus_and_each_lines_own(store, residents):
     """Three lines on two places: the third comes when another has ended."""
-    lines = prompts(5, 9, 4)
+    lines = prompts(4, 6, 3)
     with BatchRunner(store, host_plan(store)) as host:
         want = answers(host, lines)
-    with BatchRunner(store, plan(store, residents), kind="cpu") as gpu:
+    with BatchRunner(store, plan(store, residents), kind=KIND) as gpu:
         assert answers(gpu, lines) == want
         assert answers(gpu, lines[1:2]) == want[1:2]
         assert gpu.work.passes < sum(map(len, lines))  # prompts go several tokens a pass
 
 
 def test_scores_on_a_gpu_are_the_cpus(store):
-    lines = prompts(7, 6)
+    lines = prompts(6, 5)
     lines[1][:3] = lines[0][:3]  # shared, and computed once
     queries = sorted(Query.of(line[:-1], line[3:]) for line in lines)
     with Scorer(store, plan_scoring(store.layout, 8, 16)) as host:
         want = host.score(make_pass(queries))
-    with GpuScorer(store, plan(store, {0, 3}), kind="cpu") as gpu:
+    with GpuScorer(store, plan(store, {0, 3}), kind=KIND) as gpu:
         found = gpu.score(make_pass(queries))
     assert [score.greedy for score in found] == [score.greedy for score in want]
     assert [score.logprob for score in found] == pytest.approx([score.logprob for score in want], rel=0.01)
@@ -83,7 +78,7 @@ def test_scores_on_a_gpu_are_the_cpus(store):
 
 def test_a_batch_whose_layers_lie_partly_on_the_cpu_is_refused_and_closed(store):
     with pytest.raises(UsageError, match="only where all layers fit there"):
-        BatchRunner(store, plan(store, {0, 1, 2, 3}, homes=["cpu", "gpu:0"]), kind="cpu")
+        BatchRunner(store, plan(store, {0, 1, 2, 3}, homes=["cpu", "gpu:0"]), kind=KIND)
 
 
 def test_places_of_sequences_by_hand():
