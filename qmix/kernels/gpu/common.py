@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from qmix.kernels.gpu.shapes import OLDEST_BF16
 
 # Triton's interpreter (3.9) multiplies the bit patterns of bf16 and truncates where a GPU rounds: there products are
 # in fp32 and numbers are rounded by hand.
@@ -34,7 +37,8 @@ def product(a, b, total):
     """Return a @ b + total: a and b in half precision, total in fp32."""
     if INTERPRETED:
         return total + tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, total)
+    else:
+        return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -63,6 +67,22 @@ def expert_tokens(ids, order, chunks, pairs, PAIRS: tl.constexpr, N: tl.constexp
         mine = tl.max(tl.where(wanted & same[None, :], pair[None, :], -1), 1)
         expert = tl.where(before % N == 0, expert, -1)
     return expert, mine
+
+
+@cache
+def tensor_cores(device: torch.device) -> bool:
+    """Return whether Triton multiplies on a card's tensor cores: from Ampere on. The interpreter cuts as if it did."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST_BF16
+
+
+def tile_of(tokens: int, device: torch.device) -> int:
+    """Return how many of a step's tokens a program multiplies at once.
+
+    Tensor cores multiply eight for the price of one. Without them each costs instructions and registers.
+    """
+    if tensor_cores(device):
+        return 8 if tokens <= 8 else 16
+    return min(4, power_of_two(tokens))
 
 
 def power_of_two(number: int) -> int:

@@ -1,7 +1,7 @@
 """Products of a step's tokens with dense weights in half precision, at the rate of reading the weights.
 
 A program takes 16 rows of the weights; its warps share the columns, and their sums are added in order. One kernel for
-any number of tokens: a token's sums do not depend on the others. With many tokens torch.mm is faster; `prefill` chooses.
+any number of tokens: a token's sums do not depend on the others. With many tokens torch.mm is faster.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qmix.kernels.gpu.common import TYPES, to_half
+from qmix.kernels.gpu.common import TYPES, tile_of, to_half
 from qmix.kernels.gpu.rows import ROWS, row_sums
 
 PARTS = 4  # of the columns, one for a warp
@@ -43,7 +43,7 @@ def linear_kernel(
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """Write x [T, columns] @ weight.T to out [T, rows], in x's type or fp32; weight [rows, columns]. All contiguous."""
     (tokens, columns), rows = x.shape, len(weight)
-    tile = 8 if tokens <= 8 else 16
+    tile = tile_of(tokens, x.device)
     linear_kernel[(-(-rows // ROWS), -(-tokens // tile))](
         x, weight, out, rows, columns, tokens,
         M=ROWS, N=tile, S=PARTS, K=COLUMNS, HALF=TYPES[x.dtype], ROUND=out.dtype == x.dtype, STAGES=4, num_warps=PARTS,

@@ -44,15 +44,18 @@ def eight_values(words, table, HALF: tl.constexpr, ASM: tl.constexpr, OPERANDS: 
         v6 = nibble_values(words, table, 24, HALF)
         v7 = nibble_values(words, table, 28, HALF)
         return v0, v1, v2, v3, v4, v5, v6, v7
+    elif HALF == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            ASM, OPERANDS, [words], is_pure=True, pack=2,
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16,
+                   tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
-            ASM,
-            OPERANDS,
-            [words],
-            dtype=(HALF, HALF, HALF, HALF, HALF, HALF, HALF, HALF),
-            is_pure=True,
-            pack=2,
-        )
+            ASM, OPERANDS, [words], is_pure=True, pack=2,
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16,
+                   tl.float16, tl.float16, tl.float16, tl.float16),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -66,7 +69,8 @@ def even_and_odd(words, HALF: tl.constexpr):
     """Return the two numbers in half precision of an int32, the low one first."""
     if INTERPRETED and HALF == tl.bfloat16:
         return both_scales(words)
-    return words.to(tl.int16).to(HALF, bitcast=True), (words >> 16).to(tl.int16).to(HALF, bitcast=True)
+    else:
+        return words.to(tl.int16).to(HALF, bitcast=True), (words >> 16).to(tl.int16).to(HALF, bitcast=True)
 
 
 @triton.jit

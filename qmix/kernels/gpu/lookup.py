@@ -1,7 +1,7 @@
 """The values of nf4 and fp4, and PTX that looks eight of them up without memory.
 
-The table lies in the lanes of a warp, one value in each, twice over. A value is fetched by a shuffle whose source lane is
-the code itself: the shuffle takes five bits of it and ignores the rest, so nothing is masked.
+The table lies in the lanes of a warp, one value in each, twice over. A value is fetched by a shuffle whose source lane
+is the code itself: the shuffle takes five bits of it and ignores the rest, so nothing is masked.
 
 On an H100 `eight` takes 3.2 instructions a weight where byte permutations (prmt) of a table in registers take 5.0.
 """

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 
 from qmix.kernels.gpu import fourbit, rows
-from qmix.kernels.gpu.common import INTERPRETED, TYPES, power_of_two
+from qmix.kernels.gpu.common import INTERPRETED, TYPES, power_of_two, tensor_cores, tile_of
 from qmix.kernels.gpu.lookup import OPERANDS, VALUES, eight
 from qmix.kernels.gpu.shapes import FEW_TOKENS, FOUR_BITS, ExpertShape, down_splits, warps_of
 
@@ -43,11 +42,13 @@ class Groups:
     tile: int
 
 
-def group(ids: torch.Tensor, experts: int, tile: int = MANY) -> Groups:
+def group(ids: torch.Tensor, experts: int, tile: int | None = None) -> Groups:
     """Return the groups of ids [T, k] (int64; negative for none) without waiting for the device.
 
     The number of chunks is the most that T * k pairs can need.
     """
+    if tile is None:
+        tile = MANY if tensor_cores(ids.device) else 4
     flat = ids.flatten()
     flat = torch.where(flat < 0, experts, flat)
     order = torch.argsort(flat, stable=True)
@@ -125,18 +126,13 @@ def value_table(kind: str, dtype: torch.dtype, device: torch.device) -> torch.Te
     return torch.tensor(VALUES[kind], dtype=torch.float32).to(dtype).float().to(device)
 
 
-def tile_of(tokens: int) -> int:
-    """Return how many tokens share a read of an expert when there is no table."""
-    return 8 if tokens <= 8 else 16
-
-
 def _launch(shape: ExpertShape, ids: torch.Tensor, x: torch.Tensor, groups: Groups | None) -> dict:
     """Return the launch's constants but S, with the warps of each part of the columns as num_warps."""
     if groups is None and len(ids) > FEW_TOKENS:
         raise ValueError(f"{len(ids)} tokens need groups")
     how = {
         "PAIRS": 16 if groups is not None else max(16, power_of_two(ids.numel())),
-        "N": tile_of(len(ids)) if groups is None else groups.tile,
+        "N": tile_of(len(ids), x.device) if groups is None else groups.tile,
         "TABLE": groups is not None,
         "HALF": TYPES[x.dtype],
         "STAGES": STAGES,

@@ -18,7 +18,7 @@ import triton.language as tl
 from qmix.kernels.gpu import moe
 from qmix.kernels.gpu.common import INTERPRETED, TYPES, to_half
 from qmix.kernels.gpu.fourbit import both_scales
-from qmix.kernels.gpu.lookup import VALUES, WIDE_OPERANDS, eight_wide
+from qmix.kernels.gpu.lookup import WIDE_OPERANDS, eight_wide
 from qmix.kernels.gpu.shapes import DENSE_FROM, FOUR_BITS, ExpertShape, down_splits
 
 PAIRS = 64  # of columns, in a program: two blocks
@@ -42,10 +42,11 @@ def eight_wide_values(words, table, ASM: tl.constexpr, OPERANDS: tl.constexpr):
         v6, v7 = nibble(words, table, 24), nibble(words, table, 28)
         return v0, v1, v2, v3, v4, v5, v6, v7
     else:
-        wide: tl.constexpr = tl.float32
         return tl.inline_asm_elementwise(
-            ASM, OPERANDS, [words], dtype=(wide, wide, wide, wide, wide, wide, wide, wide), is_pure=True, pack=1
-        )
+            ASM, OPERANDS, [words], is_pure=True, pack=1,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32,
+                   tl.float32, tl.float32, tl.float32, tl.float32),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -107,8 +108,9 @@ def dequantize(shape: ExpertShape, record: torch.Tensor, matrix: int, out: torch
     codes = raw[: rows * columns // 2].view(torch.int32)
     scales = record[shape.scales[matrix] :][: rows * columns // 32].view(torch.int32)
     asm = "" if INTERPRETED or torch.version.cuda is None else eight_wide(shape.precision)
+    table = moe.value_table(shape.precision, torch.float32, record.device)
     dequantize_kernel[(rows // 32, -(-columns // (2 * PAIRS)))](
-        codes, scales, _table(shape.precision, record.device), to.view(torch.int32), rows, columns,
+        codes, scales, table, to.view(torch.int32), rows, columns,
         HALF=TYPES[out.dtype], ASM=asm, OPERANDS=WIDE_OPERANDS, PAIRS=PAIRS, num_warps=2,
     )  # fmt: skip
     return to
@@ -182,7 +184,3 @@ def _seconds(run: Callable[[], object], repeats: int = 5) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1000)
     return sorted(times[2:])[repeats // 2]
-
-
-def _table(kind: str, device: torch.device) -> torch.Tensor:
-    return torch.tensor(VALUES[kind], dtype=torch.float32, device=device)

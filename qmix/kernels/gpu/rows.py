@@ -20,7 +20,8 @@ def as_weights(w, HALF: tl.constexpr):
     """Return codes in int8, or weights, as weights in half precision; the interpreter has no such step from int8."""
     if INTERPRETED:
         return w.to(tl.float32)
-    return w.to(HALF)
+    else:
+        return w.to(HALF)
 
 
 @triton.jit
@@ -44,7 +45,8 @@ def scaled(sums, scales, row, row_seen, SCALED: tl.constexpr):
     """Return sums [M, N] times row_max / 127 of their rows."""
     if SCALED:
         return sums * (tl.load(scales + row, mask=row_seen, other=0.0) / 127)[:, None]
-    return sums
+    else:
+        return sums
 
 
 @triton.jit
