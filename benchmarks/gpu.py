@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ LARGE = "24GiB"  # for 8x22B
 LARGE_RAM = 80 * GIB  # all of its experts that are not on the GPU, and the rest
 LARGE_LAYERS = 14  # whose experts differ
 PROMPT, NEW, TEXT = 512, 64, 48  # tokens
+TOGETHER = 64  # prompts of a batch
 LIMIT = 600.0  # seconds
 WATCH_SECONDS = 0.1
 
@@ -135,7 +137,25 @@ def measured(case: Case, store: Path, state: Path, limit: float) -> dict[str, An
     command = [sys.executable, __file__, "--text", str(store), *(["--budget", case.budget] if case.budget else [])]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit)
     right = json.loads(done.stdout)["right"]
-    return {"report": report, "planned": planned, "peak": peak.nbytes if peak else None, "right": right}
+    found = {"report": report, "planned": planned, "peak": peak.nbytes if peak else None, "right": right, "batch": None}
+    if case.budget:
+        try:
+            found["batch"] = batched(case, store, state, limit)
+        except RuntimeError as error:  # the other figures are worth having
+            found["batch_error"] = str(error)
+    return found
+
+
+def batched(case: Case, store: Path, state: Path, limit: float) -> dict[str, Any]:
+    """Return the summary of many short prompts answered together."""
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answers = Path(scratch) / "in.jsonl", Path(scratch) / "out.jsonl"
+        lines = [{"id": str(index), "prompt": f"To print page {index}, click"} for index in range(TOGETHER)]
+        asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        greedy = ["--temperature", "0", "--ignore-eos", "--max-new-tokens", str(NEW), "--json"]
+        command = ["batch", str(asked), "-o", str(answers), "-m", str(store), *case.options, *greedy]
+        found: dict[str, Any] = json.loads(qmix(*command, state=state, limit=limit))
+    return found
 
 
 @contextmanager
@@ -171,7 +191,8 @@ def row(case: Case, found: dict[str, Any]) -> list[str]:
     peak = "" if found["peak"] is None else f"{found['peak'] / 2**20:.0f} MiB"
     placed = found["planned"]
     on_gpu = f"{placed['num_records'] - placed['host_records']} of {placed['num_records']}"
-    return [*cells, on_gpu if placed["devices"] else "", peak, f"{found['right']} of {TEXT}"]
+    batch = f"{found['batch']['tok_s']:.4g}" if found["batch"] else ""
+    return [*cells, batch, on_gpu if placed["devices"] else "", peak, f"{found['right']} of {TEXT}"]
 
 
 def table(rows: Sequence[Sequence[str]]) -> Table:
@@ -181,7 +202,7 @@ def table(rows: Sequence[Sequence[str]]) -> Table:
     for kind in ("decode", "prefill"):
         for what in (f"{kind}\ntok/s", "predicted", "bound", "of bound"):
             made.add_column(what, justify="right")
-    for what in ("experts\non the GPU", "nvidia-smi's\npeak", "tokens\nas known"):
+    for what in (f"{TOGETHER} prompts\ntok/s", "experts\non the GPU", "nvidia-smi's\npeak", "tokens\nas known"):
         made.add_column(what, justify="right")
     for cells in rows:
         made.add_row(*cells)
@@ -222,6 +243,9 @@ def main(directory: Path, budgets: tuple[str, ...], no_large: bool, no_self_test
             say(f"{case.name}: {error}")
             left.append(case.name)
     console.print(table([row(case, each) for case, each in found.items()]))
+    for case, each in found.items():
+        if "batch_error" in each:
+            console.print(f"{case.name}: no batch: {each['batch_error']}")
     if left:
         console.print(f"not run, or failed: {'; '.join(left)}")
     console.print(f"{gpu_name()}, {format_bytes(memory)}; {time.strftime('%Y-%m-%d')}")

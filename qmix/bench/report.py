@@ -141,7 +141,7 @@ class BenchReport:
                 "memory_read": ceilings.memory_read.to_json(),
                 "disk_read": ceilings.disk_read and ceilings.disk_read.to_json(),
                 "matmul": ceilings.matmul.to_json(),
-                "gpus": [{name: rate.to_json() for name, rate in gpu.items()} for gpu in ceilings.gpus],
             },
+            "gpu_ceilings": [{name: rate.to_json() for name, rate in gpu.items()} for gpu in ceilings.gpus],
             "rows": [row.to_json() for row in self.rows],
         }

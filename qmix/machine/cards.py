@@ -30,6 +30,7 @@ ECC_SHARE = 1 / 16  # of GDDR memory, where a card ships with error correction t
 OTHERS = re.compile(r"\b(amd|radeon|rx|instinct|mi\d+x?|intel|arc|apple|m\d)\b")
 NOISE = re.compile(r"\b(nvidia|geforce|tesla|quadro|graphics|gpu|card|generation|hbm2e?|hbm3e|tm|r)\b")
 MEMORY = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
+SIZE = re.compile(r"\s*[\d.]+\s*(?:[kmgt]?i?b?)?\s*", re.IGNORECASE)
 FORMS = {"sxm4": "sxm", "sxm5": "sxm", "hbm3": "sxm"}  # as drivers name them: "H100 80GB HBM3", "A100-SXM4-80GB"
 
 
@@ -187,7 +188,7 @@ def gpu_budget(text: int | str) -> tuple[int, Card | None]:
 
     Raises UsageError.
     """
-    if isinstance(text, str) and (re.search(r"[a-z]", re.sub(r"[kmgt]?i?b?\s*$", "", text.lower())) or _matching(text)):
+    if isinstance(text, str) and (SIZE.fullmatch(text) is None or _matching(text.lower())):
         card = card_named(text)
         return card.budget, card
     return parse_bytes(text), None

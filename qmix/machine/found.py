@@ -92,6 +92,16 @@ def found_gpus() -> tuple[int, ...]:
     return tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
 
 
+def gpu_names() -> tuple[tuple[str, int], ...]:
+    """Return the name and the bytes of each GPU of `found_gpus`."""
+    if not found_gpus():
+        return ()
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple((gpu.name, gpu.total_memory) for gpu in found)
+
+
 def give_back_freed_memory() -> None:
     """Make this process return every freed block of 1 MiB or more to the system at once.
 

@@ -8,7 +8,7 @@ from qmix.disk.places import cache_directory
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
 from qmix.machine.cards import Card, card_named, gpu_budget, typical_card
-from qmix.machine.found import default_budget, found_gpus, free_disk, interpreter_memory
+from qmix.machine.found import default_budget, found_gpus, free_disk, gpu_names, interpreter_memory
 from qmix.machine.measured import four_bit_products, measured_gpus, measured_rates
 from qmix.machine.rates import Machine, Rates
 from qmix.plan.make import make_plan
@@ -51,11 +51,12 @@ def this_machine(ram: int | str | None = None, gpus: Sequence[int | str] | None 
     known = measured_gpus()
     asked = None if gpus is None else _asked(gpus)
     budgets = free_gpus(known.context) if asked is None else tuple(budget for budget, _ in asked)
+    cards = found_cards() if asked is None else [card for _, card in asked]
     return Machine(
         ram=default_budget() if ram is None else parse_bytes(ram),
         gpus=budgets,
         disk=free_disk(cache_directory()),
-        rates=gpu_rates(measured_rates(), budgets, [card for _, card in asked or ()], known.names),
+        rates=gpu_rates(measured_rates(), budgets, cards, known.names),
         four_bit=four_bit_products(),
         cuda=known.context,
     )
@@ -78,6 +79,11 @@ def free_gpus(context: int | None) -> tuple[int, ...]:
     return tuple(free + (context or CUDA_CONTEXT_BYTES) for free in found_gpus())
 
 
+def found_cards() -> list[Card | None]:
+    """Return the cards of the GPUs that were found, None for those that are not in the table."""
+    return [_card_of(name, nbytes) for name, nbytes in gpu_names()]
+
+
 def gpu_rates(
     rates: Rates, budgets: Sequence[int], named: Sequence[Card | None] = (), measured: Sequence[str] = ()
 ) -> Rates:
@@ -89,7 +95,7 @@ def gpu_rates(
     cards = [card for card in named if card is not None]
     if not budgets:
         return rates
-    if cards and not all(any(_is_card(name, card) for name in measured) for card in cards):
+    if cards and not all(any(_card_of(name, card.budget) == card for name in measured) for card in cards):
         return rates.with_card(_slowest(cards), _names(cards), named=True)
     missing = [name for name in ("gpu_memory", "gpu_matmul", "pcie") if rates.source(name) == "typical"]
     if not missing:
@@ -98,12 +104,12 @@ def gpu_rates(
     return rates.with_card({name: _slowest(cards)[name] for name in missing}, _names(cards), named=any(named))
 
 
-def _is_card(name: str, card: Card) -> bool:
-    """Return True if the driver's name may be that of a card."""
+def _card_of(name: str, nbytes: int) -> Card | None:
+    """Return the card that a driver names, with about so many bytes; None where it is not in the table."""
     try:
-        return card_named(name, card.budget) == card
+        return card_named(name, nbytes)
     except UsageError:
-        return False
+        return None
 
 
 def _slowest(cards: Sequence[Card]) -> dict[str, float]:

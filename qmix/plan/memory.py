@@ -151,9 +151,12 @@ def staging_bytes(geometry: Geometry, precisions: Iterable[str], dtype: str) -> 
 
 
 def dequantised_bytes(geometry: Geometry, precisions: Iterable[str]) -> int:
-    """Return the bytes of a GPU's buffer for a 4-bit expert in half precision, for steps of many tokens."""
-    weights = sum(rows * cols for rows, cols in geometry.expert_matrices.values())
-    return weights * HALF_BYTES if any(precision in FOUR_BITS for precision in precisions) else 0
+    """Return the bytes of a GPU's buffer for one 4-bit matrix in half precision, for steps of many tokens.
+
+    An expert's three matrices are multiplied one after another.
+    """
+    largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
+    return largest * HALF_BYTES if any(precision in FOUR_BITS for precision in precisions) else 0
 
 
 def captured_tokens(batch: int) -> int:

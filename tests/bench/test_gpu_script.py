@@ -69,6 +69,7 @@ def test_the_peak_is_above_what_was_in_use_before(nvidia_smi, monkeypatch):
     assert peak.nbytes == 12000 * 2**20
 
 
+@pytest.mark.slow
 def test_the_cpus_case_of_a_small_store_runs_and_fills_a_row(tmp_path, monkeypatch):
     """Everything but the GPU: plan, bench, the known text, and the table."""
     store = write_store(tmp_path / "small", SyntheticModel(Geometry(256, 448, 4, 4, 2, 64, 8, 2, 4096, 4096)))

@@ -41,7 +41,7 @@ def test_a_card_is_planned_with_its_published_figures(qmix):
     assert found["devices"][0]["budget"] == int(24 * 2**30 * 0.98)
     shown = qmix("plan", "mixtral-8x7b", "--gpu", "24GiB", "--ram", "32GiB").out
     assert re.search(r"typical of RTX 3090: memory to GPU", " ".join(shown.split()))
-    assert re.search(r"CUDA's context +│ +│ 629 MB", shown)
+    assert re.search(r"CUDA's context +│ +│ +629 MB", shown)
 
 
 def test_cards_are_compared(qmix):

@@ -48,10 +48,10 @@ def test_every_card_is_found_by_its_own_name():
         ("RTX 3060", "may be RTX 3060 8GB or RTX 3060 12GB"),
         ("4060 Ti", "may be RTX 4060 Ti 8GB or RTX 4060 Ti 16GB"),
         ("A100 80GB", "may be A100 80GB PCIe or A100 80GB SXM"),
-        ("RTX 4095", "nor a known card; the nearest is RTX 4090"),
-        ("RTX 4090 Laptop GPU", "nor a known card; the nearest is RTX 4090"),
+        ("RTX 4095", "nor a known card; the nearest (is|are) RTX 4090"),
+        ("RTX 4090 Laptop GPU", "nor a known card; the nearest (is|are) RTX 4090"),
         ("RTX 3060 24GB", "nor a known card"),
-        ("RX 7900 XTX", "cannot run qmix: it needs CUDA"),
+        ("RX 7900 XTX", "cannot run qmix: it needs an NVIDIA GPU"),
         ("AMD Radeon RX 6800", "cannot run qmix"),
         ("Intel Arc A770", "cannot run qmix"),
         ("big", "neither a size like 24GiB nor a known card"),
@@ -71,6 +71,7 @@ def test_a_budget_is_a_size_or_a_card():
     assert gpu_budget(24 * GIB) == (24 * GIB, None)
     assert gpu_budget("24GiB") == (24 * GIB, None)
     assert gpu_budget("11.5 GB") == (11_500_000_000, None)
+    assert gpu_budget("3060 12GB")[1] == card_named("RTX 3060 12GB")
     assert gpu_budget("4090") == (int(24 * GIB * 0.98), card_named("4090"))
     assert gpu_budget("T4") == (int(16 * GIB * 15 / 16 * 0.98), card_named("T4"))
     with pytest.raises(UsageError, match="did you mean 24GiB"):

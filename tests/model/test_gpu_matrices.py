@@ -8,7 +8,7 @@ import torch
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import Geometry
 from qmix.kernels.packing import BLOCK
-from qmix.model.gpu.matrices import DeviceHalf, DeviceInt8, code_values, dequantise, device_expert
+from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, code_values, dequantise, device_expert
 from qmix.plan.memory import dequantised_bytes
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.formats import parts
@@ -60,18 +60,16 @@ def test_an_int8_product_by_hand():
 
 def test_operands_on_different_devices_are_refused_before_a_kernel_sees_them():
     x = torch.ones(1, 64, dtype=torch.bfloat16)
+    codes, absmax = torch.zeros(32, 32, dtype=torch.uint8), torch.ones(1, 32, dtype=torch.bfloat16)
+    dense = torch.zeros(32, 64, dtype=torch.bfloat16)
     for left_behind in (
+        DeviceFourBit(codes, absmax.to("meta"), torch.zeros(16), dense),
+        DeviceFourBit(codes, absmax, torch.zeros(16), dense.to("meta")),
         DeviceInt8(32, 64, torch.zeros(32, 64, dtype=torch.int8), torch.ones(32, device="meta")),
         DeviceHalf(32, 64, torch.zeros(32, 64, dtype=torch.bfloat16, device="meta")),
     ):
         with pytest.raises(RuntimeError, match="operands on cpu, meta"):
             left_behind.multiply(x)
-    geometry = Geometry(64, 128, 1, 4, 2, 16, 1, 1, 96, 256)
-    layout, values = record_layout(geometry, "nf4", "bf16"), torch.zeros(16)
-    record, memory = torch.zeros(layout.nbytes, dtype=torch.uint8), torch.zeros(3 * 64 * 128, dtype=torch.bfloat16)
-    for parts_given in ((record.to("meta"), memory, values), (record, memory.to("meta"), values)):
-        with pytest.raises(RuntimeError, match="a record in nf4: operands on cpu, meta"):
-            device_expert(parts_given[0], layout, geometry.expert_matrices, *parts_given[1:])
 
 
 @pytest.mark.parametrize("precision", ["nf4", "fp4", "int8", "half"])

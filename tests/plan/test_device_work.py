@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qmix.errors import UsageError
 from qmix.machine.cards import card_named
 from qmix.machine.rates import Rates
 from qmix.models.published import PUBLISHED
@@ -17,7 +18,8 @@ from qmix.plan.device_work import (
     prefill_parts,
     shared_seconds,
 )
-from qmix.plan.here import gpu_rates
+from qmix.plan.here import gpu_rates, run_machine, this_machine
+from qmix.plan.memory import CUDA_CONTEXT_BYTES
 from qmix.store.layout import StoreLayout, parse_precisions
 
 GIB = 2**30
@@ -131,14 +133,14 @@ def test_8x22b_on_an_h100_is_between_what_ran_and_its_bound():
 
 
 def test_residents_of_common_budgets():
-    """4.25 bits instead of 4.5 and no memory to reorder: 214 experts of 8x7B in 24 GiB, where 205 were before."""
+    """4.25 bits instead of 4.5 and no memory to reorder: 217 experts of 8x7B in 24 GiB, where 205 were before."""
     found = {}
     for gpu in (12, 24, 40):
         plan = make_plan(store("mixtral-8x7b"), 64 * GIB, 4096, GIB, gpus=[gpu * GIB])
         found[gpu] = plan.num_records - plan.host_records
         (device,) = plan.devices
         assert device.total * 1.02 + device.cuda <= device.budget
-    assert found == {12: 79, 24: 214, 40: 256}
+    assert found == {12: 82, 24: 217, 40: 256}
 
 
 def test_a_typical_24_gib_card_runs_8x22b_faster_than_the_cpu_alone():
@@ -167,3 +169,25 @@ def test_a_named_cards_rates_are_published_unless_it_was_measured_here():
     assert slower.pcie == card.rates["pcie"]
     assert slower.card == "RTX 4090 and RTX 3090"
     assert gpu_rates(measured, []) == measured
+
+
+def test_a_gpu_that_was_found_has_its_cards_rates(monkeypatch):
+    """Of two GPUs here the table has one: its published rates count for both, as no other is known to be slower."""
+    found = [("NVIDIA GeForce RTX 4090", 25_393_692_672), ("NVIDIA Something", 2**34)]
+    monkeypatch.setattr("qmix.plan.here.found_gpus", lambda: tuple(nbytes for _, nbytes in found))
+    monkeypatch.setattr("qmix.plan.here.gpu_names", lambda: tuple(found))
+    machine = this_machine(64 * GIB)
+    assert machine.gpus == tuple(nbytes + CUDA_CONTEXT_BYTES for _, nbytes in found)  # a context of this process's own
+    assert (machine.rates.card, machine.rates.source("pcie")) == ("RTX 4090", "published")
+
+
+def test_more_than_is_free_on_a_gpu_is_refused_with_what_is(monkeypatch):
+    monkeypatch.setattr("qmix.plan.here.found_gpus", lambda: (10 * GIB,))
+    monkeypatch.setattr("qmix.plan.here.gpu_names", lambda: (("NVIDIA GeForce RTX 3060", 12 * GIB),))
+    most = 10 * 1024 + 600
+    assert run_machine(GIB, f"{most}MiB").gpus == (most * 2**20,)
+    with pytest.raises(UsageError, match=f"gpu: 12288MiB is more than what is free on gpu:0; give gpu='{most}MiB'"):
+        run_machine(GIB, ["12GiB"])
+    with pytest.raises(UsageError, match="2 GPUs given, and torch finds 1 GPU here"):
+        run_machine(GIB, ["4GiB", 2**32])
+    assert run_machine(GIB, "none").gpus == run_machine(GIB, []).gpus == ()

@@ -1,6 +1,6 @@
 """Products on a GPU with the matrices of a record that lies there.
 
-4 bits   the record is dequantised at each use, into a buffer that all experts of a device share, and torch multiplies
+4 bits   a matrix is dequantised at each use, into a buffer that all of a device share, and torch multiplies
 int8     codes are widened to half precision, exactly, and multiplied by torch. bitsandbytes' own int8 product would
          quantise x too, and a token's text would then depend on where an expert lies
 half     torch multiplies
@@ -63,6 +63,21 @@ class DeviceInt8(DeviceMatrix):
         return (F.linear(x, codes.to(x.dtype)) * (row_max / 127)).to(x.dtype)
 
 
+class DeviceFourBit(DeviceMatrix):
+    """4-bit codes and absmax as a record has them, dequantised to `dense` [rows, cols] at each product.
+
+    Other matrices use the same memory. `values` are those of the codes.
+    """
+
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, values: torch.Tensor, dense: torch.Tensor) -> None:
+        super().__init__(*dense.shape, codes, absmax, values, dense)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        codes, absmax, values, dense = self.parts
+        dequantise(codes, absmax, values, dense)
+        return F.linear(x, dense)
+
+
 class DeviceExpert:
     """An expert on a device; calling it is the expert's forward."""
 
@@ -93,9 +108,8 @@ def device_expert(
 ) -> DeviceExpert:
     """Return the expert whose record's bytes, uint8, lie on a device.
 
-    In int8 and half precision it consists of views of `record`. Where `is_dequantised` it lies in `memory`, of as many
-    numbers in half precision as the expert has weights, on the same device; `values` are its precision's. Raises
-    RuntimeError where these lie apart.
+    It consists of views of `record`. Where `is_dequantised` its products use `memory`, with room for a matrix in half
+    precision on the same device, and `values`, its precision's.
     """
     parts: dict[str, list[torch.Tensor]] = {matrix: [] for matrix in MATRICES}
     for item in layout.parts:
@@ -107,14 +121,10 @@ def device_expert(
         return DeviceExpert(*(DeviceInt8(*shapes[matrix], *parts[matrix]) for matrix in MATRICES))
     assert memory is not None
     assert values is not None
-    check_together(f"a record in {layout.precision}", record, memory, values)
-    matrices, position = [], 0
+    matrices = []
     for matrix in MATRICES:
-        (rows, cols), (codes, absmax) = shapes[matrix], parts[matrix]
-        dense = memory[position : position + rows * cols].view(rows, cols)
-        position += rows * cols
-        dequantise(codes, absmax, values, dense)
-        matrices.append(DeviceHalf(rows, cols, dense))
+        rows, cols = shapes[matrix]
+        matrices.append(DeviceFourBit(*parts[matrix], values, memory[: rows * cols].view(rows, cols)))
     return DeviceExpert(*matrices)
 
 
