@@ -53,7 +53,8 @@ def build_model(store: Store, pool: Pool, attention: str = "sdpa", spread: Sprea
     """Return the model in half precision with its experts in the pool; ready to use, gradients off.
 
     Over an `invariant` pool the whole model is invariant: a token's numbers depend on its own sequence alone. With
-    `spread` the model lies on several devices; of it only captured steps are invariant then. `attention` is the name of a function registered with transformers.
+    `spread` the model lies on several devices; then only captured steps are invariant. `attention` is the name of a
+    function registered with transformers.
     Raises StoreError where a dense weight is damaged.
     """
     model = empty_model(store, attention)

@@ -13,6 +13,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.errors import DoesNotFitError, arg
 from qmix.geometry import HALF_BYTES, Geometry
+from qmix.kernels.gpu.shapes import FEW_TOKENS, attention_splits, down_splits
 from qmix.precision.formats import FOUR_BITS
 from qmix.precision.record import record_layout
 from qmix.store.layout import StoreLayout
@@ -25,10 +26,7 @@ PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may t
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
-FEW_TOKENS = 32  # tokens of the longest captured step; longer ones are prefill
 LEAST_STEP = 8  # tokens that a captured step has room for in every plan: the next one and a draft
-ATTENTION_SPLIT = 256  # positions of the cache in one partial sum of a captured step's attention
-DOWN_SPLITS = 4  # partial sums of a captured step's last expert matrix
 DEQUANTISED_AT_ONCE = 2**21  # weights that are dequantised by torch's own operations at once
 ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
 
@@ -178,9 +176,9 @@ def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool 
     hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
     q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
     rows = tokens * (3 * hidden + 2 * q_rows + 2 * kv_rows) * HALF_BYTES
-    splits = math.ceil(context / ATTENTION_SPLIT)
-    sums = tokens * geometry.num_heads * splits * (geometry.head_dim + 2) * 4
-    experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES + DOWN_SPLITS * pairs * hidden * 4
+    sums = tokens * geometry.num_heads * attention_splits(context) * (geometry.head_dim + 2) * 4
+    experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES
+    experts += down_splits(geometry.intermediate_size) * pairs * hidden * 4
     routing = pairs * (8 + 4) + geometry.num_records * 8  # ids and weights; the records' addresses
     rotary = context * geometry.head_dim * 4
     return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * 4 if last else 0)

@@ -65,7 +65,7 @@ def find_kernels(
         return None
     for device in devices:
         if device.type == "cpu":
-            import triton  # type: ignore[import-untyped]
+            import triton
 
             if not triton.knobs.runtime.interpret:
                 return None
