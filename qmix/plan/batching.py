@@ -29,8 +29,8 @@ def choose_plan(
 ) -> Plan:
     """Return the plan with the least cost a token, for lines that need `needs` tokens of context.
 
-    At most `most` sequences go together. `plan_of` makes a plan from a batch and the context of each of its sequences, or raises DoesNotFitError. Raises
-    DoesNotFitError where even one sequence does not fit.
+    At most `most` sequences go together. `plan_of` makes a plan from a batch and the context of each of its sequences,
+    or raises DoesNotFitError. Raises DoesNotFitError where even one sequence does not fit.
     """
     plans = [plan_of(1, max(needs))]
     for batch in _candidates(most or len(needs)):
