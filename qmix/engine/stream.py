@@ -29,6 +29,7 @@ from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
+from qmix.model.gpu.prompt import read_on_gpus
 from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
@@ -57,7 +58,7 @@ class Runner(OpenModel):
     ) -> None:
         """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs."""
         self.plan = plan
-        spread = spread_for(plan, rates or Rates(), kind)
+        self._spread = spread = spread_for(plan, rates or Rates(), kind)
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
         super().__init__(store, plan.slots_by_size, attention, spread=spread, on_load=on_load)
@@ -197,8 +198,14 @@ class Runner(OpenModel):
         if len(new) <= PREFILL_CHUNK or self.plan.prefill == PREFILL_CHUNK:
             yield
             return
-        with known_chunk(self.model, self.cache, read_prompt(self.model, self.cache, new, self.plan.prefill)):
+        with known_chunk(self.model, self.cache, self._read(new)):
             yield
+
+    def _read(self, tokens: list[int]) -> torch.Tensor:
+        """Put tokens behind those in the cache, layer by layer; return the last chunk's normed hidden states."""
+        if self._spread is not None:
+            return read_on_gpus(self.model, self._spread, self.cache, tokens, self.plan.prefill)
+        return read_prompt(self.model, self.cache, tokens, self.plan.prefill)
 
     @contextmanager
     def _prefilled(self, ids: torch.Tensor) -> Iterator[None]:
@@ -208,7 +215,7 @@ class Runner(OpenModel):
         """
         new = ids[0, self.cache.get_seq_length() : -1].tolist()
         if len(new) > PREFILL_CHUNK and self.plan.prefill > PREFILL_CHUNK:
-            read_prompt(self.model, self.cache, new, self.plan.prefill)
+            self._read(new)
         for chunk in ids[:, self.cache.get_seq_length() : -1].split(PREFILL_CHUNK, dim=1):
             if chunk.shape[1]:
                 self.model.model(chunk, cache=self.cache, use_cache=True)

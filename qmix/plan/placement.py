@@ -15,7 +15,12 @@ from itertools import accumulate, pairwise
 
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
-from qmix.plan.memory import CUDA_CONTEXT_BYTES, device_work_bytes, usable_device_bytes
+from qmix.plan.memory import (
+    CUDA_CONTEXT_BYTES,
+    device_work_bytes,
+    prefill_bytes,
+    usable_device_bytes,
+)
 from qmix.plan.plan import DevicePlan
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load
@@ -122,7 +127,7 @@ class _Holdings:
 
     def _work(self, last: int, uploads: bool) -> int:
         demand = self.demand
-        return device_work_bytes(
+        step = device_work_bytes(
             demand.geometry,
             demand.chunk,
             demand.context,
@@ -133,3 +138,5 @@ class _Holdings:
             last=last == demand.geometry.num_layers,
             uploads=uploads,
         )
+        together = min(map(demand.device_prefill, self.gpus))
+        return step + prefill_bytes(demand.geometry, demand.context, together)

@@ -127,6 +127,10 @@ class ExpertPool:
         finally:
             self._release(reading)
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Return whether a record is in memory."""
+        return (layer, expert) in self._resident
+
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """Return the bytes, uint8, of a record in memory."""
         return self._slots.bytes(self._resident[layer, expert])

@@ -26,6 +26,7 @@ from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.kernels import takes
+from qmix.model.gpu.prompt import read_on_gpus
 from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
@@ -145,6 +146,15 @@ class Rehearsal:
             logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
         logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
 
+    def prompt(self, choose: pretend.Choose) -> None:
+        """Read as many tokens as go through a layer together, where these are more than a chunk."""
+        if self.spread is None or self.plan.prefill == PREFILL_CHUNK:
+            return
+        self._set_length(0)
+        tokens = [0] * min(self.plan.prefill, self.plan.context)
+        with torch.no_grad(), self._routed(choose):
+            read_on_gpus(self.model, self.spread, self.cache, tokens, self.plan.prefill)
+
     def _set_length(self, length: int) -> None:
         for layer in self.cache.layers:
             layer.length = length
@@ -238,6 +248,7 @@ def rehearse(made: Rehearsal) -> None:
     for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):
         made.prefer(way)
         made.step(tokens, before, _together(plan, geometry.experts_per_token))
+        made.prompt(_together(plan, geometry.experts_per_token))
 
 
 def _spread_out(geometry: Geometry) -> pretend.Choose:

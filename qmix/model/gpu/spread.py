@@ -8,6 +8,7 @@ states cross where the device changes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ class Spread:
                 self.rates,
                 self.read_routing,
             )
+
+        if pool.holds_all:  # records stay in their slots while they are copied
+            made = [layer.mlp.experts for layer in model.model.layers if isinstance(layer.mlp.experts, DeviceExperts)]
+            for before, after in pairwise(made):
+                before.following = after if after.loader is before.loader else None
 
     def _uploads(self, device: Device) -> bool:
         """Return True if some expert of the device's layers lies elsewhere."""
