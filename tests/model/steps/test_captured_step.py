@@ -43,9 +43,9 @@ def runner(store, homes, residents=frozenset(), slots=8, rates=None):
     return Runner(store, plan, kind=KIND, rates=rates or Rates())
 
 
-def answer(runner, tokens=3, **options):
+def answer(runner, tokens=3, prompt=PROMPT, **options):
     options = {"temperature": 0, "ignore_eos": True} | options
-    return runner.complete(PROMPT, max_new_tokens=tokens, **options).token_ids
+    return runner.complete(prompt, max_new_tokens=tokens, **options).token_ids
 
 
 def logits(runner, ids):
@@ -113,11 +113,12 @@ def test_every_precision_in_one_layer(checkpoint, tmp_path):
 
 
 def test_drafts_are_verified_by_steps_of_several_tokens(store):
+    """After a text that repeats itself every token is drafted."""
     with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu:
-        want = answer(gpu, 8)
-        before = gpu.model.steps.launched
-        assert answer(gpu, 8, draft_ngram=3) == want
-        assert 0 < gpu.model.steps.launched - before < 7
+        want = answer(gpu, 4, prompt=[5, 6, 7, 8] * 3)
+        assert set(gpu.model.steps._captured) == {1}
+        assert answer(gpu, 4, prompt=[5, 6, 7, 8] * 3, draft_ngram=3) == want
+        assert set(gpu.model.steps._captured) > {1}
 
 
 def test_a_draw_on_the_gpu_follows_its_seed(store):
