@@ -171,13 +171,15 @@ class DeviceExperts(PoolExperts):
     def mix(self, hidden_states: torch.Tensor, chosen: list[list[int]], weights: torch.Tensor) -> torch.Tensor:
         """Compute the same for any number of tokens whose experts [T][k] are known to Python.
 
-        Each expert is copied once at most. More than a chunk of tokens take no more work space beside the results.
+        Each expert is copied once at most, and with more than a chunk of tokens always. These take no more work space
+        than a chunk beside the results.
         """
         tokens, top_k = weights.shape
         routing = TokensByExpert(chosen)
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
         away = [expert for expert in routing.spans if expert not in self.residents]
-        copying = bool(away) and self._copying_pays(away, routing)
+        # the host has work space for a chunk
+        copying = bool(away) and (tokens > PREFILL_CHUNK or self._copying_pays(away, routing))
         # x is downloaded before any work is queued on the GPU: the copy would wait for that work
         below = download(hidden_states) if away and not copying else hidden_states
         away.sort(key=lambda expert: (self.layer, expert) not in self.loader.ahead)  # in the buffers' order
