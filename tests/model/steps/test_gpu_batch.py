@@ -52,10 +52,12 @@ def answers(runner, lines):
     return [done[str(index)] for index in range(len(lines))]
 
 
-@pytest.mark.parametrize("residents", [{0, 1, 2, 3}, {1, 2}], ids=["resident", "hybrid"])
+@pytest.mark.parametrize(
+    "residents", [pytest.param({0, 1, 2, 3}, marks=pytest.mark.slow), {1, 2}], ids=["resident", "hybrid"]
+)
 def test_answers_of_a_batch_on_a_gpu_are_the_cpus_and_each_lines_own(store, residents):
     """Three lines on two places: the third comes when another has ended."""
-    lines = prompts(4, 6, 3)
+    lines = prompts(2, 3, 2)
     with BatchRunner(store, host_plan(store)) as host:
         want = answers(host, lines)
     with BatchRunner(store, plan(store, residents), kind=KIND) as gpu:
@@ -64,6 +66,7 @@ def test_answers_of_a_batch_on_a_gpu_are_the_cpus_and_each_lines_own(store, resi
         assert gpu.work.passes < sum(map(len, lines))  # prompts go several tokens a pass
 
 
+@pytest.mark.slow
 def test_scores_on_a_gpu_are_the_cpus(store):
     lines = prompts(6, 5)
     lines[1][:3] = lines[0][:3]  # shared, and computed once
