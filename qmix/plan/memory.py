@@ -23,7 +23,7 @@ from qmix.units import format_bytes
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
 MOST_PREFILL = 8192  # tokens of a prompt that go through a layer before the next layer
 PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
-DEVICE_PREFILL_SHARE = 1 / 64  # of a GPU's budget, for the same
+DEVICE_PREFILL_SHARE = 1 / 96  # of a GPU's budget, for the same
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
