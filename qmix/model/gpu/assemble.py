@@ -87,11 +87,11 @@ class _Maker:
         experts = self._experts(layers[0])
         if not may_copy(experts.pool) or experts.loader.staging is None:
             return []
-        most = min(self.layout.geometry.num_experts, self.rows * self.layout.geometry.experts_per_token)
-        found = []
+        every, found = self.layout.geometry.num_experts, []
         for precision, shape in self.shapes.items():
             size = expert_size(self.layout, precision)
-            if any(copied_share(size, [1] * count, self.spread.rates, 1) for count in range(1, most + 1)):
+            cases = ([tokens] * count for count in range(1, every + 1) for tokens in (1, self.rows))
+            if any(copied_share(size, case, self.spread.rates, 1) for case in cases):
                 found.append(shape)
         return found
 

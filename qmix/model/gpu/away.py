@@ -65,7 +65,7 @@ class AwayExperts:
         for addresses in exchange.staged.values():
             addresses.zero_()
         copies = ExitStack()
-        copied = self._copied(pairs)
+        copied = self._copied(pairs, exchange)
         top_k = exchange.ids.shape[1]
         for expert, forward in self._records(chosen, sorted(pairs, key=lambda each: each not in copied), exchange.x):
             if expert in copied:
@@ -79,13 +79,16 @@ class AwayExperts:
                 exchange.results[pairs[expert]] = forward(rows, self.experts.activation)
         return copies
 
-    def _copied(self, pairs: dict[int, list[int]]) -> frozenset[int]:
-        """Return the experts to copy: those with the most tokens."""
-        if self.staging is None or not pairs:
+    def _copied(self, pairs: dict[int, list[int]], exchange: Exchange) -> frozenset[int]:
+        """Return the experts to copy, of those that the captured step can receive: the ones with the most tokens."""
+        shapes = {expert: self.shapes[self.experts.precisions[expert]] for expert in pairs}
+        if self.staging is None or not all(shape in exchange.staged for shape in shapes.values()):
             return frozenset()
         order = sorted(pairs, key=lambda expert: -len(pairs[expert]))
         sizes = [self.experts.loader.sizes[self.experts.precisions[expert]] for expert in order]
-        largest = max(sizes, key=lambda size: size.record)
+        largest = max(sizes, key=lambda size: size.record, default=None)
+        if largest is None:
+            return frozenset()
         counts = [len(pairs[expert]) for expert in order]
         return frozenset(order[: copied_share(largest, counts, self.rates, len(self.staging.buffers))])
 
