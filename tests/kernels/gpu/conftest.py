@@ -1,8 +1,5 @@
-"""Tests in `values` run the kernels: in Triton's interpreter, or on a GPU. Each wants a process of its own."""
+"""Tests in `values` run the kernels. `test_values` gives them a process, in Triton's interpreter or on a GPU."""
 
 from __future__ import annotations
 
-import os
-
-RUNS_KERNELS = "TRITON_INTERPRET" in os.environ or "QMIX_TEST_GPU" in os.environ
-collect_ignore = [] if RUNS_KERNELS else ["values"]
+collect_ignore = ["values"]

@@ -11,35 +11,23 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-FILES = sorted((Path(__file__).parent / "values").glob("test_*.py"))
-each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+VALUES = Path(__file__).parent / "values"
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # tiles are small
 
 
-def run_tests(file: Path, **environment: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-o",
-        "addopts=",
-        str(file),
-    ]
+def run_tests(**environment: str) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-W", "ignore:All-NaN", f"--confcutdir={VALUES}"]
+    command = [sys.executable, "-m", "pytest", *options, str(VALUES)]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@each_file
-def test_in_the_interpreter(file):
-    run_tests(file, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+def test_in_the_interpreter():
+    run_tests(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", **ALONE, **ONE_THREAD)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@each_file
-def test_on_a_gpu(file):
-    run_tests(file, QMIX_TEST_GPU="1")
+def test_on_a_gpu():
+    run_tests(**ALONE)

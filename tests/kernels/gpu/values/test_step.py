@@ -168,11 +168,11 @@ def test_greedy_takes_the_first_of_the_largest():
 
 def test_draws_follow_softmax_and_depend_on_seed_and_position_alone():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    logits = probabilities.log().repeat(400, 1)
-    drawn = next_tokens(logits * 2, 2.0, list(range(400)), [3] * 400)
-    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 400
-    assert (shares - probabilities).abs().max() < 0.08  # three standard deviations
-    again = next_tokens(logits[:50], 1.0, list(range(50)), [3] * 50)
-    assert again == drawn[:50]
-    assert next_tokens(logits[:50], 1.0, list(range(50)), [4] * 50) != again
-    assert next_tokens(logits[:50], 1.0, [7] * 50, list(range(50))) != again
+    logits = probabilities.log().repeat(120, 1)
+    drawn = next_tokens(logits * 2, 2.0, list(range(120)), [3] * 120)
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 120
+    assert (shares - probabilities).abs().max() < 0.14  # three standard deviations
+    again = next_tokens(logits[:12], 1.0, list(range(12)), [3] * 12)
+    assert again == drawn[:12]
+    assert next_tokens(logits[:12], 1.0, list(range(12)), [4] * 12) != again
+    assert next_tokens(logits[:12], 1.0, [7] * 12, list(range(12))) != again
