@@ -97,8 +97,8 @@ def random_weights(geometry: Geometry) -> Iterator[tuple[str, torch.Tensor]]:
     shapes: dict[str, tuple[int, ...]] = dict(geometry.dense_tensors)
     for layer in range(geometry.num_layers):
         for expert in range(geometry.num_experts):
-            for matrix, shape in geometry.expert_matrices.items():
-                shapes[expert_key(layer, expert, matrix)] = shape
+            for matrix, (rows, cols) in geometry.expert_matrices.items():
+                shapes[expert_key(layer, expert, matrix)] = rows, cols
     for index, (name, shape) in enumerate(shapes.items()):
         if len(shape) == 1:
             yield name, torch.ones(shape, dtype=torch.bfloat16)

@@ -70,7 +70,8 @@ class DeviceFourBit(DeviceMatrix):
     """
 
     def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, values: torch.Tensor, dense: torch.Tensor) -> None:
-        super().__init__(*dense.shape, codes, absmax, values, dense)
+        rows, cols = dense.shape
+        super().__init__(rows, cols, codes, absmax, values, dense)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         codes, absmax, values, dense = self.parts
@@ -123,8 +124,8 @@ def device_expert(
     assert values is not None
     matrices = []
     for matrix in MATRICES:
-        rows, cols = shapes[matrix]
-        matrices.append(DeviceFourBit(*parts[matrix], values, memory[: rows * cols].view(rows, cols)))
+        (rows, cols), (codes, absmax) = shapes[matrix], parts[matrix]
+        matrices.append(DeviceFourBit(codes, absmax, values, memory[: rows * cols].view(rows, cols)))
     return DeviceExpert(*matrices)
 
 
