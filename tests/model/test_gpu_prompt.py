@@ -47,7 +47,9 @@ def plan(store, prefill, slots=40):
 
 def answer(store, plan, tokens=6, **options):
     with Runner(store, plan, kind="cpu", rates=COPIES) as runner:
+        loaders = {layer.mlp.experts.loader for layer in runner.model.model.layers}
         result = runner.complete(PROMPT, temperature=0, ignore_eos=True, max_new_tokens=tokens, **options)
+        assert not any(loader.ahead for loader in loaders)  # nothing is left for another prompt to take
         return result.token_ids, [layer.keys[..., :TOKENS, :].clone() for layer in runner.cache.layers]
 
 

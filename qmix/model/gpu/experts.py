@@ -31,6 +31,8 @@ from qmix.pool.protocol import Pool
 from qmix.precision.matmul import Expert
 from qmix.store.layout import StoreLayout
 
+MANY = PREFILL_CHUNK // 4  # tokens from which nearly every expert of the next layer will be needed
+
 
 def read_numbers(top_k_index: torch.Tensor) -> list[list[int]]:
     """Return [T, k] as Python lists; waits for the device."""
@@ -92,7 +94,8 @@ class KernelExpert:
 
     def __call__(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """Return the expert's output [T, H] for x [T, H]; `activation` is SiLU wherever there are kernels."""
-        found: torch.Tensor = self.kernels.expert(self.shape, self.record, x.contiguous(), self.buffer)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            found: torch.Tensor = self.kernels.expert(self.shape, self.record, x.contiguous(), self.buffer)
         return found
 
 
@@ -190,10 +193,11 @@ class DeviceExperts(PoolExperts):
                 self._compute(expert, self.residents[expert], rows, outputs)
         if copying:
             self._on_device(records, rows, outputs)
-            if tokens > PREFILL_CHUNK // 4 and self.following is not None and not hidden_states.requires_grad:
-                self.loader.begin(self.following.elsewhere)
         elif away:
             self._on_host(records, Rows(below, routing, top_k, self.host), outputs)
+        self.loader.ahead.clear()  # an expert without tokens; its buffer will be used for others
+        if copying and tokens > MANY and self.following is not None and not hidden_states.requires_grad:
+            self.loader.begin(self.following.elsewhere)
         # [T, 1, k] @ [T, k, H]
         parts = zip(weights.split(PREFILL_CHUNK), outputs.view(tokens, top_k, -1).split(PREFILL_CHUNK), strict=True)
         sums = [torch.bmm(w.unsqueeze(1), y.float()).squeeze(1).to(hidden_states.dtype) for w, y in parts]
