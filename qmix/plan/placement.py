@@ -83,6 +83,8 @@ class _Holdings:
 
     def __init__(self, demand: Demand, gpus: Sequence[int], cuda: int) -> None:
         self.demand, self.gpus, self.cuda = demand, gpus, cuda
+        together = min(map(demand.device_prefill, gpus), default=0)
+        self.prefill = prefill_bytes(demand.geometry, demand.context, together)
         self._found: dict[tuple[int, int, int], Holding | None] = {}
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
@@ -138,5 +140,4 @@ class _Holdings:
             last=last == demand.geometry.num_layers,
             uploads=uploads,
         )
-        together = min(map(demand.device_prefill, self.gpus))
-        return step + prefill_bytes(demand.geometry, demand.context, together)
+        return step + self.prefill
