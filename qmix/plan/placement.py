@@ -86,6 +86,7 @@ class _Holdings:
         together = min(map(demand.device_prefill, gpus), default=0)
         self.prefill = prefill_bytes(demand.geometry, demand.context, together)
         self._found: dict[tuple[int, int, int], Holding | None] = {}
+        self._works: dict[tuple[bool, bool], int] = {}
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
     def of(self, cut: Cut) -> tuple[Holding, ...] | None:
@@ -104,7 +105,7 @@ class _Holdings:
         demand, budget = self.demand, self.gpus[gpu]
         dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
         for uploads in (False, True):  # no record is copied where all experts are residents
-            work = self._work(last, uploads)
+            work = self._work(last == demand.geometry.num_layers, uploads)
             room = usable_device_bytes(budget, self.cuda) - dense - cache - work
             if room < 0:
                 continue
@@ -127,17 +128,19 @@ class _Holdings:
             self._runs[first, last] = ranks, taken
         return self._runs[first, last]
 
-    def _work(self, last: int, uploads: bool) -> int:
-        demand = self.demand
-        step = device_work_bytes(
-            demand.geometry,
-            demand.chunk,
-            demand.context,
-            demand.attention,
-            demand.batch,
-            precisions=tuple(demand.layout.records),
-            dtype=demand.layout.dtype,
-            last=last == demand.geometry.num_layers,
-            uploads=uploads,
-        )
-        return step + self.prefill
+    def _work(self, ends: bool, uploads: bool) -> int:
+        """Return the work space of a GPU, with the head where the layers end there."""
+        if (ends, uploads) not in self._works:
+            demand = self.demand
+            self._works[ends, uploads] = self.prefill + device_work_bytes(
+                demand.geometry,
+                demand.chunk,
+                demand.context,
+                demand.attention,
+                demand.batch,
+                precisions=tuple(demand.layout.records),
+                dtype=demand.layout.dtype,
+                last=ends,
+                uploads=uploads,
+            )
+        return self._works[ends, uploads]
