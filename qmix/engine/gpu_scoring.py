@@ -63,7 +63,6 @@ class GpuScorer(OpenModel):
         for segment in part.segments:
             for done in range(0, segment.count, self._steps.rows):
                 count = min(self._steps.rows, segment.count - done)
-                self.pool.check_running()
                 self._steps.step(part.tokens[first : first + count].tolist(), segment.position + done)
                 self._predict(part, first, count, logprobs, greedy)
                 first += count

@@ -44,6 +44,9 @@ class PretendPool:
         self.holds_all = all_have_slots(store.layout, slots, elsewhere)
         self._computes = PretendExpert(store.geometry.intermediate_size)
 
+    def check_running(self) -> None:
+        pass
+
     def holds(self, layer: int, expert: int) -> bool:
         return True
 

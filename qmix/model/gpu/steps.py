@@ -152,6 +152,7 @@ class Steps:
 
     def _place(self, size: int, tokens: list[int], positions: list[int], sequences: list[int]) -> None:
         """Write a step's rows to every GPU; a step of `size` rows has some without a token."""
+        self.model.pool.check_running()
         self._ahead = None
         idle = size - len(tokens)
         for part in self.parts:
@@ -184,6 +185,7 @@ class Steps:
 
     def _next_token(self, token: int, position: int) -> int:
         """Return the token that the GPU chooses after `token` at `position`."""
+        self.model.pool.check_running()
         ahead = self._ahead
         if ahead is None or (ahead.token, ahead.position) != (token, position):
             self.step([token], position)

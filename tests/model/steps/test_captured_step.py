@@ -146,6 +146,14 @@ def test_a_token_that_was_not_expected_gets_a_step_of_its_own(store):
         assert found.isinf().sum() == found.numel() - 1
 
 
+def test_an_answer_that_nobody_wants_any_more_ends_at_the_next_step(store):
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu:
+        pieces = gpu.generate(PROMPT, temperature=0, ignore_eos=True, max_new_tokens=40)
+        next(pieces)
+        pieces.close()
+        assert gpu.model.steps.launched < 40
+
+
 @pytest.mark.parametrize(
     "options",
     [
