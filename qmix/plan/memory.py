@@ -23,7 +23,7 @@ from qmix.units import format_bytes
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
 MOST_PREFILL = 8192  # tokens of a prompt that go through a layer before the next layer
 PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
-DEVICE_PREFILL_SHARE = 1 / 96  # of a GPU's budget, for the same
+DEVICE_PREFILL_SHARE = 1 / 128  # of a GPU's budget, for the same
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
@@ -206,20 +206,27 @@ def device_work_bytes(
     dtype: str = "bf16",
     last: bool = True,
     uploads: bool = True,
+    prefill: int = PREFILL_CHUNK,
 ) -> int:
     """Return the most that one step of `tokens` tokens of all sequences allocates on a GPU besides weights and cache.
 
     `precisions` are those of the experts that may be computed here, `last` says whether the head is here, `uploads`
-    whether experts of these layers lie elsewhere and may be copied for a step.
+    whether experts of these layers lie elsewhere and may be copied for a step. `prefill` tokens of a prompt may go
+    through a layer together: their stream and masks stay beside a chunk's attention, all that `prefill_bytes` counts
+    beside an expert's chunk.
     """
     precisions = tuple(precisions)
     kept = 3 * tokens * geometry.hidden_size * HALF_BYTES + tokens * context  # residual, normed, their sum; the mask
-    step = max(
-        _device_attention_bytes(geometry, tokens, context, attention, batch),
+    along = geometry.hidden_size * HALF_BYTES + context + 2 * geometry.head_dim * HALF_BYTES  # with rotary tables
+    attending = _device_attention_bytes(geometry, tokens, context, attention, batch)
+    mixing = max(
         *(_device_expert_bytes(geometry, tokens, precision) for precision in precisions),
         3 * tokens * geometry.hidden_size * 4,  # RMSNorm, in fp32
         batch * geometry.vocab_size * (HALF_BYTES + 4) if last else 0,
     )
+    if prefill > PREFILL_CHUNK:
+        attending, mixing = attending + prefill * along, mixing + prefill_bytes(geometry, context, prefill)
+    step = max(attending, mixing)
     fixed = dequantised_bytes(geometry, precisions) + (staging_bytes(geometry, precisions, dtype) if uploads else 0)
     fixed += step_buffer_bytes(geometry, captured_tokens(batch), context, last)
     return kept + step + fixed + LIBRARY_BYTES

@@ -17,8 +17,8 @@ from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
 from qmix.plan.memory import (
     CUDA_CONTEXT_BYTES,
+    PREFILL_CHUNK,
     device_work_bytes,
-    prefill_bytes,
     usable_device_bytes,
 )
 from qmix.plan.plan import DevicePlan
@@ -83,8 +83,7 @@ class _Holdings:
 
     def __init__(self, demand: Demand, gpus: Sequence[int], cuda: int) -> None:
         self.demand, self.gpus, self.cuda = demand, gpus, cuda
-        together = min(map(demand.device_prefill, gpus), default=0)
-        self.prefill = prefill_bytes(demand.geometry, demand.context, together)
+        self.prefill = min(map(demand.device_prefill, gpus), default=PREFILL_CHUNK)
         self._found: dict[tuple[int, int, int], Holding | None] = {}
         self._works: dict[tuple[bool, bool], int] = {}
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
@@ -132,7 +131,7 @@ class _Holdings:
         """Return the work space of a GPU, with the head where the layers end there."""
         if (ends, uploads) not in self._works:
             demand = self.demand
-            self._works[ends, uploads] = self.prefill + device_work_bytes(
+            self._works[ends, uploads] = device_work_bytes(
                 demand.geometry,
                 demand.chunk,
                 demand.context,
@@ -142,5 +141,6 @@ class _Holdings:
                 dtype=demand.layout.dtype,
                 last=ends,
                 uploads=uploads,
+                prefill=self.prefill,
             )
         return self._works[ends, uploads]
