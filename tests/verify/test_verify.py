@@ -74,7 +74,7 @@ def test_8x22b_on_gpus(ram, gpus):
         (8, (6,), {"precision": "nf4,0.*=int8,2.1=half,3.2=fp4"}),
         (8, (6,), {"context": 32768}),
         (8, (6,), {"batch": 8, "context": 2048}),
-        (8, (2, 2), {}),
+        (8, (2.4,), {}),
         (8, (12,), {}),
     ],
     ids=["nf4", "int8", "half", "mixed", "long", "batch", "some on the CPU", "all on the GPU"],
