@@ -18,6 +18,8 @@ from qmix.batch.prompts import Asking
 from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
+from qmix.machine.measured import measured_rates
+from qmix.machine.rates import Machine
 from qmix.plan import Plan
 from qmix.plan.batching import plan_lines
 from qmix.plan.here import default_context
@@ -66,7 +68,7 @@ class Session:
         self.run.refuse()
         if self.plan is None:
             return self.run.summary(None)
-        with BatchRunner(self.store, self.plan, on_load) as runner:
+        with BatchRunner(self.store, self.plan, on_load, measured_rates()) as runner:
             return self.run.run(runner, on_pass)
 
 
@@ -79,10 +81,12 @@ def begin(
     context: int | None,
     ram: int | None,
     batch: int | None,
+    gpus: Machine | None = None,
 ) -> Session:
     """Check every line and that earlier answers belong to this run, and make the plan.
 
-    `options` are Sampling's fields but the seed. Raises UsageError, and DoesNotFitError.
+    `options` are Sampling's fields but the seed. `gpus` is a machine whose GPUs take part. Raises UsageError, and
+    DoesNotFitError.
     """
     limit = _limit(store.geometry, context)
     subject = _subject(store, requests, options, limit, seed)
@@ -96,7 +100,7 @@ def begin(
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
     forms = Forms(identity, store.source_name, chosen["created"], told_by(tokenizer))
     run = BatchRun(requests, job, asking, forms, answers)
-    plan = _plan(store.layout, requests, job, ram, batch, store.use)
+    plan = _plan(store.layout, requests, job, ram, batch, store.use, gpus)
     folds_system = asking.template is not None and not asking.template.takes_system
     return Session(store, requests, run, plan, chosen["seed"], folds_system)
 
@@ -110,11 +114,12 @@ def check_budget(
     context: int | None,
     ram: int | None,
     batch: int | None,
+    gpus: Machine | None = None,
 ) -> None:
     """Check every line before a store is made. Raises as `begin` does."""
     limit = _limit(layout.geometry, context)
     asking = _asking(tokenizer, layout.geometry, limit, options, seed=0)
-    _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None)
+    _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None, gpus)
 
 
 def _asking(
@@ -134,10 +139,16 @@ def _limit(geometry: Geometry, context: int | None) -> int:
 
 
 def _plan(
-    layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: ExpertFrequency | None
+    layout: StoreLayout,
+    requests: Requests,
+    job: Job,
+    ram: int | None,
+    batch: int | None,
+    use: ExpertFrequency | None,
+    gpus: Machine | None,
 ) -> Plan | None:
     """Return the plan for the lines that are left, None where there are none."""
-    return plan_lines(layout, job.needs, ram, batch, requests.held, use) if job.needs else None
+    return plan_lines(layout, job.needs, ram, batch, requests.held, use, gpus) if job.needs else None
 
 
 def _subject(

@@ -15,6 +15,8 @@ import click
 from qmix.commands.shared import (
     LOADING_PATIENCE,
     MODEL_HELP,
+    batch_gpu_option,
+    batch_gpus,
     clip_option,
     context_option,
     dtype_option,
@@ -45,6 +47,7 @@ BATCH_HELP = "sequences computed together [chosen by the plan]"
 @click.option("-o", "--output", metavar="OUT.jsonl", type=click.Path(path_type=Path), required=True, help=OUTPUT_HELP)
 @click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
 @ram_option
+@batch_gpu_option
 @context_option
 @precision_option
 @clip_option
@@ -70,8 +73,10 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     to_stdout = str(output) == "-"
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers; write them to a file with -o, or leave it out")
-    loading = {name: options.pop(name) for name in ("ram", "context", "precision", "clip", "dtype", "batch")}
-    loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
+    loading = {name: options.pop(name) for name in ("ram", "gpu", "context", "precision", "clip", "dtype", "batch")}
+    loading["plan"] = read_plan_option(
+        options.pop("plan_path"), **{name: loading[name] or None for name in ("ram", "gpu", "context")}
+    )
     defaults = {name: value for name, value in options.items() if value is not None}  # compared when a run is continued
     Sampling(**defaults)
     seed = defaults.pop("seed", None)
@@ -112,19 +117,21 @@ def _answer(
     if plan is not None:
         ram, context, precision = plan.plan.ram, plan.plan.context, precision or plan.precision
 
+    gpus = batch_gpus(plan, loading["gpu"], ram)
+
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
-        if plan is not None and plan.plan_of(layout, fingerprint).devices:
-            raise UsageError(f"{plan.path}: uses GPUs, and batches run on the CPU; make a plan without GPUs")
+        if plan is not None:
+            plan.plan_of(layout, fingerprint)
 
     def check_all(layout: StoreLayout) -> None:
         check(layout)
         tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
-        check_budget(layout, tokenizer, requests, answers, options, context, ram, loading["batch"])
+        check_budget(layout, tokenizer, requests, answers, options, context, ram, loading["batch"], gpus)
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store = prepare_store(name, precision, loading["dtype"], making, check_all, loading["clip"])
     check(store.layout, store.fingerprint)
-    session = begin(store, requests, answers, options, seed, context, ram, loading["batch"])
+    session = begin(store, requests, answers, options, seed, context, ram, loading["batch"], gpus)
     if session.plan is not None:
         hold_to(session.plan.ram)
     for note in session.notes(name):

@@ -15,6 +15,8 @@ import click
 
 from qmix.commands.shared import (
     LOADING_PATIENCE,
+    batch_gpu_option,
+    batch_gpus,
     clip_option,
     dtype_option,
     hold_to,
@@ -53,6 +55,7 @@ BATCH_HELP = "tokens computed together [chosen by the plan]"
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="the first N questions of each task [all]")
 @click.option("--num-fewshot", "shots", type=click.IntRange(min=0), metavar="N", help=SHOTS_HELP)
 @ram_option
+@batch_gpu_option
 @click.option("--context", type=click.IntRange(min=2), metavar="TOKENS", help=CONTEXT_HELP)
 @precision_option
 @clip_option
@@ -69,10 +72,11 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     Each result is written to --out at once and not computed again: run the same command to continue an interrupted run.
     results.json in that directory has the figures of the last run.
     """
-    plan = read_plan_option(plan_path, ram=options["ram"], context=options["context"])
+    plan = read_plan_option(plan_path, **{name: options[name] or None for name in ("ram", "gpu", "context")})
     if plan is not None:
         options |= {"ram": plan.plan.ram, "context": plan.plan.context}
         options["precision"] = options["precision"] or plan.precision
+    options["gpus"] = batch_gpus(plan, options.pop("gpu"), options["ram"])
     if options["data"] is not None and not options["data"].is_dir():
         raise UsageError(f"--data {options['data']}: directory not found")
     if find_spec("lm_eval") is None:
@@ -93,7 +97,8 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     showing = partial(EvaluationDisplay, f"evaluating {name}")
     hold_to(options["ram"] or default_budget())
     with Results(output, identity(store)) as results:
-        engine = StoreEngine(store, results, options["ram"], options["batch_tokens"], own_memory(), loading, showing)
+        limits = options["ram"], options["batch_tokens"], own_memory(), options["gpus"]
+        engine = StoreEngine(store, results, *limits, loading, showing)
         try:
             content, path = _evaluate(engine, output, options)
         except KeyboardInterrupt:
@@ -114,8 +119,8 @@ def _store(name: str, plan: PlanFile | None, options: dict[str, Any]) -> Store:
         context, longest = options["context"], layout.geometry.max_position
         if context is not None and context > longest:
             raise UsageError(f"--context {context}: must be 2 to {longest}, the model's longest")
-        if plan is not None and plan.plan_of(layout, fingerprint).devices:
-            raise UsageError(f"{plan.path}: uses GPUs, and evaluations run on the CPU; make a plan without GPUs")
+        if plan is not None:
+            plan.plan_of(layout, fingerprint)
 
     def check_all(layout: StoreLayout) -> None:
         check(layout)
@@ -136,7 +141,7 @@ def _check_budget(name: str, layout: StoreLayout, options: dict[str, Any]) -> No
     from qmix.machine.found import own_memory
     from qmix.store.sources import open_source
 
-    budget = Budget(layout, options["ram"], options["batch_tokens"], own_memory())
+    budget = Budget(layout, options["ram"], options["batch_tokens"], own_memory(), options["gpus"])
     tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
     with suppress(Checked):
         _run(BudgetCheck(budget), tokenizer, layout, options, lambda line: None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from qmix.progress import OnProgress
 from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
+    from qmix.machine.rates import Machine
     from qmix.plan.file import PlanFile
     from qmix.store.profile import Profile
 
@@ -79,6 +80,9 @@ ram_option = click.option(
     "--ram", type=Size(), metavar="SIZE", help="memory of the whole process, such as 12GiB [90% of free memory]"
 )
 GPU_HELP = "memory of a GPU, such as 24GiB, or a card such as 4090; repeat for each, or `none` [those found]"
+batch_gpu_option = click.option(
+    "--gpu", multiple=True, metavar="SIZE", help="run on a GPU, such as 24GiB or 4090; repeat for each [the CPU alone]"
+)
 gpu_option = click.option("--gpu", multiple=True, metavar="SIZE", help=GPU_HELP)
 context_option = click.option(
     "--context", type=click.IntRange(min=1), metavar="TOKENS", help="tokens of prompt and answer together [4096]"
@@ -228,6 +232,17 @@ def read_plan_option(path: Path | None, **others: Any) -> PlanFile | None:
     from qmix.plan.file import read_plan
 
     return read_plan(path)
+
+
+def batch_gpus(plan: PlanFile | None, gpus: Sequence[str], ram: int | None) -> Machine | None:
+    """Return the machine whose GPUs take part in a batch: those of `--plan` or `--gpu`. None for the CPU alone."""
+    budgets = [device.budget for device in plan.plan.devices] if plan is not None else list(gpus)
+    if not budgets:
+        return None
+    from qmix.plan.here import run_machine
+
+    machine = run_machine(ram, budgets)
+    return machine if machine.gpus else None
 
 
 def quiet_libraries() -> None:

@@ -25,12 +25,15 @@ from qmix.engine.pace import Pace
 from qmix.engine.prefill import read_together
 from qmix.engine.sampler import Chosen, Sampler
 from qmix.engine.sampling import Sampling
-from qmix.engine.scheduler import Scheduler, Sequence
+from qmix.engine.scheduler import Scheduler, Sequence, SlotAllocator
 from qmix.errors import UsageError
+from qmix.machine.rates import Rates
 from qmix.model.attention import ROW_ATTENTION
+from qmix.model.gpu.spread import spread_for
+from qmix.model.gpu.steps import NOT_ON_GPUS, Steps
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -81,20 +84,40 @@ class _Running:
 
 
 class BatchRunner(OpenModel):
-    """A model that continues up to `plan.batch` prompts at once, with `plan.batch * plan.context` tokens between them.
+    """A model that continues up to `plan.batch` prompts at once.
 
-    An answer does not depend on what else is computed. Close it, or use it as a context manager.
+    On the CPU they have `plan.batch * plan.context` tokens between them. On GPUs each has `plan.context`, and a pass is
+    a captured step of at most 32 tokens, those of prompts included. An answer does not depend on what else is computed.
+    Close it, or use it as a context manager.
     """
 
-    def __init__(self, store: Store, plan: Plan, on_load: OnProgress = ignore) -> None:
+    def __init__(
+        self, store: Store, plan: Plan, on_load: OnProgress = ignore, rates: Rates | None = None, kind: str = "cuda"
+    ) -> None:
+        """`rates` and `kind` are as Runner takes them. Raises UsageError for a plan with GPUs that no kernels serve."""
         self.plan, self.work, self._pace = plan, BatchCounters(), Pace(plan.prefill)
-        self.capacity = plan.batch * plan.context
-        self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
-        super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
+        dtype, spread = HALF[store.layout.dtype], spread_for(plan, rates or Rates(), kind)
+        self._steps: Steps | None = None
+        if spread is None:
+            self.capacity = plan.batch * plan.context
+            self._cache = KVCache(store.geometry, self.capacity, dtype, aligned=True)
+            super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
+        else:
+            self.capacity, homes = plan.context, [device.device for device in spread.layers]
+            self._cache = KVCache(store.geometry, plan.context, dtype, plan.batch, homes)
+            super().__init__(store, plan.slots_by_size, "sdpa", spread=spread, invariant=True, on_load=on_load)
+            self._steps = self.capture(spread, self._cache, captured_tokens(plan.batch))
+            if self._steps is None or self._steps.cpu_layers:
+                self.close()
+                raise UsageError(NOT_ON_GPUS)
         self._start_over()
 
     def _start_over(self) -> None:
-        self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
+        batch, context = self.plan.batch, self.plan.context
+        if self._steps is None:
+            self._scheduler = Scheduler(self.capacity, batch, PREFILL_CHUNK)
+        else:
+            self._scheduler = Scheduler(self.capacity, batch, self._steps.rows, SlotAllocator(batch, context))
         self._running: dict[Sequence, _Running] = {}
 
     def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
@@ -129,7 +152,8 @@ class BatchRunner(OpenModel):
     @torch.inference_mode()
     def _pass(self) -> list[BatchResult]:
         """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
-        self._scheduler.pass_tokens = self._pace.tokens([len(each.tokens) - each.done for each in self._running])
+        if self._steps is None:  # else a pass has the tokens of a captured step
+            self._scheduler.pass_tokens = self._pace.tokens([len(each.tokens) - each.done for each in self._running])
         chosen = self._scheduler.next_pass()
         chunks = [
             Chunk(
@@ -159,6 +183,8 @@ class BatchRunner(OpenModel):
 
     def forward(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
         """Return the logits [wanted chunks, V] of one pass."""
+        if self._steps is not None:
+            return self._steps.chunks(chunks)
         ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0) - 1
         wanted = ends[torch.tensor([chunk.wanted for chunk in chunks])]
         if ends[-1] < PREFILL_CHUNK:

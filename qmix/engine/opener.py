@@ -13,8 +13,11 @@ from qmix.engine.generation_config import model_generation_config
 from qmix.machine.found import give_back_freed_memory
 from qmix.machine.measured import widened_from
 from qmix.model.build import build_model
+from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import pin
 from qmix.model.gpu.spread import Spread
+from qmix.model.gpu.steps import Steps
+from qmix.model.kv import KVCache
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
@@ -68,6 +71,17 @@ class OpenModel:
             if self.pool.holds_all:
                 self.pool.fill(on_load)
             self._opened = opened.pop_all()
+
+    def capture(self, spread: Spread, cache: KVCache, tokens: int) -> Steps | None:
+        """Capture steps of up to `tokens` tokens over `cache`; None where there are no kernels for them."""
+        if spread.kernels is None:
+            return None
+        try:
+            self.model.steps = steps = make_steps(self.model, spread, cache, spread.kernels, tokens)
+        except BaseException:
+            self.close()
+            raise
+        return steps
 
     def __enter__(self: Self) -> Self:
         return self

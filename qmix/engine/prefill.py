@@ -98,10 +98,16 @@ def read_prompt(model: MixtralForCausalLM, cache: KVCache, tokens: Sequence[int]
 @contextmanager
 def known_chunk(model: MixtralForCausalLM, cache: KVCache, hidden: torch.Tensor) -> Iterator[None]:
     """Let the model's next forward, of the last chunk that the cache holds, return these hidden states [t, H]."""
-    whole = cache.get_seq_length()
+    whole, before = cache.get_seq_length(), vars(model.model).get("forward")
+
+    def restore() -> None:
+        if before is not None:  # on GPUs hooks have one there
+            model.model.forward = before
+        else:
+            del model.model.forward
 
     def forward(*arguments: object, **options: object) -> MoeModelOutputWithPast:
-        del model.model.forward
+        restore()
         _set_length(cache, whole)
         return MoeModelOutputWithPast(last_hidden_state=hidden[None], cache=cache)
 
@@ -110,8 +116,8 @@ def known_chunk(model: MixtralForCausalLM, cache: KVCache, hidden: torch.Tensor)
     try:
         yield
     finally:
-        if "forward" in vars(model.model):  # it was stopped before
-            del model.model.forward
+        if vars(model.model).get("forward") is forward:  # it was stopped before
+            restore()
 
 
 def _set_length(cache: KVCache, length: int) -> None:

@@ -38,6 +38,22 @@ class KVAllocator:
         self._free = joined
 
 
+class SlotAllocator:
+    """The free places of a KV cache that has as many positions for each sequence: `count` times `size`."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._size, self._free = size, list(range(count))
+
+    def take(self, size: int) -> int | None:
+        """Take a place for `size` positions; return its first position, or None where no place is free."""
+        assert size <= self._size
+        return self._free.pop(0) * self._size if self._free else None
+
+    def give_back(self, start: int, size: int) -> None:
+        """Make a place free again."""
+        insort(self._free, start // self._size)
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The `tokens` of a prompt and of its continuation, at most `limit` in all.
@@ -63,10 +79,11 @@ class Scheduler:
     before each pass.
     """
 
-    def __init__(self, capacity: int, batch: int, pass_tokens: int) -> None:
+    def __init__(self, capacity: int, batch: int, pass_tokens: int, slots: SlotAllocator | None = None) -> None:
+        """With `slots` every sequence has a place of its own, otherwise they share the positions."""
         assert 1 <= batch <= pass_tokens
         self.capacity, self.batch, self.pass_tokens = capacity, batch, pass_tokens
-        self._positions = KVAllocator(capacity)
+        self._positions = slots or KVAllocator(capacity)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 

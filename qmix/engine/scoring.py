@@ -26,6 +26,14 @@ class Score:
     greedy: bool
 
 
+def scores_of(part: Pass, logprobs: torch.Tensor, greedy: torch.Tensor) -> list[Score]:
+    """Return the score of each query of a pass from those of its predictions [P]."""
+    count, owners = int(part.queries[-1]) + 1, torch.from_numpy(part.queries)
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, owners, logprobs.double())
+    wrong = torch.zeros(count, dtype=torch.int64).index_add_(0, owners, (~greedy).long())
+    return [Score(total, misses == 0) for total, misses in zip(sums.tolist(), wrong.tolist(), strict=True)]
+
+
 class Scorer(OpenModel):
     """A model that scores passes of up to `plan.tokens` rows. Close it, or use it as a context manager."""
 
@@ -46,11 +54,7 @@ class Scorer(OpenModel):
     def _score(self, part: Pass, on_layer: Callable[[int], None]) -> list[Score]:
         streams = run_layers(self._weights, part, on_layer=on_layer)
         logprobs, greedy = self._predict(streams, torch.from_numpy(part.rows), torch.from_numpy(part.targets))
-        count = int(part.queries[-1]) + 1
-        owners = torch.from_numpy(part.queries)
-        sums = torch.zeros(count, dtype=torch.float64).index_add_(0, owners, logprobs.double())
-        wrong = torch.zeros(count, dtype=torch.int64).index_add_(0, owners, (~greedy).long())
-        return [Score(total, misses == 0) for total, misses in zip(sums.tolist(), wrong.tolist(), strict=True)]
+        return scores_of(part, logprobs, greedy)
 
     def _predict(
         self, streams: list[torch.Tensor], rows: torch.Tensor, targets: torch.Tensor

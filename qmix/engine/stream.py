@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,18 +21,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import GrowingCompletion, Piece, Result
-from qmix.engine.generation_config import decoding
+from qmix.engine.device_choice import plain_temperature
+from qmix.engine.generation_config import Decoding, decoding
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
 from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
+from qmix.model.gpu.prompt import read_on_gpus
 from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
 from qmix.pool.counters import PoolCounters
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
@@ -56,10 +58,11 @@ class Runner(OpenModel):
     ) -> None:
         """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs."""
         self.plan = plan
-        spread = spread_for(plan, rates or Rates(), kind)
+        self._spread = spread = spread_for(plan, rates or Rates(), kind)
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
         super().__init__(store, plan.slots_by_size, attention, spread=spread, on_load=on_load)
+        self._steps = self.capture(spread, self.cache, captured_tokens(plan.batch)) if spread else None
         self.encoder = PromptEncoder(self.tokenizer, plan.context, store.geometry.max_position)
         self._held: list[int] = []
 
@@ -145,7 +148,8 @@ class Runner(OpenModel):
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sampling.seed)
-                with self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt):
+                read = self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt)
+                with read, self._choosing(how, sampling, prompt):
                     self.model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
@@ -159,6 +163,12 @@ class Runner(OpenModel):
             self._note_held(prompt + streamer.completion.token_ids)
         streamer.send_text(streamer.completion.finish())
         send(Piece("", [], self._result(streamer, sampling.seed, before, reused)))
+
+    def _choosing(self, how: Decoding, sampling: Sampling, prompt: list[int]) -> AbstractContextManager[None]:
+        """Let a GPU choose the tokens, where it computes them and no option needs their logits."""
+        if self._steps is None or sampling.draft_ngram:
+            return nullcontext()
+        return self._steps.choosing(plain_temperature(self.model, how.config, prompt), sampling.seed)
 
     def _keep(self, prompt: list[int]) -> int:
         """Crop the cache to the tokens that it has in common with the prompt; return how many these are.
@@ -188,8 +198,14 @@ class Runner(OpenModel):
         if len(new) <= PREFILL_CHUNK or self.plan.prefill == PREFILL_CHUNK:
             yield
             return
-        with known_chunk(self.model, self.cache, read_prompt(self.model, self.cache, new, self.plan.prefill)):
+        with known_chunk(self.model, self.cache, self._read(new)):
             yield
+
+    def _read(self, tokens: list[int]) -> torch.Tensor:
+        """Put tokens behind those in the cache, layer by layer; return the last chunk's normed hidden states."""
+        if self._spread is not None:
+            return read_on_gpus(self.model, self._spread, self.cache, tokens, self.plan.prefill)
+        return read_prompt(self.model, self.cache, tokens, self.plan.prefill)
 
     @contextmanager
     def _prefilled(self, ids: torch.Tensor) -> Iterator[None]:
@@ -199,7 +215,7 @@ class Runner(OpenModel):
         """
         new = ids[0, self.cache.get_seq_length() : -1].tolist()
         if len(new) > PREFILL_CHUNK and self.plan.prefill > PREFILL_CHUNK:
-            read_prompt(self.model, self.cache, new, self.plan.prefill)
+            self._read(new)
         for chunk in ids[:, self.cache.get_seq_length() : -1].split(PREFILL_CHUNK, dim=1):
             if chunk.shape[1]:
                 self.model.model(chunk, cache=self.cache, use_cache=True)

@@ -11,6 +11,7 @@ from qmix.engine.passes import TOKEN_BYTES, Query, spans
 from qmix.errors import DoesNotFitError
 from qmix.evaluate.prompt import Prompt
 from qmix.machine.found import default_budget, own_memory
+from qmix.machine.rates import Machine
 from qmix.plan import Plan
 from qmix.plan.batching import plan_lines
 from qmix.plan.scoring import ScoringPlan, does_not_fit, plan_scoring
@@ -27,12 +28,16 @@ SLACK_SHARE, SLACK_BYTES = 0.03, 2**23
 
 @dataclass(slots=True)
 class Budget:
-    """A memory budget for a store of this layout. `base` is this process's memory, in bytes, before it loaded tasks."""
+    """A memory budget for a store of this layout. `base` is this process's memory, in bytes, before it loaded tasks.
+
+    `gpus` is a machine whose GPUs take part.
+    """
 
     layout: StoreLayout
     ram: int | None
     batch_tokens: int | None
     base: int
+    gpus: Machine | None = None
     _beside: int | None = None
 
     @property
@@ -46,6 +51,10 @@ class Budget:
         """Return the plan for sorted queries. Raises DoesNotFitError."""
         return self._scoring(queries, self.ram, self.held)
 
+    def gpu_scoring_plan(self, queries: Sequence[Query]) -> Plan:
+        """Return the plan for scoring queries on the GPUs. Raises DoesNotFitError."""
+        return self._scoring_on_gpus(queries, self.ram, self.held)
+
     def lines_plan(self, prompts: Sequence[Prompt]) -> Plan:
         """Return the plan for prompts. Raises DoesNotFitError."""
         return self._lines(prompts, self.ram, self.held)
@@ -53,7 +62,8 @@ class Budget:
     def check(self, queries: Sequence[Query], prompts: Sequence[Prompt]) -> None:
         """Raise DoesNotFitError if the budget is too small for a request; the error names one that fits all."""
         plans: list[Callable[[int | None, int], object]] = []
-        plans += [partial(self._scoring, sorted(queries))] if queries else []
+        scoring = self._scoring if self.gpus is None else self._scoring_on_gpus
+        plans += [partial(scoring, sorted(queries))] if queries else []
         plans += [partial(self._lines, prompts)] if prompts else []
         try:
             for plan in plans:
@@ -69,8 +79,13 @@ class Budget:
         together = sum(span.rows for span in spans(queries, ALL))
         return plan_scoring(self.layout, longest, together, ram, held, self.batch_tokens)
 
+    def _scoring_on_gpus(self, queries: Sequence[Query], ram: int | None, held: int) -> Plan:
+        """Two sequences share captured steps of as many tokens as a batch has; scoring uses the first alone."""
+        longest = max(len(query.inputs) for query in queries) // TOKEN_BYTES
+        return plan_lines(self.layout, [longest, longest], ram, 2, held, gpus=self.gpus)
+
     def _lines(self, prompts: Sequence[Prompt], ram: int | None, held: int) -> Plan:
-        return plan_lines(self.layout, [prompt.needs for prompt in prompts], ram, None, held)
+        return plan_lines(self.layout, [prompt.needs for prompt in prompts], ram, None, held, gpus=self.gpus)
 
 
 class Checked(Exception):

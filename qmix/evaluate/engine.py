@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.gpu_scoring import GpuScorer
 from qmix.engine.passes import Query, make_pass, spans
 from qmix.engine.scoring import Score, Scorer
 from qmix.evaluate.budget import Budget
@@ -16,9 +18,12 @@ from qmix.evaluate.prompt import Prompt
 from qmix.evaluate.results import Results
 from qmix.geometry import Geometry
 from qmix.machine.found import peak_memory
+from qmix.machine.rates import Machine
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
+
+GPU_PASS = 2**11  # tokens after which progress is shown and results are kept, on GPUs
 
 
 @dataclass(slots=True)
@@ -53,7 +58,7 @@ OnWork = Callable[[Work], None]
 class StoreEngine:
     """A RequestEngine over a store under a memory budget.
 
-    `base` is this process's memory, in bytes, before it loaded tasks.
+    `base` is this process's memory, in bytes, before it loaded tasks. `gpus` is a machine whose GPUs take part.
     `loading` displays the reading of experts in advance and `showing` the work; each is entered when that starts.
     """
 
@@ -62,13 +67,14 @@ class StoreEngine:
     ram: int | None
     batch_tokens: int | None
     base: int
+    gpus: Machine | None = None
     loading: Callable[[], AbstractContextManager[OnProgress]] = lambda: nullcontext(ignore)
     showing: Callable[[], AbstractContextManager[OnWork]] = lambda: nullcontext(lambda work: None)
     work: Work = field(default_factory=Work)
     budget: Budget = field(init=False)
 
     def __post_init__(self) -> None:
-        self.budget = Budget(self.store.layout, self.ram, self.batch_tokens, self.base)
+        self.budget = Budget(self.store.layout, self.ram, self.batch_tokens, self.base, self.gpus)
 
     @property
     def geometry(self) -> Geometry:
@@ -113,11 +119,11 @@ class StoreEngine:
     def _score(self, missing: dict[bytes, Query]) -> None:
         pairs = sorted((query, key) for key, query in missing.items())
         queries, keys = [query for query, _ in pairs], [key for _, key in pairs]
-        plan = self.budget.scoring_plan(queries)
-        parts = spans(queries, plan.tokens)
+        open_scorer, tokens = self._scorer(queries)
+        parts = spans(queries, tokens)
         self.work.tokens_left = sum(part.rows for part in parts)
         with self.loading() as on_load:
-            scorer = Scorer(self.store, plan, on_load)
+            scorer = open_scorer(on_load)
         with scorer, self.showing() as on_work:
             clock = _Clock(self.work, scorer.pool, on_work)
             for part in parts:
@@ -126,13 +132,22 @@ class StoreEngine:
                 self.results.add({key: [score.logprob, score.greedy] for key, score in found})
                 clock.finished(len(scores))
 
+    def _scorer(self, queries: list[Query]) -> tuple[Callable[[OnProgress], Scorer | GpuScorer], int]:
+        """Return a function that opens a scorer, and the tokens of its passes."""
+        if self.gpus is None:
+            plan = self.budget.scoring_plan(queries)
+            return partial(Scorer, self.store, plan), plan.tokens
+        on_gpus = self.budget.gpu_scoring_plan(queries)
+        rates = self.gpus.speeds
+        return (lambda on_load: GpuScorer(self.store, on_gpus, on_load, rates)), max(on_gpus.context, GPU_PASS)
+
     def _generate(self, missing: dict[bytes, Prompt]) -> None:
         needs = {key: prompt.needs for key, prompt in missing.items()}
         plan = self.budget.lines_plan(list(missing.values()))
         requests = (BatchRequest(key.hex(), prompt.tokens, prompt.sampling) for key, prompt in missing.items())
         self.work.tokens_left = sum(needs.values())
         with self.loading() as on_load:
-            runner = BatchRunner(self.store, plan, on_load)
+            runner = BatchRunner(self.store, plan, on_load, self.gpus.speeds if self.gpus else None)
         with runner, self.showing() as on_work:
             clock, before = _Clock(self.work, runner.pool, on_work), 0
             for finished in runner.answer(requests):

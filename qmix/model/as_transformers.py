@@ -6,8 +6,9 @@ here, because experts are not parameters: they count and save experts too, or re
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import transformers
@@ -17,14 +18,31 @@ from qmix.model.refusals import Convert, PoolExperts, refuse
 from qmix.pool.protocol import Pool, refuse_copy
 
 
+class StepForward(Protocol):
+    """Serves some of a model's forwards in transformers' place."""
+
+    def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> Any:
+        """Return the output for these arguments; None to leave them to transformers."""
+
+
 class MixtralForCausalLM(transformers.MixtralForCausalLM):
     """A loaded model. It has the name of transformers' class, because losses and pipelines go by a class's name.
 
-    `parameters()` are the dense weights: attention, norms, routers, embeddings and head.
+    `parameters()` are the dense weights: attention, norms, routers, embeddings and head. With `steps` a forward of a
+    few tokens runs as captured launches, and calls no submodule.
     """
 
     pool: Pool
+    steps: StepForward | None = None
     _can_compile_fullgraph = False
+
+    @wraps(transformers.MixtralForCausalLM.forward)
+    def forward(self, input_ids: torch.Tensor | None = None, *arguments: Any, **options: Any) -> Any:
+        if self.steps is not None and not arguments:
+            found = self.steps.forward(input_ids, options)
+            if found is not None:
+                return found
+        return super().forward(input_ids, *arguments, **options)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of weights, experts included; experts are never trainable."""

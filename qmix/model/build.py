@@ -28,7 +28,7 @@ from qmix.model.dense import read_dense
 from qmix.model.experts import PooledExperts
 from qmix.model.gpu.devices import download
 from qmix.model.gpu.spread import Spread
-from qmix.model.invariant import make_invariant
+from qmix.model.invariant import make_invariant, row_by_row
 from qmix.pool.prefetch import EMBEDDING, Prefetcher
 from qmix.pool.protocol import Pool
 from qmix.precision.dense import use_half_linear
@@ -54,7 +54,8 @@ def build_model(store: Store, pool: Pool, attention: str = "sdpa", spread: Sprea
     """Return the model in half precision with its experts in the pool; ready to use, gradients off.
 
     Over an `invariant` pool the whole model is invariant: a token's numbers depend on its own sequence alone. With
-    `spread` the model lies on several devices. `attention` is the name of a function registered with transformers.
+    `spread` the model lies on several devices; then only captured steps are invariant. `attention` is the name of a
+    function registered with transformers.
     Raises StoreError where a dense weight is damaged.
     """
     model = empty_model(store, attention)
@@ -135,13 +136,13 @@ def load_weights(
         set_module_tensor_to_device(model, module_name(name), value.device, value=value, dtype=value.dtype)
     if store.geometry.tie_embeddings:
         model.tie_weights()
-    if pool.invariant:
+    if pool.invariant and spread is None:
         make_invariant(model)
     elif uses_kernels(store.geometry):
         use_half_linear(model)
         use_one_token_layers(model)
     if spread is not None:
-        spread.put_experts(model, pool, activation)
+        spread.put_experts(model, pool, row_by_row(activation) if pool.invariant else activation)
         spread.connect(model)
     model.lm_head.register_forward_pre_hook(_natural_strides)
     if not pool.holds_all:

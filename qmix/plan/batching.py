@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.machine.found import default_budget, interpreter_memory
+from qmix.machine.rates import Machine
 from qmix.plan.make import make_plan
-from qmix.plan.memory import MAX_BATCH
+from qmix.plan.memory import CUDA_CONTEXT_BYTES, FEW_TOKENS, MAX_BATCH
 from qmix.plan.plan import Plan
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
@@ -23,14 +24,16 @@ DISK_COST = 10.0  # a byte from disk, in bytes from memory: 3 to 4 GB/s against 
 TOKEN_COST = 0.2  # an expert's product for one more token, in readings of the expert from memory
 
 
-def choose_plan(geometry: Geometry, needs: Sequence[int], plan_of: Callable[[int, int], Plan]) -> Plan:
+def choose_plan(
+    geometry: Geometry, needs: Sequence[int], plan_of: Callable[[int, int], Plan], most: int | None = None
+) -> Plan:
     """Return the plan with the least cost a token, for lines that need `needs` tokens of context.
 
-    `plan_of` makes a plan from a batch and the context of each of its sequences, or raises DoesNotFitError. Raises
-    DoesNotFitError where even one sequence does not fit.
+    At most `most` sequences go together. `plan_of` makes a plan from a batch and the context of each of its sequences,
+    or raises DoesNotFitError. Raises DoesNotFitError where even one sequence does not fit.
     """
     plans = [plan_of(1, max(needs))]
-    for batch in _candidates(len(needs)):
+    for batch in _candidates(most or len(needs)):
         try:
             plans.append(plan_of(batch, context_of(needs, batch)))
         except DoesNotFitError:
@@ -45,21 +48,28 @@ def plan_lines(
     batch: int | None = None,
     held: int = 0,
     use: ExpertFrequency | None = None,
+    gpus: Machine | None = None,
 ) -> Plan:
     """Return the plan of a store on this machine for lines that need `needs` tokens.
 
     `batch` sequences go together, as many as are best if None. `held` are bytes that the caller takes besides, `use` is
-    how often each expert is used. Raises DoesNotFitError.
+    how often each expert is used. `gpus` is a machine whose GPUs take part: up to 32 sequences go together there, and
+    each has room for the longest line. Raises DoesNotFitError.
     """
     budget, own = default_budget() if ram is None else ram, interpreter_memory(kernels=True) + held
+    on = gpus if gpus is not None and gpus.gpus else None
+    most = len(needs) if on is None else min(len(needs), FEW_TOKENS)
 
     def plan_of(count: int, context: int) -> Plan:
-        return make_plan(layout, budget, context, own, batch=count, use=use)
+        if on is None:
+            return make_plan(layout, budget, context, own, batch=count, use=use)
+        cuda, rates = on.cuda or CUDA_CONTEXT_BYTES, on.speeds
+        return make_plan(layout, budget, max(needs), own, batch=count, use=use, gpus=on.gpus, rates=rates, cuda=cuda)
 
     if batch is not None:
-        together = min(batch, len(needs))
+        together = min(batch, most)
         return plan_of(together, context_of(needs, together))
-    return choose_plan(layout.geometry, needs, plan_of)
+    return choose_plan(layout.geometry, needs, plan_of, most)
 
 
 def context_of(needs: Sequence[int], batch: int) -> int:

@@ -13,7 +13,14 @@ from itertools import accumulate
 from typing import Any
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.plan.memory import device_record_bytes, layer_kv_bytes, step_tokens
+from qmix.plan.memory import (
+    DEVICE_PREFILL_SHARE,
+    PREFILL_CHUNK,
+    device_record_bytes,
+    layer_kv_bytes,
+    prefill_tokens,
+    step_tokens,
+)
 from qmix.plan.plan import DevicePlan
 from qmix.store.expert_frequency import ExpertFrequency, by_frequency
 from qmix.store.layout import StoreLayout
@@ -37,6 +44,12 @@ class Demand:
     def chunk(self) -> int:
         """The most tokens of one step."""
         return step_tokens(self.context, self.batch)
+
+    def device_prefill(self, budget: int) -> int:
+        """Return how many tokens of a prompt go through a layer together on a GPU, if all layers are on GPUs."""
+        if self.batch > 1:
+            return PREFILL_CHUNK
+        return prefill_tokens(self.geometry, self.context, int(budget * DEVICE_PREFILL_SHARE))
 
     @cached_property
     def layer_dense(self) -> int:

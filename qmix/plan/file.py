@@ -87,10 +87,8 @@ class PlanFile:
             raise UsageError(f"{self.path}: is a plan of {name}, a model of other sizes than this one; {AGAIN}")
         if (self.model.precisions, self.model.dtype) != (layout.precisions, layout.dtype):
             raise UsageError(f"{self.path}: is a plan of {name} in another precision than this store's; {AGAIN}")
-        if (
-            prefill_bytes(layout.geometry, self.plan.context, self.plan.prefill, self.plan.batch)
-            > self.plan.prefill_work
-        ):
+        prefill = prefill_bytes(layout.geometry, self.plan.context, self.plan.prefill, self.plan.batch)
+        if not self.plan.devices and prefill > self.plan.prefill_work:
             raise UsageError(f"{self.path}: damaged: prefill_work; {AGAIN}")
         if known and fingerprint and known != fingerprint:
             raise UsageError(f"{self.path}: is a plan of {name}, whose weights are not this model's; {AGAIN}")

@@ -64,8 +64,9 @@ def make_plan(
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
     parts = host.parts(found.cpu_layers)
-    prefill = PREFILL_CHUNK if found.holdings else host.prefill(found.slots)
-    prefill_work = prefill_bytes(layout.geometry, context, prefill, batch)
+    prefill = _device_prefill(found, gpus) if found.holdings else host.prefill(found.slots)
+    # a GPU's work is its own
+    prefill_work = 0 if found.holdings else prefill_bytes(layout.geometry, context, prefill, batch)
     parts["work"] += prefill_work
     if not found.cpu_layers and not found.elsewhere:  # the host only chooses the next token
         parts["work"] = sampling_bytes(layout.geometry, batch)
@@ -84,6 +85,11 @@ def make_plan(
         prefill=prefill,
         prefill_work=prefill_work,
     )
+
+
+def _device_prefill(found: Arrangement, gpus: Sequence[int]) -> int:
+    """Return how many tokens of a prompt go through a layer together: a chunk where some layers are on the CPU."""
+    return PREFILL_CHUNK if found.cpu_layers else min(map(found.demand.device_prefill, gpus))
 
 
 def _classes(found: Arrangement) -> tuple[SlotClass, ...]:

@@ -13,6 +13,7 @@ from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.errors import DoesNotFitError, arg
 from qmix.geometry import HALF_BYTES, Geometry
+from qmix.kernels.gpu.shapes import FEW_TOKENS, attention_splits, down_splits
 from qmix.precision.formats import FOUR_BITS
 from qmix.precision.record import record_layout
 from qmix.store.layout import StoreLayout
@@ -22,13 +23,11 @@ from qmix.units import format_bytes
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
 MOST_PREFILL = 8192  # tokens of prompts that go through a layer before the next layer
 PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
+DEVICE_PREFILL_SHARE = 1 / 128  # of a GPU's budget, for the same
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
-FEW_TOKENS = 32  # tokens of the longest captured step; longer ones are prefill
 LEAST_STEP = 8  # tokens that a captured step has room for in every plan: the next one and a draft
-ATTENTION_SPLIT = 256  # positions of the cache in one partial sum of a captured step's attention
-DOWN_SPLITS = 4  # partial sums of a captured step's last expert matrix
 DEQUANTISED_AT_ONCE = 2**21  # weights that are dequantised by torch's own operations at once
 ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
 
@@ -162,8 +161,11 @@ def dequantised_bytes(geometry: Geometry, precisions: Iterable[str]) -> int:
 
 
 def captured_tokens(batch: int) -> int:
-    """Return the tokens that the buffers of captured steps have room for, with `batch` sequences."""
-    return min(FEW_TOKENS, max(LEAST_STEP, batch))
+    """Return the tokens that the buffers of captured steps have room for, with `batch` sequences.
+
+    A batch reads its prompts in such steps, too.
+    """
+    return FEW_TOKENS if batch > 1 else LEAST_STEP
 
 
 def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool = True) -> int:
@@ -177,9 +179,9 @@ def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool 
     hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
     q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
     rows = tokens * (3 * hidden + 2 * q_rows + 2 * kv_rows) * HALF_BYTES
-    splits = math.ceil(context / ATTENTION_SPLIT)
-    sums = tokens * geometry.num_heads * splits * (geometry.head_dim + 2) * 4
-    experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES + DOWN_SPLITS * pairs * hidden * 4
+    sums = tokens * geometry.num_heads * attention_splits(context) * (geometry.head_dim + 2) * 4
+    experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES
+    experts += down_splits(geometry.intermediate_size) * pairs * hidden * 4
     routing = pairs * (8 + 4) + geometry.num_records * 8  # ids and weights; the records' addresses
     rotary = context * geometry.head_dim * 4
     return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * 4 if last else 0)
@@ -206,20 +208,27 @@ def device_work_bytes(
     dtype: str = "bf16",
     last: bool = True,
     uploads: bool = True,
+    prefill: int = PREFILL_CHUNK,
 ) -> int:
     """Return the most that one step of `tokens` tokens of all sequences allocates on a GPU besides weights and cache.
 
     `precisions` are those of the experts that may be computed here, `last` says whether the head is here, `uploads`
-    whether experts of these layers lie elsewhere and may be copied for a step.
+    whether experts of these layers lie elsewhere and may be copied for a step. `prefill` tokens of a prompt may go
+    through a layer together: their stream and masks stay beside a chunk's attention, all that `prefill_bytes` counts
+    beside an expert's chunk.
     """
     precisions = tuple(precisions)
     kept = 3 * tokens * geometry.hidden_size * HALF_BYTES + tokens * context  # residual, normed, their sum; the mask
-    step = max(
-        _device_attention_bytes(geometry, tokens, context, attention, batch),
+    along = geometry.hidden_size * HALF_BYTES + context + 2 * geometry.head_dim * HALF_BYTES  # with rotary tables
+    attending = _device_attention_bytes(geometry, tokens, context, attention, batch)
+    mixing = max(
         *(_device_expert_bytes(geometry, tokens, precision) for precision in precisions),
         3 * tokens * geometry.hidden_size * 4,  # RMSNorm, in fp32
         batch * geometry.vocab_size * (HALF_BYTES + 4) if last else 0,
     )
+    if prefill > PREFILL_CHUNK:
+        attending, mixing = attending + prefill * along, mixing + prefill_bytes(geometry, context, prefill)
+    step = max(attending, mixing)
     fixed = dequantised_bytes(geometry, precisions) + (staging_bytes(geometry, precisions, dtype) if uploads else 0)
     fixed += step_buffer_bytes(geometry, captured_tokens(batch), context, last)
     return kept + step + fixed + LIBRARY_BYTES

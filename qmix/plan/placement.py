@@ -15,7 +15,12 @@ from itertools import accumulate, pairwise
 
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
-from qmix.plan.memory import CUDA_CONTEXT_BYTES, device_work_bytes, usable_device_bytes
+from qmix.plan.memory import (
+    CUDA_CONTEXT_BYTES,
+    PREFILL_CHUNK,
+    device_work_bytes,
+    usable_device_bytes,
+)
 from qmix.plan.plan import DevicePlan
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load
@@ -78,7 +83,9 @@ class _Holdings:
 
     def __init__(self, demand: Demand, gpus: Sequence[int], cuda: int) -> None:
         self.demand, self.gpus, self.cuda = demand, gpus, cuda
+        self.prefill = min(map(demand.device_prefill, gpus), default=PREFILL_CHUNK)
         self._found: dict[tuple[int, int, int], Holding | None] = {}
+        self._works: dict[tuple[bool, bool], int] = {}
         self._runs: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
     def of(self, cut: Cut) -> tuple[Holding, ...] | None:
@@ -97,7 +104,7 @@ class _Holdings:
         demand, budget = self.demand, self.gpus[gpu]
         dense, cache = demand.dense_of(first, last), demand.layer_kv * (last - first)
         for uploads in (False, True):  # no record is copied where all experts are residents
-            work = self._work(last, uploads)
+            work = self._work(last == demand.geometry.num_layers, uploads)
             room = usable_device_bytes(budget, self.cuda) - dense - cache - work
             if room < 0:
                 continue
@@ -120,16 +127,20 @@ class _Holdings:
             self._runs[first, last] = ranks, taken
         return self._runs[first, last]
 
-    def _work(self, last: int, uploads: bool) -> int:
-        demand = self.demand
-        return device_work_bytes(
-            demand.geometry,
-            demand.chunk,
-            demand.context,
-            demand.attention,
-            demand.batch,
-            precisions=tuple(demand.layout.records),
-            dtype=demand.layout.dtype,
-            last=last == demand.geometry.num_layers,
-            uploads=uploads,
-        )
+    def _work(self, ends: bool, uploads: bool) -> int:
+        """Return the work space of a GPU, with the head where the layers end there."""
+        if (ends, uploads) not in self._works:
+            demand = self.demand
+            self._works[ends, uploads] = device_work_bytes(
+                demand.geometry,
+                demand.chunk,
+                demand.context,
+                demand.attention,
+                demand.batch,
+                precisions=tuple(demand.layout.records),
+                dtype=demand.layout.dtype,
+                last=ends,
+                uploads=uploads,
+                prefill=self.prefill,
+            )
+        return self._works[ends, uploads]

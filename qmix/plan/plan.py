@@ -46,7 +46,7 @@ class Plan:
     head with the last. `placement` is [layer][expert]: "gpu:0" for a resident, which stays there, "ram" or "disk" for
     where each other expert is at the start; use decides which of them the pool holds later. `slot_classes` are the
     pool's slots, one class for each size of record. `prefill` is how many tokens of prompts go through a layer
-    together, and `prefill_work` the part of `work` that more than one chunk takes.
+    together, and `prefill_work` the part of the host's `work` that more than one chunk takes.
     """
 
     ram: int

@@ -154,6 +154,10 @@ class ExpertPool:
         finally:
             self._release(reading)
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Return whether a record is in memory."""
+        return (layer, expert) in self._resident
+
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """Return the bytes, uint8, of a record in memory."""
         return self._slots.bytes(self._resident[layer, expert])
@@ -173,7 +177,7 @@ class ExpertPool:
 
         Experts in memory come one by one as long as others wait for a slot: a slot that is done with takes the next.
         """
-        self._check_running()
+        self.check_running()
         self.layer = layer
         keys = [(layer, expert) for expert in experts]
         for key in [key for key in self._ahead if key[0] == layer and key not in keys]:
@@ -186,12 +190,13 @@ class ExpertPool:
 
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read, while `layer` computes, experts that later layers will probably need, soonest first."""
-        self._check_running()
+        self.check_running()
         self._collect()
         self._coming = frozenset(coming)
         self._read_ahead(layer, coming, set())
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
+        """Raise Cancelled after a request to stop, and UsageError after `close`."""
         if self.closed:
             raise UsageError("this runner is closed; load the model again")
         if self.cancelled:

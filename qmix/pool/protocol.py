@@ -42,6 +42,12 @@ class Pool(Protocol):
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read experts that later layers will probably need, soonest first."""
 
+    def check_running(self) -> None:
+        """Raise Cancelled after a request to stop, and UsageError after the pool was closed."""
+
+    def holds(self, layer: int, expert: int) -> bool:
+        """Return whether a record is in memory."""
+
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """Return the bytes, uint8, of a record in memory."""
 

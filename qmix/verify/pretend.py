@@ -44,6 +44,12 @@ class PretendPool:
         self.holds_all = all_have_slots(store.layout, slots, elsewhere)
         self._computes = PretendExpert(store.geometry.intermediate_size)
 
+    def check_running(self) -> None:
+        pass
+
+    def holds(self, layer: int, expert: int) -> bool:
+        return True
+
     def record(self, layer: int, expert: int) -> torch.Tensor:
         return self.memory[: self.store.layout.record(layer, expert).nbytes]
 
@@ -116,6 +122,15 @@ class GivenIndex:
             real = func(*(arg.values if isinstance(arg, GivenIndex) else arg for arg in args), **(kwargs or {}))
             numbers = [tensor.tolist() for tensor in real]
         return tuple(map(torch.tensor, numbers))
+
+
+def read_routing(layer: int, choose: Choose) -> Callable[[Any], list[list[int]]]:
+    """Return a function that reads a router's choice: the one given by `given_routing`, or one for fake numbers."""
+
+    def read(index: Any) -> list[list[int]]:
+        return index.tolist() if isinstance(index, GivenIndex) else choose(layer, len(index))
+
+    return read
 
 
 def given_routing(layer: int, choose: Choose) -> Callable[..., Any]:

@@ -22,16 +22,21 @@ from qmix.geometry import CONFIG_KEYS, Geometry
 from qmix.machine.rates import Rates
 from qmix.model.build import empty_model, load_weights
 from qmix.model.dense import dense_memory, typed
+from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts
+from qmix.model.gpu.kernels import takes
+from qmix.model.gpu.prompt import read_on_gpus
 from qmix.model.gpu.spread import spread_for
+from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import Store
 from qmix.verify import pretend
 from qmix.verify.alive import AliveBytes
+from qmix.verify.pretend_kernels import PretendKernels
 
 NEVER = 1e-9  # FLOP/s of a processor that is never preferred
 TOLERANCE = 0.03  # share of the planned bytes by which the bytes found may differ
@@ -88,6 +93,8 @@ class Rehearsal:
         self.model: MixtralForCausalLM = empty_model(self.store, attention)
         self.spread = spread_for(plan, rates, kind)
         self.bytes = AliveBytes()
+        self.kind = kind
+        self.steps: Steps | None = None
         self.pool: pretend.PretendPool
         self.cache: KVCache
 
@@ -104,6 +111,26 @@ class Rehearsal:
         dtype, sizes = HALF[self.layout.dtype], (self.plan.context, self.plan.batch)
         self.cache = KVCache(self.layout.geometry, sizes[0], dtype, sizes[1], homes, allocate=pretend.allocate)
 
+    def capture(self, choose: pretend.Choose) -> None:
+        """Make the captured steps as a run does, over shape functions on pretend devices."""
+        if self.spread is None or not takes(self.layout, self.plan.context, self.model.config):
+            return
+        kernels = PretendKernels() if self.kind == pretend.KIND else self.spread.kernels
+        if kernels is None:
+            return
+        for index, layer in enumerate(self.model.model.layers):
+            if isinstance(layer.mlp.experts, DeviceExperts):
+                layer.mlp.experts.read_routing = pretend.read_routing(index, choose)
+        self.steps = make_steps(self.model, self.spread, self.cache, kernels, captured_tokens(self.plan.batch))
+
+    def captured_step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
+        """Run one captured step of `tokens` tokens of a sequence after `before` cached ones, if there is one."""
+        if self.steps is None:
+            return
+        self._set_length(before)
+        with torch.no_grad(), self._routed(choose):
+            self.steps.step([0] * tokens, before)
+
     def prefer(self, rates: Rates) -> None:
         """Set the rates that decide whether experts in main memory are copied or computed on the CPU."""
         for layer in self.model.model.layers:
@@ -112,18 +139,35 @@ class Rehearsal:
 
     def step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
         """Run one step of `tokens` tokens of each sequence, after `before` cached ones."""
+        self._set_length(before)
+        ids = torch.zeros((self.plan.batch, tokens), dtype=torch.int64)
+        mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
+        with torch.no_grad(), self._routed(choose):
+            logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
+
+    def prompt(self, choose: pretend.Choose) -> None:
+        """Read as many tokens as go through a layer together, where these are more than a chunk."""
+        if self.spread is None or self.plan.prefill == PREFILL_CHUNK:
+            return
+        self._set_length(0)
+        tokens = [0] * min(self.plan.prefill, self.plan.context)
+        with torch.no_grad(), self._routed(choose):
+            read_on_gpus(self.model, self.spread, self.cache, tokens, self.plan.prefill)
+
+    def _set_length(self, length: int) -> None:
+        for layer in self.cache.layers:
+            layer.length = length
+
+    @contextmanager
+    def _routed(self, choose: pretend.Choose) -> Iterator[None]:
+        """Give transformers' routers their choice, because fake numbers have no order."""
         hooks = [
             layer.mlp.gate.register_forward_hook(pretend.given_routing(index, choose))
             for index, layer in enumerate(self.model.model.layers)
         ]
-        for layer in self.cache.layers:
-            layer.length = before
-        ids = torch.zeros((self.plan.batch, tokens), dtype=torch.int64)
-        mask = torch.ones((self.plan.batch, before + tokens), dtype=torch.int64)
         try:
-            with torch.no_grad():
-                logits = self.model(ids, attention_mask=mask, cache=self.cache, use_cache=True, logits_to_keep=1).logits
-            logits[:, -1].to(torch.float32, copy=True).to(HOST)  # as transformers' generate takes them
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -196,11 +240,15 @@ def rehearse(made: Rehearsal) -> None:
     plan, geometry = made.plan, made.layout.geometry
     tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
     before, even = plan.context - 1 - tokens, _spread_out(geometry)
+    made.capture(even)
+    for few in (1, min(captured_tokens(plan.batch), tokens)):
+        made.captured_step(few, plan.context - few, even)
     made.step(tokens, before, even)
     made.step(1, plan.context - 1, even)
     for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):
         made.prefer(way)
         made.step(tokens, before, _together(plan, geometry.experts_per_token))
+        made.prompt(_together(plan, geometry.experts_per_token))
 
 
 def _spread_out(geometry: Geometry) -> pretend.Choose:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qmix.machine.rates import Rates
-from qmix.model.gpu.copy_or_compute import ExpertSize, copy_seconds, copying_pays, host_seconds
+from qmix.model.gpu.copy_or_compute import ExpertSize, copied_share, copy_seconds, copying_pays, host_seconds
 
 MIXTRAL = ExpertSize(record=160_000_000, weights=302_000_000, four_bit=True)
 RATES = Rates(memory_read=40e9, four_bit_read=32e9, matmul=1e12, pcie=16e9, gpu_memory=850e9, gpu_matmul=60.4e12)
@@ -38,3 +40,16 @@ def test_a_faster_link_never_speaks_against_copying(tokens, pcie):
     if copying_pays(MIXTRAL, tokens, 6144, slower):
         assert copy_seconds(MIXTRAL, tokens, faster) <= copy_seconds(MIXTRAL, tokens, slower)
         assert copying_pays(MIXTRAL, tokens, 0, faster)
+
+
+def test_the_share_that_is_copied_by_hand():
+    """CPU 10 a record, link 5, memory 20 a second: two experts side by side, as copying is half as fast."""
+    size = ExpertSize(record=10, weights=10, four_bit=True)
+    rates = Rates(four_bit_read=10.0, pcie=5.0, memory_read=20.0, matmul=1e9)
+    assert copied_share(size, [1], rates, 2) == 0  # 1 s on the CPU, 2 s by the link
+    assert copied_share(size, [1, 1], rates, 2) == 0  # 2 s either way
+    assert copied_share(size, [1, 1, 1], rates, 2) == 1  # 2 s instead of 3
+    assert copied_share(size, [1, 1, 1], replace(rates, memory_read=8.0), 2) == 0  # memory allows no more than 3.75 s
+    assert copied_share(size, [1, 1], replace(rates, pcie=30.0), 2) == 1  # 1 s; both copied: 0.67 s, memory 1 s
+    many = replace(rates, matmul=10.0)  # a token takes 2 s of arithmetic on the CPU
+    assert copied_share(size, [4, 1], many, 2) == 1

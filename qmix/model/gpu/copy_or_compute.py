@@ -46,3 +46,19 @@ def copy_seconds(size: ExpertSize, tokens: Sequence[int], rates: Rates) -> float
 def copying_pays(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Rates) -> bool:
     """Return True to copy a layer's experts to the GPU for this step; `tokens` has an entry for each of them."""
     return copy_seconds(size, tokens, rates) < host_seconds(size, tokens, hidden, rates)
+
+
+def copied_share(size: ExpertSize, tokens: Sequence[int], rates: Rates, most: int) -> int:
+    """Return how many of a layer's experts to copy, at most `most`, while the CPU computes the others.
+
+    `tokens` has an entry for each of them, descending: those with the most tokens are copied. Both ways read main
+    memory, and together no faster than it allows. Among equally fast shares the smallest is taken.
+    """
+    reading = size.record / (rates.four_bit_read if size.four_bit else rates.memory_read)
+    products = [max(reading, 2 * count * size.weights / rates.matmul) for count in tokens]
+
+    def seconds(copied: int) -> float:
+        both = len(tokens) * size.record / rates.memory_read if copied else 0.0
+        return max(copied * size.record / rates.pcie, sum(products[copied:]), both)
+
+    return min(range(min(most, len(tokens)) + 1), key=seconds)

@@ -11,22 +11,27 @@ on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
+from qmix.kernels.gpu.shapes import ExpertShape
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.model.gpu.devices import HOST, Device, Staged, Staging, download
-from qmix.model.gpu.matrices import DeviceExpert, code_values, device_expert, is_dequantised
+from qmix.model.gpu.kernels import expert_shapes
+from qmix.model.gpu.matrices import code_values, device_expert, is_dequantised
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
-from qmix.plan.memory import dequantised_bytes
+from qmix.plan.memory import PREFILL_CHUNK, STAGED_RECORDS, dequantised_bytes
 from qmix.pool.eviction import Key
 from qmix.pool.prefetch import Prefetcher
 from qmix.pool.protocol import Pool
 from qmix.precision.matmul import Expert
 from qmix.store.layout import StoreLayout
+
+MANY = PREFILL_CHUNK // 4  # tokens from which nearly every expert of the next layer will be needed
 
 
 def read_numbers(top_k_index: torch.Tensor) -> list[list[int]]:
@@ -63,26 +68,45 @@ class Rows:
         self.hidden, self.routing, self.top_k = hidden, routing, top_k
         self.pairs = device.upload(torch.tensor(routing.order)) if len(hidden) > 1 else None
 
-    def of_expert(self, expert: int) -> torch.Tensor:
-        """Return the rows of x that are routed to an expert."""
-        if self.pairs is None:
-            return self.hidden
-        return self.hidden[self.pairs[self.routing.spans[expert]] // self.top_k]
+    def pieces(self, expert: int) -> Iterator[slice]:
+        """Yield the parts of the order of pairs that are an expert's, at most a chunk of tokens each."""
+        span = self.routing.spans[expert]
+        for start in range(span.start, span.stop, PREFILL_CHUNK):
+            yield slice(start, min(start + PREFILL_CHUNK, span.stop))
 
-    def put(self, outputs: torch.Tensor, expert: int, result: torch.Tensor) -> None:
-        """Write an expert's results to their places in outputs [T * k, H]."""
+    def of(self, piece: slice) -> torch.Tensor:
+        """Return the rows of x of some pairs."""
+        return self.hidden if self.pairs is None else self.hidden[self.pairs[piece] // self.top_k]
+
+    def put(self, outputs: torch.Tensor, piece: slice, result: torch.Tensor) -> None:
+        """Write the results of some pairs to their places in outputs [T * k, H]."""
         if self.pairs is None:
-            outputs[self.routing.pairs(expert)[0]] = result[0]
+            outputs[self.routing.order[piece.start]] = result[0]
         else:
-            outputs.index_copy_(0, self.pairs[self.routing.spans[expert]], result)
+            outputs.index_copy_(0, self.pairs[piece], result)
+
+
+class KernelExpert:
+    """An expert on a GPU whose matrices are dequantised one after another by a kernel, into `buffer`."""
+
+    def __init__(self, kernels: Any, shape: ExpertShape, record: torch.Tensor, buffer: torch.Tensor) -> None:
+        self.kernels, self.shape, self.record, self.buffer = kernels, shape, record, buffer
+
+    def __call__(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """Return the expert's output [T, H] for x [T, H]; `activation` is SiLU wherever there are kernels."""
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            found: torch.Tensor = self.kernels.expert(self.shape, self.record, x.contiguous(), self.buffer)
+        return found
 
 
 class Loader:
     """A device's memory to multiply records with, which its layers share, and where needed staging buffers."""
 
-    def __init__(self, device: Device, pool: Pool, uploads: bool) -> None:
-        """With `uploads` some experts of the device's layers lie elsewhere."""
-        self.pool, self.layout = pool, pool.store.layout
+    def __init__(self, device: Device, pool: Pool, uploads: bool, kernels: Any = None) -> None:
+        """With `uploads` some experts of the device's layers lie elsewhere. `kernels` are the GPU's, if it has any."""
+        self.pool, self.layout, self.kernels = pool, pool.store.layout, kernels
+        self.shapes = expert_shapes(self.layout)
+        self.ahead: dict[Key, Staged] = {}  # copies that a coming layer will use, in the buffers' order
         geometry, half = self.layout.geometry, HALF[self.layout.dtype]
         self.staging = Staging(device, max(self.layout.record_counts)) if uploads else None
         self.sizes = {precision: expert_size(self.layout, precision) for precision in self.layout.records}
@@ -90,12 +114,20 @@ class Loader:
         self.values = code_values(self.layout.records, device.device)
 
     def copy(self, layer: int, expert: int) -> Staged:
-        """Begin to copy a record that the pool has in memory."""
+        """Begin to copy a record that the pool has in memory, unless that has begun already."""
         assert self.staging is not None
-        return self.staging.copy(self.pool.record(layer, expert))
+        return self.ahead.pop((layer, expert), None) or self.staging.copy(self.pool.record(layer, expert))
 
-    def expert(self, precision: str, record: torch.Tensor) -> DeviceExpert:
+    def begin(self, keys: Sequence[Key]) -> None:
+        """Begin to copy the first of these records, one to each buffer. They must stay in their slots."""
+        assert self.staging is not None
+        first = [key for key in keys[:STAGED_RECORDS] if self.pool.holds(*key)]
+        self.ahead = {key: self.staging.copy(self.pool.record(*key)) for key in first}
+
+    def expert(self, precision: str, record: torch.Tensor) -> Forward:
         """Return the expert of a record's bytes on the device; valid until the next call."""
+        if self.kernels is not None and is_dequantised(precision):
+            return KernelExpert(self.kernels, self.shapes[precision], record, self.memory)
         layout, shapes = self.layout.records[precision], self.layout.geometry.expert_matrices
         return device_expert(record, layout, shapes, self.memory, self.values.get(precision))
 
@@ -129,6 +161,7 @@ class DeviceExperts(PoolExperts):
         self.host, self.precisions = Device(HOST, torch.device(HOST)), pool.store.layout.precisions[layer]
         self.activation, self.loader, self.rates, self.read_routing = activation, loader, rates, read_routing
         self.prefetcher: Prefetcher | None = None
+        self.following: DeviceExperts | None = None  # the next layer's, where it shares the loader
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -136,14 +169,24 @@ class DeviceExperts(PoolExperts):
         """Compute [T, H] from tokens [T, H], and their experts and weights (fp32), both [T, k]."""
         if self.layer == 0:  # once a pass: it takes a microsecond
             self.check_caller()
-        tokens, top_k = top_k_index.shape
-        routing = TokensByExpert(self.read_routing(top_k_index))
+        return self.mix(hidden_states, self.read_routing(top_k_index), top_k_weights)
+
+    def mix(self, hidden_states: torch.Tensor, chosen: list[list[int]], weights: torch.Tensor) -> torch.Tensor:
+        """Compute the same for any number of tokens whose experts [T][k] are known to Python.
+
+        Each expert is copied once at most, and with more than a chunk of tokens always. These take no more work space
+        than a chunk beside the results.
+        """
+        tokens, top_k = weights.shape
+        routing = TokensByExpert(chosen)
         outputs = hidden_states.new_empty(tokens * top_k, hidden_states.shape[-1])
         away = [expert for expert in routing.spans if expert not in self.residents]
-        copying = bool(away) and self._copying_pays(away, routing)
+        # the host has work space for a chunk
+        copying = bool(away) and (tokens > PREFILL_CHUNK or self._copying_pays(away, routing))
         # x is downloaded before any work is queued on the GPU: the copy would wait for that work
         below = download(hidden_states) if away and not copying else hidden_states
-        records = self._records(list(routing.spans), away, below)
+        away.sort(key=lambda expert: (self.layer, expert) not in self.loader.ahead)  # in the buffers' order
+        records = self.records(list(routing.spans), away, below)
         rows = Rows(hidden_states, routing, top_k, self.device)
         for expert in routing.spans:
             if expert in self.residents:
@@ -152,16 +195,25 @@ class DeviceExperts(PoolExperts):
             self._on_device(records, rows, outputs)
         elif away:
             self._on_host(records, Rows(below, routing, top_k, self.host), outputs)
+        self.loader.ahead.clear()  # an expert without tokens; its buffer will be used for others
+        if copying and tokens > MANY and self.following is not None and not hidden_states.requires_grad:
+            self.loader.begin(self.following.elsewhere)
         # [T, 1, k] @ [T, k, H]
-        chosen = outputs.view(tokens, top_k, -1).float()
-        return torch.bmm(top_k_weights.unsqueeze(1), chosen).squeeze(1).to(hidden_states.dtype)
+        parts = zip(weights.split(PREFILL_CHUNK), outputs.view(tokens, top_k, -1).split(PREFILL_CHUNK), strict=True)
+        sums = [torch.bmm(w.unsqueeze(1), y.float()).squeeze(1).to(hidden_states.dtype) for w, y in parts]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    @property
+    def elsewhere(self) -> list[Key]:
+        """The experts of this layer that are not resident."""
+        return [(self.layer, expert) for expert in range(len(self.precisions)) if expert not in self.residents]
 
     def _copying_pays(self, away: Sequence[int], routing: TokensByExpert) -> bool:
         largest = max((self.loader.sizes[self.precisions[expert]] for expert in away), key=lambda size: size.record)
         tokens = [routing.count(expert) for expert in away]
         return copying_pays(largest, tokens, self.pool.store.geometry.hidden_size, self.rates)
 
-    def _records(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[tuple[int, Expert]]:
+    def records(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[tuple[int, Expert]]:
         """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
         if hidden.requires_grad:
             return one_by_one(self.pool, self.layer, away)
@@ -178,7 +230,7 @@ class DeviceExperts(PoolExperts):
         """Compute experts on the CPU, and upload all results together."""
         results, pairs = [], []
         for expert, forward in records:
-            results.append(self._run(expert, forward, rows))
+            results += [self._run(expert, forward, rows.of(piece)) for piece in rows.pieces(expert)]
             pairs += rows.routing.pairs(expert)
         outputs.index_copy_(0, self.device.upload(torch.tensor(pairs)), self.device.upload(torch.cat(results)))
 
@@ -200,11 +252,12 @@ class DeviceExperts(PoolExperts):
 
     def _compute(self, expert: int, record: torch.Tensor, rows: Rows, outputs: torch.Tensor) -> None:
         """Compute an expert whose record lies on the device."""
-        rows.put(outputs, expert, self._run(expert, self.loader.expert(self.precisions[expert], record), rows))
+        forward = self.loader.expert(self.precisions[expert], record)
+        for piece in rows.pieces(expert):
+            rows.put(outputs, piece, self._run(expert, forward, rows.of(piece)))
 
-    def _run(self, expert: int, forward: Forward, rows: Rows) -> torch.Tensor:
-        """Return an expert's results for its rows."""
-        x = rows.of_expert(expert)
+    def _run(self, expert: int, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        """Return an expert's results for some rows."""
         if x.requires_grad:
             forward = differentiable(forward, self.pool, (self.layer, expert))
         return forward(x, self.activation)

@@ -8,6 +8,7 @@ states cross where the device changes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qmix.errors import UsageError
 from qmix.machine.rates import Rates
 from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts, Loader, read_numbers
+from qmix.model.gpu.kernels import Kernels, find_kernels
 from qmix.plan import Plan
 from qmix.pool.eviction import Key
 from qmix.pool.protocol import Pool
@@ -38,6 +40,7 @@ class Spread:
         read_routing: Callable[[torch.Tensor], list[list[int]]] = read_numbers,
     ) -> None:
         self.plan, self.devices, self.rates, self.read_routing = plan, devices, rates, read_routing
+        self.kernels: Kernels | None = None  # those of the GPUs, once the model is known
         _check(plan)
 
     @property
@@ -60,13 +63,15 @@ class Spread:
         self, model: MixtralForCausalLM, pool: Pool, activation: Callable[[torch.Tensor], torch.Tensor]
     ) -> None:
         """Replace transformers' experts of layers on GPUs; residents are loaded through the pool."""
+        gpus = [device.device for device in dict.fromkeys(self.layers) if device.name != HOST]
+        self.kernels = find_kernels(pool.store.layout, self.plan.context, model.config, gpus)
         by_layer = self._load(pool)
         loaders: dict[str, Loader] = {}
         for index, (layer, device) in enumerate(zip(model.model.layers, self.layers, strict=True)):
             if device.name == HOST:
                 continue
             if device.name not in loaders:
-                loaders[device.name] = Loader(device, pool, self._uploads(device))
+                loaders[device.name] = Loader(device, pool, self._uploads(device), self.kernels)
             layer.mlp.experts = DeviceExperts(
                 index,
                 device,
@@ -77,6 +82,11 @@ class Spread:
                 self.rates,
                 self.read_routing,
             )
+
+        if pool.holds_all:  # records stay in their slots while they are copied
+            made = [layer.mlp.experts for layer in model.model.layers if isinstance(layer.mlp.experts, DeviceExperts)]
+            for before, after in pairwise(made):
+                before.following = after if after.loader is before.loader else None
 
     def _uploads(self, device: Device) -> bool:
         """Return True if some expert of the device's layers lies elsewhere."""

@@ -1,0 +1,20 @@
+"""Decide whether a GPU can choose the next token by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import GenerationConfig, MixtralForCausalLM
+from transformers.generation import TemperatureLogitsWarper
+
+from qmix.engine.generation_config import logits_processors
+
+
+def plain_temperature(model: MixtralForCausalLM, config: GenerationConfig, prompt: Sequence[int]) -> float | None:
+    """Return the temperature if nothing but it changes the logits after this prompt, 0 for greedy; otherwise None."""
+    processors = logits_processors(model, config, prompt)
+    if not config.do_sample:
+        return None if processors else 0.0
+    if all(isinstance(each, TemperatureLogitsWarper) for each in processors):
+        return 1.0 if config.temperature is None else float(config.temperature)
+    return None

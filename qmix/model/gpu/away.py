@@ -1,0 +1,98 @@
+"""Compute the experts of a layer that lie on no GPU, in a step of a few tokens.
+
+The CPU computes some while the copy engine carries others to the GPU, whose kernels compute them there. The shares
+follow from the machine's rates. A record that is being copied must stay in its slot, so copies are made only where
+every expert has a slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from qmix.kernels.gpu.shapes import ExpertShape
+from qmix.machine.rates import Rates
+from qmix.model.gpu.copy_or_compute import copied_share
+from qmix.model.gpu.experts import DeviceExperts
+from qmix.model.gpu.kernels import Kernels
+from qmix.pool.protocol import Pool
+from qmix.precision.matmul import Expert
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Main memory, pinned where there is CUDA, by which a GPU's step and the host exchange a layer's numbers.
+
+    From the GPU: ids [R, k] and the normed stream x [R, H]. To the GPU: results [R * k, H] of the CPU, and the
+    addresses [E] of experts that were copied, by shape. A layer's numbers are used before the next layer's come.
+    """
+
+    ids: torch.Tensor
+    x: torch.Tensor
+    results: torch.Tensor
+    staged: dict[ExpertShape, torch.Tensor]
+
+
+def may_copy(pool: Pool) -> bool:
+    """Return whether steps may copy experts: a record stays where it is, and nobody minds who computes it.
+
+    The share that is copied depends on the tokens of a step, and a result on who computed it by its last bits.
+    """
+    return pool.holds_all and not pool.invariant
+
+
+class AwayExperts:
+    """The experts of one layer that are not on its GPU."""
+
+    def __init__(self, experts: DeviceExperts, shapes: dict[str, ExpertShape], rates: Rates, kernels: Kernels) -> None:
+        self.experts, self.shapes, self.rates, self.kernels = experts, shapes, rates, kernels
+        self.layer, self.pool = experts.layer, experts.pool
+        self.staging = experts.loader.staging if may_copy(self.pool) else None
+
+    def compute(self, exchange: Exchange, tokens: int) -> AbstractContextManager[object]:
+        """Compute what the first `tokens` rows of the exchange ask for.
+
+        Work that reads the staging buffers is queued inside the returned context.
+        """
+        chosen = self.experts.read_routing(exchange.ids[:tokens])
+        pairs: dict[int, list[int]] = {}  # of each expert that is away
+        for place, expert in enumerate(expert for row in chosen for expert in row):
+            if expert >= 0 and expert not in self.experts.residents:
+                pairs.setdefault(expert, []).append(place)
+        for addresses in exchange.staged.values():
+            addresses.zero_()
+        copies = ExitStack()
+        copied = self._copied(pairs, exchange)
+        top_k = exchange.ids.shape[1]
+        for expert, forward in self._records(chosen, sorted(pairs, key=lambda each: each not in copied), exchange.x):
+            if expert in copied:
+                assert self.staging is not None
+                staged = self.staging.copy(self.pool.record(self.layer, expert))
+                address = self.kernels.address(staged.bytes)
+                exchange.staged[self.shapes[self.experts.precisions[expert]]][expert] = address
+                copies.enter_context(staged.in_use())
+            else:
+                rows = exchange.x[[pair // top_k for pair in pairs[expert]]]
+                exchange.results[pairs[expert]] = forward(rows, self.experts.activation)
+        return copies
+
+    def _copied(self, pairs: dict[int, list[int]], exchange: Exchange) -> frozenset[int]:
+        """Return the experts to copy, of those that the captured step can receive: the ones with the most tokens."""
+        shapes = {expert: self.shapes[self.experts.precisions[expert]] for expert in pairs}
+        if self.staging is None or not all(shape in exchange.staged for shape in shapes.values()):
+            return frozenset()
+        order = sorted(pairs, key=lambda expert: -len(pairs[expert]))
+        sizes = [self.experts.loader.sizes[self.experts.precisions[expert]] for expert in order]
+        largest = max(sizes, key=lambda size: size.record, default=None)
+        if largest is None:
+            return frozenset()
+        counts = [len(pairs[expert]) for expert in order]
+        return frozenset(order[: copied_share(largest, counts, self.rates, len(self.staging.buffers))])
+
+    def _records(self, chosen: list[list[int]], away: list[int], x: torch.Tensor) -> Iterator[tuple[int, Expert]]:
+        """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
+        used = sorted({expert for row in chosen for expert in row if expert >= 0})
+        return self.experts.records(used, away, x[: len(chosen)])

@@ -1,0 +1,91 @@
+"""Batches and scores by captured steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from places import KIND
+from spreads import spread_plan
+from stores import make_store
+
+from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.gpu_scoring import GpuScorer
+from qmix.engine.passes import Query, make_pass
+from qmix.engine.sampling import Sampling
+from qmix.engine.scheduler import SlotAllocator
+from qmix.engine.scoring import Scorer
+from qmix.errors import UsageError
+from qmix.plan.scoring import plan_scoring
+
+GREEDY = Sampling(max_new_tokens=2, temperature=0, ignore_eos=True)
+ONE = ["gpu:0", "gpu:0"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, tiny):
+    directory = tmp_path_factory.mktemp("batch")
+    checkpoint = make_checkpoint(directory / "checkpoint")
+    for path in tiny.glob("tokenizer*"):
+        (checkpoint / path.name).write_bytes(path.read_bytes())
+    return make_store(checkpoint, directory / "store", "nf4")
+
+
+def plan(store, residents, batch=2, homes=ONE):
+    return replace(spread_plan(store.layout, homes, residents, 8), batch=batch, context=32)
+
+
+def host_plan(store):
+    return replace(plan(store, set()), devices=(), layer_devices=("cpu",) * 2, placement=(("disk",) * 4,) * 2)
+
+
+def prompts(*lengths):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 96, (length,), generator=generator).tolist() for length in lengths]
+
+
+def answers(runner, lines):
+    requests = [BatchRequest(str(index), line, GREEDY) for index, line in enumerate(lines)]
+    done = {result.name: result.token_ids for results in runner.answer(requests) for result in results}
+    return [done[str(index)] for index in range(len(lines))]
+
+
+@pytest.mark.parametrize(
+    "residents", [pytest.param({0, 1, 2, 3}, marks=pytest.mark.slow), {1, 2}], ids=["resident", "hybrid"]
+)
+def test_answers_of_a_batch_on_a_gpu_are_the_cpus_and_each_lines_own(store, residents):
+    """Three lines on two places: the third comes when another has ended."""
+    lines = prompts(2, 3, 2)
+    with BatchRunner(store, host_plan(store)) as host:
+        want = answers(host, lines)
+    with BatchRunner(store, plan(store, residents), kind=KIND) as gpu:
+        assert answers(gpu, lines) == want
+        assert answers(gpu, lines[1:2]) == want[1:2]
+        assert gpu.work.passes < sum(map(len, lines))  # prompts go several tokens a pass
+
+
+@pytest.mark.slow
+def test_scores_on_a_gpu_are_the_cpus(store):
+    lines = prompts(6, 5)
+    lines[1][:3] = lines[0][:3]  # shared, and computed once
+    queries = sorted(Query.of(line[:-1], line[3:]) for line in lines)
+    with Scorer(store, plan_scoring(store.layout, 8, 16)) as host:
+        want = host.score(make_pass(queries))
+    with GpuScorer(store, plan(store, {0, 3}), kind=KIND) as gpu:
+        found = gpu.score(make_pass(queries))
+    assert [score.greedy for score in found] == [score.greedy for score in want]
+    assert [score.logprob for score in found] == pytest.approx([score.logprob for score in want], rel=0.01)
+
+
+def test_a_batch_whose_layers_lie_partly_on_the_cpu_is_refused_and_closed(store):
+    with pytest.raises(UsageError, match="only where all layers fit there"):
+        BatchRunner(store, plan(store, {0, 1, 2, 3}, homes=["cpu", "gpu:0"]), kind=KIND)
+
+
+def test_places_of_sequences_by_hand():
+    places = SlotAllocator(2, 10)
+    assert [places.take(10), places.take(3), places.take(1)] == [0, 10, None]
+    places.give_back(0, 10)
+    assert places.take(4) == 0
