@@ -26,7 +26,7 @@ from qmix.errors import UsageError
 from qmix.model.attention import ROW_ATTENTION
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK
+from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -35,13 +35,22 @@ from qmix.store.opened import Store
 class BatchRequest:
     """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
 
-    `logprobs` is how many of the likeliest tokens are told at each place, None for no log-probabilities.
+    `logprobs` is how many of the likeliest tokens are told at each place, None for no log-probabilities. With `echo`
+    they are told for the prompt's own tokens as well.
     """
 
     name: str
     prompt: abc.Sequence[int]
     sampling: Sampling
     logprobs: int | None = None
+    echo: bool = False
+
+
+OnToken = abc.Callable[[Chosen, str], None]
+
+
+def _ignore(chosen: Chosen, text: str) -> None:
+    """Take a token and the text that can be shown since, and do nothing."""
 
 
 @dataclass(slots=True)
@@ -61,7 +70,9 @@ class _Running:
     request: BatchRequest
     sampler: Sampler
     completion: GrowingCompletion
+    on_token: OnToken
     tokens: list[Chosen] = field(default_factory=list)
+    prompt: list[Chosen] = field(default_factory=list)
 
     def result(self) -> BatchResult:
         completion = self.completion
@@ -73,6 +84,8 @@ class _Running:
             prompt_tokens=completion.prompt_tokens,
             name=self.request.name,
             tokens=self.tokens,
+            prompt=self.prompt,
+            stop=completion.stop,
         )
 
 
@@ -87,9 +100,10 @@ class BatchRunner(OpenModel):
         self.capacity = plan.batch * plan.context
         self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
         super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
-        self._start_over()
+        self.start_over()
 
-    def _start_over(self) -> None:
+    def start_over(self) -> None:
+        """Forget all requests, as after a pass that failed."""
         self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
         self._running: dict[Sequence, _Running] = {}
 
@@ -106,21 +120,38 @@ class BatchRunner(OpenModel):
                     if (request := next(waiting, None)) is None:
                         more = False
                     else:
-                        self._begin(request)
+                        self.begin(request)
                 if self._running:
-                    yield self.thread.run(self._pass)
+                    yield self.step()
         finally:  # a caller that has had enough leaves nothing behind
-            self._start_over()
+            self.start_over()
 
-    def _begin(self, request: BatchRequest) -> None:
+    def begin(self, request: BatchRequest, on_token: OnToken = _ignore) -> Sequence:
+        """Take in a request, which joins the passes as there is room, and return what `drop` takes.
+
+        `on_token` receives each token in the compute thread. Raises UsageError where the prompt leaves no room.
+        """
         prompt = list(request.prompt)
         limit = min(len(prompt) + request.sampling.max_new_tokens, self.capacity + 1)
         if not prompt or limit <= len(prompt):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
         sequence = Sequence(prompt, limit)
         sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
-        self._running[sequence] = _Running(request, sampler, GrowingCompletion(prompt, sampler.decoding, self.decode))
+        completion = GrowingCompletion(prompt, sampler.decoding, self.decode)
+        self._running[sequence] = running = _Running(request, sampler, completion, on_token)
+        if request.echo and request.logprobs is not None:
+            running.prompt.append(Chosen(prompt[0]))
         self._scheduler.add(sequence)
+        return sequence
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a request between two passes; its room is free for others. Harmless when it has ended."""
+        if self._running.pop(sequence, None) is not None:
+            self._scheduler.drop(sequence)
+
+    def step(self) -> list[BatchResult]:
+        """Run one pass of the requests that were begun, and return the results that it finished."""
+        return self.thread.run(self._pass)
 
     @torch.inference_mode()
     def _pass(self) -> list[BatchResult]:
@@ -135,7 +166,9 @@ class BatchRunner(OpenModel):
             )
             for sequence, count in chosen
         ]
-        logits = self.forward(chunks)
+        hidden = self._hidden(chunks)
+        self._score_prompts(chosen, hidden)
+        logits = self._logits(chunks, hidden)
         for sequence, count in chosen:
             sequence.done += count
         ready = [sequence for sequence, _ in chosen if sequence.done == len(sequence.tokens)]
@@ -151,14 +184,35 @@ class BatchRunner(OpenModel):
 
     def forward(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
         """Return the logits [wanted chunks, V] of one pass."""
+        return self._logits(chunks, self._hidden(chunks))
+
+    def _hidden(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
+        """Return the last hidden states [T, H] of one pass."""
         self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
         ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        hidden = self.model.model(
+        states: torch.Tensor = self.model.model(
             ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
-        ).last_hidden_state[0]  # [T, H]
+        ).last_hidden_state[0]
+        return states
+
+    def _logits(self, chunks: abc.Sequence[Chunk], hidden: torch.Tensor) -> torch.Tensor:
         ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0) - 1
         wanted = ends[torch.tensor([chunk.wanted for chunk in chunks])]
         return self.model.lm_head(hidden[wanted]) if len(wanted) else hidden.new_empty(0, 0)
+
+    def _score_prompts(self, chosen: abc.Sequence[tuple[Sequence, int]], hidden: torch.Tensor) -> None:
+        """Add the log-probabilities of the prompt tokens after those of this pass, where they are requested."""
+        first = 0
+        for sequence, count in chosen:
+            answer = self._running[sequence]
+            prompt, rows = answer.request.prompt, hidden[first : first + count]
+            first += count
+            if answer.prompt and sequence.done < len(prompt):
+                following = prompt[sequence.done + 1 : sequence.done + 1 + count]
+                for start in range(0, len(following), HEAD_ROWS):
+                    targets = following[start : start + HEAD_ROWS]
+                    logits = self.model.lm_head(rows[start : start + len(targets)])
+                    answer.prompt += answer.sampler.scores(targets, logits.float())
 
     def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose a sequence's next token from logits [V] in fp32."""
@@ -168,4 +222,4 @@ class BatchRunner(OpenModel):
         self.work.new_tokens += 1
         sequence.tokens.append(chosen.token)
         answer.tokens.append(chosen)
-        answer.completion.add(chosen.token)
+        answer.on_token(chosen, answer.completion.add(chosen.token))

@@ -31,6 +31,11 @@ class GrowingCompletion:
         return self._scanner.stopped
 
     @property
+    def stop(self) -> str | None:
+        """The stop sequence that was found."""
+        return self._scanner.found
+
+    @property
     def text(self) -> str:
         """The text so far, without a stop sequence; all of it after `finish`."""
         return "".join(self._text)
@@ -73,10 +78,15 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult(Completion):
-    """The answer to the request of this `name`; `tokens` has the log-probabilities that were asked for."""
+    """The answer to the request of this `name`; `tokens` has the log-probabilities that were asked for.
+
+    `prompt` has those of the prompt's tokens where they were echoed. `stop` is the stop sequence that ended the text.
+    """
 
     name: str
     tokens: list[Chosen]
+    prompt: list[Chosen] = field(default_factory=list)
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,8 +52,12 @@ class Sampler:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
         else:
             token = int(scores.argmax())
-        if self.logprobs is None:
-            return Chosen(token)
+        return Chosen(token) if self.logprobs is None else self.scores([token], logits[None])[0]
+
+    def scores(self, tokens: Sequence[int], logits: torch.Tensor) -> list[Chosen]:
+        """Return given tokens with their log-probabilities, from logits [tokens, V] in fp32."""
         every = logits.log_softmax(-1)
-        best, ids = every.topk(min(self.logprobs, len(every)))
-        return Chosen(token, float(every[token]), tuple(zip(ids.tolist(), best.tolist(), strict=True)))
+        best, ids = every.topk(min(self.logprobs or 0, every.shape[-1]))
+        own = every.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        likeliest = (tuple(zip(*pair, strict=True)) for pair in zip(ids.tolist(), best.tolist(), strict=True))
+        return list(map(Chosen, tokens, own.tolist(), likeliest))

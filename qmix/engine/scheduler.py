@@ -83,6 +83,13 @@ class Scheduler:
         self._running.remove(sequence)
         self._positions.give_back(sequence.start, sequence.room)
 
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out, whether it has begun or waits."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self.finish(sequence)
+
     def next_pass(self) -> list[tuple[Sequence, int]]:
         """Return sequences, and how many of their tokens go through the model now."""
         self._admit()
