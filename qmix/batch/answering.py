@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from qmix.batch.forms import Forms
 from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchCounters, BatchRequest
+from qmix.engine.completion import BatchResult
 from qmix.machine.found import peak_memory
+from qmix.plan import Plan
+from qmix.pool.counters import PoolCounters
 
 REFUSED_AT_ONCE = 1000  # lines that are written together
 
@@ -79,6 +82,19 @@ class Summary:
         return {"schema": SCHEMA, **fields, "tok_s": self.rate}
 
 
+class Answerer(Protocol):
+    """What answers requests: a BatchRunner, or what shares one with others."""
+
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def work(self) -> BatchCounters: ...
+    @property
+    def counters(self) -> PoolCounters: ...
+
+    def answer(self, requests: Iterable[BatchRequest]) -> Iterator[list[BatchResult]]: ...
+
+
 class BatchRun:
     """Answers the lines of a job with a runner and writes the answers."""
 
@@ -101,7 +117,7 @@ class BatchRun:
             self.answers.append([self.forms.refused(name, reason) for name, reason in some])
             self._refused += len(some)
 
-    def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None]) -> Summary:
+    def run(self, runner: Answerer, on_pass: Callable[[Summary], None]) -> Summary:
         """Answer all lines; `on_pass` is called with a summary after each pass."""
         self._started = time.perf_counter()
         entries = dict(zip((entry.id for entry in self.job.entries), self.job.entries, strict=True))
@@ -120,9 +136,9 @@ class BatchRun:
         for entry in entries:
             yield self.asking.request(self.requests.line(entry))
 
-    def summary(self, runner: BatchRunner | None) -> Summary:
+    def summary(self, runner: Answerer | None) -> Summary:
         """Return the summary so far, without a runner where there was nothing to compute."""
-        work, counters = (runner.work, runner.pool.counters) if runner else (None, None)
+        work, counters = (runner.work, runner.counters) if runner else (None, None)
         return Summary(
             lines=len(self.requests.entries),
             answered=self._answered,

@@ -73,8 +73,7 @@ class Forms:
         else:
             choice["text"] = answer.text
         if line.logprobs is not None:
-            told = self._chat_logprobs if chat else self._logprobs
-            choice["logprobs"] = told(answer.tokens)
+            choice["logprobs"] = (chat_logprobs if chat else text_logprobs)(self.told, answer.tokens)
         count = len(answer.tokens)
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{mark}",
@@ -102,40 +101,54 @@ class Forms:
     def _mark(self, name: str) -> str:
         return hashlib.sha256(f"{self.run}:{name}".encode()).hexdigest()[:24]
 
-    def _chat_logprobs(self, tokens: list[Chosen]) -> dict[str, Any]:
-        content = []
-        for chosen in tokens:
-            likeliest = [self._told(token, logprob) for token, logprob in chosen.likeliest]
-            assert chosen.logprob is not None
-            content.append(self._told(chosen.token, chosen.logprob) | {"top_logprobs": likeliest})
-        return {"content": content}
 
-    def _told(self, token: int, logprob: float) -> dict[str, Any]:
-        told = self.told(token)
-        return {"token": told.text, "logprob": logprob, "bytes": None if told.data is None else list(told.data)}
+def chat_logprobs(told: Callable[[int], Told], tokens: Sequence[Chosen]) -> dict[str, Any]:
+    """Return the log-probabilities of tokens as in OpenAI's chat completions."""
 
-    def _logprobs(self, tokens: list[Chosen]) -> dict[str, Any]:
-        told = [self.told(chosen.token) for chosen in tokens]
-        return {
-            "tokens": [each.name for each in told],
-            "token_logprobs": [chosen.logprob for chosen in tokens],
-            "top_logprobs": [self._likeliest(chosen) for chosen in tokens],
-            "text_offset": offsets(told),
-        }
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        each = told(token)
+        return {"token": each.text, "logprob": logprob, "bytes": None if each.data is None else list(each.data)}
 
-    def _likeliest(self, chosen: Chosen) -> dict[str, float]:
-        """Return logprobs by name; of two tokens with the same text, that of the likelier."""
-        found: dict[str, float] = {}
-        for token, logprob in chosen.likeliest:
-            found.setdefault(self.told(token).name, logprob)
-        return found
+    content = []
+    for chosen in tokens:
+        assert chosen.logprob is not None
+        likeliest = [one(token, logprob) for token, logprob in chosen.likeliest]
+        content.append(one(chosen.token, chosen.logprob) | {"top_logprobs": likeliest})
+    return {"content": content}
 
 
-def offsets(tokens: Sequence[Told]) -> list[int]:
-    """Return the number of complete characters of the text before each token."""
-    decoder = getincrementaldecoder("utf-8")(errors="replace")
-    found, count = [], 0
-    for each in tokens:
-        found.append(count)
-        count += len(decoder.decode(each.data or b""))
+def text_logprobs(
+    told: Callable[[int], Told], tokens: Sequence[Chosen], before: Offsets | None = None
+) -> dict[str, Any]:
+    """Return the log-probabilities of tokens as in OpenAI's completions; `before` counts the text before them."""
+    each = [told(chosen.token) for chosen in tokens]
+    return {
+        "tokens": [one.name for one in each],
+        "token_logprobs": [chosen.logprob for chosen in tokens],
+        "top_logprobs": [_likeliest(told, chosen) for chosen in tokens],
+        "text_offset": list(map(before or Offsets(), each)),
+    }
+
+
+def _likeliest(told: Callable[[int], Told], chosen: Chosen) -> dict[str, float] | None:
+    """Return logprobs by name; of two tokens with the same text, that of the likelier. None at a text's beginning."""
+    if chosen.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, logprob in chosen.likeliest:
+        found.setdefault(told(token).name, logprob)
     return found
+
+
+class Offsets:
+    """Counts the complete characters of the text before each token."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
+        self._count = 0
+
+    def __call__(self, token: Told) -> int:
+        """Return the count before a token, and add the token's characters."""
+        before = self._count
+        self._count += len(self._decoder.decode(token.data or b""))
+        return before

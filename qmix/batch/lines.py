@@ -152,10 +152,22 @@ def _openai(raw: bytes, given: Fields) -> Line:
         raise LineError(f"method {line.method[:100]!r}: must be 'POST'")
     if line.url not in (CHAT, COMPLETION):
         raise LineError(f"url {line.url[:100]!r}: must be {CHAT!r} or {COMPLETION!r}")
-    fields = CHAT_FIELDS if line.url == CHAT else COMPLETION_FIELDS
-    _known(line.body, (*BODIES[line.url].__struct_fields__, *(field.name for field in fields)))
-    refused = not_taken(fields, line.body)
-    return _request(_checked_id(line.custom_id), line.url, bytes(given["body"]), refused)
+    return _body(_checked_id(line.custom_id), line.url, bytes(given["body"]), line.body)
+
+
+def parse_body(url: str, body: bytes, own: Collection[str] = ()) -> Line:
+    """Return the request in a body of OpenAI's form, without an id. Raises LineError.
+
+    Fields of `own` are the caller's, and are not checked.
+    """
+    given = _decoded(body, Fields)
+    return _body("", url, body, {name: value for name, value in given.items() if name not in own})
+
+
+def _body(name: str, url: str, raw: bytes, given: Fields) -> Line:
+    fields = CHAT_FIELDS if url == CHAT else COMPLETION_FIELDS
+    _known(given, (*BODIES[url].__struct_fields__, *(field.name for field in fields)))
+    return _request(name, url, raw, not_taken(fields, given))
 
 
 def _short(raw: bytes, given: Fields) -> Line:

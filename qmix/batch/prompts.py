@@ -20,6 +20,10 @@ class LineRefused(Exception):
     """A line that the model cannot answer; the text is the reason."""
 
 
+class LineTooLong(LineRefused):
+    """A line whose prompt does not fit the context."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asking:
     """Makes requests from lines.
@@ -46,7 +50,7 @@ class Asking:
             prompt = self._ids(line)
             self.encoder.check_count(len(prompt))
         except PromptTooLong as error:
-            raise LineRefused(str(error)) from None
+            raise LineTooLong(str(error)) from None
         room = self.encoder.context - len(prompt)
         own = {"seed": stream_seed(self.seed, line.id)} | line.options
         sampling = Sampling(**(self.options | own))

@@ -27,6 +27,7 @@ from qmix.model.attention import ROW_ATTENTION
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
 from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
+from qmix.pool.counters import PoolCounters
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -101,6 +102,11 @@ class BatchRunner(OpenModel):
         self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
         super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
         self.start_over()
+
+    @property
+    def counters(self) -> PoolCounters:
+        """The experts that were requested so far, and the bytes read for them."""
+        return self.pool.counters
 
     def start_over(self) -> None:
         """Forget all requests, as after a pass that failed."""

@@ -38,6 +38,10 @@ LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the firs
 SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
 
+SERVER_BYTES = 48 * 2**20  # the libraries of a server, its connections, and what it writes to them
+REQUESTS_BYTES = 64 * 2**20  # bodies, log-probabilities and lists of lines of all requests together
+ANSWER_TOKEN_BYTES = 300  # a token of an answer that grows: its id, its text, its log-probability
+
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
@@ -234,6 +238,15 @@ def scoring_fixed_bytes(layout: StoreLayout, longest: int) -> int:
     head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
     work = work_bytes(geometry, max(longest, PREFILL_CHUNK), "sdpa")
     return layout.dense.size + layer_kv_bytes(geometry, longest) + head + work + SCORING_SLACK
+
+
+def serving_bytes(geometry: Geometry, tokens: int) -> int:
+    """Return what a server takes besides its model, for requests of `tokens` tokens together.
+
+    Counted are its libraries, requests and answers, and the head's work for prompts whose tokens are scored.
+    """
+    head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
+    return SERVER_BYTES + REQUESTS_BYTES + tokens * ANSWER_TOKEN_BYTES + head
 
 
 def layerwise_bytes(checkpoint: Checkpoint, tokens: int, window: int, held: Collection[int]) -> int:

@@ -1,0 +1,131 @@
+"""Run the server: a socket, a model, and the loop between them."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from qmix.batch.forms import told_by
+from qmix.batch.session import asking_for
+from qmix.engine.batch import BatchRunner
+from qmix.errors import QmixError, arg
+from qmix.plan.memory import REQUESTS_BYTES
+from qmix.serve.app import Serving, make_app
+from qmix.serve.asked import Asker
+from qmix.serve.bodies import Ledger
+from qmix.serve.events import PING_SECONDS
+from qmix.serve.guard import LOCAL_NAMES, Access
+from qmix.serve.metrics import Metrics
+from qmix.serve.service import Service
+
+MOST_CONNECTIONS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model is served: under which `names`, `context` tokens a request, at most `queue` of them waiting.
+
+    Files and batches lie in `directory`, random draws follow from `seed`.
+    """
+
+    names: frozenset[str]
+    context: int
+    queue: int
+    access: Access
+    directory: Path
+    seed: int
+    ping_seconds: float = PING_SECONDS
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; port 0 takes any free one. Raises QmixError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(2048)
+    except OSError as error:
+        found.close()
+        raise QmixError(f"{host}:{port}: {error.strerror or error}; choose another {arg('port')}") from None
+    return found
+
+
+def is_local(host: str) -> bool:
+    """Return whether only this machine can reach a server at this address."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def local_hosts(host: str) -> frozenset[str]:
+    """Return the names in a Host header by which clients of this machine reach a local server."""
+    return LOCAL_NAMES | {host}
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells of the first signal that ends it."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests; a second interrupt ends those that run."""
+        first = not self.should_exit
+        super().handle_exit(sig, frame)
+        if first and sig == signal.SIGINT:
+            self._on_stop()
+
+
+def serve(runner: BatchRunner, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+    """Serve until a signal comes, and let running requests end; a second interrupt cuts them.
+
+    `say` tells what happens. Ends with KeyboardInterrupt, as uvicorn raises the signal again.
+    """
+    asyncio.run(_serve(runner, settings, listening, say))
+
+
+async def _serve(runner: BatchRunner, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+    def deliver(work: Callable[[], None]) -> None:
+        loop.call_soon_threadsafe(work)
+
+    def on_stop() -> None:
+        say(f"stopping: {service.running + service.waiting} requests are still answered; Ctrl-C again cuts them")
+
+    loop = asyncio.get_running_loop()
+    metrics = Metrics(lambda: service)
+    service = Service(runner, settings.queue, deliver, metrics.on_end)
+    asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, {}, settings.seed)
+    asker = Asker(asking, settings.names, runner.decode)
+    ledger = Ledger(REQUESTS_BYTES)
+    serving = Serving(
+        service=service,
+        asker=asker,
+        ledger=ledger,
+        metrics=metrics,
+        told=told_by(runner.tokenizer),
+        model=min(settings.names),
+        created=int(time.time()),
+        ping_seconds=settings.ping_seconds,
+    )
+    config = uvicorn.Config(
+        make_app(serving, settings.access),
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+    )
+    try:
+        await _Server(config, on_stop).serve(sockets=[listening])
+    finally:
+        service.close()
+        asker.close()
