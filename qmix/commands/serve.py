@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,6 @@ KEY_HELP = f"key that clients must send [{KEY_VARIABLE}]"
 NAME_HELP = "name by which clients ask for the model; repeatable [the model's own]"
 CORS_HELP = "origin whose web pages may use the server, such as http://localhost:3000; repeatable"
 FOLDER_HELP = "uploaded files and batches [the user's state directory]"
-SEED_HELP = "seed of requests without one [random]"
 
 
 @click.command()
@@ -62,7 +62,6 @@ SEED_HELP = "seed of requests without one [random]"
 @dtype_option
 @plan_option
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help=FOLDER_HELP)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help=SEED_HELP)
 def serve(model: str | None, host: str, port: int, **options: Any) -> None:
     """Serve MODEL over HTTP to programs that use OpenAI's or Anthropic's interface.
 
@@ -95,8 +94,7 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
             context=context,
             queue=options["queue"],
             access=access,
-            directory=options["directory"] or state_directory() / "serve",
-            seed=secrets.randbelow(2**31) if options["seed"] is None else options["seed"],
+            directory=options["directory"] or state_directory() / "serve" / _identity(store),
         )
         with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load:
             runner = BatchRunner(store, plan, load)
@@ -107,6 +105,12 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
                 f"{plan.batch} requests at once, {context} tokens each, {runner.capacity} together"
             )
             run(runner, settings, listening, say)
+
+
+def _identity(store: Store) -> str:
+    """Return a name for the directory of a store's batches, which only the same weights can continue."""
+    parts = json.dumps(sorted(store.parts.items()))
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 def _access(host: str, key: str | None, insecure: bool, origins: tuple[str, ...]) -> Access:

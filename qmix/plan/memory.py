@@ -39,7 +39,8 @@ SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
 
 SERVER_BYTES = 48 * 2**20  # the libraries of a server, its connections, and what it writes to them
-REQUESTS_BYTES = 64 * 2**20  # bodies, log-probabilities and lists of lines of all requests together
+REQUESTS_BYTES = 64 * 2**20  # bodies and log-probabilities of all requests together
+LINES_BYTES = 32 * 2**20  # the places of a served batch's lines
 ANSWER_TOKEN_BYTES = 300  # a token of an answer that grows: its id, its text, its log-probability
 
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
@@ -243,10 +244,10 @@ def scoring_fixed_bytes(layout: StoreLayout, longest: int) -> int:
 def serving_bytes(geometry: Geometry, tokens: int) -> int:
     """Return what a server takes besides its model, for requests of `tokens` tokens together.
 
-    Counted are its libraries, requests and answers, and the head's work for prompts whose tokens are scored.
+    Counted are its libraries, requests, a batch's lines, answers, and the head's work where prompts are scored.
     """
     head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
-    return SERVER_BYTES + REQUESTS_BYTES + tokens * ANSWER_TOKEN_BYTES + head
+    return SERVER_BYTES + REQUESTS_BYTES + LINES_BYTES + tokens * ANSWER_TOKEN_BYTES + head
 
 
 def layerwise_bytes(checkpoint: Checkpoint, tokens: int, window: int, held: Collection[int]) -> int:

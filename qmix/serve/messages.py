@@ -24,6 +24,11 @@ from qmix.serve.texts import Message, check_fields, joined, text_of
 FIELDS = (
     Field("metadata", None, "identifies the user"),
     Field("service_tier", None, "only for Anthropic's service"),
+    Field("speed", None, "only for Anthropic's service"),
+    Field("inference_geo", None, "only for Anthropic's service"),
+    Field("user_profile_id", None, "identifies the user"),
+    Field("workspace_id", None, "identifies the user"),
+    Field("diagnostics", None, "only for Anthropic's service"),
     Field("cache_control", None, "only for Anthropic's cache"),
     Field("thinking", ({"type": "disabled"},), "the model has no reasoning step"),
     Field("tools", ([],), "no tools are called"),

@@ -25,11 +25,6 @@ from qmix.serve.texts import Message, check_fields, decoded, joined, text_of
 FORMAT = {"format": {"type": "text"}}
 VERBOSITY = {"verbosity": "medium"}
 PLAIN: tuple[Any, ...] = ({}, FORMAT, VERBOSITY, FORMAT | VERBOSITY)
-    {},
-    {"format": {"type": "text"}},
-    {"format": {"type": "text"}, "verbosity": "medium"},
-    {"verbosity": "medium"},
-)
 FIELDS = (
     Field("metadata", None, "labels for storage at OpenAI"),
     Field("user", None, "identifies the user"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import socket
 import time
@@ -20,11 +21,14 @@ from qmix.errors import QmixError, arg
 from qmix.plan.memory import REQUESTS_BYTES
 from qmix.serve.app import Serving, make_app
 from qmix.serve.asked import Asker
+from qmix.serve.batches import Batches
 from qmix.serve.bodies import Ledger
 from qmix.serve.events import PING_SECONDS
+from qmix.serve.files import Files
 from qmix.serve.guard import LOCAL_NAMES, Access
 from qmix.serve.metrics import Metrics
 from qmix.serve.service import Service
+from qmix.serve.storage import Storage
 
 MOST_CONNECTIONS = 1024
 
@@ -33,7 +37,7 @@ MOST_CONNECTIONS = 1024
 class Settings:
     """How a model is served: under which `names`, `context` tokens a request, at most `queue` of them waiting.
 
-    Files and batches lie in `directory`, random draws follow from `seed`.
+    Files and batches lie in `directory`.
     """
 
     names: frozenset[str]
@@ -41,7 +45,6 @@ class Settings:
     queue: int
     access: Access
     directory: Path
-    seed: int
     ping_seconds: float = PING_SECONDS
 
 
@@ -87,9 +90,10 @@ class _Server(uvicorn.Server):
 def serve(runner: BatchRunner, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
     """Serve until a signal comes, and let running requests end; a second interrupt cuts them.
 
-    `say` tells what happens. Ends with KeyboardInterrupt, as uvicorn raises the signal again.
+    `say` tells what happens. Raises KeyboardInterrupt at the end; a SIGTERM ends the process.
     """
     asyncio.run(_serve(runner, settings, listening, say))
+    raise KeyboardInterrupt  # uvicorn raises the signal again, which does nothing where the shell had it ignored
 
 
 async def _serve(runner: BatchRunner, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
@@ -97,12 +101,13 @@ async def _serve(runner: BatchRunner, settings: Settings, listening: socket.sock
         loop.call_soon_threadsafe(work)
 
     def on_stop() -> None:
+        batches.stop()
         say(f"stopping: {service.running + service.waiting} requests are still answered; Ctrl-C again cuts them")
 
     loop = asyncio.get_running_loop()
     metrics = Metrics(lambda: service)
     service = Service(runner, settings.queue, deliver, metrics.on_end)
-    asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, {}, settings.seed)
+    asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, {}, secrets.randbelow(2**31))
     asker = Asker(asking, settings.names, runner.decode)
     ledger = Ledger(REQUESTS_BYTES)
     serving = Serving(
@@ -115,8 +120,10 @@ async def _serve(runner: BatchRunner, settings: Settings, listening: socket.sock
         created=int(time.time()),
         ping_seconds=settings.ping_seconds,
     )
+    files = Files(settings.directory)
+    batches = Batches(settings.directory, files, service, settings.context)
     config = uvicorn.Config(
-        make_app(serving, settings.access),
+        make_app(serving, settings.access, Storage(files, batches).routes),
         log_config=None,
         log_level="critical",
         access_log=False,
@@ -127,5 +134,6 @@ async def _serve(runner: BatchRunner, settings: Settings, listening: socket.sock
     try:
         await _Server(config, on_stop).serve(sockets=[listening])
     finally:
+        batches.close()
         service.close()
         asker.close()
