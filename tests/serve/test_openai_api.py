@@ -50,12 +50,10 @@ def test_a_stream_has_the_same_text_logprobs_and_usage(client):
 
 
 def test_several_prompts_and_answers_have_their_indices(client):
-    got = client.completions.create(model="tiny", prompt=["The file", "Das"], n=2, max_tokens=6, seed=3, temperature=1)
+    two = {"model": "tiny", "prompt": ["The file", "Das"], "n": 2, "max_tokens": 6, "seed": 3, "temperature": 1}
+    got, again = client.completions.create(**two), client.completions.create(**two)
     assert [choice.index for choice in got.choices] == [0, 1, 2, 3]
     assert len({choice.text for choice in got.choices}) == 4
-    again = client.completions.create(
-        model="tiny", prompt=["The file", "Das"], n=2, max_tokens=6, seed=3, temperature=1
-    )
     assert [choice.text for choice in again.choices] == [choice.text for choice in got.choices]
     first = client.completions.create(model="tiny", prompt="The file", max_tokens=6, seed=3, temperature=1)
     assert first.choices[0].text == got.choices[0].text
@@ -95,6 +93,7 @@ def test_models_are_listed_by_name(client):
 
 
 ONE = [{"role": "user", "content": "a"}]
+LONG = "context_length_exceeded"
 WRONG = [
     ({"messages": []}, "messages: must be a list of at least one message", "messages", None),
     ({"messages": ONE, "tools": [{"type": "x"}]}, "tools: ", "tools", None),
