@@ -12,7 +12,7 @@ set of sampling options; and a token's numbers depend on its neighbours.
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -35,23 +35,31 @@ from qmix.store.opened import Store
 class BatchRequest:
     """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
 
-    `logprobs` is how many of the likeliest tokens are told at each place, None for no log-probabilities.
+    `index` is the number of the completion where a prompt has several.
     """
 
     name: str
     prompt: abc.Sequence[int]
     sampling: Sampling
-    logprobs: int | None = None
+    index: int = 0
+
+    def completions(self) -> list[BatchRequest]:
+        """Return a request for each of the `sampling.n` completions, which share the prompt's keys and values."""
+        return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
 
 
 @dataclass(slots=True)
 class BatchCounters:
-    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun."""
+    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun.
+
+    `reused_tokens` of the prompts' were not computed again.
+    """
 
     passes: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +71,7 @@ class _Running:
     completion: GrowingCompletion
     tokens: list[Chosen] = field(default_factory=list)
 
-    def result(self) -> BatchResult:
+    def result(self, reused: int) -> BatchResult:
         completion = self.completion
         completion.finish()
         return BatchResult(
@@ -72,7 +80,9 @@ class _Running:
             finish_reason=completion.finish_reason,
             prompt_tokens=completion.prompt_tokens,
             name=self.request.name,
+            index=self.request.index,
             tokens=self.tokens,
+            reused_tokens=reused,
         )
 
 
@@ -87,17 +97,22 @@ class BatchRunner(OpenModel):
         self.capacity = plan.batch * plan.context
         self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
         super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
-        self._start_over()
-
-    def _start_over(self) -> None:
         self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
         self._running: dict[Sequence, _Running] = {}
+
+    def _start_over(self) -> None:
+        """Forget all requests. Prefixes are kept, unless a pass was stopped before their rows were copied."""
+        if self._scheduler.take_copies():
+            self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
+        self._scheduler.clear()
+        self._running.clear()
 
     def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
         """Yield after every pass the results that it finished, which may be none.
 
-        Requests are taken as there is room. An answer ends where prompt and answer fill the capacity. What interrupts
-        the caller ends a pass at the next expert. Raises UsageError where a prompt leaves no room.
+        Requests are taken as there is room; one for several completions has a result for each. An answer ends where
+        prompt and answer fill the capacity. What interrupts the caller ends a pass at the next expert. Raises
+        UsageError where a prompt leaves no room.
         """
         waiting, more = iter(requests), True
         try:
@@ -106,7 +121,8 @@ class BatchRunner(OpenModel):
                     if (request := next(waiting, None)) is None:
                         more = False
                     else:
-                        self._begin(request)
+                        for each in request.completions():
+                            self._begin(each)
                 if self._running:
                     yield self.thread.run(self._pass)
         finally:  # a caller that has had enough leaves nothing behind
@@ -117,15 +133,21 @@ class BatchRunner(OpenModel):
         limit = min(len(prompt) + request.sampling.max_new_tokens, self.capacity + 1)
         if not prompt or limit <= len(prompt):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
+        request.sampling.check_vocabulary(self.store.geometry.vocab_size)
         sequence = Sequence(prompt, limit)
-        sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
-        self._running[sequence] = _Running(request, sampler, GrowingCompletion(prompt, sampler.decoding, self.decode))
+        constraint = self.constraint(request.sampling, self.plan)
+        sampler = Sampler(self.model, request.sampling, prompt, constraint)
+        completion = GrowingCompletion(prompt, sampler.decoding, self.decode, constraint)
+        self._running[sequence] = _Running(request, sampler, completion)
         self._scheduler.add(sequence)
 
     @torch.inference_mode()
     def _pass(self) -> list[BatchResult]:
         """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
         chosen = self._scheduler.next_pass()
+        for copy in self._scheduler.prefixes.copies:
+            self._cache.copy_rows(*copy)
+        self._scheduler.take_copies()
         chunks = [
             Chunk(
                 sequence.tokens[sequence.done : sequence.done + count],
@@ -144,7 +166,7 @@ class BatchRunner(OpenModel):
             self._add_token(sequence, scores.float())
             if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
                 self._scheduler.finish(sequence)
-                finished.append(self._running.pop(sequence).result())
+                finished.append(self._running.pop(sequence).result(sequence.shared))
         self.work.tokens += sum(count for _, count in chosen)
         self.work.passes += 1
         return finished
@@ -164,7 +186,9 @@ class BatchRunner(OpenModel):
         """Choose a sequence's next token from logits [V] in fp32."""
         answer = self._running[sequence]
         chosen = answer.sampler.sample(sequence.tokens, logits)
-        self.work.prompt_tokens += 0 if answer.tokens else answer.completion.prompt_tokens
+        if not answer.tokens:
+            self.work.prompt_tokens += answer.completion.prompt_tokens
+            self.work.reused_tokens += sequence.shared
         self.work.new_tokens += 1
         sequence.tokens.append(chosen.token)
         answer.tokens.append(chosen)

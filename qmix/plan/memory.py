@@ -38,6 +38,7 @@ LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the firs
 SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
 
+STRUCTURED_BYTES = 64 * 2**20  # llguidance's form of a vocabulary of 32,768 tokens (55 MB measured), and its matchers
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
