@@ -105,7 +105,7 @@ def test_what_cannot_be_used_is_one_line(qmix, tmp_path, options, message):
     [
         ({"response_format": {"type": "json_schema"}}, "response_format: 'json_schema' has the schema of the type"),
         ({"response_format": {"type": "xml"}}, "response_format.type: "),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format: Invalid"),
+        ({"response_format": FORMAT | {"json_schema": {"schema": {"type": "x"}}}}, "response_format: Invalid type: x"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos: an answer with a grammar ends"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias 101.0 of token 5: must be -100 to 100"),
