@@ -23,7 +23,7 @@ class Job:
     """The work of a run: lines to answer, and lines that cannot be answered.
 
     `needs` has the tokens that a completion of each line may take, `counts` the number of its completions.
-    `structured` says that a line has a grammar.
+    `structured` says that a line has a grammar, `biased` are the completions with a bias.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -31,6 +31,7 @@ class Job:
     counts: list[int] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     structured: bool = False
+    biased: int = 0
 
     @property
     def sequences(self) -> list[int]:
@@ -53,6 +54,7 @@ class Job:
                 job.needs.append(len(request.prompt) + request.sampling.max_new_tokens)
                 job.counts.append(request.sampling.n)
                 job.structured |= request.sampling.source is not None
+                job.biased += request.sampling.n if request.sampling.logit_bias else 0
         return job
 
 

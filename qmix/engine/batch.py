@@ -45,6 +45,8 @@ class BatchRequest:
 
     def completions(self) -> list[BatchRequest]:
         """Return a request for each of the `sampling.n` completions, which share the prompt's keys and values."""
+        if self.sampling.n == 1:
+            return [self]
         return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
 
 

@@ -75,6 +75,11 @@ def sampling_bytes(geometry: Geometry, batch: int) -> int:
     return geometry.vocab_size * SAMPLING_BYTES * batch
 
 
+def bias_bytes(geometry: Geometry, sequences: int) -> int:
+    """Return the bytes of the biases that `sequences` keep while they run: fp32, for the whole vocabulary."""
+    return geometry.vocab_size * 4 * min(sequences, MAX_BATCH)
+
+
 def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1) -> int:
     """Return the most that one step on the CPU allocates besides weights and cache: a prefill chunk's activations.
 

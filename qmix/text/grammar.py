@@ -16,6 +16,7 @@ from qmix.errors import UsageError, arg
 # At most a space, or a line end and its indent: a model that may repeat white space may never come to an end.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r" |\n {0,40}"}
 SCHEMA, GRAMMAR = arg("json_schema"), arg("grammar")
+MOST_REFERENCES = 256  # whose recursion is checked, so that it takes no time; without end an answer just grows
 LONGEST = 2**18  # characters of a schema or grammar
 
 
@@ -73,6 +74,8 @@ def finite(schema: Any) -> bool:
     others, and so on.
     """
     targets = set(_references(schema))
+    if len(targets) > MOST_REFERENCES:
+        return True
     known: set[str] = set()
     while more := {ref for ref in targets - known if _ends(_target(schema, ref), known)}:
         known |= more

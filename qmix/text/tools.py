@@ -51,9 +51,15 @@ class ToolForm:
             functions = [function for function in functions if function["name"] == choice]
         if not functions:
             raise UsageError(f"{arg('tool_choice')} {choice[:100]!r}: is not among the tools")
-        one = _one_call(functions)
-        start = "TEXT? calls?" if choice == AUTO else "calls"
-        return "\n".join([f"start: {start}", *self._calls(one, parallel), self._text(), ""])
+        marker = json.dumps(self.marker) if self.token is None else f"<[{self.token}]>"
+        calls = self._calls(marker, _one_call(functions), parallel)
+        if choice != AUTO:
+            start = [f"start: {marker} calls"]
+        elif self.token is not None:  # which is in no text
+            start = [f"start: TEXT ({marker} calls)?"]
+        else:  # the shortest text up to a marker, so that none is passed over
+            start = ["start: before calls | TEXT", f"before[lazy]: TEXT {marker}"]
+        return "\n".join([*start, *calls, r"TEXT: /(.|\n)*/" if choice == AUTO else "", ""])
 
     def parse(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[ToolCall]]:
         """Return the text and the calls of an answer; all of it is text where a call is not complete."""
@@ -71,19 +77,14 @@ class ToolForm:
         at = list(ids).index(self.token) if self.token in ids else len(ids)
         return decode(ids[:at]), decode(ids[at + 1 :])
 
-    def _calls(self, one: dict[str, Any], parallel: bool) -> list[str]:
-        marker = json.dumps(self.marker) if self.token is None else f"<[{self.token}]>"
+    def _calls(self, marker: str, one: dict[str, Any], parallel: bool) -> list[str]:
+        """Return the rules of what follows the first marker."""
         if self.marker == LIST:
             several = {"type": "array", "minItems": 1, "items": {"anyOf": one["anyOf"]}, "$defs": one["$defs"]}
             several |= {} if parallel else {"maxItems": 1}
-            return [f'calls: {marker} " "? %json {_embedded(several)}']
-        more = r' ("\n" call)*' if parallel else ""
-        return [f"calls: call{more}", rf'call: {marker} "\n"? %json {_embedded(one)} "\n"? {json.dumps(CLOSING)}']
-
-    def _text(self) -> str:
-        """Return the terminal of text that is no call: a marker that is a special token is in no text."""
-        other = "" if self.token is not None else rf" & ~/(.|\n)*{_literal(self.marker)}(.|\n)*/"
-        return rf"TEXT: /(.|\n)+/{other}"
+            return [f'calls: (" " | "  ")? %json {_embedded(several)}']  # tokenizers may add a space
+        more = rf' ("\n"? {marker} call)*' if parallel else ""
+        return [f"calls: call{more}", rf'call: "\n"? %json {_embedded(one)} "\n"? {json.dumps(CLOSING)}']
 
 
 def tool_form(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ToolForm:
@@ -136,11 +137,6 @@ def _moved(schema: Any, place: str) -> Any:
 
 def _embedded(schema: dict[str, Any]) -> str:
     return json.dumps(schema | {"x-guidance": JSON_OPTIONS | {"lenient": True}})
-
-
-def _literal(text: str) -> str:
-    """Return a regular expression for a text of a marker's characters."""
-    return "".join(f"\\{char}" if char in "[]<>/" else char for char in text)
 
 
 def _read(calls: str) -> list[dict[str, Any]]:

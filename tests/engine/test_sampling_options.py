@@ -111,15 +111,16 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_one_prompt_and_many_take_the_same_options(one, many, options):
-    plain = one.complete(PROMPT, max_new_tokens=12, temperature=0, ignore_eos=True)
-    sampling = Sampling(max_new_tokens=12, temperature=0, ignore_eos=True, logprobs=2, **options)
-    alone = one.complete(PROMPT, sampling)
-    (together,) = [answer for done in many.answer([BatchRequest("a", PROMPT, sampling)]) for answer in done]
+    prompt = one.tokenizer("Click the button to")["input_ids"]
+    plain = one.complete(prompt, max_new_tokens=10, temperature=0, ignore_eos=True)
+    sampling = Sampling(max_new_tokens=10, temperature=0, ignore_eos=True, logprobs=2, **options)
+    alone = one.complete(prompt, sampling)
+    (together,) = [answer for done in many.answer([BatchRequest("a", prompt, sampling)]) for answer in done]
     assert alone.token_ids == together.token_ids != plain.token_ids
     assert [chosen.token for chosen in alone.logprobs] == alone.token_ids
     for mine, theirs in zip(alone.logprobs, together.tokens, strict=True):
-        assert mine.logprob == pytest.approx(theirs.logprob, abs=0.3)
-        assert [token for token, _ in mine.likeliest][:1] == [token for token, _ in theirs.likeliest][:1]
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=0.3, rel=0.05)
+        assert mine.likeliest[0] == pytest.approx(theirs.likeliest[0], abs=0.3)
     assert plain.logprobs is None
     assert "logprobs" not in plain.to_json()
 
