@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from qmix.batch.forms import Forms
@@ -20,18 +20,30 @@ from qmix.pool.counters import PoolCounters
 REFUSED_AT_ONCE = 1000  # lines that are written together
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
-    """The work of a run: lines to answer, the tokens that each may need, and lines that cannot be answered."""
+    """The work of a run: lines to answer, and lines that cannot be answered.
 
-    entries: list[Entry]
-    needs: list[int]
-    refused: list[tuple[str, str]]
+    `needs` has the tokens that a completion of each line may take, `counts` the number of its completions.
+    `structured` says that a line has a grammar, `biased` are the completions with a bias.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    needs: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    structured: bool = False
+    biased: int = 0
+
+    @property
+    def sequences(self) -> list[int]:
+        """Return the tokens that each sequence of the run may take."""
+        return [need for need, count in zip(self.needs, self.counts, strict=True) for _ in range(count)]
 
     @classmethod
     def of(cls, requests: Requests, asking: Asking, answers: Answers) -> Job:
         """Tokenise each pending line once."""
-        job = cls([], [], [])
+        job = cls()
         for entry in requests.entries:
             if entry.id in answers.done:
                 continue
@@ -42,6 +54,9 @@ class Job:
             else:
                 job.entries.append(entry)
                 job.needs.append(len(request.prompt) + request.sampling.max_new_tokens)
+                job.counts.append(request.sampling.n)
+                job.structured |= request.sampling.source is not None
+                job.biased += request.sampling.n if request.sampling.logit_bias else 0
         return job
 
 
@@ -102,7 +117,7 @@ class BatchRun:
         self.requests, self.job, self.asking, self.forms, self.answers = requests, job, asking, forms, answers
         self._resumed = len(answers.done)
         self._answered, self._refused = self._resumed - answers.refused, answers.refused
-        self._left = sum(job.needs)
+        self._left = sum(job.sequences)
         self._started = time.perf_counter()
 
     @property
@@ -120,15 +135,19 @@ class BatchRun:
     def run(self, runner: Answerer, on_pass: Callable[[Summary], None]) -> Summary:
         """Answer all lines; `on_pass` is called with a summary after each pass."""
         self._started = time.perf_counter()
-        entries = dict(zip((entry.id for entry in self.job.entries), self.job.entries, strict=True))
+        entries = {entry.id: entry for entry in self.job.entries}
+        counts = dict(zip(entries, self.job.counts, strict=True))
         needs = dict(zip(entries, self.job.needs, strict=True))
+        parts: dict[str, list[BatchResult]] = {}  # completions of lines that wait for their others
         for finished in runner.answer(self._ask(self.job.entries)):
-            if finished:
-                self.answers.append(
-                    [self.forms.answered(self.requests.line(entries[answer.name]), answer) for answer in finished]
-                )
-                self._answered += len(finished)
-                self._left -= sum(needs[answer.name] for answer in finished)
+            for answer in finished:
+                parts.setdefault(answer.name, []).append(answer)
+                self._left -= needs[answer.name]
+            whole = [parts.pop(name) for name in list(parts) if len(parts[name]) == counts[name]]
+            if whole:
+                lines = [self.requests.line(entries[answers[0].name]) for answers in whole]
+                self.answers.append([self.forms.answered(*each) for each in zip(lines, whole, strict=True)])
+                self._answered += len(whole)
             on_pass(self.summary(runner))
         return self.summary(runner)
 

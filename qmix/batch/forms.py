@@ -63,32 +63,33 @@ class Forms:
     created: int
     told: Callable[[int], Told]
 
-    def answered(self, line: Line, answer: BatchResult) -> bytes:
-        """Return the line of an answer."""
+    def answered(self, line: Line, answers: Sequence[BatchResult]) -> bytes:
+        """Return the line of a request's completions."""
         mark = self._mark(line.id)
         chat = line.url == CHAT
-        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason, "logprobs": None}
-        if chat:
-            choice["message"] = {"role": "assistant", "content": answer.text}
-        else:
-            choice["text"] = answer.text
-        if line.logprobs is not None:
-            choice["logprobs"] = (chat_logprobs if chat else text_logprobs)(self.told, answer.tokens)
-        count = len(answer.tokens)
+        count = sum(len(answer.tokens) for answer in answers)
+        prompt = answers[0].prompt_tokens
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{mark}",
             "object": "chat.completion" if chat else "text_completion",
             "created": self.created,
             "model": self.model,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": count,
-                "total_tokens": answer.prompt_tokens + count,
-            },
+            "choices": [self._choice(line, answer) for answer in sorted(answers, key=lambda answer: answer.index)],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count},
         }
         response = {"status_code": 200, "request_id": f"req_{mark}", "body": body}
         return self._line(line.id, response, None)
+
+    def _choice(self, line: Line, answer: BatchResult) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish_reason, "logprobs": None}
+        chat = line.url == CHAT
+        if chat:
+            choice["message"] = {"role": "assistant", "content": answer.text}
+        else:
+            choice["text"] = answer.text
+        if line.options.get("logprobs") is not None:
+            choice["logprobs"] = (chat_logprobs if chat else text_logprobs)(self.told, answer.tokens)
+        return choice
 
     def refused(self, name: str, message: str) -> bytes:
         """Return the line of a request that cannot be answered."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from qmix.batch.lines import Line
 from qmix.engine.batch import BatchRequest
-from qmix.engine.sampler import stream_seed
-from qmix.engine.sampling import Sampling
+from qmix.engine.sampling import Sampling, stream_seed
+from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.text.chat_template import ChatTemplate, TemplateRefusal
 from qmix.text.prompt import PromptEncoder, PromptTooLong
@@ -56,7 +56,11 @@ class Asking:
         sampling = Sampling(**(self.options | own))
         if sampling.max_new_tokens > room:
             sampling = Sampling(**(self.options | own | {"max_new_tokens": room}))
-        return BatchRequest(line.id, prompt, sampling, line.logprobs)
+        try:
+            sampling.check_vocabulary(self.geometry.vocab_size)
+        except UsageError as error:
+            raise LineRefused(str(error)) from None
+        return BatchRequest(line.id, prompt, sampling)
 
     def _ids(self, line: Line) -> list[int]:
         if line.messages:

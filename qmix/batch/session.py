@@ -21,6 +21,7 @@ from qmix.geometry import Geometry
 from qmix.plan import Plan
 from qmix.plan.batching import plan_lines
 from qmix.plan.here import default_context
+from qmix.plan.memory import STRUCTURED_BYTES, bias_bytes
 from qmix.progress import OnProgress
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
@@ -154,7 +155,8 @@ def _plan(
     layout: StoreLayout, requests: Requests, job: Job, ram: int | None, batch: int | None, use: ExpertFrequency | None
 ) -> Plan | None:
     """Return the plan for the lines that are left, None where there are none."""
-    return plan_lines(layout, job.needs, ram, batch, requests.held, use) if job.needs else None
+    held = requests.held + (STRUCTURED_BYTES if job.structured else 0) + bias_bytes(layout.geometry, job.biased)
+    return plan_lines(layout, job.sequences, ram, batch, held, use) if job.needs else None
 
 
 def _subject(

@@ -12,14 +12,14 @@ set of sampling options; and a token's numbers depend on its neighbours.
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import BatchResult, GrowingCompletion
 from qmix.engine.opener import OpenModel
-from qmix.engine.sampler import Chosen, Sampler
+from qmix.engine.sampler import Chosen, Sampler, chosen_tokens
 from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Scheduler, Sequence
 from qmix.errors import UsageError
@@ -36,15 +36,21 @@ from qmix.store.opened import Store
 class BatchRequest:
     """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
 
-    `logprobs` is how many of the likeliest tokens are told at each place, None for no log-probabilities. With `echo`
-    they are told for the prompt's own tokens as well.
+    `index` is the number of the completion where a prompt has several. With `echo` log-probabilities are told for the
+    prompt's own tokens as well, if they are requested.
     """
 
     name: str
     prompt: abc.Sequence[int]
     sampling: Sampling
-    logprobs: int | None = None
+    index: int = 0
     echo: bool = False
+
+    def completions(self) -> list[BatchRequest]:
+        """Return a request for each of the `sampling.n` completions, which share the prompt's keys and values."""
+        if self.sampling.n == 1:
+            return [self]
+        return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
 
 
 OnToken = abc.Callable[[Chosen, str], None]
@@ -56,12 +62,16 @@ def _ignore(chosen: Chosen, text: str) -> None:
 
 @dataclass(slots=True)
 class BatchCounters:
-    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun."""
+    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun.
+
+    `reused_tokens` of the prompts' were not computed again.
+    """
 
     passes: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +85,7 @@ class _Running:
     tokens: list[Chosen] = field(default_factory=list)
     prompt: list[Chosen] = field(default_factory=list)
 
-    def result(self) -> BatchResult:
+    def result(self, reused: int) -> BatchResult:
         completion = self.completion
         completion.finish()
         return BatchResult(
@@ -84,9 +94,11 @@ class _Running:
             finish_reason=completion.finish_reason,
             prompt_tokens=completion.prompt_tokens,
             name=self.request.name,
+            index=self.request.index,
             tokens=self.tokens,
             prompt=self.prompt,
             stop=completion.stop,
+            reused_tokens=reused,
         )
 
 
@@ -101,7 +113,8 @@ class BatchRunner(OpenModel):
         self.capacity = plan.batch * plan.context
         self._cache = KVCache(store.geometry, self.capacity, HALF[store.layout.dtype], aligned=True)
         super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
-        self.start_over()
+        self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
+        self._running: dict[Sequence, _Running] = {}
 
     @property
     def counters(self) -> PoolCounters:
@@ -109,15 +122,18 @@ class BatchRunner(OpenModel):
         return self.pool.counters
 
     def start_over(self) -> None:
-        """Forget all requests, as after a pass that failed."""
-        self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
-        self._running: dict[Sequence, _Running] = {}
+        """Forget all requests. Prefixes are kept, unless a pass was stopped before their rows were copied."""
+        if self._scheduler.take_copies():
+            self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
+        self._scheduler.clear()
+        self._running.clear()
 
     def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
         """Yield after every pass the results that it finished, which may be none.
 
-        Requests are taken as there is room. An answer ends where prompt and answer fill the capacity. What interrupts
-        the caller ends a pass at the next expert. Raises UsageError where a prompt leaves no room.
+        Requests are taken as there is room; one for several completions has a result for each. An answer ends where
+        prompt and answer fill the capacity. What interrupts the caller ends a pass at the next expert. Raises
+        UsageError where a prompt leaves no room.
         """
         waiting, more = iter(requests), True
         try:
@@ -126,7 +142,8 @@ class BatchRunner(OpenModel):
                     if (request := next(waiting, None)) is None:
                         more = False
                     else:
-                        self.begin(request)
+                        for each in request.completions():
+                            self.begin(each)
                 if self._running:
                     yield self.step()
         finally:  # a caller that has had enough leaves nothing behind
@@ -141,11 +158,14 @@ class BatchRunner(OpenModel):
         limit = min(len(prompt) + request.sampling.max_new_tokens, self.capacity + 1)
         if not prompt or limit <= len(prompt):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
-        sequence = Sequence(prompt, limit)
-        sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
-        completion = GrowingCompletion(prompt, sampler.decoding, self.decode)
+        request.sampling.check_vocabulary(self.store.geometry.vocab_size)
+        echo = request.echo and request.sampling.logprobs is not None
+        sequence = Sequence(prompt, limit, shares=not echo)
+        constraint = self.constraint(request.sampling, self.plan)
+        sampler = Sampler(self.model, request.sampling, prompt, constraint)
+        completion = GrowingCompletion(prompt, sampler.decoding, self.decode, constraint)
         self._running[sequence] = running = _Running(request, sampler, completion, on_token)
-        if request.echo and request.logprobs is not None:
+        if echo:
             running.prompt.append(Chosen(prompt[0]))
         self._scheduler.add(sequence)
         return sequence
@@ -163,6 +183,9 @@ class BatchRunner(OpenModel):
     def _pass(self) -> list[BatchResult]:
         """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
         chosen = self._scheduler.next_pass()
+        for copy in self._scheduler.prefixes.copies:
+            self._cache.copy_rows(*copy)
+        self._scheduler.take_copies()
         chunks = [
             Chunk(
                 sequence.tokens[sequence.done : sequence.done + count],
@@ -183,7 +206,7 @@ class BatchRunner(OpenModel):
             self._add_token(sequence, scores.float())
             if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
                 self._scheduler.finish(sequence)
-                finished.append(self._running.pop(sequence).result())
+                finished.append(self._running.pop(sequence).result(sequence.shared))
         self.work.tokens += sum(count for _, count in chosen)
         self.work.passes += 1
         return finished
@@ -218,13 +241,15 @@ class BatchRunner(OpenModel):
                 for start in range(0, len(following), HEAD_ROWS):
                     targets = following[start : start + HEAD_ROWS]
                     logits = self.model.lm_head(rows[start : start + len(targets)])
-                    answer.prompt += answer.sampler.scores(targets, logits.float())
+                    answer.prompt += chosen_tokens(targets, logits.float(), answer.sampler.logprobs)
 
     def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose a sequence's next token from logits [V] in fp32."""
         answer = self._running[sequence]
         chosen = answer.sampler.sample(sequence.tokens, logits)
-        self.work.prompt_tokens += 0 if answer.tokens else answer.completion.prompt_tokens
+        if not answer.tokens:
+            self.work.prompt_tokens += answer.completion.prompt_tokens
+            self.work.reused_tokens += sequence.shared
         self.work.new_tokens += 1
         sequence.tokens.append(chosen.token)
         answer.tokens.append(chosen)

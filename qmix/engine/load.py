@@ -37,6 +37,7 @@ def load(
     dtype: str | None = None,
     attention: str = "sdpa",
     plan: PlanFile | None = None,
+    structured: bool = False,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
     import_libraries: Callable[[], object] | None = None,
@@ -47,7 +48,8 @@ def load(
     into the user's cache directory; `clip` chooses the 4-bit scales of least squared error. `ram` (bytes, or text like
     "12GiB") is a ceiling for the whole process, by default 90% of the free memory. `context` is the number of tokens of
     prompt and answer together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes
-    the place of both. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
+    the place of both. `structured` leaves room for answers with a JSON schema or a grammar. `on_progress` follows a
+    quantisation. `on_load` follows the experts that are read into memory
     beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
 
     `import_libraries` imports transformers without what it loads in vain (`qmix.model.lean`): it is called after
@@ -60,7 +62,7 @@ def load(
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
             return plan.plan_of(layout, fingerprint, attention)
-        return plan_for(layout, ram, context, attention, use=use)
+        return plan_for(layout, ram, context, attention, use=use, structured=structured)
 
     def check(layout: StoreLayout) -> None:
         planned(layout)

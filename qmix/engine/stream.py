@@ -7,7 +7,7 @@ prompts at once are `qmix.engine.batch`'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +24,11 @@ from qmix.engine.completion import GrowingCompletion, Piece, Result
 from qmix.engine.generation_config import decoding
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
+from qmix.engine.prefixes import common_prefix
+from qmix.engine.processors import own_processors
+from qmix.engine.sampler import Chosen, chosen_token
 from qmix.engine.sampling import Sampling
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
 from qmix.model.gpu.spread import spread_for
@@ -68,20 +71,24 @@ class Runner(OpenModel):
     ) -> Iterator[Piece]:
         """Stream the continuation of a prompt (text, or token ids): pieces of text, the last with `.result`.
 
-        Options are Sampling's fields. With `reuse`, tokens that the prompt begins with and the KV cache still holds
-        are not computed again. Their keys and values may be rounded differently, because they were computed one token
-        at a time and not as one prompt: where two tokens are nearly as likely, the text may differ from that of a fresh
-        run. Closing the iterator stops the computation within a layer. Raises UsageError where the prompt is empty or
-        does not fit the context.
+        Options are Sampling's fields. With `n` completions one follows the other, each with its result. With `reuse`,
+        tokens that the prompt begins with and the KV cache still holds are not computed again. Their keys and values
+        may be rounded differently, because they were computed one token at a time and not as one prompt: where two
+        tokens are nearly as likely, the text may differ from that of a fresh run. Closing the iterator stops the
+        computation within a layer. Raises UsageError where the prompt is empty or does not fit the context.
         """
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")
         sampling, ids = sampling or Sampling(**options), self._ids(prompt)
+        sampling.check_vocabulary(self.store.geometry.vocab_size)
+        self.constraint(sampling, self.plan)  # whatever is wrong is told before the run
         room = self.plan.context - len(ids)
-        return self._stream(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
+        return self._completions(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
 
     def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
-        """Return the whole continuation at once; parameters and errors as `generate`."""
+        """Return the whole continuation at once; parameters and errors as `generate`, for one completion."""
+        if (n := sampling.n if sampling is not None else options.get("n", 1)) != 1:
+            raise UsageError(f"{arg('n')} {n}: `complete` returns one completion; use `generate`")
         for piece in self.generate(prompt, sampling, **options):
             if piece.result is not None:
                 return piece.result
@@ -120,6 +127,11 @@ class Runner(OpenModel):
         self.encoder.check_count(len(ids))
         return ids
 
+    def _completions(self, prompt: list[int], sampling: Sampling, reuse: bool) -> Generator[Piece, None, None]:
+        """Yield the pieces of each completion; those after the first find the prompt in the cache."""
+        for index, one in enumerate(sampling.completions()):
+            yield from self._stream(prompt, one, reuse or index > 0)
+
     def _stream(self, prompt: list[int], sampling: Sampling, reuse: bool) -> Generator[Piece, None, None]:
         """Yield pieces while the compute thread makes them; stop it when the caller has had enough."""
         queue: SimpleQueue[Piece | None] = SimpleQueue()
@@ -138,18 +150,23 @@ class Runner(OpenModel):
         how = decoding(defaults, sampling)
         config = how.config
         config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
-        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode), send)
+        constraint = self.constraint(sampling, self.plan)
+        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode, constraint), send, sampling.logprobs)
         reused = self._keep(prompt if reuse else [])
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
         try:
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sampling.seed)
-                with self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt):
+                with (
+                    self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt),
+                    streamer.watching(self.model),
+                ):
                     self.model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
                         generation_config=config,
+                        logits_processor=own_processors(sampling, len(prompt), constraint),
                         cache=self.cache,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_Stopped(streamer.completion)]),
@@ -227,14 +244,18 @@ class Runner(OpenModel):
             hit_rate=used.hit_rate,
             bytes_read=used.bytes_read,
             reused_tokens=reused,
+            logprobs=streamer.tokens,
         )
 
 
 class _Streamer(BaseStreamer):
     """Takes ids from transformers, a step at a time, notes when they came, and sends pieces of text."""
 
-    def __init__(self, completion: GrowingCompletion, send: Callable[[Piece], None]) -> None:
-        self.completion, self.send = completion, send
+    def __init__(
+        self, completion: GrowingCompletion, send: Callable[[Piece], None], logprobs: int | None = None
+    ) -> None:
+        self.completion, self.send, self.logprobs = completion, send, logprobs
+        self.tokens: list[Chosen] | None = None if logprobs is None else []
         self.started = time.perf_counter()
         self.times: list[float] = []
         self._prompt_seen = False
@@ -246,13 +267,28 @@ class _Streamer(BaseStreamer):
             self._prompt_seen = True
             return
         now = time.perf_counter()
-        for token in value.flatten().tolist():
+        for index, token in enumerate(value.flatten().tolist()):
             if not self.completion.ended:  # a draft may go on behind the end
                 self.times.append(now)
+                if self.tokens is not None:
+                    self.tokens.append(chosen_token(token, self._logits[index], self.logprobs))
                 self.send_text(self.completion.add(token))
 
     def end(self) -> None:
         pass
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Keep the logits of the last step, where log-probabilities are requested: [1, V], or [k, V] for a draft."""
+        hook = model.register_forward_hook(self._keep_logits) if self.tokens is not None else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _keep_logits(self, model: nn.Module, arguments: object, output: Any) -> None:
+        self._logits = output.logits[0].float()
 
     def send_text(self, text: str) -> None:
         """Send a piece, unless there is no text yet."""
@@ -270,12 +306,6 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return torch.tensor([self.completion.stopped])
-
-
-def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many ids two lists begin with in common."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def _without_cached(

@@ -73,7 +73,7 @@ def plan_server(
     """
     for contexts in (CONTEXTS, CONTEXTS // 2, 1):
         together = tokens or contexts * context
-        held = serving_bytes(layout.geometry, together)
+        held = serving_bytes(layout.geometry, together, batch)
         try:
             return plan_lines(layout, [math.ceil(together / batch)] * batch, ram, batch, held, use)
         except DoesNotFitError:

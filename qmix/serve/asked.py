@@ -19,15 +19,15 @@ from qmix.batch.lines import CHAT, COMPLETION, Line, LineError, parse_body
 from qmix.batch.prompts import Asking, LineRefused, LineTooLong
 from qmix.batch.schema import Fields
 from qmix.engine.batch import BatchRequest
-from qmix.engine.sampler import stream_seed
 from qmix.errors import QmixError
 from qmix.files import decode_json
 from qmix.serve.errors import ApiError, invalid, too_long
 
-OWN = ("stream", "stream_options", "n", "echo", "prompt", "max_tokens")
+OWN = ("stream", "stream_options", "echo")
 MOST_ANSWERS = 128  # of one request
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 NAME_BYTES = 9
+TOKEN_BYTES, LOGPROB_BYTES = 200, 150  # of a token with its log-probability, and of each likely one beside it
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,7 +46,6 @@ class Own(msgspec.Struct):
     prompt: str | list[int | str | list[int]] = ""
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,12 @@ class Asked:
     @property
     def logprobs_bytes(self) -> int:
         """The most bytes that log-probabilities of the answers and echoed prompts take."""
-        return sum(
-            (request.sampling.max_new_tokens + len(request.prompt) * request.echo) * (200 + 150 * request.logprobs)
-            for request in self.requests
-            if request.logprobs is not None
-        )
+        held = 0
+        for request in self.requests:
+            if (most := request.sampling.logprobs) is not None:
+                tokens = request.sampling.max_new_tokens + len(request.prompt) * request.echo
+                held += tokens * (TOKEN_BYTES + LOGPROB_BYTES * most)
+        return held
 
 
 class Asker:
@@ -114,10 +114,9 @@ class Asker:
 
     def _asked(self, url: str, own: Own, given: Fields, cap: bool) -> Asked:
         chat = url == CHAT
-        n = 1 if own.n is None else own.n
         prompts: list[str | list[int]] = [""] if chat else _prompts(given, own.prompt)
-        if not 1 <= n * len(prompts) <= MOST_ANSWERS:
-            raise LineError(f"n {n}: n times the number of prompts must be 1 to {MOST_ANSWERS}")
+        if not 1 <= (own.n or 1) * len(prompts) <= MOST_ANSWERS:
+            raise LineError(f"n {own.n or 1}: n times the number of prompts must be 1 to {MOST_ANSWERS}")
         if own.stream_options is not None and not own.stream:
             raise LineError("stream_options: needs stream to be true")
         echo = bool(own.echo) and not chat
@@ -128,14 +127,17 @@ class Asker:
             given["max_tokens"] = msgspec.Raw(b"1" if silent else str(COMPLETION_TOKENS).encode())
         if not chat:
             given["prompt"] = msgspec.Raw(b'""')
-        taken = [name for name in OWN if not (chat and name in ("echo", "prompt"))]
-        line = parse_body(url, msgspec.json.encode(given), taken)
+        line = parse_body(url, msgspec.json.encode(given), OWN[:2] if chat else OWN)
         requests, texts = [], []
         for prompt in prompts:
             one = self._request(replace(line, prompt=prompt), own, cap)
             texts.append(prompt if isinstance(prompt, str) else self._decode(prompt) if echo else "")
-            requests += [self._numbered(one, index, own.seed, echo) for index in range(n)]
+            requests += [
+                replace(each, name=f"{each.name}:{each.index}", echo=echo and each.sampling.logprobs is not None)
+                for each in one.completions()
+            ]
         usage = own.stream_options is not None and bool(own.stream_options.include_usage)
+        n = len(requests) // len(prompts)
         return Asked(url, requests, n, bool(own.stream), usage, texts if echo else None, silent)
 
     def _request(self, line: Line, own: Own, cap: bool) -> BatchRequest:
@@ -149,15 +151,6 @@ class Asker:
                 f"{len(request.prompt)} of the prompt, {stated} of the answer; shorten either"
             )
         return request
-
-    @staticmethod
-    def _numbered(request: BatchRequest, index: int, seed: int | None, echo: bool) -> BatchRequest:
-        """Return the request of a prompt's answer `index`, with a name and a random stream of its own."""
-        name = f"{request.name}:{index}"
-        sampling = request.sampling
-        if index:
-            sampling = replace(sampling, seed=stream_seed(sampling.seed if seed is None else seed, str(index)))
-        return replace(request, name=name, sampling=sampling, echo=echo)
 
     def close(self) -> None:
         """Let go of the thread."""

@@ -119,9 +119,10 @@ class SharedRunner:
         try:
             while self.goes_on():
                 while len(names) < self.plan.batch and (request := next(waiting, None)) is not None:
-                    ticket = Ticket(replace(request, name=new_id("line")), self, bulk=True)
-                    names[ticket] = request.name
-                    self.service.submit_bulk(ticket)
+                    for each in request.completions():
+                        ticket = Ticket(replace(each, name=new_id("line")), self, bulk=True)
+                        names[ticket] = each.name
+                        self.service.submit_bulk(ticket)
                 if not names:
                     return
                 yield self._finished(names)

@@ -65,7 +65,7 @@ class OpenAIForm:
         return self.asked.echo[index // self.asked.n] if self.asked.echo else ""
 
     def _logprobs(self, index: int, tokens: list[Chosen]) -> dict[str, Any] | None:
-        if self.asked.requests[index].logprobs is None:
+        if self.asked.requests[index].sampling.logprobs is None:
             return None
         if self.chat:
             return chat_logprobs(self.told, tokens) | {"refusal": None}

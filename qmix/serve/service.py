@@ -17,7 +17,7 @@ from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.engine.scheduler import Sequence as Place
-from qmix.errors import Cancelled, QmixError
+from qmix.errors import Cancelled, QmixError, UsageError
 from qmix.serve.errors import ApiError, busy, failed, invalid, stopping
 from qmix.units import plural
 
@@ -215,6 +215,8 @@ def hand_out(events: Iterable[Event]) -> None:
 
 def told(error: Exception) -> ApiError:
     """Return what a client is told of a failure of the engine."""
+    if isinstance(error, UsageError):  # found when it began, as a grammar that cannot be compiled
+        return invalid(str(error))
     if isinstance(error, QmixError):
         return failed(str(error))
     return failed(f"a bug in qmix: {type(error).__name__}: {error}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.scheduler import KVAllocator, Scheduler, Sequence
+from qmix.engine.positions import KVAllocator
+from qmix.engine.scheduler import Scheduler, Sequence
 
 
 def test_the_first_stretch_that_is_long_enough_is_taken_and_neighbours_are_joined():
