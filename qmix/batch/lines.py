@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, BinaryIO, TypeVar
 
@@ -54,16 +54,18 @@ class Line:
     """A request: `messages` to answer, or, if empty, a `prompt` (text or ids) to continue.
 
     `options` are the fields of Sampling that the line sets. `model` is the model that the line asks for. `refused` is
-    the reason why qmix cannot answer the request, None where the line has no such reason.
+    the reason why qmix cannot answer the request, None where the line has no such reason. `tools` are
+    shown to the model.
     """
 
     id: str
     url: str
     prompt: str | list[int]
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     options: dict[str, Any]
     model: str | None = None
     refused: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Asking:
 
     def _ids(self, line: Line) -> list[int]:
         if line.messages:
-            ids = self._chat(line.messages)
+            ids = self._chat(line.messages, line.tools)
         elif isinstance(line.prompt, str):
             ids = self.encoder.ids(line.prompt) if line.prompt.strip() else []
         else:
@@ -76,7 +76,7 @@ class Asking:
             raise LineRefused(f"the prompt holds the token id {bad}, outside the model's vocabulary")
         return list(ids)
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
         if self.template is None:
             raise LineRefused("the model has no chat template; give a prompt instead of messages")
         roles = [message["role"] for message in messages[:2]]
@@ -86,7 +86,7 @@ class Asking:
         if len(messages) >= self.encoder.context:  # a template adds tokens to each
             raise self.encoder.too_long(f"the prompt has {plural(len(messages), 'message')}")
         try:
-            text = self.template.text(messages, True)
+            text = self.template.text(messages, True, tools)
         except TemplateRefusal as error:
             raise LineRefused(f"the model's chat template rejects these messages ({error})") from None
         self.encoder.check(text)

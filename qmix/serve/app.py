@@ -133,7 +133,7 @@ class Api:
                 form = await read(await read_json(request, BODY_LIMIT))
             asked = form.asked
             held.enter_context(self.serving.ledger.hold(asked.logprobs_bytes))
-            following = Following(self.serving.service, asked.requests, asked.stream)
+            following = Following(self.serving.service, asked.requests, asked.stream, asked.tooling)
             held.callback(following.close)
             if asked.stream:
                 return EventStream(events(following, form, self.serving.ping_seconds), held.pop_all().close)

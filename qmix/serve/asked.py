@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from qmix.engine.batch import BatchRequest
 from qmix.errors import QmixError
 from qmix.files import decode_json
 from qmix.serve.errors import ApiError, invalid, too_long
+from qmix.serve.tools import Tooling, tooling, without_calls
 
 OWN = ("stream", "stream_options", "echo")
 MOST_ANSWERS = 128  # of one request
@@ -53,7 +54,7 @@ class Asked:
     """Requests to the engine, one for each answer in the order of their index; each prompt has `n` answers.
 
     `usage` wants the tokens counted at the end of a stream. `echo` has the prompts' texts where answers repeat them.
-    `silent` leaves the answers out, where only the prompt was to be scored.
+    `silent` leaves the answers out, where only the prompt was to be scored. `tooling` are the tools to call.
     """
 
     url: str
@@ -63,6 +64,7 @@ class Asked:
     usage: bool = False
     echo: list[str] | None = None
     silent: bool = False
+    tooling: Tooling | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -83,7 +85,7 @@ class Asked:
 class Asker:
     """Reads bodies and tokenises prompts, one at a time in a thread of its own, which bounds the memory for it."""
 
-    def __init__(self, asking: Asking, names: frozenset[str], decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, asking: Asking, names: frozenset[str], decode: Callable[[Sequence[int]], str]) -> None:
         self.asking, self.names, self._decode = asking, names, decode
         self._executor = ThreadPoolExecutor(1, "qmix-text")
 
@@ -127,7 +129,11 @@ class Asker:
             given["max_tokens"] = msgspec.Raw(b"1" if silent else str(COMPLETION_TOKENS).encode())
         if not chat:
             given["prompt"] = msgspec.Raw(b'""')
+        tools = tooling(given, self.asking, self._decode) if chat else None
+        lost = without_calls(given) if chat else {}
         line = parse_body(url, msgspec.json.encode(given), OWN[:2] if chat else OWN)
+        if lost or tools is not None:
+            line = _with_tools(line, lost, tools)
         requests, texts = [], []
         for prompt in prompts:
             one = self._request(replace(line, prompt=prompt), own, cap)
@@ -138,7 +144,7 @@ class Asker:
             ]
         usage = own.stream_options is not None and bool(own.stream_options.include_usage)
         n = len(requests) // len(prompts)
-        return Asked(url, requests, n, bool(own.stream), usage, texts if echo else None, silent)
+        return Asked(url, requests, n, bool(own.stream), usage, texts if echo else None, silent, tools)
 
     def _request(self, line: Line, own: Own, cap: bool) -> BatchRequest:
         """Return the request of one prompt. Raises LineTooLong where a stated length does not fit, without `cap`."""
@@ -155,6 +161,14 @@ class Asker:
     def close(self) -> None:
         """Let go of the thread."""
         self._executor.shutdown(cancel_futures=True)
+
+
+def _with_tools(line: Line, lost: dict[int, dict[str, Any]], tools: Tooling | None) -> Line:
+    """Return a line whose messages have their calls again, and whose answer may call tools."""
+    messages = [message | lost.get(index, {}) for index, message in enumerate(line.messages)]
+    if tools is None:
+        return replace(line, messages=messages)
+    return replace(line, messages=messages, tools=tools.tools, options=line.options | {"grammar": tools.grammar})
 
 
 def _prompts(given: Fields, prompt: str | list[int | str | list[int]]) -> list[str | list[int]]:

@@ -11,6 +11,7 @@ from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.serve.errors import ApiError
 from qmix.serve.service import Outcome, Service, Ticket
+from qmix.serve.tools import Call, Tooling
 
 
 @dataclass(slots=True)
@@ -21,6 +22,7 @@ class Update:
     text: str = ""
     tokens: list[Chosen] = field(default_factory=list)
     result: BatchResult | None = None
+    calls: list[Call] = field(default_factory=list)
 
 
 class Following:
@@ -29,12 +31,15 @@ class Following:
     Pieces that nobody has taken yet are joined, so that a slow reader holds up nothing.
     """
 
-    def __init__(self, service: Service, requests: Sequence[BatchRequest], streams: bool) -> None:
-        self._service, self._news = service, asyncio.Event()
+    def __init__(
+        self, service: Service, requests: Sequence[BatchRequest], streams: bool, tooling: Tooling | None = None
+    ) -> None:
+        self._service, self._news, self._tooling = service, asyncio.Event(), tooling
         self._tickets = [Ticket(request, self, streams) for request in requests]
         self._index = {ticket: index for index, ticket in enumerate(self._tickets)}
         self._pending: dict[int, Update] = {}
         self._sent = [0] * len(requests)  # characters of each answer
+        self._held = [False] * len(requests)  # answers whose text may be a call by now
         self._open = len(requests)
         self._error: ApiError | None = None
         self.results: list[BatchResult | None] = [None] * len(requests)
@@ -45,16 +50,26 @@ class Following:
         index = self._index[ticket]
         update = self._pending.setdefault(index, Update(index))
         if chosen is not None:
-            update.text += text
             update.tokens.append(chosen)
-            self._sent[index] += len(text)
+            self._held[index] |= self._tooling is not None and self._tooling.holds(chosen.token)
+            update.text += "" if self._held[index] else text
+            self._sent[index] += 0 if self._held[index] else len(text)
         if isinstance(outcome, BatchResult):
-            update.text += outcome.text[self._sent[index] :]
+            self._finish(update, outcome)
             self.results[index] = update.result = outcome
             self._open -= 1
         elif outcome is not None:
             self._error = self._error or outcome
         self._news.set()
+
+    def _finish(self, update: Update, result: BatchResult) -> None:
+        """Add the text that was held back, or the calls."""
+        text, sent = result.text, self._sent[update.index]
+        if self._tooling is None:
+            update.text += text[sent:]
+        else:
+            text, update.calls = self._tooling.read(result)
+            update.text += self._tooling.rest(text, update.calls, sent)
 
     @property
     def done(self) -> bool:

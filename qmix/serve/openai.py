@@ -16,18 +16,20 @@ from qmix.serve.asked import Asked
 from qmix.serve.errors import ApiError
 from qmix.serve.events import event
 from qmix.serve.following import Update
+from qmix.serve.tools import Call
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 
-def usage_of(asked: Asked, results: Sequence[BatchResult]) -> dict[str, int]:
+def usage_of(asked: Asked, results: Sequence[BatchResult]) -> dict[str, Any]:
     """Return the tokens of prompts, each counted once, and of answers."""
     new = 0 if asked.silent else sum(result.completion_tokens for result in results)
     return {
         "prompt_tokens": asked.prompt_tokens,
         "completion_tokens": new,
         "total_tokens": asked.prompt_tokens + new,
+        "prompt_tokens_details": {"cached_tokens": sum(result.reused_tokens for result in results[:: asked.n])},
     }
 
 
@@ -54,7 +56,13 @@ class OpenAIForm:
 
     def _choice(self, index: int, result: BatchResult) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "finish_reason": result.finish_reason}
-        if self.chat:
+        if self.asked.tooling is not None:
+            text, calls = self.asked.tooling.read(result)
+            choice["message"] = {"role": "assistant", "content": text or None, "refusal": None}
+            if calls:
+                choice["message"]["tool_calls"] = _calls(calls)
+                choice["finish_reason"] = "tool_calls"
+        elif self.chat:
             choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
         else:
             choice["text"] = self._echoed(index) + ("" if self.asked.silent else result.text)
@@ -93,7 +101,12 @@ class OpenAIForm:
         if result is None:
             return events
         last: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        return events + self._chunk({"index": index, **last, "finish_reason": result.finish_reason})
+        reason = result.finish_reason
+        if update.calls:
+            numbered = [{"index": number, **call} for number, call in enumerate(_calls(update.calls))]
+            events += self._chunk({"index": index, "delta": {"tool_calls": numbered}})
+            reason = "tool_calls"
+        return events + self._chunk({"index": index, **last, "finish_reason": reason})
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -114,3 +127,10 @@ class OpenAIForm:
     def error(self, error: ApiError) -> bytes:
         """Return the event of a failure."""
         return event(error.openai())
+
+
+def _calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
+    return [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]

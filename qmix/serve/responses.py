@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses, as far as text needs it: nothing is stored, no tool is called."""
+"""OpenAI's /v1/responses, as far as text and the client's own functions need it: nothing is stored."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from qmix.serve.errors import ApiError, invalid
 from qmix.serve.events import event
 from qmix.serve.following import Update
 from qmix.serve.texts import Message, check_fields, decoded, joined, text_of
+from qmix.serve.tools import Call
 
 FORMAT = {"format": {"type": "text"}}
 VERBOSITY = {"verbosity": "medium"}
@@ -35,10 +36,7 @@ FIELDS = (
     Field("store", None, "nothing is stored"),
     Field("stream_options", None, "only pads a stream"),
     Field("include", None, "only adds what is not here"),
-    Field("parallel_tool_calls", None, "no tools are called"),
-    Field("max_tool_calls", None, "no tools are called"),
-    Field("tools", ([],), "no tools are called"),
-    Field("tool_choice", ("none", "auto"), "no tools are called"),
+    Field("max_tool_calls", None, "the server itself calls no tools"),
     Field("text", PLAIN, "answers are plain text"),
     Field("reasoning", ({}, {"effort": "none"}), "the model has no reasoning step"),
     Field("truncation", ("disabled",), "not supported"),
@@ -50,6 +48,7 @@ FIELDS = (
     Field("top_logprobs", (0,), "not supported; use /v1/chat/completions"),
 )
 TEXTS = ("input_text", "output_text", "text")
+FUNCTION = ("name", "description", "parameters")
 
 
 class Body(msgspec.Struct):
@@ -62,6 +61,9 @@ class Body(msgspec.Struct):
     temperature: float | None = None
     top_p: float | None = None
     stream: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 async def ask(asker: Asker, body: bytes) -> tuple[Asked, Body]:
@@ -70,29 +72,55 @@ async def ask(asker: Asker, body: bytes) -> tuple[Asked, Body]:
         given = decode_json(body, Fields, "", LineError)
         check_fields(given, Body.__struct_fields__, FIELDS)
         wanted = decode_json(body, Body, "", LineError)
-        messages = _messages(wanted)
+        messages, tools = _messages(wanted), [_tool(*each) for each in enumerate(wanted.tools or ())] or None
     except (LineError, LineRefused) as error:
         raise invalid(str(error).removeprefix(": ")) from None
     options = {name: getattr(wanted, name) for name in ("model", "stream", "temperature", "top_p")}
+    choice = wanted.tool_choice
+    if isinstance(choice, dict):
+        choice = {"type": "function", "function": {"name": choice.get("name")}}
+    options |= {"tools": tools, "tool_choice": choice, "parallel_tool_calls": wanted.parallel_tool_calls}
     chat = body_of({"messages": messages, "max_completion_tokens": wanted.max_output_tokens, **options})
     return await asker.ask(CHAT, chat), wanted
 
 
 def _messages(wanted: Body) -> list[Message]:
     """Return the instructions as a system prompt, and the turns."""
-    turns = [{"role": "system", "content": wanted.instructions}] if wanted.instructions else []
+    turns: list[Message] = [{"role": "system", "content": wanted.instructions}] if wanted.instructions else []
     if isinstance(wanted.input, str):
         return [*turns, {"role": "user", "content": wanted.input}]
     for index, given in enumerate(wanted.input):
         where = f"input[{index}]"
         item = {name: decoded(value) for name, value in given.items()}
-        if item.get("type", "message") != "message":
-            raise LineRefused(f"{where}: type {str(item['type'])[:100]!r}: must be 'message'; no tools are called")
+        kind = item.get("type", "message")
+        if kind in ("function_call", "function_call_output"):
+            turns.append(_call(item) if kind == "function_call" else _output(item, where))
+            continue
+        if kind != "message":
+            raise LineRefused(f"{where}: type {str(kind)[:100]!r}: must be a message, or a function's call or output")
         role = {"developer": "system"}.get(str(item.get("role")), item.get("role"))
         if role not in ("system", "user", "assistant"):
             raise LineError(f"{where}.role: must be 'system', 'developer', 'user' or 'assistant'")
         turns.append({"role": role, "content": text_of(item.get("content"), TEXTS, f"{where}.content")})
     return joined(turns)
+
+
+def _tool(index: int, tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a function of the client in the form of chat completions."""
+    if tool.get("type") != "function":
+        kind = str(tool.get("type"))[:100]
+        raise LineRefused(f"tools[{index}]: type {kind!r}: must be 'function'; the server itself calls no tools")
+    return {"type": "function", "function": {name: tool[name] for name in FUNCTION if name in tool}}
+
+
+def _call(item: dict[str, Any]) -> Message:
+    function = {"name": item.get("name"), "arguments": item.get("arguments")}
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": item.get("call_id"), "function": function}]}
+
+
+def _output(item: dict[str, Any], where: str) -> Message:
+    content = text_of(item.get("output"), TEXTS, f"{where}.output")
+    return {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
 
 
 @dataclass(slots=True)
@@ -105,6 +133,8 @@ class ResponseForm:
     created: float = field(default_factory=lambda: int(time.time()))
     _mark: str = field(default_factory=lambda: secrets.token_hex(12))
     _count: int = 0
+    _text: list[str] = field(default_factory=list)
+    _items: list[dict[str, Any]] = field(default_factory=list)
 
     def whole(self, results: Sequence[BatchResult]) -> dict[str, Any]:
         """Return the body of a response."""
@@ -112,16 +142,23 @@ class ResponseForm:
         cut = result.finish_reason == "length"
         tokens, new = self.asked.prompt_tokens, result.completion_tokens
         status = "incomplete" if cut else "completed"
-        return self._response(status, [self._item(status, result.text)]) | {
+        return self._response(status, self._output(result, status)) | {
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "usage": {
                 "input_tokens": tokens,
-                "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens_details": {"cached_tokens": result.reused_tokens},
                 "output_tokens": new,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": tokens + new,
             },
         }
+
+    def _output(self, result: BatchResult, status: str) -> list[dict[str, Any]]:
+        """Return the items of an answer: its text if it has any, and its calls."""
+        if self._items:  # of a stream
+            return self._items
+        text, calls = (result.text, []) if self.asked.tooling is None else self.asked.tooling.read(result)
+        return [*([self._item(status, text)] if text or not calls else []), *map(_function_call, calls)]
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
         wanted = self.wanted
@@ -136,14 +173,14 @@ class ResponseForm:
             "max_output_tokens": wanted.max_output_tokens,
             "model": self.model,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": wanted.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": wanted.temperature,
             "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": wanted.tool_choice or "auto",
+            "tools": wanted.tools or [],
             "top_p": wanted.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -163,30 +200,52 @@ class ResponseForm:
     def begin(self) -> bytes:
         """Return the events before any text."""
         started = self._response("in_progress", [])
-        return (
-            self._event("response.created", response=started)
-            + self._event("response.in_progress", response=started)
-            + self._event("response.output_item.added", output_index=0, item=self._item("in_progress", None))
-            + self._event("response.content_part.added", **self._place(), part=_part(""))
-        )
+        return self._event("response.created", response=started) + self._event("response.in_progress", response=started)
 
     def update(self, update: Update) -> bytes:
-        """Return the event of more text."""
-        if not update.text:
-            return b""
-        return self._event("response.output_text.delta", **self._place(), delta=update.text, logprobs=[])
+        """Return the events of more text, and of calls."""
+        events = b""
+        if update.text:
+            events = b"" if self._text else self._begin_text()
+            self._text.append(update.text)
+            events += self._event("response.output_text.delta", **self._place(), delta=update.text, logprobs=[])
+        if update.result is not None:
+            if self._text or not update.calls:
+                events += self._end_text("incomplete" if update.result.finish_reason == "length" else "completed")
+            events += b"".join(map(self._call, update.calls))
+        return events
+
+    def _begin_text(self) -> bytes:
+        return self._event(
+            "response.output_item.added", output_index=0, item=self._item("in_progress", None)
+        ) + self._event("response.content_part.added", **self._place(), part=_part(""))
+
+    def _end_text(self, status: str) -> bytes:
+        text = "".join(self._text)
+        self._items.append(self._item(status, text))
+        return (
+            (b"" if self._text else self._begin_text())
+            + self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
+            + self._event("response.content_part.done", **self._place(), part=_part(text))
+            + self._event("response.output_item.done", output_index=0, item=self._items[0])
+        )
+
+    def _call(self, call: Call) -> bytes:
+        item = _function_call(call)
+        place = {"output_index": len(self._items), "item_id": item["id"]}
+        self._items.append(item)
+        started = item | {"status": "in_progress", "arguments": ""}
+        return (
+            self._event("response.output_item.added", output_index=place["output_index"], item=started)
+            + self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
+            + self._event("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
+            + self._event("response.output_item.done", output_index=place["output_index"], item=item)
+        )
 
     def end(self, results: list[BatchResult]) -> bytes:
-        """Return the events after all text."""
-        (result,) = results
+        """Return the last event, with the whole response."""
         response = self.whole(results)
-        status = response["status"]
-        return (
-            self._event("response.output_text.done", **self._place(), text=result.text, logprobs=[])
-            + self._event("response.content_part.done", **self._place(), part=_part(result.text))
-            + self._event("response.output_item.done", output_index=0, item=self._item(status, result.text))
-            + self._event(f"response.{status}", response=response)
-        )
+        return self._event(f"response.{response['status']}", response=response)
 
     def ping(self) -> bytes:
         """Return a comment, which clients skip."""
@@ -207,3 +266,8 @@ class ResponseForm:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _function_call(call: Call) -> dict[str, Any]:
+    own = {"call_id": call.id, "name": call.name, "arguments": call.arguments}
+    return {"id": f"fc_{call.id}", "type": "function_call", "status": "completed", **own}

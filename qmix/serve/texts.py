@@ -13,7 +13,8 @@ from qmix.batch.openai import Field, not_taken
 from qmix.batch.prompts import LineRefused
 from qmix.batch.schema import Fields
 
-Message = dict[str, str]
+Message = dict[str, Any]
+PLAIN = {"role", "content"}
 
 
 def check_fields(given: Fields, known: Collection[str], neutral: Collection[Field], where: str = "") -> None:
@@ -49,7 +50,7 @@ def joined(messages: Iterable[Message]) -> list[Message]:
     """Return messages with those of one role in a row made one, as templates want them."""
     found: list[Message] = []
     for message in messages:
-        if found and found[-1]["role"] == message["role"]:
+        if found and found[-1]["role"] == message["role"] and found[-1].keys() == message.keys() == PLAIN:
             found[-1] = {**message, "content": found[-1]["content"] + "\n\n" + message["content"]}
         else:
             found.append(message)

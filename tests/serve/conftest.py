@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,13 @@ import openai
 import pytest
 
 BATCH, QUEUE, RAM = 8, 64, 1100
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }} Answer with <tool_call>...</tool_call>.{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
+    "{% elif m['role'] == 'tool' %}[{{ m['tool_call_id'] }}]{{ m['content'] }}{% elif m['role'] == 'assistant' %}"
+    "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}<tool_call>{{ c['function'] | tojson }}</tool_call>"
+    "{% endfor %}{{ eos_token }}{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+)
 ADDRESS = re.compile(r"serving .* at (http://\S+): ")
 
 
@@ -31,9 +39,9 @@ class Running:
     messages: Path
 
     @classmethod
-    def start(cls, scratch: Path, environment: dict[str, str], *options: str) -> Running:
+    def start(cls, scratch: Path, environment: dict[str, str], model: Path, *options: str) -> Running:
         messages = scratch / "messages"
-        command = [sys.executable, "-m", "cli", "serve", "tiny", "--port", "0", *options]
+        command = [sys.executable, "-m", "cli", "serve", str(model), "--model-name", "tiny", "--port", "0", *options]
         with messages.open("wb") as file:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=os.environ | environment)
         while (match := ADDRESS.search(messages.read_text())) is None:
@@ -74,9 +82,21 @@ def places(first_use, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def server(places, tmp_path_factory) -> Iterator[Running]:
+def model(places, tiny, tmp_path_factory) -> Path:
+    """A store of the embedded model with a chat template that has tools, and is its own without them."""
+    checkpoint = tmp_path_factory.mktemp("models") / "checkpoint"
+    shutil.copytree(tiny, checkpoint, ignore=shutil.ignore_patterns("recipe"))
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    store = checkpoint.with_name("store")
+    command = [sys.executable, "-m", "cli", "quantize", str(checkpoint), str(store)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | places)
+    return store
+
+
+@pytest.fixture(scope="session")
+def server(places, model, tmp_path_factory) -> Iterator[Running]:
     options = ("--batch", str(BATCH), "--queue", str(QUEUE), "--ram", f"{RAM}MiB")
-    running = Running.start(tmp_path_factory.mktemp("server"), places, *options)
+    running = Running.start(tmp_path_factory.mktemp("server"), places, model, *options)
     yield running
     running.stop(signal.SIGTERM)
 
@@ -92,7 +112,7 @@ def claude(server) -> anthropic.Anthropic:
 
 
 @pytest.fixture
-def batch(qmix, tmp_path):
+def batch(qmix, model, tmp_path):
     """Answers of `qmix batch` to bodies of /v1/completions or /v1/chat/completions, in their order."""
 
     def answer(bodies: list[dict]) -> list[dict]:
@@ -103,7 +123,7 @@ def batch(qmix, tmp_path):
         ]
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        done = qmix("batch", source, "-o", output, "-m", "tiny")
+        done = qmix("batch", source, "-o", output, "-m", model)
         assert done.status == 0, done.err
         found = {line["custom_id"]: line["response"]["body"] for line in map(json.loads, output.open())}
         return [found[str(index)] for index in range(len(bodies))]

@@ -49,7 +49,8 @@ def test_an_answer_ends_at_a_stop_sequence_or_at_the_end_of_the_context(claude):
 WRONG = [
     ({"messages": []}, 400, "messages: "),
     ({"messages": [*TURNS, {"role": "assistant", "content": "The"}]}, 400, "messages: the last one must be the user's"),
-    ({"tools": [{"name": "x"}]}, 400, "tools: "),
+    ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, 400, "tools[0]: type 'web_search_20250305'"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "thinking: qmix takes only"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "messages[0].content[0]: type 'image'"),
     ({"max_token": 3}, 400, "unknown field 'max_token' (did you mean 'max_tokens'?)"),
     ({"model": "other"}, 404, "model 'other': not served here; use tiny"),

@@ -113,9 +113,9 @@ def test_a_cancelled_batch_keeps_what_it_has(client):
 
 
 @pytest.mark.slow
-def test_a_killed_server_goes_on_with_its_batches(places, tmp_path):
+def test_a_killed_server_goes_on_with_its_batches(places, model, tmp_path):
     options = ("--directory", str(tmp_path / "kept"), "--batch", "4", "--ram", "1100MiB")
-    first = Running.start(tmp_path, places, *options)
+    first = Running.start(tmp_path, places, model, *options)
     client = openai.OpenAI(base_url=f"{first.url}/v1", api_key="none")
     batch = start(client, lines(60, tokens=60))
     while client.batches.retrieve(batch.id).request_counts.completed < 5:
@@ -126,7 +126,7 @@ def test_a_killed_server_goes_on_with_its_batches(places, tmp_path):
     before = before[: before.rindex(b"\n") + 1]
     assert before.count(b"\n") >= 5
 
-    second = Running.start(tmp_path, places, *options)
+    second = Running.start(tmp_path, places, model, *options)
     client = openai.OpenAI(base_url=f"{second.url}/v1", api_key="none")
     done = ended(client, batch.id)
     assert (done.status, done.request_counts.completed) == ("completed", 60)

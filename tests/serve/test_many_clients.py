@@ -141,8 +141,8 @@ def test_a_silent_stream_is_kept_alive_by_pings():
     assert asyncio.run(all_of()) == [b"begin", b"ping", b"ping", b"update", b"end"]
 
 
-def test_an_interrupt_lets_running_requests_end(places, tmp_path):
-    running = Running.start(tmp_path, places, "--batch", "4")
+def test_an_interrupt_lets_running_requests_end(places, model, tmp_path):
+    running = Running.start(tmp_path, places, model, "--batch", "4")
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(
         model="tiny", prompt="The file", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
