@@ -5,17 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from qmix.batch.forms import Forms
 from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
-from qmix.engine.batch import BatchCounters, BatchRequest
+from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.completion import BatchResult
 from qmix.machine.found import peak_memory
-from qmix.plan import Plan
-from qmix.pool.counters import PoolCounters
 
 REFUSED_AT_ONCE = 1000  # lines that are written together
 
@@ -97,17 +95,7 @@ class Summary:
         return {"schema": SCHEMA, **fields, "tok_s": self.rate}
 
 
-class Answerer(Protocol):
-    """What answers requests: a BatchRunner, or what shares one with others."""
-
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def work(self) -> BatchCounters: ...
-    @property
-    def counters(self) -> PoolCounters: ...
-
-    def answer(self, requests: Iterable[BatchRequest]) -> Iterator[list[BatchResult]]: ...
+Answer = Callable[[Iterable[BatchRequest]], Iterator[list[BatchResult]]]
 
 
 class BatchRun:
@@ -132,17 +120,20 @@ class BatchRun:
             self.answers.append([self.forms.refused(name, reason) for name, reason in some])
             self._refused += len(some)
 
-    def run(self, runner: Answerer, on_pass: Callable[[Summary], None]) -> Summary:
-        """Answer all lines; `on_pass` is called with a summary after each pass."""
+    def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None], answer: Answer | None = None) -> Summary:
+        """Answer all lines; `on_pass` is called with a summary after each pass.
+
+        `answer` is another way to have requests answered by the runner, which it shares with others.
+        """
         self._started = time.perf_counter()
         entries = {entry.id: entry for entry in self.job.entries}
         counts = dict(zip(entries, self.job.counts, strict=True))
         needs = dict(zip(entries, self.job.needs, strict=True))
         parts: dict[str, list[BatchResult]] = {}  # completions of lines that wait for their others
-        for finished in runner.answer(self._ask(self.job.entries)):
-            for answer in finished:
-                parts.setdefault(answer.name, []).append(answer)
-                self._left -= needs[answer.name]
+        for finished in (answer or runner.answer)(self._ask(self.job.entries)):
+            for each in finished:
+                parts.setdefault(each.name, []).append(each)
+                self._left -= needs[each.name]
             whole = [parts.pop(name) for name in list(parts) if len(parts[name]) == counts[name]]
             if whole:
                 lines = [self.requests.line(entries[answers[0].name]) for answers in whole]
@@ -155,9 +146,9 @@ class BatchRun:
         for entry in entries:
             yield self.asking.request(self.requests.line(entry))
 
-    def summary(self, runner: Answerer | None) -> Summary:
+    def summary(self, runner: BatchRunner | None) -> Summary:
         """Return the summary so far, without a runner where there was nothing to compute."""
-        work, counters = (runner.work, runner.counters) if runner else (None, None)
+        work, counters = (runner.work, runner.pool.counters) if runner else (None, None)
         return Summary(
             lines=len(self.requests.entries),
             answered=self._answered,

@@ -86,6 +86,7 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
         store, plan, context = _planned(name, **loading)
         hold_to(plan.ram)
         from qmix.engine.batch import BatchRunner
+        from qmix.plan.memory import REQUESTS_BYTES
         from qmix.terminal.progress import ProgressDisplay
         from qmix.terminal.tables import say
 
@@ -93,6 +94,7 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
             names=frozenset(options["names"] or [store.source_name]),
             context=context,
             queue=options["queue"],
+            memory=REQUESTS_BYTES,
             access=access,
             directory=options["directory"] or state_directory() / "serve" / _identity(store),
         )

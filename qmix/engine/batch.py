@@ -27,7 +27,6 @@ from qmix.model.attention import ROW_ATTENTION
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
 from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
-from qmix.pool.counters import PoolCounters
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -115,11 +114,6 @@ class BatchRunner(OpenModel):
         super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
         self._scheduler = Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
         self._running: dict[Sequence, _Running] = {}
-
-    @property
-    def counters(self) -> PoolCounters:
-        """The experts that were requested so far, and the bytes read for them."""
-        return self.pool.counters
 
     def start_over(self) -> None:
         """Forget all requests. Prefixes are kept, unless a pass was stopped before their rows were copied."""

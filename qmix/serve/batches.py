@@ -21,13 +21,11 @@ from qmix.batch.answering import Summary
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers
 from qmix.batch.session import begin_run
-from qmix.engine.batch import BatchCounters, BatchRequest
+from qmix.engine.batch import BatchRequest
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.errors import QmixError, UsageError, arg
 from qmix.files import LineFile
-from qmix.plan import Plan
-from qmix.pool.counters import PoolCounters
 from qmix.serve.asked import CHAT, COMPLETION
 from qmix.serve.errors import ApiError, invalid
 from qmix.serve.files import PART, Files, Records, is_error, new_id
@@ -88,24 +86,12 @@ class Wanted(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @dataclass(slots=True)
-class SharedRunner:
+class SharedEngine:
     """Answers the requests of a batch with the engine that others use, while `goes_on` returns True."""
 
     service: Service
     goes_on: Callable[[], bool]
     _news: queue.SimpleQueue[tuple[Ticket, Outcome]] = field(default_factory=queue.SimpleQueue)
-
-    @property
-    def plan(self) -> Plan:
-        return self.service.runner.plan
-
-    @property
-    def work(self) -> BatchCounters:
-        return self.service.runner.work
-
-    @property
-    def counters(self) -> PoolCounters:
-        return self.service.runner.counters
 
     def take(self, ticket: Ticket, text: str, chosen: Chosen | None, outcome: Outcome | None) -> None:
         """Take in an outcome, in the event loop."""
@@ -118,7 +104,7 @@ class SharedRunner:
         waiting = iter(requests)
         try:
             while self.goes_on():
-                while len(names) < self.plan.batch and (request := next(waiting, None)) is not None:
+                while len(names) < self.service.runner.plan.batch and (request := next(waiting, None)) is not None:
                     for each in request.completions():
                         ticket = Ticket(replace(each, name=new_id("line")), self, bulk=True)
                         names[ticket] = each.name
@@ -245,8 +231,8 @@ class Batches:
             with FileAnswers(self.output(batch.id)) as answers:
                 run, _, _ = begin_run(runner.store, requests, answers, {}, None, batch.context, runner.tokenizer)
                 run.refuse()
-                shared = SharedRunner(self._service, lambda: not self._stopping and batch.status == "in_progress")
-                self._count(batch, run.run(shared, lambda summary: self._count(batch, summary)))
+                shared = SharedEngine(self._service, lambda: not self._stopping and batch.status == "in_progress")
+                self._count(batch, run.run(runner, lambda summary: self._count(batch, summary), shared.answer))
         if batch.status == "cancelling" or not (self._stopping or batch.completed + batch.failed < batch.total):
             self._end(batch, [])
         return None

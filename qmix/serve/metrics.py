@@ -52,9 +52,10 @@ class Metrics:
         """Yield the figures of the engine."""
         service = self._service()
         runner = service.runner
-        work, counters, plan = runner.work, runner.counters, runner.plan
+        work, counters, plan = runner.work, runner.pool.counters, runner.plan
         for name, text, count in (
             ("qmix_prompt_tokens", "Prompt tokens of answers that have begun", work.prompt_tokens),
+            ("qmix_reused_tokens", "Prompt tokens that were not computed again", work.reused_tokens),
             ("qmix_new_tokens", "Tokens of answers", work.new_tokens),
             ("qmix_passes", "Forward passes", work.passes),
             ("qmix_read_bytes", "Bytes of experts read from disk", counters.bytes_read),

@@ -18,7 +18,6 @@ from qmix.batch.forms import told_by
 from qmix.batch.session import asking_for
 from qmix.engine.batch import BatchRunner
 from qmix.errors import QmixError, arg
-from qmix.plan.memory import REQUESTS_BYTES
 from qmix.serve.app import Serving, make_app
 from qmix.serve.asked import Asker
 from qmix.serve.batches import Batches
@@ -37,12 +36,13 @@ MOST_CONNECTIONS = 1024
 class Settings:
     """How a model is served: under which `names`, `context` tokens a request, at most `queue` of them waiting.
 
-    Files and batches lie in `directory`.
+    Bodies and log-probabilities of all requests take at most `memory` bytes. Files and batches lie in `directory`.
     """
 
     names: frozenset[str]
     context: int
     queue: int
+    memory: int
     access: Access
     directory: Path
     ping_seconds: float = PING_SECONDS
@@ -109,7 +109,7 @@ async def _serve(runner: BatchRunner, settings: Settings, listening: socket.sock
     service = Service(runner, settings.queue, deliver, metrics.on_end)
     asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, {}, secrets.randbelow(2**31))
     asker = Asker(asking, settings.names, runner.decode)
-    ledger = Ledger(REQUESTS_BYTES)
+    ledger = Ledger(settings.memory)
     serving = Serving(
         service=service,
         asker=asker,

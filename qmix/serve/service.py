@@ -19,7 +19,6 @@ from qmix.engine.sampler import Chosen
 from qmix.engine.scheduler import Sequence as Place
 from qmix.errors import Cancelled, QmixError, UsageError
 from qmix.serve.errors import ApiError, busy, failed, invalid, stopping
-from qmix.units import plural
 
 Outcome = BatchResult | ApiError
 LONGEST_WAIT = 60  # seconds that a client is told to wait at most
@@ -95,7 +94,7 @@ class Service:
                     f"n, prompt: {len(tickets)} answers in one request; the server's queue holds {self.queue}"
                 )
             if len(tickets) > free:
-                raise busy(f"the queue is full ({plural(len(self._waiting), 'request')} waiting)", self._patience())
+                raise busy(f"the queue is full (waiting: {len(self._waiting)})", self._patience())
             self._waiting.extend(tickets)
             self._wake.notify()
 
@@ -146,11 +145,17 @@ class Service:
             dropped, self._dropped = self._dropped, []
             for ticket in dropped:
                 self._forget(ticket)
-            while not self._closed and (queue := self._next()):
-                self._begin(queue.popleft())
-            return not self._closed
+        while (next_one := self._next()) is not None:
+            self._begin(next_one)
+        return not self._closed
 
-    def _next(self) -> deque[Ticket] | None:
+    def _next(self) -> Ticket | None:
+        """Take the next ticket that can begin out of its queue, None where there is none."""
+        with self._wake:
+            queue = None if self._closed else self._queue_to_serve()
+            return queue.popleft() if queue else None
+
+    def _queue_to_serve(self) -> deque[Ticket] | None:
         """Return the queue whose first ticket can begin; a quarter of the places is never given to bulk."""
         batch = self.runner.plan.batch
         if len(self._running) >= batch:
@@ -161,6 +166,7 @@ class Service:
         return self._bulk if self._bulk and bulk < batch - batch // 4 else None
 
     def _begin(self, ticket: Ticket) -> None:
+        """Begin a request, without holding up others that come: a grammar may take a while."""
         try:
             ticket.place = self.runner.begin(ticket.request, lambda chosen, text: self._token(ticket, chosen, text))
         except Exception as error:
