@@ -102,11 +102,11 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
             runner = BatchRunner(store, plan, load)
         with runner:
             place = f"[{host}]" if ":" in host else host
-            say(
+            ready = (
                 f"serving {', '.join(sorted(settings.names))} at http://{place}:{listening.getsockname()[1]}: "
                 f"{plan.batch} requests at once, {context} tokens each, {runner.capacity} together"
             )
-            run(runner, settings, listening, say)
+            run(runner, settings, listening, ready, say)
 
 
 def _identity(store: Store) -> str:

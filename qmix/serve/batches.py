@@ -6,6 +6,7 @@ before it is counted, so that a server that was killed goes on with the lines th
 
 from __future__ import annotations
 
+import fcntl
 import queue
 import threading
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
@@ -25,7 +26,6 @@ from qmix.engine.batch import BatchRequest
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.errors import QmixError, UsageError, arg
-from qmix.files import LineFile
 from qmix.serve.asked import CHAT, COMPLETION
 from qmix.serve.errors import ApiError, invalid
 from qmix.serve.files import PART, Files, Records, is_error, new_id
@@ -140,7 +140,7 @@ class Batches:
     def __init__(self, directory: Path, files: Files, service: Service, context: int) -> None:
         self.files, self._service, self._context = files, service, context
         self.records = Records(directory, "batch")
-        self._lock = LineFile(directory / "lock", f"choose another {arg('directory')}")
+        self._lock = _locked(directory)
         self._known = {batch.id: batch for batch in self.records.all(Batch)}
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stopping = False
@@ -272,3 +272,16 @@ class Batches:
         else:
             batch.status, batch.completed_at = "completed", now
         self._keep(batch)
+
+
+def _locked(directory: Path) -> BinaryIO:
+    """Return a file that holds a directory while it is open. Raises QmixError where another server has it."""
+    file = (directory / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise QmixError(
+            f"{directory}: another server has its batches here; choose another {arg('directory')}"
+        ) from None
+    return file

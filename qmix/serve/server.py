@@ -8,9 +8,11 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -87,16 +89,23 @@ class _Server(uvicorn.Server):
             self._on_stop()
 
 
-def serve(runner: BatchRunner, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+def serve(
+    runner: BatchRunner, settings: Settings, listening: socket.socket, ready: str, say: Callable[[str], None]
+) -> None:
     """Serve until a signal comes, and let running requests end; a second interrupt cuts them.
 
-    `say` tells what happens. Raises KeyboardInterrupt at the end; a SIGTERM ends the process.
+    `say` tells what happens, and `ready` when clients may come. Raises KeyboardInterrupt at the end; a SIGTERM ends the
+    process.
     """
-    asyncio.run(_serve(runner, settings, listening, say))
+    asyncio.run(_serve(runner, settings, listening, ready, say))
     raise KeyboardInterrupt  # uvicorn raises the signal again, which does nothing where the shell had it ignored
 
 
-async def _serve(runner: BatchRunner, settings: Settings, listening: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(
+    runner: BatchRunner, settings: Settings, listening: socket.socket, ready: str, say: Callable[[str], None]
+) -> None:
+    loop = asyncio.get_running_loop()
+
     def deliver(work: Callable[[], None]) -> None:
         loop.call_soon_threadsafe(work)
 
@@ -104,26 +113,38 @@ async def _serve(runner: BatchRunner, settings: Settings, listening: socket.sock
         batches.stop()
         say(f"stopping: {service.running + service.waiting} requests are still answered; Ctrl-C again cuts them")
 
-    loop = asyncio.get_running_loop()
     metrics = Metrics(lambda: service)
-    service = Service(runner, settings.queue, deliver, metrics.on_end)
+    with ExitStack() as opened:
+        service = Service(runner, settings.queue, deliver, metrics.on_end)
+        opened.callback(service.close)
+        files = Files(settings.directory)
+        batches = Batches(settings.directory, files, service, settings.context)
+        opened.callback(batches.close)
+        serving = _serving(runner, settings, service, metrics)
+        opened.callback(serving.asker.close)
+        app = make_app(serving, settings.access, Storage(files, batches).routes)
+        say(ready)
+        await _Server(_config(app), on_stop).serve(sockets=[listening])
+
+
+def _serving(runner: BatchRunner, settings: Settings, service: Service, metrics: Metrics) -> Serving:
+    """Return what the routes work with."""
     asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, {}, secrets.randbelow(2**31))
-    asker = Asker(asking, settings.names, runner.decode)
-    ledger = Ledger(settings.memory)
-    serving = Serving(
+    return Serving(
         service=service,
-        asker=asker,
-        ledger=ledger,
+        asker=Asker(asking, settings.names, runner.decode),
+        ledger=Ledger(settings.memory),
         metrics=metrics,
         told=told_by(runner.tokenizer),
         model=min(settings.names),
         created=int(time.time()),
         ping_seconds=settings.ping_seconds,
     )
-    files = Files(settings.directory)
-    batches = Batches(settings.directory, files, service, settings.context)
-    config = uvicorn.Config(
-        make_app(serving, settings.access, Storage(files, batches).routes),
+
+
+def _config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
         log_config=None,
         log_level="critical",
         access_log=False,
@@ -131,9 +152,3 @@ async def _serve(runner: BatchRunner, settings: Settings, listening: socket.sock
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
     )
-    try:
-        await _Server(config, on_stop).serve(sockets=[listening])
-    finally:
-        batches.close()
-        service.close()
-        asker.close()

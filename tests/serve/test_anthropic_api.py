@@ -38,7 +38,7 @@ def test_a_stream_is_the_same_message(claude):
 def test_an_answer_ends_at_a_stop_sequence_or_at_the_end_of_the_context(claude):
     stopped = claude.messages.create(**GREEDY, max_tokens=40, stop_sequences=[" the"])
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", " the")
-    long = [{"role": "user", "content": "a " * 1000}]
+    long = [{"role": "user", "content": "a " * 1990}]
     full = {"model": "tiny", "messages": long, "max_tokens": 5000, "extra_body": {"temperature": 0}}
     with claude.messages.stream(**full) as stream:  # the client forbids long answers that are not streamed
         message = stream.get_final_message()

@@ -51,8 +51,8 @@ def answers(client: openai.OpenAI, file: str) -> dict[str, dict]:
 
 
 def test_a_batch_is_answered_with_errors_in_a_file_of_their_own(client):
-    two = {"messages": [{"role": "user", "content": "a"}], "n": 2}
-    bad = {"custom_id": "n", "method": "POST", "url": CHAT, "body": two}
+    long = {"messages": [{"role": "user", "content": "a " * 3000}]}
+    bad = {"custom_id": "n", "method": "POST", "url": CHAT, "body": long}
     batch = ended(client, start(client, lines(5) + json.dumps(bad).encode()).id)
     counts = batch.request_counts
     assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 6, 5, 1)

@@ -62,7 +62,7 @@ def test_a_full_queue_says_when_to_come_again(server: Running):
     async def ask() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
-            body = {"prompt": ["The file"] * 24, "max_tokens": 60, "ignore_eos": True}
+            body = {"prompt": ["The file"] * 24, "max_tokens": 20, "ignore_eos": True}
             return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(5)))
 
     got = asyncio.run(ask())
@@ -118,6 +118,14 @@ def test_64_clients_get_what_each_gets_alone(server: Running, batch):
     assert server.peak <= server.figure("qmix_memory_budget_bytes")
 
 
+def test_two_servers_do_not_share_a_directory(server: Running, places, model):
+    del server
+    command = [sys.executable, "-m", "cli", "serve", str(model), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | places, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("another server has its batches here; choose another --directory")
+
+
 def test_a_silent_stream_is_kept_alive_by_pings():
     class Slow:
         def __init__(self) -> None:
@@ -142,7 +150,7 @@ def test_a_silent_stream_is_kept_alive_by_pings():
 
 
 def test_an_interrupt_lets_running_requests_end(places, model, tmp_path):
-    running = Running.start(tmp_path, places, model, "--batch", "4")
+    running = Running.start(tmp_path, places, model, "--batch", "4", "--directory", str(tmp_path / "own"))
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(
         model="tiny", prompt="The file", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
@@ -195,3 +203,17 @@ def test_lm_eval_scores_and_generates_through_the_server(server: Running, client
         assert greedy == (likeliest == told.token_logprobs[start:])
     assert all("\n" not in text for text in texts)
     assert any(texts)
+
+
+@pytest.mark.slow
+def test_llm_asks_the_server(server: Running, client, tmp_path):
+    """simonw's command-line program, with a model of its extra-openai-models.yaml."""
+    models = f"- model_id: qmix\n  model_name: tiny\n  api_base: {server.url}/v1\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(models)
+    command = [sys.executable, "-m", "llm", "-m", "qmix", "-o", "temperature", "0", "-o", "max_tokens", "9", "Open it."]
+    environment = os.environ | {"LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    chat = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Open it."}], max_tokens=9, temperature=0
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, chat.choices[0].message.content.strip()), done.stderr
