@@ -49,9 +49,12 @@ class Load:
         return self.tokens / self.seconds
 
 
-def bodies_of(requests: int, words: int, tokens: int) -> list[dict[str, Any]]:
-    """Return requests with prompts of `words` words, greedy, of exactly `tokens` new tokens."""
-    chosen = random.Random(0)
+def bodies_of(seed: int, requests: int, words: int, tokens: int) -> list[dict[str, Any]]:
+    """Return requests with prompts of `words` words, greedy, of exactly `tokens` new tokens.
+
+    Each seed gives others: a server keeps the prefixes of prompts that it has seen.
+    """
+    chosen = random.Random(seed)
     prompts = [" ".join(chosen.choices(WORDS, k=words)) for _ in range(requests)]
     return [{"prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} for text in prompts]
 
@@ -127,7 +130,6 @@ def figure(url: str, name: str) -> float:
 @click.option("--context", default=512, show_default=True)
 def main(model: str, clients: int, requests: int, words: int, tokens: int, rounds: int, ram: str, context: int) -> None:
     """Print a table, then one JSON line."""
-    bodies = bodies_of(requests, words, tokens)
     common = ["--ram", ram, "--context", str(context), "--batch", str(clients)]
     arena = str(max(context, clients * (8 * words + tokens)))
     served = [*COMMAND, "serve", model, "--port", "0", *common, "--kv-cache", arena]
@@ -137,9 +139,10 @@ def main(model: str, clients: int, requests: int, words: int, tokens: int, round
     rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds):
-            summary = batch(model, bodies, common)
-            whole = asyncio.run(load(url, bodies, clients, stream=False))
-            streams = asyncio.run(load(url, bodies, clients, stream=True))
+            same, others = (bodies_of(2 * number + kind, requests, words, tokens) for kind in (0, 1))
+            summary = batch(model, same, common)
+            whole = asyncio.run(load(url, same, clients, stream=False))
+            streams = asyncio.run(load(url, others, clients, stream=True))
             rows.append(
                 {
                     "round": number + 1,
