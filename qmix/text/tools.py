@@ -34,7 +34,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolForm:
-    """How a model writes calls: after `marker`. `token` and `closing` are ids, where marker and end are special tokens."""
+    """How a model writes calls: after `marker`. `token` and `closing` are ids where these are special tokens."""
 
     marker: str
     token: int | None = None
