@@ -34,10 +34,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolForm:
-    """How a model writes calls: after `marker`, which is the special token `token` if it is one."""
+    """How a model writes calls: after `marker`. `token` and `closing` are ids where these are special tokens."""
 
     marker: str
-    token: int | None
+    token: int | None = None
+    closing: int | None = None
 
     def grammar(self, tools: Tools, choice: str = AUTO, parallel: bool = True) -> str:
         """Return the Lark grammar of answers with calls of `tools`, for `Sampling.grammar`.
@@ -51,7 +52,7 @@ class ToolForm:
             functions = [function for function in functions if function["name"] == choice]
         if not functions:
             raise UsageError(f"{arg('tool_choice')} {choice[:100]!r}: is not among the tools")
-        marker = json.dumps(self.marker) if self.token is None else f"<[{self.token}]>"
+        marker = _terminal(self.marker, self.token)
         calls = self._calls(marker, _one_call(functions), parallel)
         if choice != AUTO:
             start = [f"start: {marker} calls"]
@@ -71,9 +72,10 @@ class ToolForm:
         return text, found
 
     def _split(self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, str]:
+        """Return the text before the first marker, and what follows it."""
         if self.token is None:
-            before, marker, after = decode(ids).partition(self.marker)
-            return before, marker + after
+            before, _, after = decode(ids).partition(self.marker)
+            return before, after
         at = list(ids).index(self.token) if self.token in ids else len(ids)
         return decode(ids[:at]), decode(ids[at + 1 :])
 
@@ -84,7 +86,7 @@ class ToolForm:
             several |= {} if parallel else {"maxItems": 1}
             return [f'calls: (" " | "  ")? %json {_embedded(several)}']  # tokenizers may add a space
         more = rf' ("\n"? {marker} call)*' if parallel else ""
-        return [f"calls: call{more}", rf'call: "\n"? %json {_embedded(one)} "\n"? {json.dumps(CLOSING)}']
+        return [f"calls: call{more}", rf'call: "\n"? %json {_embedded(one)} "\n"? {_terminal(CLOSING, self.closing)}']
 
 
 def tool_form(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ToolForm:
@@ -96,7 +98,7 @@ def tool_form(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Too
     if marker is None:
         raise UsageError(f"{arg('tools')}: the chat template writes calls in a form unknown to qmix; leave them out")
     special = {added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    return ToolForm(marker, special.get(marker))
+    return ToolForm(marker, special.get(marker), special.get(CLOSING))
 
 
 def _function(tool: dict[str, Any], where: str) -> dict[str, Any]:
@@ -139,11 +141,16 @@ def _embedded(schema: dict[str, Any]) -> str:
     return json.dumps(schema | {"x-guidance": JSON_OPTIONS | {"lenient": True}})
 
 
+def _terminal(text: str, token: int | None) -> str:
+    return json.dumps(text) if token is None else f"<[{token}]>"
+
+
 def _read(calls: str) -> list[dict[str, Any]]:
-    """Return the objects of calls: a list, or one after the other between markers. Raises ValueError."""
-    if not calls.strip():
-        return []
-    if EACH not in calls:
-        listed = json.loads(calls)
-        return list(listed)
-    return [json.loads(part.partition(CLOSING)[0]) for part in calls.split(EACH)[1:]]
+    """Return the objects of calls: of a list, or one after the other between markers. Raises ValueError."""
+    found: list[dict[str, Any]] = []
+    decoder, left = json.JSONDecoder(), calls.strip()
+    while left:
+        value, end = decoder.raw_decode(left)
+        found += value if isinstance(value, list) else [value]
+        left = left[end:].strip().removeprefix(CLOSING).strip().removeprefix(EACH).strip()
+    return found

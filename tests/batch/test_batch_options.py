@@ -26,13 +26,13 @@ def read(path: Path) -> dict[str, list[dict]]:
 
 
 def test_lines_set_options_and_the_command_line_those_of_the_others(qmix, tmp_path):
+    text = {"prompt": "To install", "response_format": {"type": "text"}}
     lines = [
-        {"id": "three", "prompt": "To install", "max_tokens": 6, "n": 3, "temperature": 1.5, "logprobs": 1},
-        {"id": "one", "prompt": "To install", "max_tokens": 6, "temperature": 1.5, "response_format": {"type": "text"}},
+        {"id": "three", **text, "max_tokens": 6, "n": 3, "temperature": 1.5, "logprobs": 1},
+        {"id": "one", **text, "max_tokens": 6, "temperature": 1.5},
         {"id": "json", "prompt": "To install", "max_tokens": 100},
         {"id": "own", "prompt": "To install", "max_tokens": 100, "temperature": 2, "response_format": FORMAT, "n": 2},
-        {"id": "bias", "prompt": "To install", "max_tokens": 4, "logit_bias": {"300": 100}, "temperature": 0,
-         "response_format": {"type": "text"}},
+        {"id": "bias", **text, "max_tokens": 4, "logit_bias": {"300": 100}, "temperature": 0},
         {"id": "bad", "prompt": "To install", "logit_bias": {"5000": 1}},
     ]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -107,7 +107,7 @@ def test_what_cannot_be_used_is_one_line(qmix, tmp_path, options, message):
         ({"response_format": {"type": "xml"}}, "response_format.type: "),
         ({"response_format": FORMAT | {"json_schema": {"schema": {"type": "x"}}}}, "response_format: Invalid type: x"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos: an answer with a grammar ends"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "expected int, got str - at key in $.logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias 101.0 of token 5: must be -100 to 100"),
         ({"n": 0}, "n 0: must be 1 to 128"),
         ({"frequency_penalty": 3}, "frequency_penalty 3.0: must be -2 to 2"),

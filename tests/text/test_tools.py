@@ -123,7 +123,7 @@ def test_a_template_without_tools_is_refused(tokenizer):
 )
 def test_a_tool_that_cannot_be_used_is_named(tools, choice, message):
     with pytest.raises(UsageError) as caught:
-        ToolForm("<tool_call>", None).grammar(tools, choice)
+        ToolForm("<tool_call>").grammar(tools, choice)
     assert str(caught.value).startswith(message)
 
 
