@@ -86,7 +86,7 @@ class File(msgspec.Struct, frozen=True):
 
 
 class _Answered(msgspec.Struct):
-    error: msgspec.Raw | None = None
+    error: dict[str, msgspec.Raw] | None
 
 
 class Files:

@@ -67,7 +67,7 @@ class Running:
         return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
 
     def wait_until_idle(self) -> None:
-        for _ in range(600):
+        for _ in range(6000):  # a busy machine is waited for
             if self.figure("qmix_requests_running") == self.figure("qmix_requests_waiting") == 0:
                 return
             time.sleep(0.05)

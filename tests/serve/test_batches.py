@@ -38,7 +38,7 @@ def start(client: openai.OpenAI, content: bytes):
 
 
 def ended(client: openai.OpenAI, name: str):
-    for _ in range(1200):
+    for _ in range(6000):  # a busy machine is waited for
         batch = client.batches.retrieve(name)
         if batch.status not in ("in_progress", "cancelling"):
             return batch
