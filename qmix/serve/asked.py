@@ -190,4 +190,4 @@ def body_of(fields: dict[str, Any]) -> bytes:
     return msgspec.json.encode({name: value for name, value in fields.items() if value is not None})
 
 
-__all__ = ["CHAT", "COMPLETION", "Asked", "Asker", "body_of"]
+__all__ = ["CHAT", "COMPLETION", "COMPLETION_TOKENS", "Asked", "Asker", "body_of"]

@@ -26,7 +26,7 @@ from qmix.engine.batch import BatchRequest
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.errors import QmixError, UsageError, arg
-from qmix.serve.asked import CHAT, COMPLETION
+from qmix.serve.asked import CHAT, COMPLETION, COMPLETION_TOKENS
 from qmix.serve.errors import ApiError, invalid
 from qmix.serve.files import PART, Files, Records, is_error, new_id
 from qmix.serve.service import Outcome, Service, Ticket
@@ -229,7 +229,9 @@ class Batches:
             batch.total = len(requests.entries)
             runner = self._service.runner
             with FileAnswers(self.output(batch.id)) as answers:
-                run, _, _ = begin_run(runner.store, requests, answers, {}, None, batch.context, runner.tokenizer)
+                most = batch.context if batch.endpoint == CHAT else COMPLETION_TOKENS
+                options = {"max_new_tokens": most}
+                run, _, _ = begin_run(runner.store, requests, answers, options, None, batch.context, runner.tokenizer)
                 run.refuse()
                 shared = SharedEngine(self._service, lambda: not self._stopping and batch.status == "in_progress")
                 self._count(batch, run.run(runner, lambda summary: self._count(batch, summary), shared.answer))

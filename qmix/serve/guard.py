@@ -40,7 +40,8 @@ class Access:
         origin = headers.get("origin")
         if origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
             raise ApiError(403, f"origin {origin[:100]!r}: not allowed; start the server with --cors for this page")
-        if self.key is not None and path not in OPEN_PATHS and not self._opens(headers):
+        asks_first = origin in self.origins and "access-control-request-method" in headers  # a browser, without a key
+        if self.key is not None and path not in OPEN_PATHS and not asks_first and not self._opens(headers):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def _opens(self, headers: Headers) -> bool:

@@ -129,7 +129,8 @@ async def _serve(
 
 def _serving(runner: BatchRunner, settings: Settings, service: Service, metrics: Metrics) -> Serving:
     """Return what the routes work with."""
-    asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, {}, secrets.randbelow(2**31))
+    options = {"max_new_tokens": settings.context}  # cut to what a prompt leaves
+    asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, options, secrets.randbelow(2**31))
     return Serving(
         service=service,
         asker=Asker(asking, settings.names, runner.decode),

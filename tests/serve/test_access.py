@@ -31,6 +31,14 @@ def test_a_key_is_wanted_everywhere_but_for_health():
     assert status(access, "/metrics", host="box") == 401
 
 
+def test_a_browser_may_ask_before_it_sends_a_key():
+    access = Access(key="secret", hosts=None, origins=("http://page",))
+    asks = {"host": "box", "access_control_request_method": "POST"}
+    assert status(access, **asks, origin="http://page") == 200
+    assert status(access, **asks, origin="http://other") == 403
+    assert status(access, **asks) == 401
+
+
 def test_a_local_server_answers_to_local_names_alone():
     access = Access(hosts=local_hosts("127.0.0.1"))
     for host in ("127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "LOCALHOST:1"):
