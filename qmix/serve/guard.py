@@ -31,7 +31,7 @@ class Access:
     hosts: frozenset[str] | None = LOCAL_NAMES
     origins: Collection[str] = ()
 
-    def check(self, path: str, headers: Headers) -> None:
+    def check(self, method: str, path: str, headers: Headers) -> None:
         """Raise ApiError where a request is not allowed."""
         host = headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
@@ -40,7 +40,7 @@ class Access:
         origin = headers.get("origin")
         if origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
             raise ApiError(403, f"origin {origin[:100]!r}: not allowed; start the server with --cors for this page")
-        asks_first = origin in self.origins and "access-control-request-method" in headers  # a browser, without a key
+        asks_first = method == "OPTIONS" and origin in self.origins  # a browser before its request, without a key
         if self.key is not None and path not in OPEN_PATHS and not asks_first and not self._opens(headers):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
@@ -60,7 +60,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._access.check(scope["path"], Headers(scope=scope))
+                self._access.check(scope["method"], scope["path"], Headers(scope=scope))
             except ApiError as error:
                 body = error.anthropic() if scope["path"].startswith("/v1/messages") else error.openai()
                 await JSONResponse(body, error.status)(scope, receive, send)

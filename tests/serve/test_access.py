@@ -12,9 +12,9 @@ from qmix.serve.server import is_local, local_hosts
 HOST = {"host": "127.0.0.1:8000"}
 
 
-def status(access: Access, path: str = "/v1/models", **headers: str) -> int:
+def status(access: Access, path: str = "/v1/models", method: str = "GET", **headers: str) -> int:
     try:
-        access.check(path, Headers({name.replace("_", "-"): value for name, value in headers.items()}))
+        access.check(method, path, Headers({name.replace("_", "-"): value for name, value in headers.items()}))
     except ApiError as error:
         return error.status
     return 200
@@ -33,10 +33,11 @@ def test_a_key_is_wanted_everywhere_but_for_health():
 
 def test_a_browser_may_ask_before_it_sends_a_key():
     access = Access(key="secret", hosts=None, origins=("http://page",))
-    asks = {"host": "box", "access_control_request_method": "POST"}
-    assert status(access, **asks, origin="http://page") == 200
-    assert status(access, **asks, origin="http://other") == 403
-    assert status(access, **asks) == 401
+    assert status(access, method="OPTIONS", host="box", origin="http://page") == 200
+    assert status(access, method="OPTIONS", host="box", origin="http://other") == 403
+    assert status(access, method="OPTIONS", host="box") == 401
+    asks = {"host": "box", "origin": "http://page", "access_control_request_method": "POST"}
+    assert status(access, method="POST", **asks) == 401
 
 
 def test_a_local_server_answers_to_local_names_alone():
