@@ -63,7 +63,7 @@ FOLDER_HELP = "uploaded files and batches [the user's state directory]"
 @plan_option
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help=FOLDER_HELP)
 def serve(model: str | None, host: str, port: int, **options: Any) -> None:
-    """Serve MODEL over HTTP to programs that use OpenAI's or Anthropic's interface.
+    """Serve MODEL over HTTP, as OpenAI and Anthropic do.
 
     Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /v1/files, /v1/batches,
     /health and /metrics. Requests are computed together. Ctrl-C lets running requests end, a second one cuts them; the
