@@ -39,7 +39,7 @@ class Access:
             raise ApiError(403, f"host {host[:100]!r}: this server answers to {', '.join(sorted(self.hosts))} only")
         origin = headers.get("origin")
         if origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
-            raise ApiError(403, f"origin {origin[:100]!r}: not allowed; start the server with --cors for this page")
+            raise ApiError(403, f"origin {origin[:100]!r}: is not among the web pages that this server allows")
         asks_first = method == "OPTIONS" and origin in self.origins  # a browser before its request, without a key
         if self.key is not None and path not in OPEN_PATHS and not asks_first and not self._opens(headers):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
