@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qmix.batch.forms import Forms
@@ -12,23 +12,36 @@ from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
 from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.completion import BatchResult
 from qmix.machine.found import peak_memory
 
 REFUSED_AT_ONCE = 1000  # lines that are written together
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
-    """The work of a run: lines to answer, the tokens that each may need, and lines that cannot be answered."""
+    """The work of a run: lines to answer, and lines that cannot be answered.
 
-    entries: list[Entry]
-    needs: list[int]
-    refused: list[tuple[str, str]]
+    `needs` has the tokens that a completion of each line may take, `counts` the number of its completions.
+    `structured` says that a line has a grammar, `biased` are the completions with a bias.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    needs: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    structured: bool = False
+    biased: int = 0
+
+    @property
+    def sequences(self) -> list[int]:
+        """Return the tokens that each sequence of the run may take."""
+        return [need for need, count in zip(self.needs, self.counts, strict=True) for _ in range(count)]
 
     @classmethod
     def of(cls, requests: Requests, asking: Asking, answers: Answers) -> Job:
         """Tokenise each pending line once."""
-        job = cls([], [], [])
+        job = cls()
         for entry in requests.entries:
             if entry.id in answers.done:
                 continue
@@ -39,6 +52,9 @@ class Job:
             else:
                 job.entries.append(entry)
                 job.needs.append(len(request.prompt) + request.sampling.max_new_tokens)
+                job.counts.append(request.sampling.n)
+                job.structured |= request.sampling.source is not None
+                job.biased += request.sampling.n if request.sampling.logit_bias else 0
         return job
 
 
@@ -79,6 +95,9 @@ class Summary:
         return {"schema": SCHEMA, **fields, "tok_s": self.rate}
 
 
+Answer = Callable[[Iterable[BatchRequest]], Iterator[list[BatchResult]]]
+
+
 class BatchRun:
     """Answers the lines of a job with a runner and writes the answers."""
 
@@ -86,7 +105,7 @@ class BatchRun:
         self.requests, self.job, self.asking, self.forms, self.answers = requests, job, asking, forms, answers
         self._resumed = len(answers.done)
         self._answered, self._refused = self._resumed - answers.refused, answers.refused
-        self._left = sum(job.needs)
+        self._left = sum(job.sequences)
         self._started = time.perf_counter()
 
     @property
@@ -101,18 +120,25 @@ class BatchRun:
             self.answers.append([self.forms.refused(name, reason) for name, reason in some])
             self._refused += len(some)
 
-    def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None]) -> Summary:
-        """Answer all lines; `on_pass` is called with a summary after each pass."""
+    def run(self, runner: BatchRunner, on_pass: Callable[[Summary], None], answer: Answer | None = None) -> Summary:
+        """Answer all lines; `on_pass` is called with a summary after each pass.
+
+        `answer` is another way to have requests answered by the runner, which it shares with others.
+        """
         self._started = time.perf_counter()
-        entries = dict(zip((entry.id for entry in self.job.entries), self.job.entries, strict=True))
+        entries = {entry.id: entry for entry in self.job.entries}
+        counts = dict(zip(entries, self.job.counts, strict=True))
         needs = dict(zip(entries, self.job.needs, strict=True))
-        for finished in runner.answer(self._ask(self.job.entries)):
-            if finished:
-                self.answers.append(
-                    [self.forms.answered(self.requests.line(entries[answer.name]), answer) for answer in finished]
-                )
-                self._answered += len(finished)
-                self._left -= sum(needs[answer.name] for answer in finished)
+        parts: dict[str, list[BatchResult]] = {}  # completions of lines that wait for their others
+        for finished in (answer or runner.answer)(self._ask(self.job.entries)):
+            for each in finished:
+                parts.setdefault(each.name, []).append(each)
+                self._left -= needs[each.name]
+            whole = [parts.pop(name) for name in list(parts) if len(parts[name]) == counts[name]]
+            if whole:
+                lines = [self.requests.line(entries[answers[0].name]) for answers in whole]
+                self.answers.append([self.forms.answered(*each) for each in zip(lines, whole, strict=True)])
+                self._answered += len(whole)
             on_pass(self.summary(runner))
         return self.summary(runner)
 

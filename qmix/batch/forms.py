@@ -63,33 +63,33 @@ class Forms:
     created: int
     told: Callable[[int], Told]
 
-    def answered(self, line: Line, answer: BatchResult) -> bytes:
-        """Return the line of an answer."""
+    def answered(self, line: Line, answers: Sequence[BatchResult]) -> bytes:
+        """Return the line of a request's completions."""
         mark = self._mark(line.id)
         chat = line.url == CHAT
-        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason, "logprobs": None}
-        if chat:
-            choice["message"] = {"role": "assistant", "content": answer.text}
-        else:
-            choice["text"] = answer.text
-        if line.logprobs is not None:
-            told = self._chat_logprobs if chat else self._logprobs
-            choice["logprobs"] = told(answer.tokens)
-        count = len(answer.tokens)
+        count = sum(len(answer.tokens) for answer in answers)
+        prompt = answers[0].prompt_tokens
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{mark}",
             "object": "chat.completion" if chat else "text_completion",
             "created": self.created,
             "model": self.model,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": count,
-                "total_tokens": answer.prompt_tokens + count,
-            },
+            "choices": [self._choice(line, answer) for answer in sorted(answers, key=lambda answer: answer.index)],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count},
         }
         response = {"status_code": 200, "request_id": f"req_{mark}", "body": body}
         return self._line(line.id, response, None)
+
+    def _choice(self, line: Line, answer: BatchResult) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish_reason, "logprobs": None}
+        chat = line.url == CHAT
+        if chat:
+            choice["message"] = {"role": "assistant", "content": answer.text}
+        else:
+            choice["text"] = answer.text
+        if line.options.get("logprobs") is not None:
+            choice["logprobs"] = (chat_logprobs if chat else text_logprobs)(self.told, answer.tokens)
+        return choice
 
     def refused(self, name: str, message: str) -> bytes:
         """Return the line of a request that cannot be answered."""
@@ -102,40 +102,54 @@ class Forms:
     def _mark(self, name: str) -> str:
         return hashlib.sha256(f"{self.run}:{name}".encode()).hexdigest()[:24]
 
-    def _chat_logprobs(self, tokens: list[Chosen]) -> dict[str, Any]:
-        content = []
-        for chosen in tokens:
-            likeliest = [self._told(token, logprob) for token, logprob in chosen.likeliest]
-            assert chosen.logprob is not None
-            content.append(self._told(chosen.token, chosen.logprob) | {"top_logprobs": likeliest})
-        return {"content": content}
 
-    def _told(self, token: int, logprob: float) -> dict[str, Any]:
-        told = self.told(token)
-        return {"token": told.text, "logprob": logprob, "bytes": None if told.data is None else list(told.data)}
+def chat_logprobs(told: Callable[[int], Told], tokens: Sequence[Chosen]) -> dict[str, Any]:
+    """Return the log-probabilities of tokens as in OpenAI's chat completions."""
 
-    def _logprobs(self, tokens: list[Chosen]) -> dict[str, Any]:
-        told = [self.told(chosen.token) for chosen in tokens]
-        return {
-            "tokens": [each.name for each in told],
-            "token_logprobs": [chosen.logprob for chosen in tokens],
-            "top_logprobs": [self._likeliest(chosen) for chosen in tokens],
-            "text_offset": offsets(told),
-        }
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        each = told(token)
+        return {"token": each.text, "logprob": logprob, "bytes": None if each.data is None else list(each.data)}
 
-    def _likeliest(self, chosen: Chosen) -> dict[str, float]:
-        """Return logprobs by name; of two tokens with the same text, that of the likelier."""
-        found: dict[str, float] = {}
-        for token, logprob in chosen.likeliest:
-            found.setdefault(self.told(token).name, logprob)
-        return found
+    content = []
+    for chosen in tokens:
+        assert chosen.logprob is not None
+        likeliest = [one(token, logprob) for token, logprob in chosen.likeliest]
+        content.append(one(chosen.token, chosen.logprob) | {"top_logprobs": likeliest})
+    return {"content": content}
 
 
-def offsets(tokens: Sequence[Told]) -> list[int]:
-    """Return the number of complete characters of the text before each token."""
-    decoder = getincrementaldecoder("utf-8")(errors="replace")
-    found, count = [], 0
-    for each in tokens:
-        found.append(count)
-        count += len(decoder.decode(each.data or b""))
+def text_logprobs(
+    told: Callable[[int], Told], tokens: Sequence[Chosen], before: Offsets | None = None
+) -> dict[str, Any]:
+    """Return the log-probabilities of tokens as in OpenAI's completions; `before` counts the text before them."""
+    each = [told(chosen.token) for chosen in tokens]
+    return {
+        "tokens": [one.name for one in each],
+        "token_logprobs": [chosen.logprob for chosen in tokens],
+        "top_logprobs": [_likeliest(told, chosen) for chosen in tokens],
+        "text_offset": list(map(before or Offsets(), each)),
+    }
+
+
+def _likeliest(told: Callable[[int], Told], chosen: Chosen) -> dict[str, float] | None:
+    """Return logprobs by name; of two tokens with the same text, that of the likelier. None at a text's beginning."""
+    if chosen.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token, logprob in chosen.likeliest:
+        found.setdefault(told(token).name, logprob)
     return found
+
+
+class Offsets:
+    """Counts the complete characters of the text before each token."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
+        self._count = 0
+
+    def __call__(self, token: Told) -> int:
+        """Return the count before a token, and add the token's characters."""
+        before = self._count
+        self._count += len(self._decoder.decode(token.data or b""))
+        return before

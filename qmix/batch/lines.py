@@ -10,15 +10,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
 from qmix.batch.openai import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOOL_ROLES, not_taken
-from qmix.batch.schema import ChatBody, CompletionBody, Envelope, Fields, Identity, Message, Options, Part
-from qmix.engine.sampling import Sampling
+from qmix.batch.schema import (
+    ChatBody,
+    CompletionBody,
+    Envelope,
+    Fields,
+    Identity,
+    Message,
+    Options,
+    Part,
+    ResponseFormat,
+)
+from qmix.engine.sampling import RANGES, Sampling
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT, decode_json
 
@@ -26,11 +36,12 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, type[ChatBody | CompletionBody]] = {CHAT: ChatBody, COMPLETION: CompletionBody}
 OPENAI_FORM = {"custom_id", "method", "url", "body"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-MOST_LOGPROBS = 20
 LONGEST_ID = 512  # bytes
 LINE_LIMIT = TEXT_LIMIT  # bytes of a line
 TOLD = 20  # problems and model names that are kept; more are only counted
 ENTRY_BYTES = 600  # bytes that a line takes in memory besides its id
+RENAMED = {"max_tokens": "max_new_tokens", "response_format": "json_schema"}  # OpenAI's names of Sampling's fields
+JSON_OBJECT = '{"type": "object"}'
 T = TypeVar("T")
 
 
@@ -42,19 +53,19 @@ class LineError(UsageError):
 class Line:
     """A request: `messages` to answer, or, if empty, a `prompt` (text or ids) to continue.
 
-    `options` are the fields of Sampling that the line sets. `logprobs` is the number of likeliest tokens to report at
-    each position, None for no logprobs. `model` is the model that the line asks for. `refused` is the reason why qmix
-    cannot answer the request, None where the line has no such reason.
+    `options` are the fields of Sampling that the line sets. `model` is the model that the line asks for. `refused` is
+    the reason why qmix cannot answer the request, None where the line has no such reason. `tools` are
+    shown to the model.
     """
 
     id: str
     url: str
     prompt: str | list[int]
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     options: dict[str, Any]
-    logprobs: int | None = None
     model: str | None = None
     refused: str | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +163,22 @@ def _openai(raw: bytes, given: Fields) -> Line:
         raise LineError(f"method {line.method[:100]!r}: must be 'POST'")
     if line.url not in (CHAT, COMPLETION):
         raise LineError(f"url {line.url[:100]!r}: must be {CHAT!r} or {COMPLETION!r}")
-    fields = CHAT_FIELDS if line.url == CHAT else COMPLETION_FIELDS
-    _known(line.body, (*BODIES[line.url].__struct_fields__, *(field.name for field in fields)))
-    refused = not_taken(fields, line.body)
-    return _request(_checked_id(line.custom_id), line.url, bytes(given["body"]), refused)
+    return _body(_checked_id(line.custom_id), line.url, bytes(given["body"]), line.body)
+
+
+def parse_body(url: str, body: bytes, own: Collection[str] = ()) -> Line:
+    """Return the request in a body of OpenAI's form, without an id. Raises LineError.
+
+    Fields of `own` are the caller's, and are not checked.
+    """
+    given = _decoded(body, Fields)
+    return _body("", url, body, {name: value for name, value in given.items() if name not in own})
+
+
+def _body(name: str, url: str, raw: bytes, given: Fields) -> Line:
+    fields = CHAT_FIELDS if url == CHAT else COMPLETION_FIELDS
+    _known(given, (*BODIES[url].__struct_fields__, *(field.name for field in fields)))
+    return _request(name, url, raw, not_taken(fields, given))
 
 
 def _short(raw: bytes, given: Fields) -> Line:
@@ -171,13 +194,13 @@ def _short(raw: bytes, given: Fields) -> Line:
 def _request(name: str, url: str, body: bytes, refused: str | None) -> Line:
     """Return the request of a body; it is refused for the reason `refused`, or for its messages or prompt."""
     asked = _decoded(body, BODIES[url])
-    options, logprobs = _options(asked), _logprobs(asked)
+    options = _options(asked)
     try:
         prompt = _prompt(asked) if isinstance(asked, CompletionBody) else []
         messages = _messages(asked) if isinstance(asked, ChatBody) else []
     except _Refused as reason:
         refused, prompt, messages = refused or str(reason), [], []
-    return Line(name, url, prompt, messages, options, logprobs, asked.model, refused)
+    return Line(name, url, prompt, messages, options, asked.model, refused)
 
 
 class _Refused(Exception):
@@ -234,7 +257,7 @@ def _joined(parts: list[Part] | None, where: str) -> str:
 
 def _options(asked: ChatBody | CompletionBody) -> dict[str, Any]:
     """Return the fields of Sampling that a request sets. Raises LineError where one is out of range."""
-    names = [name for name in Options.__struct_fields__ if name not in ("model", "max_tokens", "stop")]
+    names = [name for name in Options.__struct_fields__ if name not in (*RENAMED, "model", "stop")]
     options = {name: value for name in names if (value := getattr(asked, name)) is not None}
     most = asked.max_tokens
     if isinstance(asked, ChatBody) and asked.max_completion_tokens is not None:
@@ -245,11 +268,27 @@ def _options(asked: ChatBody | CompletionBody) -> dict[str, Any]:
         options["max_new_tokens"] = most
     if asked.stop is not None:
         options["stop"] = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    if (logprobs := _logprobs(asked)) is not None:
+        options["logprobs"] = logprobs
+    if asked.response_format is not None:
+        options["json_schema"] = _json_schema(asked.response_format)
     try:
         Sampling(**options)
     except UsageError as error:
-        raise LineError(str(error).replace("max_new_tokens", "max_tokens", 1)) from None
+        told = str(error)
+        for name, ours in RENAMED.items():
+            told = told.replace(ours, name, 1)
+        raise LineError(told) from None
     return options
+
+
+def _json_schema(form: ResponseFormat) -> str | None:
+    """Return the schema of a `response_format`, None for any text."""
+    if (form.type == "json_schema") != (form.json_schema is not None):
+        raise LineError("response_format: 'json_schema' has the schema of the type 'json_schema', and of no other")
+    if form.json_schema is not None:
+        return bytes(form.json_schema.schema).decode()
+    return JSON_OBJECT if form.type == "json_object" else None
 
 
 def _logprobs(asked: ChatBody | CompletionBody) -> int | None:
@@ -262,8 +301,8 @@ def _logprobs(asked: ChatBody | CompletionBody) -> int | None:
 
 
 def _count(name: str, count: int | None) -> int | None:
-    if count is not None and not 0 <= count <= MOST_LOGPROBS:
-        raise LineError(f"{name} {count}: must be a whole number from 0 to {MOST_LOGPROBS}")
+    if count is not None and not RANGES["logprobs"].holds(count):
+        raise LineError(f"{name} {count}: must be {RANGES['logprobs'].wanted}")
     return count
 
 

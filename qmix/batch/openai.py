@@ -35,10 +35,6 @@ BOTH = (
     Field("user", None, "identifies the user"),
     Field("stream_options", None, "only for streams"),
     Field("stream", (False,), "a batch does not stream"),
-    Field("n", (1,), "one answer per request"),
-    Field("logit_bias", ({},), "not supported"),
-    Field("frequency_penalty", (0,), "not supported; use repetition_penalty"),
-    Field("presence_penalty", (0,), "not supported; use repetition_penalty"),
 )
 CHAT_FIELDS = (
     *BOTH,
@@ -54,7 +50,6 @@ CHAT_FIELDS = (
     Field("tool_choice", ("none", "auto"), "no tools are called"),
     Field("functions", ([],), "no tools are called"),
     Field("function_call", ("none", "auto"), "no tools are called"),
-    Field("response_format", ({"type": "text"},), "answers are plain text"),
     Field("modalities", (["text"],), "answers are text"),
     Field("audio", (), "answers are text"),
     Field("reasoning_effort", ("none",), "the model has no reasoning step"),
@@ -63,7 +58,7 @@ CHAT_FIELDS = (
 )
 COMPLETION_FIELDS = (
     *BOTH,
-    Field("best_of", (1,), "one answer per request"),
+    Field("best_of", (1,), "all answers are returned; use n"),
     Field("echo", (False,), "answers do not repeat the prompt"),
     Field("suffix", ("",), "the model only continues"),
 )

@@ -7,8 +7,8 @@ from typing import Any
 
 from qmix.batch.lines import Line
 from qmix.engine.batch import BatchRequest
-from qmix.engine.sampler import stream_seed
-from qmix.engine.sampling import Sampling
+from qmix.engine.sampling import Sampling, stream_seed
+from qmix.errors import UsageError
 from qmix.geometry import Geometry
 from qmix.text.chat_template import ChatTemplate, TemplateRefusal
 from qmix.text.prompt import PromptEncoder, PromptTooLong
@@ -18,6 +18,10 @@ from qmix.units import plural
 
 class LineRefused(Exception):
     """A line that the model cannot answer; the text is the reason."""
+
+
+class LineTooLong(LineRefused):
+    """A line whose prompt does not fit the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +50,21 @@ class Asking:
             prompt = self._ids(line)
             self.encoder.check_count(len(prompt))
         except PromptTooLong as error:
-            raise LineRefused(str(error)) from None
+            raise LineTooLong(str(error)) from None
         room = self.encoder.context - len(prompt)
         own = {"seed": stream_seed(self.seed, line.id)} | line.options
         sampling = Sampling(**(self.options | own))
         if sampling.max_new_tokens > room:
             sampling = Sampling(**(self.options | own | {"max_new_tokens": room}))
-        return BatchRequest(line.id, prompt, sampling, line.logprobs)
+        try:
+            sampling.check_vocabulary(self.geometry.vocab_size)
+        except UsageError as error:
+            raise LineRefused(str(error)) from None
+        return BatchRequest(line.id, prompt, sampling)
 
     def _ids(self, line: Line) -> list[int]:
         if line.messages:
-            ids = self._chat(line.messages)
+            ids = self._chat(line.messages, line.tools)
         elif isinstance(line.prompt, str):
             ids = self.encoder.ids(line.prompt) if line.prompt.strip() else []
         else:
@@ -68,7 +76,7 @@ class Asking:
             raise LineRefused(f"the prompt holds the token id {bad}, outside the model's vocabulary")
         return list(ids)
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
         if self.template is None:
             raise LineRefused("the model has no chat template; give a prompt instead of messages")
         roles = [message["role"] for message in messages[:2]]
@@ -78,7 +86,7 @@ class Asking:
         if len(messages) >= self.encoder.context:  # a template adds tokens to each
             raise self.encoder.too_long(f"the prompt has {plural(len(messages), 'message')}")
         try:
-            text = self.template.text(messages, True)
+            text = self.template.text(messages, True, tools)
         except TemplateRefusal as error:
             raise LineRefused(f"the model's chat template rejects these messages ({error})") from None
         self.encoder.check(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 Fields = dict[str, msgspec.Raw]
@@ -22,6 +24,20 @@ class Identity(msgspec.Struct):
     id: str | int
 
 
+class NamedSchema(msgspec.Struct):
+    """A schema with what OpenAI puts beside it; the answer always follows the schema."""
+
+    schema: msgspec.Raw
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
 class Options(msgspec.Struct, kw_only=True):
     """The options of a request; null leaves one to the command line."""
 
@@ -32,9 +48,14 @@ class Options(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    n: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
 
 
 class ChatBody(Options, kw_only=True):

@@ -23,6 +23,7 @@ from qmix.machine.rates import Machine
 from qmix.plan import Plan
 from qmix.plan.batching import plan_lines
 from qmix.plan.here import default_context
+from qmix.plan.memory import STRUCTURED_BYTES, bias_bytes
 from qmix.progress import OnProgress
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
@@ -89,20 +90,36 @@ def begin(
     DoesNotFitError.
     """
     limit = _limit(store.geometry, context)
+    run, asking, chosen = begin_run(store, requests, answers, options, seed, limit, load_tokenizer(store.directory))
+    plan = _plan(store.layout, requests, run.job, ram, batch, store.use, gpus)
+    folds_system = asking.template is not None and not asking.template.takes_system
+    return Session(store, requests, run, plan, chosen, folds_system)
+
+
+def begin_run(
+    store: Store,
+    requests: Requests,
+    answers: FileAnswers | StreamAnswers,
+    options: Mapping[str, Any],
+    seed: int | None,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[BatchRun, Asking, int]:
+    """Return a run of the lines that are left, with `limit` tokens for each, what makes their requests, and its seed.
+
+    Raises UsageError as `begin` does.
+    """
     subject = _subject(store, requests, options, limit, seed)
     chosen = {"seed": secrets.randbelow(2**31) if seed is None else seed, "created": int(time.time())}
     if isinstance(answers, FileAnswers):
         chosen = answers.begin(subject, chosen)
-    tokenizer = load_tokenizer(store.directory)
-    asking = _asking(tokenizer, store.geometry, limit, options, chosen["seed"])
+    asking = asking_for(tokenizer, store.geometry, limit, options, chosen["seed"])
     job = Job.of(requests, asking, answers)
 
     identity = hashlib.sha256(json.dumps([subject, chosen["seed"]]).encode()).hexdigest()
     forms = Forms(identity, store.source_name, chosen["created"], told_by(tokenizer))
     run = BatchRun(requests, job, asking, forms, answers)
-    plan = _plan(store.layout, requests, job, ram, batch, store.use, gpus)
-    folds_system = asking.template is not None and not asking.template.takes_system
-    return Session(store, requests, run, plan, chosen["seed"], folds_system)
+    return run, asking, chosen["seed"]
 
 
 def check_budget(
@@ -118,13 +135,14 @@ def check_budget(
 ) -> None:
     """Check every line before a store is made. Raises as `begin` does."""
     limit = _limit(layout.geometry, context)
-    asking = _asking(tokenizer, layout.geometry, limit, options, seed=0)
+    asking = asking_for(tokenizer, layout.geometry, limit, options, seed=0)
     _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None, gpus)
 
 
-def _asking(
+def asking_for(
     tokenizer: PreTrainedTokenizerBase, geometry: Geometry, limit: int, options: Mapping[str, Any], seed: int
 ) -> Asking:
+    """Return what makes requests of lines, each with `limit` tokens for prompt and answer."""
     template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
     encoder = PromptEncoder(tokenizer, limit, geometry.max_position)
     return Asking(encoder, template, geometry, dict(options), seed)
@@ -148,7 +166,8 @@ def _plan(
     gpus: Machine | None,
 ) -> Plan | None:
     """Return the plan for the lines that are left, None where there are none."""
-    return plan_lines(layout, job.needs, ram, batch, requests.held, use, gpus) if job.needs else None
+    held = requests.held + (STRUCTURED_BYTES if job.structured else 0) + bias_bytes(layout.geometry, job.biased)
+    return plan_lines(layout, job.sequences, ram, batch, held, use, gpus) if job.needs else None
 
 
 def _subject(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qmix.chat.format import Format, Said
-from qmix.engine.stream import common_prefix
+from qmix.engine.prefixes import common_prefix
 from qmix.errors import UsageError
 from qmix.text.prompt import too_long
 from qmix.units import plural

@@ -14,6 +14,8 @@ NUMBERS: dict[str, Callable[[str], int | float]] = {
     "top_k": int,
     "min_p": float,
     "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
     "max_new_tokens": int,
     "seed": int,
     "draft_ngram": int,
@@ -50,7 +52,13 @@ def _unescaped(value: str) -> str:
 
 
 def saved_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    return {name: _saved(value) for name, value in settings.items()}
+
+
+def _saved(value: Any) -> Any:
+    if isinstance(value, dict):  # biases by token id
+        return {str(token): bias for token, bias in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def restored_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +67,8 @@ def restored_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in saved.items():
         if name == "stop" and isinstance(value, list) and all(isinstance(text, str) for text in value):
             found[name] = tuple(value)
+        elif name == "logit_bias" and isinstance(value, dict):
+            found[name] = {int(token): float(bias) for token, bias in value.items()}
         elif type(value) in TYPES.get(name, ()):
             found[name] = value
         else:

@@ -16,6 +16,7 @@ COMMANDS = (
     "generate",
     "chat",
     "batch",
+    "serve",
     "quantize",
     "verify",
     "plan",

@@ -21,6 +21,7 @@ from qmix.commands.shared import (
     context_option,
     dtype_option,
     hold_to,
+    json_schema_option,
     load_libraries,
     max_new_tokens_option,
     model_or_default,
@@ -28,6 +29,7 @@ from qmix.commands.shared import (
     plan_option,
     precision_option,
     ram_option,
+    read_json_schema,
     read_plan_option,
     sampling_options,
 )
@@ -55,6 +57,7 @@ BATCH_HELP = "sequences computed together [chosen by the plan]"
 @plan_option
 @max_new_tokens_option
 @sampling_options
+@json_schema_option
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="print the summary as one JSON object on stdout")
 def batch(requests: Path, output: Path, model: str | None, as_json: bool, **options: Any) -> None:
@@ -62,8 +65,8 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
 
     Each line of IN.jsonl (- is stdin) is a request in OpenAI's batch format (custom_id, method, url, body) or in the
     short format: id, prompt or messages, and any of max_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
-    seed, stop, ignore_eos, logprobs. The options below apply to lines that do not set their own. The answer to a line
-    depends on that line alone.
+    presence_penalty, frequency_penalty, logit_bias, n, seed, stop, ignore_eos, logprobs, response_format. The options
+    below apply to lines that do not set their own. The answer to a line depends on that line alone.
 
     Run the same command again to continue an interrupted run. Exit codes: 2 some lines are invalid (nothing is run),
     4 some lines could not be answered (each has a line with the reason), 130 interrupted.
@@ -77,6 +80,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     loading["plan"] = read_plan_option(
         options.pop("plan_path"), **{name: loading[name] or None for name in ("ram", "gpu", "context")}
     )
+    options["json_schema"] = read_json_schema(options["json_schema"])
     defaults = {name: value for name, value in options.items() if value is not None}  # compared when a run is continued
     Sampling(**defaults)
     seed = defaults.pop("seed", None)

@@ -14,10 +14,12 @@ from qmix.commands.shared import (
     MODEL_HELP,
     draft_option,
     given,
+    json_schema_option,
     loaded,
     loading_options,
     max_new_tokens_option,
     out,
+    read_json_schema,
     sampling_options,
 )
 from qmix.errors import UsageError
@@ -31,32 +33,37 @@ from qmix.files import TEXT_LIMIT
 @max_new_tokens_option
 @sampling_options
 @draft_option
-@click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of streamed text")
+@json_schema_option
+@click.option("-n", type=int, metavar="N", help="completions to generate, one after the other [1]")
+@click.option("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and those of the N likeliest")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object a completion instead of streamed text")
 def generate(prompt: str | None, **options: Any) -> None:
     """Continue a prompt and stream the text to stdout.
 
-    The prompt is PROMPT, or stdin if PROMPT is - or left out.
+    The prompt is PROMPT, or stdin if PROMPT is - or left out. With -n, each completion ends with a new line.
     """
     from qmix.engine.sampling import Sampling
 
     as_json = options.pop("as_json")
+    if options["logprobs"] is not None and not as_json:
+        raise UsageError("--logprobs: only with --json; give it, or leave --logprobs out")
     names = ("model", "ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
     loading = {name: options.pop(name) for name in names}
     attention = options.pop("attn")
+    options["json_schema"] = read_json_schema(options["json_schema"])
     sampling = Sampling(**given(options))
+    loading["structured"] = sampling.source is not None
     text = _read_prompt(prompt)
     with loaded(attention=attention, **loading) as runner:
         from qmix.terminal.tables import say
 
-        result = None
         with closing(runner.generate(text, sampling)) as pieces:  # whatever ends the loop ends the computation
             for piece in pieces:
-                result = piece.result
                 if not as_json:
                     out(piece.text)
-        assert result is not None
-        out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
-        say(result.summary())
+                if (result := piece.result) is not None:
+                    out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
+                    say(result.summary())
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmix.errors import QmixError, UsageError
+from qmix.files import read_text
 from qmix.models import DEFAULT_MODEL
 from qmix.progress import OnProgress
 from qmix.units import parse_bytes, parse_flops, parse_rate
@@ -52,6 +53,25 @@ class Rate(click.ParamType[float]):
             return self.parse(value)
         except UsageError as error:
             self.fail(str(error), parameter, context)
+
+
+class Bias(click.ParamType[tuple[int, float]]):
+    """A token id and what is added to its logit, such as 1234=-2.5."""
+
+    name = "bias"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int, float]:
+        token, _, bias = str(value).partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"{value!r}: give a token id and a number, such as 1234=-2.5", parameter, context)
+
+
+def _biases(context: click.Context, parameter: click.Parameter, values: tuple[tuple[int, float], ...]) -> Any:
+    return dict(values) or None
 
 
 precision_option = click.option("--precision", metavar="SPEC", help=PRECISION_HELP)
@@ -122,12 +142,37 @@ sampling_options = together(
     click.option("--top-p", type=float, help="[the model's own]"),
     click.option("--top-k", type=int, help="0 turns it off [the model's own]"),
     click.option("--min-p", type=float, help="[the model's own]"),
-    click.option("--repetition-penalty", type=float, help="[the model's own]"),
+    click.option(
+        "--repetition-penalty", type=float, help="for tokens of prompt and answer; 1 is off [the model's own]"
+    ),
+    click.option("--presence-penalty", type=float, help="subtracted from logits of tokens in the answer [0: off]"),
+    click.option("--frequency-penalty", type=float, help="the same, for each time a token occurs [0: off]"),
+    click.option(
+        "--logit-bias",
+        type=Bias(),
+        multiple=True,
+        callback=_biases,
+        metavar="TOKEN=BIAS",
+        help="added to the logit of a token id, -100 to 100; repeatable",
+    ),
     click.option("--seed", type=int, help="seed of the sampling [random]"),
     click.option("--stop", multiple=True, metavar="TEXT", help="stop before this text; repeatable"),
     click.option("--ignore-eos", is_flag=True, help="continue after the end-of-text token"),
 )
 draft_option = click.option("--draft-ngram", type=int, metavar="N", help="draft N tokens from repeated text [0: off]")
+
+
+json_schema_option = click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="answer with JSON that is valid under this JSON schema (pip install 'qmix-moe[structured]')",
+)
+
+
+def read_json_schema(path: Path | None) -> str | None:
+    """Return the text of `--json-schema`. Raises UsageError where it cannot be read."""
+    return None if path is None else read_text(path.expanduser(), f"--json-schema {path}")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

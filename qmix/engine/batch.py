@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,9 +23,9 @@ from qmix.engine.completion import BatchResult, GrowingCompletion
 from qmix.engine.opener import OpenModel
 from qmix.engine.pace import Pace
 from qmix.engine.prefill import read_together
-from qmix.engine.sampler import Chosen, Sampler
+from qmix.engine.sampler import Chosen, Sampler, chosen_tokens
 from qmix.engine.sampling import Sampling
-from qmix.engine.scheduler import Scheduler, Sequence, SlotAllocator
+from qmix.engine.scheduler import Scheduler, Sequence, Slots
 from qmix.errors import UsageError
 from qmix.machine.rates import Rates
 from qmix.model.attention import ROW_ATTENTION
@@ -33,7 +33,7 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import NOT_ON_GPUS, Steps
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
+from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK, captured_tokens
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -42,23 +42,42 @@ from qmix.store.opened import Store
 class BatchRequest:
     """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
 
-    `logprobs` is how many of the likeliest tokens are told at each place, None for no log-probabilities.
+    `index` is the number of the completion where a prompt has several. With `echo` log-probabilities are told for the
+    prompt's own tokens as well, if they are requested.
     """
 
     name: str
     prompt: abc.Sequence[int]
     sampling: Sampling
-    logprobs: int | None = None
+    index: int = 0
+    echo: bool = False
+
+    def completions(self) -> list[BatchRequest]:
+        """Return a request for each of the `sampling.n` completions, which share the prompt's keys and values."""
+        if self.sampling.n == 1:
+            return [self]
+        return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
+
+
+OnToken = abc.Callable[[Chosen, str], None]
+
+
+def _ignore(chosen: Chosen, text: str) -> None:
+    """Take a token and the text that can be shown since, and do nothing."""
 
 
 @dataclass(slots=True)
 class BatchCounters:
-    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun."""
+    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun.
+
+    `reused_tokens` of the prompts' were not computed again.
+    """
 
     passes: int = 0
     tokens: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -68,9 +87,11 @@ class _Running:
     request: BatchRequest
     sampler: Sampler
     completion: GrowingCompletion
+    on_token: OnToken
     tokens: list[Chosen] = field(default_factory=list)
+    prompt: list[Chosen] = field(default_factory=list)
 
-    def result(self) -> BatchResult:
+    def result(self, reused: int) -> BatchResult:
         completion = self.completion
         completion.finish()
         return BatchResult(
@@ -79,7 +100,11 @@ class _Running:
             finish_reason=completion.finish_reason,
             prompt_tokens=completion.prompt_tokens,
             name=self.request.name,
+            index=self.request.index,
             tokens=self.tokens,
+            prompt=self.prompt,
+            stop=completion.stop,
+            reused_tokens=reused,
         )
 
 
@@ -110,21 +135,27 @@ class BatchRunner(OpenModel):
             if self._steps is None or self._steps.cpu_layers:
                 self.close()
                 raise UsageError(NOT_ON_GPUS)
-        self._start_over()
-
-    def _start_over(self) -> None:
-        batch, context = self.plan.batch, self.plan.context
-        if self._steps is None:
-            self._scheduler = Scheduler(self.capacity, batch, PREFILL_CHUNK)
-        else:
-            self._scheduler = Scheduler(self.capacity, batch, self._steps.rows, SlotAllocator(batch, context))
+        self._scheduler = self._new_scheduler()
         self._running: dict[Sequence, _Running] = {}
+
+    def _new_scheduler(self) -> Scheduler:
+        if self._steps is None:
+            return Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
+        return Scheduler(self.capacity, self.plan.batch, self._steps.rows, Slots(self.plan.batch, self.plan.context))
+
+    def start_over(self) -> None:
+        """Forget all requests. Prefixes are kept, unless a pass was stopped before their rows were copied."""
+        if self._scheduler.take_copies():
+            self._scheduler = self._new_scheduler()
+        self._scheduler.clear()
+        self._running.clear()
 
     def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
         """Yield after every pass the results that it finished, which may be none.
 
-        Requests are taken as there is room. An answer ends where prompt and answer fill the capacity. What interrupts
-        the caller ends a pass at the next expert. Raises UsageError where a prompt leaves no room.
+        Requests are taken as there is room; one for several completions has a result for each. An answer ends where
+        prompt and answer fill the capacity. What interrupts the caller ends a pass at the next expert. Raises
+        UsageError where a prompt leaves no room.
         """
         waiting, more = iter(requests), True
         try:
@@ -133,21 +164,44 @@ class BatchRunner(OpenModel):
                     if (request := next(waiting, None)) is None:
                         more = False
                     else:
-                        self._begin(request)
+                        for each in request.completions():
+                            self.begin(each)
                 if self._running:
-                    yield self.thread.run(self._pass)
+                    yield self.step()
         finally:  # a caller that has had enough leaves nothing behind
-            self._start_over()
+            self.start_over()
 
-    def _begin(self, request: BatchRequest) -> None:
+    def begin(self, request: BatchRequest, on_token: OnToken = _ignore) -> Sequence:
+        """Take in a request, which joins the passes as there is room, and return what `drop` takes.
+
+        `on_token` receives each token in the compute thread. Raises UsageError where the prompt leaves no room.
+        """
         prompt = list(request.prompt)
         limit = min(len(prompt) + request.sampling.max_new_tokens, self.capacity + 1)
         if not prompt or limit <= len(prompt):
             raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
-        sequence = Sequence(prompt, limit)
-        sampler = Sampler(self.model, request.sampling, prompt, request.logprobs)
-        self._running[sequence] = _Running(request, sampler, GrowingCompletion(prompt, sampler.decoding, self.decode))
+        request.sampling.check_vocabulary(self.store.geometry.vocab_size)
+        echo = request.echo and request.sampling.logprobs is not None
+        if echo and self._steps is not None:
+            raise UsageError(f"{request.name}: echo with logprobs is computed on the CPU only; run it without GPUs")
+        sequence = Sequence(prompt, limit, shares=not echo)
+        constraint = self.constraint(request.sampling, self.plan)
+        sampler = Sampler(self.model, request.sampling, prompt, constraint)
+        completion = GrowingCompletion(prompt, sampler.decoding, self.decode, constraint)
+        self._running[sequence] = running = _Running(request, sampler, completion, on_token)
+        if echo:
+            running.prompt.append(Chosen(prompt[0]))
         self._scheduler.add(sequence)
+        return sequence
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a request between two passes; its room is free for others. Harmless when it has ended."""
+        if self._running.pop(sequence, None) is not None:
+            self._scheduler.drop(sequence)
+
+    def step(self) -> list[BatchResult]:
+        """Run one pass of the requests that were begun, and return the results that it finished."""
+        return self.thread.run(self._pass)
 
     @torch.inference_mode()
     def _pass(self) -> list[BatchResult]:
@@ -155,6 +209,9 @@ class BatchRunner(OpenModel):
         if self._steps is None:  # else a pass has the tokens of a captured step
             self._scheduler.pass_tokens = self._pace.tokens([len(each.tokens) - each.done for each in self._running])
         chosen = self._scheduler.next_pass()
+        for copy in self._scheduler.places.copies:
+            self._cache.copy_rows(*copy)
+        self._scheduler.take_copies()
         chunks = [
             Chunk(
                 sequence.tokens[sequence.done : sequence.done + count],
@@ -165,7 +222,12 @@ class BatchRunner(OpenModel):
             for sequence, count in chosen
         ]
         started, waited, reading = time.perf_counter(), self.pool.waited, self.pool.reading
-        logits = self.forward(chunks)
+        if self._steps is not None:
+            logits = self._steps.chunks(chunks)
+        else:
+            hidden = self._hidden(chunks)
+            self._score_prompts(chosen, hidden)
+            logits = self._logits(chunks, hidden)
         tokens, seconds = sum(count for _, count in chosen), time.perf_counter() - started
         self._pace.note(tokens, seconds, self.pool.waited - waited, self.pool.reading - reading)
         for sequence, count in chosen:
@@ -176,7 +238,7 @@ class BatchRunner(OpenModel):
             self._add_token(sequence, scores.float())
             if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
                 self._scheduler.finish(sequence)
-                finished.append(self._running.pop(sequence).result())
+                finished.append(self._running.pop(sequence).result(sequence.shared))
         self.work.tokens += tokens
         self.work.passes += 1
         return finished
@@ -185,13 +247,21 @@ class BatchRunner(OpenModel):
         """Return the logits [wanted chunks, V] of one pass."""
         if self._steps is not None:
             return self._steps.chunks(chunks)
+        return self._logits(chunks, self._hidden(chunks))
+
+    def _hidden(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
+        """Return the last hidden states [T, H] of one pass; those of many tokens go layer by layer."""
+        if sum(len(chunk.tokens) for chunk in chunks) <= PREFILL_CHUNK:
+            return self._whole_pass(chunks)
+        hidden = read_together(self.model, self._cache, chunks)
+        for rows in hidden.split(PREFILL_CHUNK):  # in place: a norm takes copies in fp32
+            rows.copy_(self.model.model.norm(rows))
+        return hidden
+
+    def _logits(self, chunks: abc.Sequence[Chunk], hidden: torch.Tensor) -> torch.Tensor:
         ends = torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0) - 1
         wanted = ends[torch.tensor([chunk.wanted for chunk in chunks])]
-        if ends[-1] < PREFILL_CHUNK:
-            hidden = self._whole_pass(chunks)[wanted]
-        else:
-            hidden = self.model.model.norm(read_together(self.model, self._cache, chunks)[wanted])
-        return self.model.lm_head(hidden) if len(wanted) else hidden.new_empty(0, 0)
+        return self.model.lm_head(hidden[wanted]) if len(wanted) else hidden.new_empty(0, 0)
 
     def _whole_pass(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
         """Return the hidden states [T, H] of all tokens of a pass, of a chunk at most."""
@@ -202,12 +272,28 @@ class BatchRunner(OpenModel):
         ).last_hidden_state[0]
         return hidden
 
+    def _score_prompts(self, chosen: abc.Sequence[tuple[Sequence, int]], hidden: torch.Tensor) -> None:
+        """Add the log-probabilities of the prompt tokens after those of this pass, where they are requested."""
+        first = 0
+        for sequence, count in chosen:
+            answer = self._running[sequence]
+            prompt, rows = answer.request.prompt, hidden[first : first + count]
+            first += count
+            if answer.prompt and sequence.done < len(prompt):
+                following = prompt[sequence.done + 1 : sequence.done + 1 + count]
+                for start in range(0, len(following), HEAD_ROWS):
+                    targets = following[start : start + HEAD_ROWS]
+                    logits = self.model.lm_head(rows[start : start + len(targets)])
+                    answer.prompt += chosen_tokens(targets, logits.float(), answer.sampler.logprobs)
+
     def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose a sequence's next token from logits [V] in fp32."""
         answer = self._running[sequence]
         chosen = answer.sampler.sample(sequence.tokens, logits)
-        self.work.prompt_tokens += 0 if answer.tokens else answer.completion.prompt_tokens
+        if not answer.tokens:
+            self.work.prompt_tokens += answer.completion.prompt_tokens
+            self.work.reused_tokens += sequence.shared
         self.work.new_tokens += 1
         sequence.tokens.append(chosen.token)
         answer.tokens.append(chosen)
-        answer.completion.add(chosen.token)
+        answer.on_token(chosen, answer.completion.add(chosen.token))

@@ -8,6 +8,7 @@ from typing import Any
 
 from qmix.engine.generation_config import Decoding
 from qmix.engine.sampler import Chosen
+from qmix.text.constraint import Constraint
 from qmix.text.detokenizer import Detokenizer, StopScanner
 from qmix.units import format_bytes, plural
 
@@ -15,20 +16,31 @@ from qmix.units import format_bytes, plural
 class GrowingCompletion:
     """The tokens after a prompt and their text, up to an end token or a stop sequence.
 
-    `decode` turns ids into text. `stopped` tells of a stop sequence, `ended` of either.
+    `decode` turns ids into text. `stopped` tells of a stop sequence or the end of a `constraint`, `ended` of any end.
     """
 
-    def __init__(self, prompt: Sequence[int], decoding: Decoding, decode: Callable[[Sequence[int]], str]) -> None:
-        self.prompt_tokens = len(prompt)
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        decoding: Decoding,
+        decode: Callable[[Sequence[int]], str],
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.prompt_tokens, self._constraint = len(prompt), constraint
         self.token_ids: list[int] = []
-        self.ended = False
+        self.ended = self._complete = self._failed = False
         self._ends = decoding.ends
         self._detokenizer, self._scanner = Detokenizer(decode, prompt), StopScanner(decoding.stops)
         self._text: list[str] = []
 
     @property
     def stopped(self) -> bool:
-        return self._scanner.stopped
+        return self._scanner.stopped or self._complete or self._failed
+
+    @property
+    def stop(self) -> str | None:
+        """The stop sequence that was found."""
+        return self._scanner.found
 
     @property
     def text(self) -> str:
@@ -37,14 +49,17 @@ class GrowingCompletion:
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self.ended else "length"
+        return "stop" if self.ended and not self._failed else "length"
 
     def add(self, token: int) -> str:
         """Add a token; return the text that can be shown now, which may be empty."""
         self.token_ids.append(token)
         shown = self._scanner.add(self._detokenizer.add(token))
         self._text.append(shown)
-        self.ended = self._scanner.stopped or token in self._ends
+        if self._constraint is not None and token not in self._ends:  # its end needs no end token
+            self._complete = self._constraint.complete(self.token_ids)
+            self._failed = self._constraint.failed
+        self.ended = self.stopped or token in self._ends
         return shown
 
     def finish(self) -> str:
@@ -73,10 +88,18 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult(Completion):
-    """The answer to the request of this `name`; `tokens` has the log-probabilities that were asked for."""
+    """Completion `index` of the request of this `name`; `tokens` has the log-probabilities that were asked for.
+
+    `prompt` has those of the prompt's tokens where they were echoed. `stop` is the stop sequence that ended the text.
+    `reused_tokens` of the prompt were taken over from other sequences: it depends on these, the rest does not.
+    """
 
     name: str
+    index: int
     tokens: list[Chosen]
+    prompt: list[Chosen] = field(default_factory=list)
+    stop: str | None = None
+    reused_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +107,7 @@ class Result(Completion):
     """A finished generation. Times in seconds, memory in bytes.
 
     The first `reused_tokens` of the prompt were in the KV cache already, the `prefilled_tokens` were computed.
-    `hit_rate` is the share of experts found in memory.
+    `hit_rate` is the share of experts found in memory. `logprobs` has each token's, where they were requested.
     """
 
     seed: int
@@ -98,6 +121,7 @@ class Result(Completion):
     hit_rate: float
     bytes_read: int
     reused_tokens: int = 0
+    logprobs: list[Chosen] | None = None
 
     @property
     def prefilled_tokens(self) -> int:
@@ -126,6 +150,8 @@ class Result(Completion):
 
     def to_json(self) -> dict[str, Any]:
         fields = asdict(self) | {"completion_tokens": self.completion_tokens}
+        if self.logprobs is None:
+            del fields["logprobs"]
         groups = {
             "usage": ("prompt_tokens", "reused_tokens", "completion_tokens"),
             "timings": ("ttft_s", "tpot_s", "total_s"),

@@ -203,6 +203,7 @@ def decoding(defaults: GenerationConfig, sampling: Sampling) -> Decoding:
     """Return the model's defaults with these options on top. Temperature 0 is greedy."""
     config = copy.deepcopy(defaults)
     config.update(**sampling.overrides())
+    config.sequence_bias = _biases(config.sequence_bias, sampling)
     stops, config.stop_strings = (*sampling.stop, *(config.stop_strings or ())), None
     config.pad_token_id = PAD if config.pad_token_id is None else config.pad_token_id
     config.do_sample = bool(config.do_sample) and config.temperature != 0
@@ -212,15 +213,23 @@ def decoding(defaults: GenerationConfig, sampling: Sampling) -> Decoding:
     return Decoding(config, frozenset(ends if isinstance(ends, list) else [ends]), stops)
 
 
+def _biases(own: list[Any] | None, sampling: Sampling) -> list[Any] | None:
+    """Return the model's own biases with those of the options added, as transformers takes them."""
+    biases = {tuple(tokens): bias for tokens, bias in own or []}
+    for token, bias in sampling.logit_bias.items():
+        biases[(token,)] = biases.get((token,), 0.0) + float(bias)
+    return [[list(tokens), bias] for tokens, bias in biases.items()] or None
+
+
 def logits_processors(
-    model: MixtralForCausalLM, config: GenerationConfig, prompt: Sequence[int]
+    model: MixtralForCausalLM, config: GenerationConfig, prompt: Sequence[int], own: LogitsProcessorList
 ) -> LogitsProcessorList:
-    """Return the processors that transformers' `generate` would apply to the logits after this prompt."""
+    """Return the processors that transformers' `generate` applies to the logits after this prompt, given `own` ones."""
     full, ids = copy.deepcopy(config), torch.tensor([prompt])
     full.update(**full._get_default_generation_params(), defaults_only=True)
     model._prepare_special_tokens(full, kwargs_has_attention_mask=True, device=torch.device("cpu"))
     full = model._prepare_generated_length(full, True, True, "input_ids", len(prompt), ids)
     found: LogitsProcessorList = model._get_logits_processor(
-        full, len(prompt), encoder_input_ids=ids, logits_processor=LogitsProcessorList(), device="cpu"
+        full, len(prompt), encoder_input_ids=ids, logits_processor=own, device="cpu"
     )
     return found

@@ -37,6 +37,7 @@ def load(
     dtype: str | None = None,
     attention: str = "sdpa",
     plan: PlanFile | None = None,
+    structured: bool = False,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
     import_libraries: Callable[[], object] | None = None,
@@ -49,7 +50,8 @@ def load(
     "gpu:0" first: bytes, text like "24GiB", or a card's name like "RTX 4090"; by default it is all that is free on the
     GPUs that torch finds, and an empty list leaves them out. `context` is the number of tokens of prompt and answer
     together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes the place of all
-    three. `on_progress` follows a quantisation. `on_load` follows the experts that are read into memory
+    three. `structured` leaves room for answers with a JSON schema or a grammar. `on_progress` follows a quantisation.
+    `on_load` follows the experts that are read into memory
     beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
 
     `import_libraries` imports transformers without what it loads in vain (`qmix.model.lean`): it is called after
@@ -63,7 +65,7 @@ def load(
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: ExpertFrequency | None = None) -> Plan:
         if plan is not None:
             return plan.plan_of(layout, fingerprint, attention)
-        return plan_for(layout, None, context, attention, machine=machine, use=use)
+        return plan_for(layout, None, context, attention, machine=machine, use=use, structured=structured)
 
     def check(layout: StoreLayout) -> None:
         planned(layout)

@@ -9,7 +9,8 @@ from typing import TypeVar
 from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
 
 from qmix.engine.compute import ComputeThread, one_thread_for_few
-from qmix.engine.generation_config import model_generation_config
+from qmix.engine.generation_config import decoding, model_generation_config
+from qmix.engine.sampling import Sampling
 from qmix.machine.found import give_back_freed_memory
 from qmix.machine.measured import widened_from
 from qmix.model.build import build_model
@@ -18,9 +19,12 @@ from qmix.model.gpu.devices import pin
 from qmix.model.gpu.spread import Spread
 from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
+from qmix.plan import Plan
+from qmix.plan.here import check_structured
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
+from qmix.text.constraint import Constraint, GrammarCompiler
 from qmix.text.tokenizer import decode, load_tokenizer
 
 Self = TypeVar("Self", bound="OpenModel")
@@ -54,6 +58,7 @@ class OpenModel:
         """
         give_back_freed_memory()
         self.store = store
+        self._grammars: GrammarCompiler | None = None
         if generates:
             self.tokenizer = load_tokenizer(store.directory)
         elsewhere = spread.residents if spread else frozenset()
@@ -92,6 +97,16 @@ class OpenModel:
     def close(self) -> None:
         """Stop what runs, at the next expert, and let go of files and memory; harmless to repeat."""
         self._opened.close()
+
+    def constraint(self, sampling: Sampling, plan: Plan) -> Constraint | None:
+        """Return the constraint of one answer, None where it may be any text. Raises UsageError."""
+        if (source := sampling.source) is None:
+            return None
+        if self._grammars is None:
+            check_structured(self.store.geometry, plan)
+            ends = decoding(self.model.generation_config, sampling).ends
+            self._grammars = GrammarCompiler(self.tokenizer, self.store.geometry.vocab_size, ends)
+        return self._grammars.constraint(source)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens and otherwise as it is."""

@@ -9,62 +9,43 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from qmix.engine.prefixes import Copy, Placed, Prefixes
 
 
-class KVAllocator:
-    """The free positions of a KV cache. Neighbours are given out together, first fit."""
-
-    def __init__(self, capacity: int) -> None:
-        self._free = [(0, capacity)]  # starts and ends, in order, never touching
-
-    def take(self, size: int) -> int | None:
-        """Take `size` free positions in a row; return the first, or None where there are not so many."""
-        for index, (start, end) in enumerate(self._free):
-            if end - start >= size:
-                self._free[index : index + 1] = [(start + size, end)] if end - start > size else []
-                return start
-        return None
-
-    def give_back(self, start: int, size: int) -> None:
-        """Make positions free again that were taken."""
-        insort(self._free, (start, start + size))
-        joined: list[tuple[int, int]] = []
-        for first, last in self._free:
-            if joined and joined[-1][1] == first:
-                joined[-1] = joined[-1][0], last
-            else:
-                joined.append((first, last))
-        self._free = joined
-
-
-class SlotAllocator:
-    """The free places of a KV cache that has as many positions for each sequence: `count` times `size`."""
+class Slots:
+    """Places of `size` positions each, `count` of them, for sequences that share nothing; used as Prefixes are."""
 
     def __init__(self, count: int, size: int) -> None:
+        self.copies: list[Copy] = []
         self._size, self._free = size, list(range(count))
 
-    def take(self, size: int) -> int | None:
-        """Take a place for `size` positions; return its first position, or None where no place is free."""
-        assert size <= self._size
-        return self._free.pop(0) * self._size if self._free else None
+    def place(self, sequence: Placed, room: int, shares: bool) -> bool:
+        """Give a sequence a place; return False where none is free."""
+        assert room <= self._size
+        if self._free:
+            sequence.start = self._free.pop(0) * self._size
+        return sequence.start >= 0
 
-    def give_back(self, start: int, size: int) -> None:
-        """Make a place free again."""
-        insort(self._free, start // self._size)
+    def follow(self, sequence: Placed) -> None:
+        """Do nothing: none waits for another."""
+
+    def leave(self, sequence: Placed, room: int) -> None:
+        """Make a sequence's place free again."""
+        insort(self._free, sequence.start // self._size)
 
 
 @dataclass(slots=True, eq=False)
-class Sequence:
+class Sequence(Placed):
     """The `tokens` of a prompt and of its continuation, at most `limit` in all.
 
-    `done` of them have gone through the model; `start` is the first of its positions in the KV cache.
+    `done` of them have gone through the model; `start` is the first of its positions in the KV cache. One that `shares`
+    may take over what others with the same beginning have computed.
     """
 
-    tokens: list[int]
     limit: int
-    done: int = field(default=0, init=False)
-    start: int = field(default=-1, init=False)
+    shares: bool = True
 
     @property
     def room(self) -> int:
@@ -79,11 +60,11 @@ class Scheduler:
     before each pass.
     """
 
-    def __init__(self, capacity: int, batch: int, pass_tokens: int, slots: SlotAllocator | None = None) -> None:
-        """With `slots` every sequence has a place of its own, otherwise they share the positions."""
+    def __init__(self, capacity: int, batch: int, pass_tokens: int, places: Prefixes | Slots | None = None) -> None:
+        """With Slots as `places` every sequence has a place of its own; by default they share the positions."""
         assert 1 <= batch <= pass_tokens
         self.capacity, self.batch, self.pass_tokens = capacity, batch, pass_tokens
-        self._positions = slots or KVAllocator(capacity)
+        self.places = places or Prefixes(capacity)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
 
@@ -97,14 +78,34 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out; its room is free for others."""
+        """Take a sequence out; its room is for others, and what it computed is kept while no other needs it."""
         self._running.remove(sequence)
-        self._positions.give_back(sequence.start, sequence.room)
+        self.places.leave(sequence, sequence.room)
+
+    def clear(self) -> None:
+        """Take all sequences out. The rows of those that run hold what `done` says: they are kept."""
+        self._waiting.clear()
+        for sequence in list(self._running):
+            self.finish(sequence)
+
+    def take_copies(self) -> list[Copy]:
+        """Return the copies to make, in order, before the pass that was returned last."""
+        copies, self.places.copies = self.places.copies, []
+        return copies
+
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out, whether it has begun or waits."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        else:
+            self.finish(sequence)
 
     def next_pass(self) -> list[tuple[Sequence, int]]:
         """Return sequences, and how many of their tokens go through the model now."""
+        for sequence in self._running:
+            self.places.follow(sequence)
         self._admit()
-        waiting = {sequence: len(sequence.tokens) - sequence.done for sequence in self._running}
+        waiting = {each: len(each.tokens) - each.done for each in self._running if each.leader is None}
         left = self.pass_tokens - sum(count == 1 for count in waiting.values())
         chosen = []
         for sequence, count in waiting.items():
@@ -116,9 +117,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.batch:
-            start = self._positions.take(self._waiting[0].room)
-            if start is None:
+            sequence = self._waiting[0]
+            if not self.places.place(sequence, sequence.room, sequence.shares):
                 return
-            sequence = self._waiting.popleft()
-            sequence.start = start
-            self._running.append(sequence)
+            self._running.append(self._waiting.popleft())

@@ -7,7 +7,7 @@ prompts at once are `qmix.engine.batch`'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from qmix.checkpoint.torch_dtypes import HALF
@@ -25,8 +26,11 @@ from qmix.engine.device_choice import plain_temperature
 from qmix.engine.generation_config import Decoding, decoding
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
+from qmix.engine.prefixes import common_prefix
+from qmix.engine.processors import own_processors
+from qmix.engine.sampler import Chosen, chosen_token
 from qmix.engine.sampling import Sampling
-from qmix.errors import UsageError
+from qmix.errors import UsageError, arg
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
 from qmix.model.gpu.prompt import read_on_gpus
@@ -71,20 +75,24 @@ class Runner(OpenModel):
     ) -> Iterator[Piece]:
         """Stream the continuation of a prompt (text, or token ids): pieces of text, the last with `.result`.
 
-        Options are Sampling's fields. With `reuse`, tokens that the prompt begins with and the KV cache still holds
-        are not computed again. Their keys and values may be rounded differently, because they were computed one token
-        at a time and not as one prompt: where two tokens are nearly as likely, the text may differ from that of a fresh
-        run. Closing the iterator stops the computation within a layer. Raises UsageError where the prompt is empty or
-        does not fit the context.
+        Options are Sampling's fields. With `n` completions one follows the other, each with its result. With `reuse`,
+        tokens that the prompt begins with and the KV cache still holds are not computed again. Their keys and values
+        may be rounded differently, because they were computed one token at a time and not as one prompt: where two
+        tokens are nearly as likely, the text may differ from that of a fresh run. Closing the iterator stops the
+        computation within a layer. Raises UsageError where the prompt is empty or does not fit the context.
         """
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")
         sampling, ids = sampling or Sampling(**options), self._ids(prompt)
+        sampling.check_vocabulary(self.store.geometry.vocab_size)
+        self.constraint(sampling, self.plan)  # whatever is wrong is told before the run
         room = self.plan.context - len(ids)
-        return self._stream(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
+        return self._completions(ids, replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room)), reuse)
 
     def complete(self, prompt: str | list[int], sampling: Sampling | None = None, **options: Any) -> Result:
-        """Return the whole continuation at once; parameters and errors as `generate`."""
+        """Return the whole continuation at once; parameters and errors as `generate`, for one completion."""
+        if (n := sampling.n if sampling is not None else options.get("n", 1)) != 1:
+            raise UsageError(f"{arg('n')} {n}: `complete` returns one completion; use `generate`")
         for piece in self.generate(prompt, sampling, **options):
             if piece.result is not None:
                 return piece.result
@@ -123,6 +131,11 @@ class Runner(OpenModel):
         self.encoder.check_count(len(ids))
         return ids
 
+    def _completions(self, prompt: list[int], sampling: Sampling, reuse: bool) -> Generator[Piece, None, None]:
+        """Yield the pieces of each completion; those after the first find the prompt in the cache."""
+        for index, one in enumerate(sampling.completions()):
+            yield from self._stream(prompt, one, reuse or index > 0)
+
     def _stream(self, prompt: list[int], sampling: Sampling, reuse: bool) -> Generator[Piece, None, None]:
         """Yield pieces while the compute thread makes them; stop it when the caller has had enough."""
         queue: SimpleQueue[Piece | None] = SimpleQueue()
@@ -141,7 +154,9 @@ class Runner(OpenModel):
         how = decoding(defaults, sampling)
         config = how.config
         config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
-        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode), send)
+        constraint = self.constraint(sampling, self.plan)
+        own = own_processors(sampling, len(prompt), constraint)
+        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode, constraint), send, sampling.logprobs)
         reused = self._keep(prompt if reuse else [])
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
@@ -149,11 +164,12 @@ class Runner(OpenModel):
             with torch.inference_mode(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(sampling.seed)
                 read = self._prefilled(ids) if sampling.draft_ngram else self._layer_by_layer(prompt)
-                with read, self._choosing(how, sampling, prompt):
+                with read, self._choosing(how, sampling, prompt, own), streamer.watching(self.model):
                     self.model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
                         generation_config=config,
+                        logits_processor=own,
                         cache=self.cache,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([_Stopped(streamer.completion)]),
@@ -164,11 +180,13 @@ class Runner(OpenModel):
         streamer.send_text(streamer.completion.finish())
         send(Piece("", [], self._result(streamer, sampling.seed, before, reused)))
 
-    def _choosing(self, how: Decoding, sampling: Sampling, prompt: list[int]) -> AbstractContextManager[None]:
+    def _choosing(
+        self, how: Decoding, sampling: Sampling, prompt: list[int], own: LogitsProcessorList
+    ) -> AbstractContextManager[None]:
         """Let a GPU choose the tokens, where it computes them and no option needs their logits."""
-        if self._steps is None or sampling.draft_ngram:
+        if self._steps is None or sampling.draft_ngram or sampling.logprobs is not None:
             return nullcontext()
-        return self._steps.choosing(plain_temperature(self.model, how.config, prompt), sampling.seed)
+        return self._steps.choosing(plain_temperature(self.model, how.config, prompt, own), sampling.seed)
 
     def _keep(self, prompt: list[int]) -> int:
         """Crop the cache to the tokens that it has in common with the prompt; return how many these are.
@@ -243,14 +261,18 @@ class Runner(OpenModel):
             hit_rate=used.hit_rate,
             bytes_read=used.bytes_read,
             reused_tokens=reused,
+            logprobs=streamer.tokens,
         )
 
 
 class _Streamer(BaseStreamer):
     """Takes ids from transformers, a step at a time, notes when they came, and sends pieces of text."""
 
-    def __init__(self, completion: GrowingCompletion, send: Callable[[Piece], None]) -> None:
-        self.completion, self.send = completion, send
+    def __init__(
+        self, completion: GrowingCompletion, send: Callable[[Piece], None], logprobs: int | None = None
+    ) -> None:
+        self.completion, self.send, self.logprobs = completion, send, logprobs
+        self.tokens: list[Chosen] | None = None if logprobs is None else []
         self.started = time.perf_counter()
         self.times: list[float] = []
         self._prompt_seen = False
@@ -262,13 +284,28 @@ class _Streamer(BaseStreamer):
             self._prompt_seen = True
             return
         now = time.perf_counter()
-        for token in value.flatten().tolist():
+        for index, token in enumerate(value.flatten().tolist()):
             if not self.completion.ended:  # a draft may go on behind the end
                 self.times.append(now)
+                if self.tokens is not None:
+                    self.tokens.append(chosen_token(token, self._logits[index], self.logprobs))
                 self.send_text(self.completion.add(token))
 
     def end(self) -> None:
         pass
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Keep the logits of the last step, where log-probabilities are requested: [1, V], or [k, V] for a draft."""
+        hook = model.register_forward_hook(self._keep_logits) if self.tokens is not None else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def _keep_logits(self, model: nn.Module, arguments: object, output: Any) -> None:
+        self._logits = output.logits[0].float()
 
     def send_text(self, text: str) -> None:
         """Send a piece, unless there is no text yet."""
@@ -286,12 +323,6 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return torch.tensor([self.completion.stopped])
-
-
-def common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return how many ids two lists begin with in common."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(ids), len(others)))
 
 
 def _without_cached(

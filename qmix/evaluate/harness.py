@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from qmix.engine.passes import Query
-from qmix.engine.sampler import stream_seed
+from qmix.engine.sampling import stream_seed
 from qmix.errors import QmixError, UsageError, arg
 from qmix.evaluate.prompt import Prompt
 from qmix.text.prompt import longest_token

@@ -20,6 +20,7 @@ from qmix.geometry import HALF_BYTES, Geometry
 from qmix.model.gpu.devices import Allocator, take_memory
 
 COLUMNS = 16  # qmix's attention kernel takes heads of a multiple of these
+COPIED = 512  # positions that are copied at once between ranges that overlap
 HOST = torch.device("cpu")
 
 
@@ -156,6 +157,19 @@ class KVCache(Cache):
             return layer.update(key_states, value_states)
         layer.write(key_states, value_states, self.rows.places)
         return layer.keys, layer.values
+
+    def copy_rows(self, source: int, target: int, count: int) -> None:
+        """Copy `count` positions of every layer, from `source` on to `target` on.
+
+        The ranges may overlap where `target` comes first.
+        """
+        step = count if abs(source - target) >= count else COPIED
+        for layer in self.layers:
+            for rows in (layer.keys, layer.values):  # [B, G, N, W]
+                for at in range(0, count, step):
+                    end = min(at + step, count)
+                    piece = rows[:, :, source + at : source + end]
+                    rows[:, :, target + at : target + end] = piece if step == count else piece.clone()
 
     @property
     def complete_length(self) -> int:

@@ -15,12 +15,13 @@ from qmix.geometry import Geometry
 from qmix.machine.found import default_budget, interpreter_memory
 from qmix.machine.rates import Machine
 from qmix.plan.make import make_plan
-from qmix.plan.memory import CUDA_CONTEXT_BYTES, FEW_TOKENS, MAX_BATCH
+from qmix.plan.memory import CUDA_CONTEXT_BYTES, FEW_TOKENS, MAX_BATCH, serving_bytes
 from qmix.plan.plan import Plan
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
 
 DISK_COST = 10.0  # a byte from disk, in bytes from memory: 3 to 4 GB/s against 30 to 50 on the machine measured
+CONTEXTS = 4  # whole contexts that a server's KV cache holds
 TOKEN_COST = 0.2  # an expert's product for one more token, in readings of the expert from memory
 
 
@@ -70,6 +71,25 @@ def plan_lines(
         together = min(batch, most)
         return plan_of(together, context_of(needs, together))
     return choose_plan(layout.geometry, needs, plan_of, most)
+
+
+def plan_server(
+    layout: StoreLayout, context: int, ram: int | None, batch: int, tokens: int | None, use: ExpertFrequency | None
+) -> Plan:
+    """Return the plan of a server on this machine for `batch` requests at once, each of at most `context` tokens.
+
+    They share a KV cache of `tokens` tokens; without a number, of four contexts, or of as many as fit. Raises
+    DoesNotFitError.
+    """
+    for contexts in (CONTEXTS, CONTEXTS // 2, 1):
+        together = tokens or contexts * context
+        held = serving_bytes(layout.geometry, together, batch)
+        try:
+            return plan_lines(layout, [math.ceil(together / batch)] * batch, ram, batch, held, use)
+        except DoesNotFitError:
+            if tokens is not None or contexts == 1:
+                raise
+    raise AssertionError
 
 
 def context_of(needs: Sequence[int], batch: int) -> int:

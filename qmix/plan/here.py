@@ -12,12 +12,12 @@ from qmix.machine.found import default_budget, found_gpus, free_disk, gpu_names,
 from qmix.machine.measured import four_bit_products, measured_gpus, measured_rates
 from qmix.machine.rates import Machine, Rates
 from qmix.plan.make import make_plan
-from qmix.plan.memory import CUDA_CONTEXT_BYTES
+from qmix.plan.memory import CUDA_CONTEXT_BYTES, STRUCTURED_BYTES
 from qmix.plan.plan import Plan
 from qmix.precision.formats import uses_kernels
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
-from qmix.units import parse_bytes, plural
+from qmix.units import format_bytes, parse_bytes, plural
 
 DEFAULT_CONTEXT = 4096
 
@@ -140,6 +140,13 @@ def python_bytes(geometry: Geometry) -> int:
     return interpreter_memory(kernels=uses_kernels(geometry))
 
 
+def check_structured(geometry: Geometry, plan: Plan) -> None:
+    """Raise UsageError where a plan has no room for answers with a grammar."""
+    if plan.ram - plan.total < STRUCTURED_BYTES and plan.interpreter - python_bytes(geometry) < STRUCTURED_BYTES:
+        need = f"takes {format_bytes(STRUCTURED_BYTES)} that the plan does not have"
+        raise UsageError(f"{arg('json_schema')}: {need}; load the model with structured=True, and without a plan file")
+
+
 def plan_for(
     layout: StoreLayout,
     ram: int | str | None,
@@ -149,13 +156,17 @@ def plan_for(
     *,
     machine: Machine | None = None,
     use: ExpertFrequency | None = None,
+    structured: bool = False,
 ) -> Plan:
-    """Return the plan of a store on `machine`, by default this one. Raises UsageError and DoesNotFitError."""
+    """Return the plan of a store on `machine`, by default this one. Raises UsageError and DoesNotFitError.
+
+    `structured` leaves room for answers with a grammar.
+    """
     longest = layout.geometry.max_position
     if context is not None and not 1 <= context <= longest:
         raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
     on = machine or this_machine(ram)
     tokens = context or default_context(layout.geometry)
-    own = python_bytes(layout.geometry)
+    own = python_bytes(layout.geometry) + (STRUCTURED_BYTES if structured else 0)
     cuda = on.cuda or CUDA_CONTEXT_BYTES
     return make_plan(layout, on.ram, tokens, own, attention, batch, gpus=on.gpus, rates=on.speeds, use=use, cuda=cuda)

@@ -43,6 +43,11 @@ LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the firs
 SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
 
+SERVER_BYTES = 48 * 2**20  # the libraries of a server, its connections, and what it writes to them
+REQUESTS_BYTES = 64 * 2**20  # bodies and log-probabilities of all requests together
+LINES_BYTES = 32 * 2**20  # the places of a served batch's lines
+ANSWER_TOKEN_BYTES = 300  # a token of an answer that grows: its id, its text, its log-probability
+STRUCTURED_BYTES = 64 * 2**20  # llguidance's form of a vocabulary of 32,768 tokens (55 MB measured), and its matchers
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
 DEQUANTISING_BYTES = 14  # a weight: its code, as an index, and its value in fp32 before and after scaling
@@ -81,6 +86,11 @@ def layer_kv_bytes(geometry: Geometry, tokens: int) -> int:
 def sampling_bytes(geometry: Geometry, batch: int) -> int:
     """Return the work space of choosing the next token of `batch` sequences at once."""
     return geometry.vocab_size * SAMPLING_BYTES * batch
+
+
+def bias_bytes(geometry: Geometry, sequences: int) -> int:
+    """Return the bytes of the biases that `sequences` keep while they run: fp32, for the whole vocabulary."""
+    return geometry.vocab_size * 4 * min(sequences, MAX_BATCH)
 
 
 def work_bytes(geometry: Geometry, context: int, attention: str, batch: int = 1) -> int:
@@ -283,6 +293,17 @@ def scoring_fixed_bytes(layout: StoreLayout, longest: int) -> int:
     head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
     work = work_bytes(geometry, max(longest, PREFILL_CHUNK), "sdpa")
     return layout.dense.size + layer_kv_bytes(geometry, longest) + head + work + SCORING_SLACK
+
+
+def serving_bytes(geometry: Geometry, tokens: int, batch: int) -> int:
+    """Return what a server takes besides its model, for `batch` requests of `tokens` tokens together.
+
+    Counted are its libraries, requests, a batch's lines, answers, grammars and biases, and the head's work where
+    prompts are scored.
+    """
+    head = HEAD_ROWS * geometry.vocab_size * (HALF_BYTES + 4 + 4)
+    options = STRUCTURED_BYTES + bias_bytes(geometry, batch)
+    return SERVER_BYTES + REQUESTS_BYTES + LINES_BYTES + options + tokens * ANSWER_TOKEN_BYTES + head
 
 
 def layerwise_bytes(checkpoint: Checkpoint, tokens: int, window: int, held: Collection[int]) -> int:

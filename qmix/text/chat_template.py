@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ MEMORY = 2**29  # bytes of address space for rendering, Python's own 50 MB inclu
 SECONDS = 5  # of CPU time for one text
 LONGEST = 2**24  # characters of one text
 PROBE = "qmix-probe"  # in no template
-Messages = Sequence[dict[str, str]]
+PROBE_TOOL = {"type": "function", "function": {"name": PROBE, "description": PROBE, "parameters": {"type": "object"}}}
+Messages = Sequence[dict[str, Any]]
+Tools = Sequence[dict[str, Any]]
 
 
 class TemplateRefusal(QmixError):
@@ -52,18 +55,34 @@ class ChatTemplate:
         }
         self.takes_system = self._shows_system()
 
-    def ids(self, messages: Messages, asks: bool) -> list[int]:
+    def ids(self, messages: Messages, asks: bool, tools: Tools = ()) -> list[int]:
         """Return the token ids of messages; parameters and errors as `text`."""
-        return encode(self._tokenizer, self.text(messages, asks), add_special_tokens=False)
+        return encode(self._tokenizer, self.text(messages, asks, tools), add_special_tokens=False)
 
-    def text(self, messages: Messages, asks: bool) -> str:
-        """Return messages as text; where it `asks`, with the beginning of an answer. Raises TemplateRefusal."""
+    def text(self, messages: Messages, asks: bool, tools: Tools = ()) -> str:
+        """Return messages as text; where it `asks`, with the beginning of an answer. Raises TemplateRefusal.
+
+        `tools` are in OpenAI's form; a template that does not take them shows none (`takes_tools`).
+        """
         variables = self._variables | {"messages": list(messages), "add_generation_prompt": asks}
-        answer = self._ask({"template": self._template, "variables": variables})
+        variables |= {"tools": list(tools)} if tools else {}
+        answer = self._ask({"template": self.source(bool(tools)), "variables": variables})
         if "text" in answer:
             return str(answer["text"])
         where = self.path if answer["line"] is None else f"{self.path}: line {answer['line']}"
         raise TemplateRefusal(f"{where}: {answer['error']}")
+
+    def source(self, tools: bool) -> str:
+        """Return the template itself; some models have another one for messages with tools."""
+        return str(self._tokenizer.get_chat_template(tools=[PROBE_TOOL])) if tools else self._template
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Return whether tools appear in the text."""
+        try:
+            return PROBE in self.text([{"role": "user", "content": "a"}], True, [PROBE_TOOL])
+        except TemplateRefusal:
+            return False
 
     def _shows_system(self) -> bool:
         """Return whether a system message appears in the text: some templates raise, some leave it out."""

@@ -122,22 +122,26 @@ SENTENCEPIECE = {"\u2581": " "}
 
 
 class StopScanner:
-    """Passes text on up to the first stop sequence, and drops the rest."""
+    """Passes text on up to the first stop sequence, which is `found`, and drops the rest."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def add(self, text: str) -> str:
         """Return the text that can be shown now."""
         if self.stopped:
             return ""
         self._held += text
-        found = [position for stop in self._stops if (position := self._held.find(stop)) >= 0]
+        found = [(position, stop) for stop in self._stops if (position := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+            first, self.found = min(found)
+            shown, self._held = self._held[:first], ""
             return shown
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

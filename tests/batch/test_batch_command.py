@@ -318,10 +318,10 @@ def test_openais_fields_are_taken_or_are_error_lines_of_their_own(run, tmp_path)
     found = read(tmp_path / "out.jsonl")
     assert done.status == 4, done.err
     texts = {name: found[name]["response"]["body"]["choices"] for name in ("plain", "neutral", "named", "developer")}
+    assert found["two"]["response"]["body"]["choices"] == [texts["plain"][0], texts["plain"][0] | {"index": 1}]
     assert texts["plain"] == texts["neutral"] == texts["named"] == texts["developer"]
-    assert [found[name]["error"]["message"] for name in ("tools", "two", "image")] == [
+    assert [found[name]["error"]["message"] for name in ("tools", "image")] == [
         "line 5: tools: qmix takes only null or [] (no tools are called); leave it out",
-        "line 6: n: qmix takes only null or 1 (one answer per request); leave it out",
         "line 7: messages[0].content[0]: type 'image_url': the model reads text only",
     ]
 

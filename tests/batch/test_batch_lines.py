@@ -27,22 +27,27 @@ def requests_of(*lines: dict | str | bytes) -> Requests:
 
 def test_both_forms_are_the_same_request():
     own = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
+           "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"7": -3}, "n": 2,
            "seed": 4, "stop": ["x", "y"], "ignore_eos": True}  # fmt: skip
-    body = BODY | own | {"logprobs": True, "top_logprobs": 2, "model": "m", "n": 1, "stream": False, "user": "u"}
+    body = BODY | own | {"logprobs": True, "top_logprobs": 2, "model": "m", "stream": False, "user": "u"}
     long = parse_line(json.dumps(OPENAI | {"body": body}).encode())
     short = parse_line(json.dumps({"id": "a", **BODY, **own, "logprobs": True, "top_logprobs": 2}).encode())
     assert (long.model, short.model) == ("m", None)
     for line in (long, short):
-        assert (line.id, line.url, line.messages, line.logprobs) == ("a", OPENAI["url"], BODY["messages"], 2)
+        assert (line.id, line.url, line.messages, line.options["logprobs"]) == ("a", OPENAI["url"], BODY["messages"], 2)
         assert line.options == {
             "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1,
-            "seed": 4, "stop": ("x", "y"), "ignore_eos": True,
+            "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {7: -3.0}, "n": 2,
+            "seed": 4, "stop": ("x", "y"), "ignore_eos": True, "logprobs": 2,
         }  # fmt: skip
 
 
 def test_a_completion_is_text_or_ids_to_continue():
     url = {"url": "/v1/completions"}
-    assert parse_line(json.dumps(OPENAI | url | {"body": {"prompt": "Hi", "logprobs": 0}}).encode()).logprobs == 0
+    assert (
+        parse_line(json.dumps(OPENAI | url | {"body": {"prompt": "Hi", "logprobs": 0}}).encode()).options["logprobs"]
+        == 0
+    )
     assert parse_line(b'{"id": 3, "prompt": [1, 2], "max_tokens": null}').prompt == [1, 2]
     assert parse_line(b'{"id": 3, "prompt": "a"}').id == "3"
 
@@ -91,7 +96,7 @@ def test_texts_in_parts_are_put_together():
         ({"id": "a", "prompt": "b", "top_p": 2}, "top_p 2.0: must be above 0 and at most 1"),
         ({"id": "a", "prompt": "b", "stop": [""]}, "stop '': must not be empty"),
         ({"id": "a", "prompt": "b", "stop": 5}, "stop: expected str | array | null, got int"),
-        ({"id": "a", "prompt": "b", "logprobs": 21}, "logprobs 21: must be a whole number from 0 to 20"),
+        ({"id": "a", "prompt": "b", "logprobs": 21}, "logprobs 21: must be 0 to 20"),
         ({"id": "a", **BODY, "logprobs": 3}, "logprobs: expected bool | null, got int"),
         ({"id": "a", **BODY, "top_logprobs": 3}, "top_logprobs: needs logprobs to be true"),
         ({"id": "a", "messages": []}, "messages: must be a list of at least one message"),

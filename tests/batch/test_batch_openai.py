@@ -59,8 +59,8 @@ def test_any_other_value_refuses_the_request_and_not_the_file(place: str, field:
 
 
 def test_numbers_are_taken_by_their_value_and_no_other_type_stands_for_them() -> None:
-    assert parse_line(line_with("completions", "presence_penalty", 0.0)).refused is None
-    assert parse_line(line_with("completions", "presence_penalty", False)).refused is not None
+    assert parse_line(line_with("completions", "best_of", 1.0)).refused is None
+    assert parse_line(line_with("completions", "best_of", True)).refused is not None
     assert parse_line(line_with("completions", "echo", 0)).refused is not None
 
 
@@ -125,8 +125,7 @@ def table() -> str:
 
 
 def test_a_number_beyond_all_others_is_no_neutral_value():
-    assert [field.takes(msgspec.Raw(b"1e999")) for field in CHAT_FIELDS if field.name in ("n", "stream", "user")] == [
+    assert [field.takes(msgspec.Raw(b"1e999")) for field in CHAT_FIELDS if field.name in ("stream", "user")] == [
         True,
-        False,
         False,
     ]

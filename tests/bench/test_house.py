@@ -92,6 +92,6 @@ def test_the_architecture_page_has_the_layers_of_pyproject():
     shown = [room for row in reversed(rows) for room in re.findall(r"`(\w+)`", row)]
     assert sorted(shown) == sorted(rank)
     jobs = {room for room in rank if rank[room] == rank["batch"]}
-    assert set(re.findall(r"`(\w+)`", rows[1])) == jobs
+    assert set(re.findall(r"`(\w+)`", next(row for row in rows if "`batch`" in row))) == jobs
     lowest = [min(rank[room] for room in re.findall(r"`(\w+)`", row)) for row in rows]
     assert lowest == sorted(lowest, reverse=True)

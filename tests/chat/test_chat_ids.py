@@ -14,7 +14,8 @@ from stores import make_store
 from qmix.chat.conversation import Conversation
 from qmix.chat.format import PlainFormat, Said, TemplateFormat, format_of
 from qmix.chat.session import Session, shown_ids
-from qmix.engine.stream import Runner, common_prefix
+from qmix.engine.prefixes import common_prefix
+from qmix.engine.stream import Runner
 from qmix.errors import Cancelled, StoreError, UsageError
 from qmix.plan import make_plan
 from qmix.plan.memory import PREFILL_CHUNK

@@ -49,8 +49,8 @@ def requests_for(runner: BatchRunner, count: int = 10, tokens: int = 12) -> list
     requests = []
     for index in range(count):
         prompt = runner.tokenizer(f"{TEXTS[index % 5]} {index}" * (1 + 4 * (index % 3)))["input_ids"]
-        sampling = Sampling(max_new_tokens=3 + (tokens * index) % 17, **{"seed": 1} | OPTIONS[index % 4])
-        requests.append(BatchRequest(str(index), prompt, sampling, logprobs=3))
+        sampling = Sampling(max_new_tokens=3 + (tokens * index) % 17, logprobs=3, **{"seed": 1} | OPTIONS[index % 4])
+        requests.append(BatchRequest(str(index), prompt, sampling))
     return requests
 
 
@@ -209,8 +209,8 @@ def test_a_stop_sequence_ends_one_answer_and_another_takes_its_place(store):
 
 def test_log_probabilities_are_the_models_own_whatever_the_temperature(store):
     with runner_of(store) as runner:
-        sampling = Sampling(max_new_tokens=1, temperature=2.0, seed=2)
-        chosen = answers(runner, [BatchRequest("a", [5, 6, 7], sampling, logprobs=4)])["a"].tokens[0]
+        sampling = Sampling(max_new_tokens=1, temperature=2.0, seed=2, logprobs=4)
+        chosen = answers(runner, [BatchRequest("a", [5, 6, 7], sampling)])["a"].tokens[0]
         want = runner.forward([Chunk([5, 6, 7], 0, 0, True)])[0].float().log_softmax(-1)
     assert chosen.logprob == want[chosen.token].item()
     assert [logprob for _, logprob in chosen.likeliest] == want.topk(4).values.tolist()

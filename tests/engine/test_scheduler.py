@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmix.engine.scheduler import KVAllocator, Scheduler, Sequence
+from qmix.engine.positions import KVAllocator
+from qmix.engine.scheduler import Scheduler, Sequence
 
 
 def test_the_first_stretch_that_is_long_enough_is_taken_and_neighbours_are_joined():
@@ -80,7 +81,7 @@ def test_a_sequence_waits_for_room_and_none_overtakes_it():
     spare=st.integers(0, 60),
 )
 def test_every_token_goes_through_once_and_a_running_sequence_is_in_every_pass(prompts, batch, spare):
-    sequences = [Sequence([1] * prompt, prompt + new) for prompt, new in prompts]
+    sequences = [Sequence([1] * prompt, prompt + new, shares=False) for prompt, new in prompts]
     scheduler = Scheduler(max(prompt + new for prompt, new in prompts) + spare, batch, pass_tokens=8)
     for sequence in sequences:
         scheduler.add(sequence)

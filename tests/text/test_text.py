@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qmix.batch.forms import Forms, Told, offsets, told_by
+from qmix.batch.forms import Forms, Offsets, Told, told_by
 from qmix.batch.lines import CHAT, COMPLETION, Line
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
@@ -131,6 +131,10 @@ def test_what_looks_like_a_byte_is_text_where_the_decoder_knows_no_bytes(byte_le
 
 def told(*tokens: bytes | None) -> list[Told]:
     return [Told("", "", data) for data in tokens]
+
+
+def offsets(tokens: list[Told]) -> list[int]:
+    return list(map(Offsets(), tokens))
 
 
 def test_offsets_are_characters_of_the_text_that_are_complete():

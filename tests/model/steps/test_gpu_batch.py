@@ -15,7 +15,7 @@ from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.gpu_scoring import GpuScorer
 from qmix.engine.passes import Query, make_pass
 from qmix.engine.sampling import Sampling
-from qmix.engine.scheduler import SlotAllocator
+from qmix.engine.scheduler import Sequence, Slots
 from qmix.engine.scoring import Scorer
 from qmix.errors import UsageError
 from qmix.plan.scoring import plan_scoring
@@ -85,7 +85,9 @@ def test_a_batch_whose_layers_lie_partly_on_the_cpu_is_refused_and_closed(store)
 
 
 def test_places_of_sequences_by_hand():
-    places = SlotAllocator(2, 10)
-    assert [places.take(10), places.take(3), places.take(1)] == [0, 10, None]
-    places.give_back(0, 10)
-    assert places.take(4) == 0
+    places, sequences = Slots(2, 10), [Sequence([1], 5) for _ in range(4)]
+    assert [places.place(each, 4, True) for each in sequences[:3]] == [True, True, False]
+    assert [each.start for each in sequences[:3]] == [0, 10, -1]
+    places.leave(sequences[0], 4)
+    assert places.place(sequences[3], 10, True)
+    assert sequences[3].start == 0

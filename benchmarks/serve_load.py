@@ -1,0 +1,176 @@
+"""Load `qmix serve` with many clients, and compare its tokens/s with `qmix batch` on the same requests.
+
+    python benchmarks/serve_load.py --clients 64 --requests 256 --tokens 64
+    python benchmarks/serve_load.py STORE --clients 64 --requests 64 --tokens 8 --ram 4GiB
+
+Both answer the same prompts greedily with as many places, in turns; the server is started once. Clients are plain
+sockets in this process. They share the cores with the server, as a browser on the same machine would. Times to the
+first token are those of streams, seen by the client, the wait for a place included. Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import urlopen
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+WORDS = ["install", "the", "package", "file", "menu", "click", "button", "to", "open", "window", "save", "print", "in"]
+ADDRESS = re.compile(r"serving .* at (http://\S+): ")
+COMMAND = [sys.executable, "-m", "cli"]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Answered requests: seconds in all, new tokens, and the sorted times to the first token of streams."""
+
+    seconds: float
+    tokens: int
+    first: list[float]
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+
+def bodies_of(seed: int, requests: int, words: int, tokens: int) -> list[dict[str, Any]]:
+    """Return requests with prompts of `words` words, greedy, of exactly `tokens` new tokens.
+
+    Each seed gives others: a server keeps the prefixes of prompts that it has seen.
+    """
+    chosen = random.Random(seed)
+    prompts = [" ".join(chosen.choices(WORDS, k=words)) for _ in range(requests)]
+    return [{"prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True} for text in prompts]
+
+
+def batch(model: str, bodies: Sequence[dict[str, Any]], options: Sequence[str]) -> dict[str, Any]:
+    """Return the summary of `qmix batch` over the requests."""
+    with tempfile.TemporaryDirectory() as directory:
+        source, output = Path(directory, "in.jsonl"), Path(directory, "out.jsonl")
+        source.write_text("".join(json.dumps({"id": str(name)} | body) + "\n" for name, body in enumerate(bodies)))
+        command = [*COMMAND, "batch", str(source), "-o", str(output), "-m", model, "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+async def ask(host: str, port: int, body: dict[str, Any]) -> float | None:
+    """Send a request, read its answer to the end, and return the seconds until the first token of a stream."""
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    started, first = time.perf_counter(), None
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(head.encode() + content)
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise click.ClickException(f"{status!r} {await reader.read()!r}")
+    while part := await reader.read(2**16):
+        if first is None and b"data: " in part:
+            first = time.perf_counter() - started
+    writer.close()
+    return first
+
+
+async def load(url: str, bodies: Sequence[dict[str, Any]], clients: int, stream: bool) -> Load:
+    """Answer all requests with so many clients, each of which asks one after another."""
+    address, left, first = urlsplit(url), list(bodies), list[float]()
+    assert address.hostname is not None
+    assert address.port is not None
+
+    async def client() -> None:
+        while left:
+            found = await ask(str(address.hostname), int(address.port or 0), left.pop() | {"stream": stream})
+            first.extend([] if found is None else [found])
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return Load(time.perf_counter() - started, sum(body["max_tokens"] for body in bodies), sorted(first))
+
+
+def peak(process: subprocess.Popen[str]) -> int:
+    """Return the most resident bytes of a process."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
+
+
+def figure(url: str, name: str) -> float:
+    """Return a figure of the server's /metrics."""
+    with urlopen(f"{url}/metrics") as answer:
+        match = re.search(rf"^{name} (\S+)$", answer.read().decode(), re.M)
+    assert match is not None
+    return float(match[1])
+
+
+@click.command()
+@click.argument("model", default="tiny")
+@click.option("--clients", default=64, show_default=True)
+@click.option("--requests", default=256, show_default=True)
+@click.option("--words", default=24, show_default=True, help="of each prompt")
+@click.option("--tokens", default=64, show_default=True, help="of each answer")
+@click.option("--rounds", default=3, show_default=True, help="batch and server take turns in each")
+@click.option("--ram", default="2GiB", show_default=True)
+@click.option("--context", default=512, show_default=True)
+def main(model: str, clients: int, requests: int, words: int, tokens: int, rounds: int, ram: str, context: int) -> None:
+    """Print a table, then one JSON line."""
+    common = ["--ram", ram, "--context", str(context), "--batch", str(clients)]
+    arena = str(max(context, clients * (8 * words + tokens)))
+    served = [*COMMAND, "serve", model, "--port", "0", *common, "--kv-cache", arena]
+    server = subprocess.Popen(served, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    url = next(match[1] for line in server.stderr if (match := ADDRESS.search(line)))
+    rows: list[dict[str, Any]] = []
+    try:
+        for number in range(rounds):
+            same, others = (bodies_of(2 * number + kind, requests, words, tokens) for kind in (0, 1))
+            summary = batch(model, same, common)
+            whole = asyncio.run(load(url, same, clients, stream=False))
+            streams = asyncio.run(load(url, others, clients, stream=True))
+            rows.append(
+                {
+                    "round": number + 1,
+                    "batch_tok_s": summary["tok_s"],
+                    "whole_tok_s": whole.rate,
+                    "stream_tok_s": streams.rate,
+                    "whole_share": whole.rate / summary["tok_s"],
+                    "stream_share": streams.rate / summary["tok_s"],
+                    "ttft_p50_s": statistics.median(streams.first),
+                    "ttft_p99_s": streams.first[int(0.99 * (len(streams.first) - 1))],
+                    "batch_peak": summary["peak_memory"],
+                    "peak": peak(server),
+                    "budget": figure(url, "qmix_memory_budget_bytes"),
+                    "hit_rate": figure(url, "qmix_expert_hit_rate"),
+                    "batch_hit_rate": summary["hit_rate"],
+                }
+            )
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait()
+    table = Table(title=f"{model}: {clients} clients, {requests} requests of {words} words and {tokens} new tokens")
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=200).print(table)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""`qmix serve`: a model for programs that speak OpenAI's or Anthropic's interface."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmix.commands.shared import (
+    LOADING_PATIENCE,
+    clip_option,
+    context_option,
+    dtype_option,
+    hold_to,
+    load_libraries,
+    model_or_default,
+    plan_option,
+    precision_option,
+    ram_option,
+    read_plan_option,
+)
+from qmix.disk.places import state_directory
+from qmix.errors import UsageError, arg
+
+if TYPE_CHECKING:
+    from qmix.serve.guard import Access
+    from qmix.store.layout import StoreLayout
+    from qmix.store.opened import Store
+
+LOCAL = "127.0.0.1"
+KEY_VARIABLE = "QMIX_API_KEY"
+LIBRARIES = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
+KV_HELP = "tokens of prompts and answers of all requests at once [4 contexts]"
+BATCH_HELP = "requests computed together"
+HOST_HELP = "address to listen on; other than this machine's own takes --api-key or --insecure"
+KEY_HELP = f"key that clients must send [{KEY_VARIABLE}]"
+NAME_HELP = "name by which clients ask for the model; repeatable [the model's own]"
+CORS_HELP = "origin whose web pages may use the server, such as http://localhost:3000; repeatable"
+FOLDER_HELP = "uploaded files and batches [the user's state directory]"
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--host", default=LOCAL, show_default=True, metavar="ADDRESS", help=HOST_HELP)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any free one")
+@click.option("--api-key", metavar="KEY", help=KEY_HELP)
+@click.option("--insecure", is_flag=True, help="let everybody on the network use the server")
+@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help=CORS_HELP)
+@click.option("--model-name", "names", multiple=True, metavar="NAME", help=NAME_HELP)
+@click.option("--batch", type=click.IntRange(1, 256), default=32, show_default=True, metavar="N", help=BATCH_HELP)
+@click.option("--queue", type=click.IntRange(0, 4096), default=128, show_default=True, help="requests that may wait")
+@ram_option
+@context_option
+@click.option("--kv-cache", type=click.IntRange(min=1), metavar="TOKENS", help=KV_HELP)
+@precision_option
+@clip_option
+@dtype_option
+@plan_option
+@click.option("--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help=FOLDER_HELP)
+def serve(model: str | None, host: str, port: int, **options: Any) -> None:
+    """Serve MODEL over HTTP, as OpenAI and Anthropic do.
+
+    Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /v1/files, /v1/batches,
+    /health and /metrics. Requests are computed together. Ctrl-C lets running requests end, a second one cuts them; the
+    exit code is 130. Batches continue when the server is started again.
+    """
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"serve: the package {missing[0]} is not installed; pip install 'qmix-moe[serve]'")
+    key = options.pop("api_key") or os.environ.get(KEY_VARIABLE) or None
+    from qmix.serve.server import Settings, listen
+    from qmix.serve.server import serve as run
+
+    access = _access(host, key, options.pop("insecure"), options.pop("origins"))
+    loading = {
+        name: options.pop(name) for name in ("ram", "context", "kv_cache", "batch", "precision", "clip", "dtype")
+    }
+    loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
+    with listen(host, port) as listening:
+        name = model_or_default(model)
+        store, plan, context = _planned(name, **loading)
+        hold_to(plan.ram)
+        from qmix.engine.batch import BatchRunner
+        from qmix.plan.memory import REQUESTS_BYTES
+        from qmix.terminal.progress import ProgressDisplay
+        from qmix.terminal.tables import say
+
+        settings = Settings(
+            names=frozenset(options["names"] or [store.source_name]),
+            context=context,
+            queue=options["queue"],
+            memory=REQUESTS_BYTES,
+            access=access,
+            directory=options["directory"] or state_directory() / "serve" / _identity(store),
+        )
+        with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load:
+            runner = BatchRunner(store, plan, load)
+        with runner:
+            place = f"[{host}]" if ":" in host else host
+            ready = (
+                f"serving {', '.join(sorted(settings.names))} at http://{place}:{listening.getsockname()[1]}: "
+                f"{plan.batch} requests at once, {context} tokens each, {runner.capacity} together"
+            )
+            run(runner, settings, listening, ready, say)
+
+
+def _identity(store: Store) -> str:
+    """Return a name for the directory of a store's batches, which only the same weights can continue."""
+    parts = json.dumps(sorted(store.parts.items()))
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def _access(host: str, key: str | None, insecure: bool, origins: tuple[str, ...]) -> Access:
+    """Return who may use the server. Raises UsageError where the network could use it without a key."""
+    from qmix.serve.guard import Access
+    from qmix.serve.server import is_local, local_hosts
+
+    if insecure and (key is not None or is_local(host)):
+        raise UsageError(f"{arg('insecure')}: only for another {arg('host')} without a key; leave it out")
+    if not is_local(host) and key is None and not insecure:
+        raise UsageError(f"{arg('host')} {host}: anybody on the network could use it; give {arg('api_key', 'KEY')}")
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
+        raise UsageError(f"{arg('api_key')}: must be printable ASCII without spaces at its ends")
+    for origin in origins:
+        if origin == "*" or "://" not in origin or origin.endswith("/"):
+            raise UsageError(f"--cors {origin}: must be an origin such as http://localhost:3000")
+    return Access(key, local_hosts(host) if is_local(host) else None, origins)
+
+
+def _planned(
+    name: str,
+    ram: int | None,
+    context: int | None,
+    kv_cache: int | None,
+    batch: int,
+    precision: str | None,
+    clip: bool,
+    dtype: str | None,
+    plan: Any,
+) -> tuple[Store, Any, int]:
+    """Return the store, its plan, and the context of a request."""
+    load_libraries()
+    from qmix.engine.resolve import prepare_store
+    from qmix.plan.batching import plan_server
+    from qmix.plan.here import default_context
+    from qmix.terminal.progress import ProgressDisplay
+
+    if plan is not None:
+        ram, context, precision = plan.plan.ram, plan.plan.context, precision or plan.precision
+
+    def planned(layout: StoreLayout, fingerprint: str | None = None, use: Any = None) -> tuple[Any, int]:
+        if plan is not None and plan.plan_of(layout, fingerprint).devices:
+            raise UsageError(f"{plan.path}: uses GPUs, and the server runs on the CPU; make a plan without GPUs")
+        longest = layout.geometry.max_position
+        if context is not None and context > longest:
+            raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
+        tokens = context or default_context(layout.geometry)
+        if kv_cache is not None and kv_cache < tokens:
+            raise UsageError(f"{arg('kv_cache')} {kv_cache}: must be at least the {arg('context')}, {tokens}")
+        return plan_server(layout, tokens, ram, batch, kv_cache, use), tokens
+
+    with ProgressDisplay(f"quantizing {name}, once") as making:
+        store = prepare_store(name, precision, dtype, making, planned, clip)
+    return store, *planned(store.layout, store.fingerprint, store.use)
