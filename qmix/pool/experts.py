@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import NoReturn
 
 import torch
@@ -138,7 +137,7 @@ class ExpertPool:
         `coming` are experts that later layers will probably need, soonest first. An expert may be used until the next
         is requested. Raises StoreError where a record is damaged.
         """
-        return chain.from_iterable(self.groups(layer, experts, coming))
+        return (one for group in self.groups(layer, experts, coming) for one in group)
 
     def groups(
         self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()
