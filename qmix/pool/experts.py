@@ -11,7 +11,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -168,7 +167,7 @@ class ExpertPool:
         `coming` are experts that later layers will probably need, soonest first. An expert may be used until the next
         is requested. Raises StoreError where a record is damaged.
         """
-        return chain.from_iterable(self.groups(layer, experts, coming))
+        return (one for group in self.groups(layer, experts, coming) for one in group)
 
     def groups(
         self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()

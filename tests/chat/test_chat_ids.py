@@ -169,7 +169,7 @@ def test_stopping_anywhere_leaves_a_cache_that_is_right(half, draft):
         prompt = runner.tokenizer(QUESTIONS[0] * 140)["input_ids"]
         assert len(prompt) > 2 * PREFILL_CHUNK
         want = runner.complete(prompt, **options).token_ids
-        get, asked = runner.pool.get, 0
+        get, asked = runner.pool.groups, 0
 
         def stopping(*arguments):
             nonlocal asked
@@ -179,10 +179,10 @@ def test_stopping_anywhere_leaves_a_cache_that_is_right(half, draft):
 
         for stop_at in (1, 4, 8, 15, 19, 33, 60):
             runner.complete("x", max_new_tokens=1)
-            asked, runner.pool.get = 0, stopping
+            asked, runner.pool.groups = 0, stopping
             with pytest.raises(Cancelled):
                 list(runner.generate(prompt, reuse=True, draft_ngram=draft, **options))
-            runner.pool.cancelled, runner.pool.get = False, get
+            runner.pool.cancelled, runner.pool.groups = False, get
             assert {layer.length for layer in runner.cache.layers} == {len(runner.held)}
             assert runner.held == (prompt + want)[: len(runner.held)]
             assert len(runner.held) >= min(len(prompt) - 1, (stop_at - 1) // 6 * PREFILL_CHUNK)

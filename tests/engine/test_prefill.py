@@ -120,7 +120,7 @@ def test_stopped_in_the_middle_it_holds_nothing_and_can_be_used_again(store, mon
     prompt = prompt_of(1500, store.geometry.vocab_size)
     with runner_of(store, 2048) as runner:
         want = runner.complete(prompt, max_new_tokens=4, temperature=0).token_ids
-        get, calls = runner.pool.get, []
+        get, calls = runner.pool.groups, []
 
         def failing(layer, *arguments):
             calls.append(layer)
@@ -128,7 +128,7 @@ def test_stopped_in_the_middle_it_holds_nothing_and_can_be_used_again(store, mon
                 raise Cancelled
             return get(layer, *arguments)
 
-        monkeypatch.setattr(runner.pool, "get", failing)
+        monkeypatch.setattr(runner.pool, "groups", failing)
         with pytest.raises(Cancelled):
             runner.complete(prompt, max_new_tokens=4, temperature=0)
         assert runner.held == []
