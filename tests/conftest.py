@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import Commands, FirstUse
+from command import Commands, FirstUse, real
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("COLUMNS", "LINES"):  # the size of the terminal that runs the tests
@@ -43,7 +43,10 @@ def commands(tmp_path_factory) -> Iterator[Commands]:
 def first_use(tmp_path_factory) -> FirstUse:
     """The first command on a new machine."""
     argv = ("generate", "To install a package,", "--seed", "1", "--max-new-tokens", "24")
-    return FirstUse.of(tmp_path_factory.mktemp("first-use"), *argv)
+    used = FirstUse.of(tmp_path_factory.mktemp("first-use"), *argv)
+    for model in ("tiny", "mixtral-8x7b"):  # measures Python's own memory, without and with kernels
+        assert real("plan", model, "--ram", "64GiB", XDG_CACHE_HOME=str(used.cache)).status == 0
+    return used
 
 
 @pytest.fixture

@@ -66,8 +66,8 @@ def chat(
     try:
         with loaded(name, attention, begin=begin, on_load=follow if _at_terminal() else None, **loading) as runner:
             session = _session(runner, settings, text, resume)
-            _introduce(session, name, quiet)
             running = _chat(session, reader, no_history, quiet)
+            _introduce(session, name, quiet)
             reader.ready(session.most_bytes)
             running.run()
     except BaseException as error:

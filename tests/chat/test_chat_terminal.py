@@ -35,10 +35,12 @@ class Typist:
             encoding="utf-8",
             timeout=LIMIT_SECONDS,
         )
-        self.ready()  # the prompt of the first turn, shown before the model is loaded
+        self.greeting = ESCAPES.sub(
+            "", self.ready()
+        )  # before the prompt of the first turn, which comes before the model
         if "--quiet" not in argv:
             self.terminal.expect_exact(LOADED)
-            self.greeting = ESCAPES.sub("", self.terminal.before + LOADED)
+            self.greeting += ESCAPES.sub("", self.terminal.before + LOADED)
             self.ready()
 
     def ready(self) -> str:

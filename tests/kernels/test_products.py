@@ -150,10 +150,12 @@ def test_neither_threads_nor_other_tokens_change_a_result():
             assert torch.equal(many[t : t + 1], alone)
 
 
-def test_without_torchs_openmp_kernels_run_on_one_thread(monkeypatch):
+def test_without_futexes_kernels_run_on_one_thread(monkeypatch, two_threads):
     x, weight = randn(3, 70).bfloat16(), randn(65, 70, seed=1).bfloat16()
     want = products.multiply_rows(x, weight)
-    monkeypatch.setattr(team, "_parallel", lambda: None)
+    monkeypatch.setattr(team, "FUTEX", 0)
+    monkeypatch.setattr(team, "Team", None)
+    team._team_of.cache_clear()
     assert torch.equal(products.multiply_rows(x, weight), want)
 
 

@@ -75,7 +75,8 @@ def test_a_long_prompt_reads_each_expert_once_for_the_tokens_that_go_together():
     assert chunks.prompt.seconds == pytest.approx(8 * together.seconds, rel=0.01)
     assert chunks.prefill == predict(plan, layout, slow).prefill
     # on a fast disk products count: eight chunks, and attention to 2,048 positions where a first chunk has 256
-    fast = Rates(disk_read=1e15, read_seconds=0.0, memory_read=1e15, four_bit_read=1e15, layer_seconds=0.0)
+    rates = {"disk_read": 1e15, "memory_read": 1e15, "four_bit_read": 1e15, "half_read": 1e15}
+    fast = Rates(**rates, read_seconds=0.0, layer_seconds=0.0)
     found = predict(plan, layout, fast)
     attention = 4096 * 56 * 2 * 2 * (2048 - 256) * 6144 / (fast.matmul * 0.65)
     assert found.prompt.seconds == pytest.approx(8 * found.prefill.seconds + attention, rel=0.001)
