@@ -12,6 +12,7 @@ import sys
 import prompt_toolkit  # noqa: F401 -- what a chat reads its lines with
 import torch
 
+from qmix.engine.compile_kernels import PARTS
 from qmix.geometry import Geometry
 from qmix.machine.found import give_back_freed_memory, peak_memory
 from qmix.model.lean import import_libraries
@@ -52,24 +53,9 @@ def main() -> None:
             cache=cache,
         )
     if "kernels" in sys.argv:
-        _load_kernels()
+        for load in PARTS:
+            load()  # from the disk: they were compiled just before
     print(peak_memory())
-
-
-def _load_kernels() -> None:
-    from qmix.kernels.cpu import attention_half, dequantize, experts
-    from qmix.kernels.cpu.attention import attend
-    from qmix.kernels.cpu.products import prepare
-    from qmix.precision.formats import FOUR_BITS, PRECISIONS
-
-    prepare(PRECISIONS, torch.bfloat16)
-    for precision in PRECISIONS:
-        experts.prepare(precision, torch.bfloat16)
-    for kind in FOUR_BITS:
-        dequantize.prepare(kind)
-    attention_half.prepare()
-    keys = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
-    attend(keys[:, :, :1], keys, keys, None, 1.0)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from qmix.version import __version__
 _LOG = logging.getLogger(__name__)
 SHARE_OF_AVAILABLE = 0.9  # of the available memory, where no budget is given; the rest is for other processes
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-SECONDS, KERNELS_SECONDS = 3, 30  # of measuring Python's memory: typical, for the line that announces it
+SECONDS, KERNELS_SECONDS = 3, 60  # of measuring Python's memory: typical, for the line that announces it
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
 
@@ -175,19 +175,25 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
     if known is not None:
         return known.bytes
     options = [*(["kernels"] if kernels else []), *(["whole"] if transformers_is_whole() else [])]
-    command = [sys.executable, "-m", "qmix.engine.baseline", *options]
+    command = ["-m", "qmix.engine.baseline", *options]
     compiling = " and compiling kernels for this processor" if kernels else ""
     _LOG.info("measuring the memory of Python%s: once, about %d s", compiling, KERNELS_SECONDS if kernels else SECONDS)
-    for _ in range(1 + kernels):  # the first run compiles them, which takes more memory
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode != 0:
-            last = run.stderr.strip().splitlines()[-1:] or ["no message"]
-            raise QmixError(f"measuring Python's own memory failed: {last[0]}")
-    measured = InterpreterMemory(int(run.stdout.split()[-1]))
+    if kernels:  # in processes of their own: compiling takes more memory than the kernels
+        _python("-m", "qmix.engine.compile_kernels")
+    measured = InterpreterMemory(int(_python(*command).split()[-1]))
     with suppress(OSError):  # a cache that cannot be written only costs the next run a few seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, msgspec.json.encode(measured))
     return measured.bytes
+
+
+def _python(*arguments: str) -> str:
+    """Return what another Python prints. Raises QmixError where it fails."""
+    run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        last = run.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise QmixError(f"measuring Python's own memory failed: {last[0]}")
+    return run.stdout
 
 
 def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
