@@ -60,8 +60,11 @@ class FirstTurn:
         return self._typed
 
     def stop(self) -> bool:
-        """End the prompt; return whether its user left by Ctrl-D."""
+        """End the prompt; return whether its user left by Ctrl-D. Raises what went wrong with the prompt itself."""
         left = isinstance(self._failure, EOFError)
+        if self._failure is not None and not isinstance(self._failure, EOFError | KeyboardInterrupt):
+            self._printing.close()
+            raise self._failure
         self.hide_status()
         loop = self._session.app.loop
         if self._thread.is_alive() and loop is not None:

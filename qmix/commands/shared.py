@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,14 +221,15 @@ def loaded(
     from qmix.engine.load import load
     from qmix.terminal.progress import ProgressDisplay
 
-    def import_libraries() -> None:
+    def on_store() -> None:
+        shown.close()  # its bar would be drawn over what `begin` shows
         begin()
-        load_libraries()
 
-    following: dict[str, Any] = {"attention": attention, "plan": plan, "import_libraries": import_libraries}
+    following: dict[str, Any] = {"attention": attention, "plan": plan, "import_libraries": load_libraries}
     making, loading = ProgressDisplay(f"quantizing {name}, once"), ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
-    with making, loading:
-        runner = load(name, **following, on_progress=making, on_load=on_load or loading, **options)
+    with ExitStack() as shown, loading:
+        shown.enter_context(making)
+        runner = load(name, **following, on_progress=making, on_store=on_store, on_load=on_load or loading, **options)
     hold_to(runner.plan.ram)
     return runner
 

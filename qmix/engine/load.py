@@ -40,6 +40,7 @@ def load(
     structured: bool = False,
     on_progress: OnProgress = ignore,
     on_load: OnProgress = ignore,
+    on_store: Callable[[], object] = lambda: None,
     import_libraries: Callable[[], object] | None = None,
 ) -> Runner:
     """Open a model under a memory budget and return a Runner.
@@ -51,8 +52,9 @@ def load(
     GPUs that torch finds, and an empty list leaves them out. `context` is the number of tokens of prompt and answer
     together, by default 4096 or the model's own maximum. `plan` (of `qmix.plan.file.read_plan`) takes the place of all
     three. `structured` leaves room for answers with a JSON schema or a grammar. `on_progress` follows a quantisation.
-    `on_load` follows the experts that are read into memory
-    beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the budget is too small.
+    `on_store` is called when the store is there and nothing can be refused any more. `on_load` follows the experts that
+    are read into memory beforehand, which happens where all of them fit. Raises QmixError; DoesNotFitError where the
+    budget is too small.
 
     `import_libraries` imports transformers without what it loads in vain (`qmix.model.lean`): it is called after
     everything that can be refused. Without it transformers is imported as it is, and first, so that the plan counts it.
@@ -75,6 +77,7 @@ def load(
     spec = plan.precision if plan is not None and precision is None else precision
     store = prepare_store(model, spec, dtype, on_progress, check, clip)
     made = planned(store.layout, store.fingerprint, store.use)
+    on_store()
     if import_libraries is not None:
         import_libraries()
     from qmix.engine.stream import Runner

@@ -2,7 +2,7 @@
 
 When imported, its CPU backend tries to fetch a kernel through the `kernels` package and logs a warning if that fails.
 It also wraps its fallbacks in `torch.compile`, which loads the whole compiler (1.5 s, 44 MB), though qmix never calls
-them: the kernels that qmix uses are in bitsandbytes' own library.
+them: the kernels that qmix uses are in bitsandbytes' own library. Without a GPU it would import Triton in vain (80 MB).
 
 Where torch has CUDA, bitsandbytes loads its CUDA library, which lacks the CPU's 4-bit products. `cpu_library` is the
 CPU library in either case.
@@ -30,17 +30,19 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callabl
 def _quiet() -> Iterator[None]:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     was_disabled, compiler = logger.disabled, torch.compile
-    kernels = sys.modules.get("kernels")
+    hidden = ("kernels",) if torch.cuda.is_available() else ("kernels", "triton")
+    before = {name: sys.modules.get(name) for name in hidden}
     logger.disabled = True
     torch.compile = _uncompiled  # type: ignore[assignment]
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail at once
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # makes importing them fail at once
     try:
         yield
     finally:
         logger.disabled, torch.compile = was_disabled, compiler
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+        for name, module in before.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
 
 
 if "bitsandbytes" in sys.modules:
