@@ -124,6 +124,7 @@ def test_transformers_follows_the_tour_and_the_predicted_routing(model, checkpoi
         assert np.mean(np.sort(got) == np.sort(expected)) > 0.85
 
 
+@pytest.mark.slow
 def test_qmix_follows_the_tour_in_every_precision(model, tmp_path):
     for precision in ("nf4", "int8"):
         store = write_store(tmp_path / precision, model, precision)

@@ -131,6 +131,7 @@ def test_a_single_question_has_no_error_and_is_json_all_the_same(half, tmp_path)
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_longer_requests_lose_their_beginning_as_in_the_harness_own_model(half, harness_own, tmp_path):
     _, expected = evaluated(harness_own(max_length=40), ("help_choice", "help_pages"))
     lm = model(half, tmp_path, context=40)

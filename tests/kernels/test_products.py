@@ -185,6 +185,7 @@ def test_a_half_linear_keeps_the_parameter_and_its_name(monkeypatch):
         assert model[0](x[:, :0]).shape == (2, 0, 4)
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_once_for_an_installation(tmp_path):
     code = "import torch; from qmix.kernels.cpu.products import prepare; prepare(['half', 'int8'], torch.float16)"
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
@@ -194,6 +195,7 @@ def test_a_kernel_is_compiled_once_for_an_installation(tmp_path):
         assert len(files) == 2  # half, int8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not current().pairs, reason="bitsandbytes' kernels cannot be held to this path")
 def test_the_embedded_models_run_loads_no_kernels():
     """Numba's 100 MB are a quarter of the run's memory; its one large matrix, the head, does not justify them."""

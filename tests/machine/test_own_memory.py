@@ -127,6 +127,7 @@ def test_what_is_installed_later_is_measured_again(tmp_path, measured, monkeypat
     assert len(measured) == 2
 
 
+@pytest.mark.slow
 def test_a_python_that_has_grown_is_measured_again_in_a_real_process(tmp_path, monkeypatch):
     """Install a package that takes 80 MB when Python starts."""
     cache, packages = tmp_path / "cache", tmp_path / "packages"

@@ -25,11 +25,12 @@ def said(code: str, *arguments: str) -> str:
 
 
 SELDOM = [
-    pytest.param(options, marks=pytest.mark.slow) for options in ({"temperature": 0}, {"top_p": 0.9, "min_p": 0.01})
+    pytest.param(options, marks=pytest.mark.slow)
+    for options in ({"draft_ngram": 3}, {"temperature": 0}, {"top_p": 0.9, "min_p": 0.01})
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_ngram": 3}, *SELDOM])
+@pytest.mark.parametrize("options", [{}, *SELDOM])
 def test_the_text_is_that_of_whole_libraries_and_nothing_heavy_is_loaded(first_use, options):
     *lean, loaded = json.loads(said(LEAN + GENERATE, json.dumps(options)))
     *whole, everything = json.loads(said(GENERATE, json.dumps(options)))

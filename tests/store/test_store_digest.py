@@ -173,7 +173,9 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", *(pytest.param(name, marks=pytest.mark.slow) for name in list(EDITS)[1:])]
+)
 def test_a_batch_does_not_go_on_with_another_store(commands, store: Path, tmp_path: Path, name: str) -> None:
     lines = [json.dumps({"id": f"{index}", "prompt": f"Open the {index}", "max_tokens": 3}) for index in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
