@@ -26,7 +26,7 @@ COMMANDS = (
     "bench",
     "doctor",
 )
-OPTIONS = {"attention": "--attn", "output": "--out", "source": "--from"}  # others have the argument's name
+OPTIONS = {"attention": "--attn", "n": "-n", "output": "--out", "source": "--from"}  # others have the argument's name
 
 
 def in_options(error: QmixError) -> str:

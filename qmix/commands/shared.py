@@ -288,7 +288,12 @@ def batch_gpus(plan: PlanFile | None, gpus: Sequence[str], ram: int | None) -> M
         return None
     from qmix.plan.here import run_machine
 
-    machine = run_machine(ram, budgets)
+    try:
+        machine = run_machine(ram, budgets)
+    except UsageError as error:
+        if plan is None:
+            raise
+        raise UsageError(f"{plan.path}: is a plan for other GPUs; make it again on this machine ({error})") from None
     return machine if machine.gpus else None
 
 

@@ -249,6 +249,7 @@ class BatchRunner(OpenModel):
             return self._steps.chunks(chunks)
         return self._logits(chunks, self._hidden(chunks))
 
+    @torch.inference_mode()
     def _hidden(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
         """Return the last hidden states [T, H] of one pass; those of many tokens go layer by layer."""
         if sum(len(chunk.tokens) for chunk in chunks) <= PREFILL_CHUNK:

@@ -105,7 +105,7 @@ class Sampling:
 
     def _check_grammar(self) -> None:
         if self.json_schema is not None and self.grammar is not None:
-            raise UsageError(f"{arg('json_schema')} and {arg('grammar')}: give only one of them")
+            raise UsageError(f"{arg('json_schema')} and grammar: give only one of them")
         if self.source is not None and self.ignore_eos:
             raise UsageError(f"{arg('ignore_eos')}: an answer with a grammar ends where that says; leave it out")
 

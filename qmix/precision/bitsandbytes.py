@@ -31,7 +31,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     was_disabled, compiler = logger.disabled, torch.compile
     hidden = ("kernels",) if torch.cuda.is_available() else ("kernels", "triton")
-    before = {name: sys.modules.get(name) for name in hidden}
+    before = {name: sys.modules[name] for name in hidden if name in sys.modules}
     logger.disabled = True
     torch.compile = _uncompiled  # type: ignore[assignment]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # makes importing them fail at once
@@ -39,10 +39,9 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled, torch.compile = was_disabled, compiler
-        for name, module in before.items():
+        for name in hidden:
             del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
+        sys.modules.update(before)
 
 
 if "bitsandbytes" in sys.modules:

@@ -15,7 +15,7 @@ from qmix.errors import UsageError, arg
 
 # At most a space, or a line end and its indent: a model that may repeat white space may never come to an end.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r" |\n {0,40}"}
-SCHEMA, GRAMMAR = arg("json_schema"), arg("grammar")
+SCHEMA, GRAMMAR = arg("json_schema"), "grammar"
 MOST_REFERENCES = 256  # whose recursion is checked, so that it takes no time; without end an answer just grows
 LONGEST = 2**18  # characters of a schema or grammar
 

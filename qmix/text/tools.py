@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qmix.errors import UsageError, arg
+from qmix.errors import UsageError
 from qmix.text.grammar import JSON_OPTIONS, schema_source
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ToolForm:
         if choice not in (AUTO, REQUIRED):
             functions = [function for function in functions if function["name"] == choice]
         if not functions:
-            raise UsageError(f"{arg('tool_choice')} {choice[:100]!r}: is not among the tools")
+            raise UsageError(f"tool_choice {choice[:100]!r}: is not among the tools")
         marker = _terminal(self.marker, self.token)
         calls = self._calls(marker, _one_call(functions), parallel)
         if choice != AUTO:
@@ -92,11 +92,11 @@ class ToolForm:
 def tool_form(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> ToolForm:
     """Return the form of a model's calls. Raises UsageError where its template has no tools, or an unknown form."""
     if not template.takes_tools:
-        raise UsageError(f"{arg('tools')}: the model's chat template has no place for tools; leave them out")
+        raise UsageError("tools: the model's chat template has no place for tools; leave them out")
     source = template.source(tools=True)
     marker = next((marker for marker in (LIST, EACH) if marker in source), None)
     if marker is None:
-        raise UsageError(f"{arg('tools')}: the chat template writes calls in a form unknown to qmix; leave them out")
+        raise UsageError("tools: the chat template writes calls in a form unknown to qmix; leave them out")
     special = {added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     return ToolForm(marker, special.get(marker), special.get(CLOSING))
 

@@ -203,14 +203,15 @@ def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rate
     The chunk runs with its tokens spread over all experts, and with all of them at the same experts, the most that one
     can get: once with experts copied to the layer's device, once with experts computed on the CPU.
     """
+    wide: list[str] = []
     try:
         with rehearsal(plan, layout, attention, rates) as made:
+            wide = _wide_parts(made)
             rehearse(made)
-            problems = [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)]
-            problems += _wide_parts(made)
+            problems = [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)] + wide
             peak = made.bytes.peak
-    except RuntimeError as error:  # raised by torch and by products for operands on different devices
-        return Verification((), (str(error).strip().splitlines()[0],))
+    except RuntimeError as error:  # raised by torch and by products for operands on different devices or of other types
+        return Verification((), (str(error).strip().splitlines()[0], *wide))
     rows = [Verified(device.name, device.total, peak[device.name]) for device in plan.devices]
     rows.append(Verified(HOST, plan.total - plan.interpreter, peak[HOST]))
     return Verification(tuple(rows), tuple(problems))

@@ -100,6 +100,7 @@ def test_help_names_every_command(qmix):
         "generate",
         "chat",
         "batch",
+        "serve",
         "quantize",
         "verify",
         "plan",

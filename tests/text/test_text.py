@@ -156,19 +156,19 @@ def answered(tokenizer, line: Line, ids: list[int]) -> dict:
     """The choice of a batch's answer of these tokens, each with the next two as its likeliest."""
     prompt = tokenizer("To install")["input_ids"]
     tokens = [Chosen(token, -1.0, ((token, -1.0), (token + 1, -2.0), (token + 2, -3.0))) for token in ids]
-    answer = BatchResult("".join(stream(tokenizer, prompt, ids)), ids, "length", len(prompt), "a", tokens)
+    answer = BatchResult("".join(stream(tokenizer, prompt, ids)), ids, "length", len(prompt), "a", 0, tokens)
     forms = Forms("run", "model", 0, told_by(tokenizer))
-    return json.loads(forms.answered(line, answer))["response"]["body"]["choices"][0]
+    return json.loads(forms.answered(line, [answer]))["response"]["body"]["choices"][0]
 
 
 def test_a_batchs_answers_tell_the_bytes_of_their_tokens(vocabulary):
     ids = vocabulary("a naïve 👋🏽", add_special_tokens=False)["input_ids"]
-    chat = answered(vocabulary, Line("a", CHAT, [], [], {}, 3), ids)
+    chat = answered(vocabulary, Line("a", CHAT, [], [], {"logprobs": 3}), ids)
     told = chat["logprobs"]["content"]
     assert b"".join(bytes(each["bytes"]) for each in told).decode() == chat["message"]["content"]
     assert all(each["bytes"] == each["top_logprobs"][0]["bytes"] for each in told)
     assert sum(each["token"] == "\ufffd" for each in told) >= 3
-    text = answered(vocabulary, Line("a", COMPLETION, [], [], {}, 3), ids)
+    text = answered(vocabulary, Line("a", COMPLETION, [], [], {"logprobs": 3}), ids)
     assert [len(likeliest) for likeliest in text["logprobs"]["top_logprobs"]] == [3] * len(ids)  # no part is lost
     for name, offset in zip(text["logprobs"]["tokens"], text["logprobs"]["text_offset"], strict=True):
         assert name.startswith("bytes:") or text["text"][offset:].startswith(name)

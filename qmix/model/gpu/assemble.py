@@ -132,6 +132,9 @@ def _adjacent(*weights: torch.Tensor) -> torch.Tensor:
     """Return matrices that lie one after another in one block of memory as one."""
     first, at = weights[0], weights[0].storage_offset()
     for weight in weights:
+        if (weight.device, weight.dtype) != (first.device, first.dtype):
+            kinds = f"{first.device} and {weight.device}, in {first.dtype} and {weight.dtype}"
+            raise RuntimeError(f"weights of one product lie on {kinds}")
         assert weight.storage_offset() == at
         at += weight.numel()
     rows, columns = sum(map(len, weights)), first.shape[1]
