@@ -28,6 +28,7 @@ from qmix.batch.schema import (
     Part,
     ResponseFormat,
 )
+from qmix.batch.shards import Shard
 from qmix.engine.sampling import RANGES, Sampling
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT, decode_json
@@ -83,10 +84,12 @@ class Requests:
 
     `problems` are messages about the first invalid lines, `bad` is the number of invalid lines. `digest` is the sha256
     of the file, `models` are the models that lines ask for, and `has_system` is true where a line has a system message.
+    With a `shard`, all lines are checked and only its own are kept; `count` are the valid lines of the whole file.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, shard: Shard | None = None) -> None:
+        self._file, self.shard = file, shard
+        self.count = 0
         self.entries: list[Entry] = []
         self.problems: list[str] = []
         self.bad = 0
@@ -123,6 +126,9 @@ class Requests:
             self.bad += 1
             if len(self.problems) < TOLD:
                 self.problems.append(f"line {entry.number}: {error}")
+            return
+        self.count += 1
+        if self.shard is not None and not self.shard.has(self.count - 1):
             return
         self.entries.append(Entry(entry.number, line.id, entry.offset, entry.size))
         if line.model is not None and len(self.models) < TOLD:

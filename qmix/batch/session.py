@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qmix.batch.answering import BatchRun, Job, Summary
 from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
-from qmix.batch.output import FileAnswers, StreamAnswers
+from qmix.batch.output import SHARD, FileAnswers, StreamAnswers
 from qmix.batch.prompts import Asking
 from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError, arg
@@ -110,9 +110,10 @@ def begin_run(
     Raises UsageError as `begin` does.
     """
     subject = _subject(store, requests, options, limit, seed)
-    chosen = {"seed": secrets.randbelow(2**31) if seed is None else seed, "created": int(time.time())}
+    chosen = {"seed": _seed(requests) if seed is None else seed, "created": int(time.time())}
     if isinstance(answers, FileAnswers):
-        chosen = answers.begin(subject, chosen)
+        part = {} if requests.shard is None else {SHARD: str(requests.shard)}
+        chosen = answers.begin(subject | part, chosen, len(requests.entries))
     asking = asking_for(tokenizer, store.geometry, limit, options, chosen["seed"])
     job = Job.of(requests, asking, answers)
 
@@ -168,6 +169,11 @@ def _plan(
     """Return the plan for the lines that are left, None where there are none."""
     held = requests.held + (STRUCTURED_BYTES if job.structured else 0) + bias_bytes(layout.geometry, job.biased)
     return plan_lines(layout, job.sequences, ram, batch, held, use, gpus) if job.needs else None
+
+
+def _seed(requests: Requests) -> int:
+    """Return the seed of a run that was given none; all shards of a file have the same one."""
+    return secrets.randbelow(2**31) if requests.shard is None else int(requests.digest, 16) % 2**31
 
 
 def _subject(
