@@ -115,6 +115,6 @@ def _in_order(shards: Sequence[FileAnswers], requests: Requests) -> Iterator[byt
                 places[answer_of(raw, str(shard.path)).custom_id] = file, offset
                 offset += len(raw)
         for entry in requests.entries:
-            file, offset = places[entry.id]
-            file.seek(offset)
-            yield file.readline()
+            source, offset = places[entry.id]
+            source.seek(offset)
+            yield source.readline()
