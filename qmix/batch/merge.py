@@ -19,7 +19,7 @@ from qmix.files import written_whole
 from qmix.units import plural
 
 AT_ONCE = 2**20  # bytes that are copied together
-NOT_A_SHARD = "give the outputs of `qmix batch --shard`"
+NOT_A_SHARD = "give the outputs of `qmix batch` with a shard each"
 
 
 @dataclass(frozen=True, slots=True)

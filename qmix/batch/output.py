@@ -17,7 +17,7 @@ from qmix.errors import QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
-SHARD = "--shard"  # in a subject, of the answers to a part of the input
+SHARD = "shard"  # in a subject: the part of the input
 LONGEST_LINE = 256 * 2**20  # bytes: twice an answer of 65,536 tokens with 20 logprobs each
 ELSEWHERE = "choose another name for the answers"
 
@@ -57,6 +57,9 @@ class Answers(Protocol):
     @property
     def lasting(self) -> bool: ...
 
+    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any], lines: int) -> dict[str, Any]:
+        """Take in what the answers belong to, and return the choices of this run: those of an earlier part, if any."""
+
     def append(self, lines: list[bytes]) -> None: ...
 
 
@@ -69,6 +72,9 @@ class StreamAnswers:
         self._stream = stream
         self.done: Collection[str] = ()
         self.refused = 0
+
+    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any], lines: int) -> dict[str, Any]:
+        return dict(chosen)
 
     def append(self, lines: list[bytes]) -> None:
         try:
@@ -126,6 +132,13 @@ class FileAnswers:
     def append(self, lines: list[bytes]) -> None:
         """Append lines, and return when they are on the disk."""
         self._file.append(lines)
+
+    def add(self, lines: Mapping[str, bytes]) -> None:
+        """Append the lines of these ids that have none yet, and return when they are on the disk."""
+        new = {name: line for name, line in lines.items() if name not in self.done}
+        self.append(list(new.values()))
+        self.done.update(new)
+        self.refused += sum(answer_of(line, str(self.path)).error is not None for line in new.values())
 
     def _read(self) -> tuple[set[str], int]:
         """Return the ids that have a line, and the number of errors among them."""

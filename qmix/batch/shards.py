@@ -23,7 +23,7 @@ class Shard:
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         index, of = (int(found[1]), int(found[2])) if found else (0, 0)
         if not 1 <= of <= MOST or not 1 <= index <= of:
-            advice = "; in a Slurm array count from 1: --array=1-N" if found and index == 0 else ""
+            advice = "; count from 1, in a Slurm array too" if found and index == 0 else ""
             raise UsageError(f"{arg('shard')} {text[:100]!r}: must be I/N, with I from 1 to N{advice}")
         return cls(index, of)
 

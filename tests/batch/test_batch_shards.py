@@ -148,4 +148,4 @@ def test_what_is_not_the_whole_of_one_run_is_refused(qmix, source, shards, tmp_p
 def test_the_output_of_a_shard_is_not_that_of_another(qmix, source, shards):
     done = qmix("batch", source, "-o", shards[0], *OPTIONS, "--shard", "2/3")
     assert done.status == 2
-    assert '--shard "1/3", now "2/3"' in done.err
+    assert 'shard "1/3", now "2/3"' in done.err

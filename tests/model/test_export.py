@@ -47,7 +47,7 @@ def test_transformers_loads_it_and_continues_as_the_store_does(qmix, tiny, tmp_p
     with library.load(store.directory, ram="1GiB") as runner, torch.no_grad():
         ours, theirs = (each(ids).logits[0].float().log_softmax(-1) for each in (runner.model, model))
     kl = (ours.exp() * (ours - theirs)).sum(-1).mean().item()
-    assert 0 <= kl < 2e-3  # of weights rounded once more; nf4 itself is 30 times further from the checkpoint
+    assert 0 <= kl < 5e-3  # weights are rounded once more; nf4 itself is five times as far from the checkpoint
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())
 
 
