@@ -19,6 +19,7 @@ COMMANDS = (
     "serve",
     "quantize",
     "verify",
+    "export",
     "plan",
     "compare",
     "calibrate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,13 +24,20 @@ def reference() -> str:
     """The whole page, which depends on nothing but the commands."""
     group = Commands("qmix")
     context = click.Context(group, info_name="qmix", help_option_names=["-h", "--help"])
-    sections = [_section(context, name) for name in group.list_commands(context)]
+    sections = [section for name in group.list_commands(context) for section in _sections(context, name)]
     codes = ["## Exit codes", "", "| | |", "|---:|---|", *(f"| {code} | {text} |" for code, text in EXIT_CODES.items())]
     return "\n".join([HEAD, *sections, *codes, ""])
 
 
-def _section(group: click.Context, name: str) -> str:
+def _sections(group: click.Context, name: str) -> Iterator[str]:
+    """Yield the section of a command and those of its own commands."""
     command = group.command.get_command(group, name)  # type: ignore[attr-defined]
+    yield _section(group, command, name)
+    for inner, each in getattr(command, "commands", {}).items():
+        yield _section(group, each, f"{name} {inner}")
+
+
+def _section(group: click.Context, command: click.Command, name: str) -> str:
     context = click.Context(command, group, name)
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     options = [option for option in command.get_params(context) if isinstance(option, click.Option)]

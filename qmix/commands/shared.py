@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmix.store.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+EXIT_SOME_REFUSED = 4
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before progress is shown
 MODEL_HELP = "a store, a checkpoint directory, a Hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "precision of the experts: nf4 (default), fp4, int8, half; of some, as in nf4,0.*=int8,*.3=half"
