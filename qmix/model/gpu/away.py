@@ -95,4 +95,5 @@ class AwayExperts:
     def _records(self, chosen: list[list[int]], away: list[int], x: torch.Tensor) -> Iterator[tuple[int, Expert]]:
         """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
         used = sorted({expert for row in chosen for expert in row if expert >= 0})
-        return self.experts.records(used, away, x[: len(chosen)])
+        tokens = sum(row[0] >= 0 for row in chosen)  # rows without a token come last, with numbers of another step
+        return self.experts.records(used, away, x[:tokens])
