@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from checkpoints import make_checkpoint
 from spreads import spread_plan
@@ -16,17 +18,14 @@ from qmix.model.gpu.spread import spread_for
 
 
 class Cuda:
-    """CUDA's runtime and a device in one: they note what is called."""
+    """A device, and CUDA's runtime, which notes what is called."""
 
     def __init__(self, status):
-        self.status, self.calls = status, []
-
-    def cudaHostRegister(self, address, nbytes, flags):
-        self.calls.append(("lock", address, nbytes))
-        return self.status
-
-    def cudaHostUnregister(self, address):
-        self.calls.append(("unlock", address))
+        self.calls = []
+        self.runtime = SimpleNamespace(
+            cudaHostRegister=lambda address, nbytes, flags: self.calls.append(("lock", address, nbytes)) or status,
+            cudaHostUnregister=lambda address: self.calls.append(("unlock", address)),
+        )
 
     def upload(self, tensor):
         return tensor
@@ -37,7 +36,7 @@ class Cuda:
 
 def test_memory_is_unlocked_after_the_copies_that_read_it(monkeypatch):
     cuda, memory = Cuda(0), torch.zeros(64, dtype=torch.uint8)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda.runtime)
     unpin = pin(memory, [cuda, cuda])
     assert unpin is not None
     unpin()
@@ -47,7 +46,7 @@ def test_memory_is_unlocked_after_the_copies_that_read_it(monkeypatch):
 
 def test_memory_that_the_system_does_not_lock_is_not_unlocked(monkeypatch):
     cuda = Cuda(2)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda.runtime)
     assert pin(torch.zeros(64, dtype=torch.uint8), [cuda]) is None
 
 

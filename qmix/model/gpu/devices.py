@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from qmix.errors import UsageError
-from qmix.plan.memory import STAGED_RECORDS
+from qmix.plan.device_memory import STAGED_RECORDS
 from qmix.precision.memory import anonymous_memory
 from qmix.units import plural
 

@@ -24,7 +24,8 @@ from qmix.model.gpu.kernels import expert_shapes
 from qmix.model.gpu.matrices import code_values, device_expert, is_dequantised
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
-from qmix.plan.memory import PREFILL_CHUNK, STAGED_RECORDS, dequantised_bytes
+from qmix.plan.device_memory import STAGED_RECORDS, dequantised_bytes
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.eviction import Key
 from qmix.pool.prefetch import Prefetcher
 from qmix.pool.protocol import Pool

@@ -23,6 +23,7 @@ from qmix.model.gpu.captured import CapturedStep, OnDevice
 from qmix.model.gpu.devices import HOST, Mark
 from qmix.model.gpu.kernels import Kernels
 from qmix.model.kv import Chunk, KVCache
+from qmix.plan.device_memory import LEAST_STEP
 
 NOT_ON_GPUS = (
     "batches and evaluations run on GPUs only where all layers fit there and Triton's kernels take the model; "
@@ -54,6 +55,7 @@ class Steps:
         self.cpu_layers = parts[0].first
         self.begins_early = not self.cpu_layers and all(each is None for part in parts for each in part.away)
         self._captured: dict[int, CapturedStep] = {}
+        self._most = min(rows, LEAST_STEP)
         self._chooses = False
         self._ahead: _Ahead | None = None
         self._choices = parts[-1].device.pinned(2, dtype=torch.int64)
@@ -89,6 +91,18 @@ class Steps:
         finally:
             self._chooses, self._ahead = False, None
 
+    @contextmanager
+    def verifying(self, drafts: int) -> Iterator[None]:
+        """Serve steps of up to `drafts` drafted tokens and the one before, if there is room for them.
+
+        Without it, a step of a few more tokens than LEAST_STEP is a prompt's, for which no graph is captured.
+        """
+        before, self._most = self._most, min(self.rows, max(self._most, drafts + 1))
+        try:
+            yield
+        finally:
+            self._most = before
+
     def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Return what the model's forward would for these arguments; None where a step does not serve them."""
         if not self._serves(ids, options):
@@ -109,7 +123,7 @@ class Steps:
         """Return whether this is a step of a few tokens behind those in the cache, and nothing else is wanted."""
         if options.get("cache") is not self.cache or self.cache.rows is not None or torch.is_grad_enabled():
             return False
-        if ids is None or ids.shape[0] != 1 or not 0 < ids.shape[1] <= self.rows:
+        if ids is None or ids.shape[0] != 1 or not 0 < ids.shape[1] <= self._most:
             return False
         if self.model.model.forward != self._forward or any(options[name] for name in options.keys() - {*KNOWN}):
             return False

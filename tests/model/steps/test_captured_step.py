@@ -124,6 +124,27 @@ def test_drafts_are_verified_by_steps_of_several_tokens(store):
 
 
 @pytest.mark.slow
+def test_long_drafts_are_verified_by_steps_of_up_to_32_tokens_and_prompts_are_not(store):
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu, torch.inference_mode():
+        steps, ids = gpu.model.steps, torch.tensor([[5, 6, 7, 8] * 3])
+        options = {"cache": gpu.cache, "use_cache": True}
+        assert steps.rows == 32
+        assert steps.forward(ids, options) is None
+        with steps.verifying(10):
+            assert steps.forward(ids, options) is None
+        with steps.verifying(11):
+            assert steps.forward(ids[:, :6], options) is not None
+            found = steps.forward(ids[:, 6:], options).logits
+            gpu.cache.reset()
+            whole = steps.forward(ids, options).logits
+        assert set(steps._captured) == {1, 8, 16}
+        assert torch.equal(found, whole[:, 6:])  # the sums have one order in steps of all sizes
+        with steps.verifying(64):
+            assert steps._most == 32
+        assert steps._most == 8
+
+
+@pytest.mark.slow
 def test_a_draw_on_the_gpu_follows_its_seed(store):
     with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu:
         hot = {"temperature": 2.0, "top_k": 0}
