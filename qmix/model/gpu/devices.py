@@ -89,6 +89,14 @@ class Mark:
             pass
 
 
+def reach_each_other(first: Device, second: Device) -> bool:
+    """Return whether copies between two devices can be part of one CUDA graph: GPUs with access to each other."""
+    if first.copies is None or second.copies is None:
+        return True
+    pairs = (first.device, second.device), (second.device, first.device)
+    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+
+
 def download(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` in main memory, complete when the call returns."""
     return tensor.to(HOST)

@@ -74,7 +74,8 @@ CASES = {
 MORE = {
     "hybrid": Case(ONE, frozenset({0, 2}), 5),
     "CPU and GPU": Case(["cpu", "gpu:0"], frozenset({0, 1}), 3),
-    "two GPUs": Case(TWO, frozenset(range(4)), 2),
+    "two GPUs": Case(TWO, frozenset(range(4)), 1),
+    "two GPUs, hybrid": Case(TWO, frozenset({1, 2}), 5),
     "disk": Case(ONE, frozenset({1}), 5, slots=2),
     "none resident": Case(ONE, frozenset(), 3),
 }
@@ -100,6 +101,14 @@ def test_a_text_is_the_cpus_and_logits_are_close_with_few_graphs_a_token(store, 
         found = logits(gpu, [7, 8, 9])
         assert steps.launched == before + case.graphs  # three tokens at once
     torch.testing.assert_close(found, scores, rtol=0, atol=0.03 * scores.std().item())
+
+
+@pytest.mark.slow
+def test_gpus_without_access_to_each_other_have_a_graph_each(store, wanted, monkeypatch):
+    monkeypatch.setattr("qmix.model.gpu.captured.reach_each_other", lambda first, second: False)
+    with runner(store, TWO, frozenset(range(4))) as gpu:
+        assert answer(gpu) == wanted[0]
+        assert gpu.model.steps.launched == 2 * len(wanted[0])
 
 
 @pytest.mark.slow
