@@ -21,6 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from qmix.errors import arg
 from qmix.model.gpu.captured import CapturedStep, OnDevice
 from qmix.model.gpu.devices import HOST, Mark
+from qmix.model.gpu.exchange import Exchanges
 from qmix.model.gpu.kernels import Kernels
 from qmix.model.kv import Chunk, KVCache
 from qmix.plan.device_memory import LEAST_STEP
@@ -54,6 +55,7 @@ class Steps:
         self.eps = float(model.config.rms_norm_eps)
         self.cpu_layers = parts[0].first
         self.begins_early = not self.cpu_layers and all(each is None for part in parts for each in part.away)
+        self.exchanges = Exchanges(model.pool, parts)
         self._captured: dict[int, CapturedStep] = {}
         self._most = min(rows, LEAST_STEP)
         self._chooses = False
@@ -139,6 +141,7 @@ class Steps:
     def step(self, tokens: list[int], position: int) -> None:
         """Queue the step of `tokens` of one sequence from `position` on, and count them in the cache."""
         captured = self.captured(len(tokens))
+        self.exchanges.make(len(tokens))
         self._place(captured.tokens, tokens, list(range(position, position + len(tokens))), [0] * len(tokens))
         if self.cpu_layers:
             self.parts[0].buffers.stream[: len(tokens)].copy_(self._on_cpu(tokens, position))

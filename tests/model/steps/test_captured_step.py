@@ -13,6 +13,7 @@ from stores import make_store
 
 from qmix.engine.stream import Runner
 from qmix.machine.rates import Rates
+from qmix.model.gpu.promotion import Exchange
 
 PROMPT = torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(1)).tolist()
 COPIES = Rates(pcie=1e15)  # by these copying pays for every expert
@@ -101,6 +102,36 @@ def test_a_text_is_the_cpus_and_logits_are_close_with_few_graphs_a_token(store, 
         found = logits(gpu, [7, 8, 9])
         assert steps.launched == before + case.graphs  # three tokens at once
     torch.testing.assert_close(found, scores, rtol=0, atol=0.03 * scores.std().item())
+
+
+@pytest.mark.parametrize(
+    "rates", [Rates(pcie=1.0), pytest.param(COPIES, marks=pytest.mark.slow)], ids=["on the CPU", "copied"]
+)
+def test_experts_change_places_between_steps_and_the_text_and_the_memory_stay(store, wanted, monkeypatch, rates):
+    """Before each token, in turns, two pairs of experts and then one of them back."""
+    turns = [[Exchange(0, 1, 0), Exchange(1, 3, 2)], [Exchange(0, 0, 1)]]
+    with runner(store, ONE, frozenset({0, 2}), rates=rates) as gpu:
+        steps, pool = gpu.model.steps, gpu.pool
+        layers = [layer.mlp.experts for layer in gpu.model.model.layers]
+        records = {key: bytes(pool.record(*key)) for key in store.layout.experts if pool.holds(*key)}
+        records |= {(layer, each): bytes(layers[layer].residents[each].cpu()) for layer in (0, 1) for each in (0, 2)}
+        places = {record.data_ptr() for experts in layers for record in experts.residents.values()}
+        read = pool.counters.bytes_read
+        monkeypatch.setattr(steps.exchanges.promotion, "exchanges", lambda tokens: turns.pop(0) if turns else [])
+        graphs = steps.captured(1)
+        for texts, residents in ((1, [{1, 2}, {0, 3}]), (2, [{0, 2}, {0, 3}])):
+            found = logits(gpu, [7])
+            assert len(turns) == 2 - texts
+            assert [set(experts.residents) for experts in layers] == residents
+            torch.testing.assert_close(found[0], wanted[1][0], rtol=0, atol=0.03 * wanted[1].std().item())
+            for (layer, expert), record in records.items():
+                here = layers[layer].residents.get(expert)
+                assert bytes(pool.record(layer, expert) if here is None else here.cpu()) == record
+        assert answer(gpu) == wanted[0]
+        assert {record.data_ptr() for experts in layers for record in experts.residents.values()} == places
+        assert pool.counters.bytes_read == read
+        assert steps.captured(1) is graphs
+        assert pool.elsewhere == {(0, 0), (0, 2), (1, 0), (1, 3)}
 
 
 @pytest.mark.slow
