@@ -33,7 +33,8 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import NOT_ON_GPUS, Steps
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
-from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK, captured_tokens
+from qmix.plan.device_memory import captured_tokens
+from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -131,7 +132,7 @@ class BatchRunner(OpenModel):
             self.capacity, homes = plan.context, [device.device for device in spread.layers]
             self._cache = KVCache(store.geometry, plan.context, dtype, plan.batch, homes)
             super().__init__(store, plan.slots_by_size, "sdpa", spread=spread, invariant=True, on_load=on_load)
-            self._steps = self.capture(spread, self._cache, captured_tokens(plan.batch))
+            self._steps = self.capture(spread, self._cache, captured_tokens(store.geometry, plan.context, plan.batch))
             if self._steps is None or self._steps.cpu_layers:
                 self.close()
                 raise UsageError(NOT_ON_GPUS)

@@ -66,8 +66,9 @@ class OpenModel:
         self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
         self.thread = ComputeThread(self.pool)
         with ExitStack() as opened:
-            if spread and any(device.device.type == "cuda" for device in spread.devices.values()):
-                opened.callback(pin(self.pool.memory))
+            gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []
+            if gpus and (unpin := pin(self.pool.memory, gpus)) is not None:
+                opened.callback(unpin)
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
             one_thread_for_few(self.model, self.thread.threads)

@@ -16,7 +16,7 @@ from qmix.disk.direct import DirectFile
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import StoreError, mending
 from qmix.model.gpu.devices import Allocator, Device, take_memory
-from qmix.plan.memory import ALIGNMENT
+from qmix.plan.device_memory import ALIGNMENT
 from qmix.precision.memory import anonymous_memory
 from qmix.store.file import StoreFile
 from qmix.store.opened import Store
