@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qmix.batch.lines import CHAT, Line
+from qmix.batch.request import CHAT, Line
 from qmix.text.detokenizer import TokenBytes
 
 if TYPE_CHECKING:

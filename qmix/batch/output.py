@@ -13,7 +13,7 @@ from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 
-from qmix.errors import QmixError, UsageError, arg
+from qmix.errors import DiskError, QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
@@ -145,7 +145,7 @@ class FileAnswers:
         try:
             write_whole(self.manifest, json.dumps(content).encode())
         except OSError as error:
-            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was run") from None
+            raise DiskError(f"{self.manifest}: {error.strerror}; nothing was run") from None
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

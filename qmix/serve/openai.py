@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmix.batch.forms import Offsets, Told, chat_logprobs, text_logprobs
-from qmix.batch.lines import CHAT
+from qmix.batch.request import CHAT
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.serve.asked import Asked

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from qmix.batch.lines import CHAT, LineError
 from qmix.batch.openai import Field
 from qmix.batch.prompts import LineRefused
+from qmix.batch.request import CHAT, LineError
 from qmix.batch.schema import Fields
 from qmix.engine.completion import BatchResult
 from qmix.files import decode_json
