@@ -20,6 +20,7 @@ from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers
 from qmix.batch.session import begin_run
 from qmix.errors import DiskError, QmixError, UsageError, arg
+from qmix.machine.arithmetic import computed_on
 from qmix.serve.asked import CHAT, COMPLETION, COMPLETION_TOKENS
 from qmix.serve.errors import ApiError, invalid, told
 from qmix.serve.files import PART, File, Files, Records, is_error, new_id
@@ -220,7 +221,9 @@ class Batches:
             with FileAnswers(self.output(batch.id)) as answers:
                 most = batch.context if batch.endpoint == CHAT else COMPLETION_TOKENS
                 options = {"max_new_tokens": most}
-                run, _, _ = begin_run(runner.store, requests, answers, options, None, batch.context, runner.tokenizer)
+                run, _, _ = begin_run(
+                    runner.store, requests, answers, options, None, batch.context, runner.tokenizer, computed_on(False)
+                )
                 run.refuse()
                 shared = SharedEngine(self._service, lambda: not self._stop.is_set() and batch.status == "in_progress")
                 self._count(batch, run.run(runner, lambda summary: self._count(batch, summary), shared.answer))

@@ -179,7 +179,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 url, pairs = sys.argv[1], json.loads(sys.argv[2])
 model = LocalCompletionsAPI(
-    base_url=url, model="tiny", tokenizer_backend="huggingface", tokenizer=sys.argv[3], batch_size=3, max_length=256
+    base_url=url, model="tiny", tokenizer_backend="huggingface", tokenizer=sys.argv[3], batch_size=3, max_length=256,
+    add_bos_token=True
 )
 asked = [Instance("loglikelihood", {}, tuple(pair), index) for index, pair in enumerate(pairs)]
 until = [Instance("generate_until", {}, (text, {"until": ["\\n"], "max_gen_toks": 8}), 0) for text, _ in pairs]
