@@ -25,12 +25,13 @@ from qmix.serve.asked import CHAT, COMPLETION, COMPLETION_TOKENS
 from qmix.serve.errors import ApiError, invalid, told
 from qmix.serve.files import PART, File, Files, Records, is_error, new_id
 from qmix.serve.service import Service
-from qmix.serve.shared_engine import SharedEngine
+from qmix.serve.shared_engine import EngineFailed, SharedEngine
 
 MOST_LINES = 20_000  # of a batch: their places are in memory while it runs
 MOST_BATCHES = 1000
 MOST_LABELS, LONGEST_LABEL = 16, 512  # of a batch's metadata, as OpenAI has it
-RETRY_SECONDS, LONGEST_RETRY = 1.0, 60.0  # between two attempts while the disk has no room
+RETRY_SECONDS, LONGEST_RETRY = 1.0, 60.0  # between two attempts after an error that may pass
+FAILURES = 3  # passes that fail in a row, without a finished line between them, end a batch
 WINDOW_SECONDS = 24 * 3600
 Label = Annotated[str, msgspec.Meta(max_length=LONGEST_LABEL)]
 Status = Literal["in_progress", "completed", "failed", "cancelling", "cancelled"]
@@ -189,23 +190,32 @@ class Batches:
 
     def _run(self) -> None:
         while (name := self._queue.get()) is not None:
-            patience = RETRY_SECONDS
-            while not self._stop.is_set() and (problem := self._disk_problem(self._known[name])):
-                self._known[name].errors = [problem]
+            patience, failures = RETRY_SECONDS, FAILURES
+            while not self._stop.is_set():
+                batch, done = self._known[name], self._known[name].completed
+                error = self._attempt(batch, failures == 1)
+                if error is None:
+                    break
+                batch.errors = [told(error).message]
+                if isinstance(error, EngineFailed):
+                    failures = FAILURES if batch.completed > done else failures - 1
                 self._stop.wait(patience)
                 patience = min(2 * patience, LONGEST_RETRY)
 
-    def _disk_problem(self, batch: Batch) -> str | None:
-        """Answer a batch until it ends, or until the server does; return the problem of the disk that stops it."""
+    def _attempt(self, batch: Batch, last: bool) -> Exception | None:
+        """Answer a batch until it ends, or the server does. Return an error that may pass; of the engine, not the last.
+
+        The lines of a pass that failed cannot be told apart, and are answered again.
+        """
         try:
             try:
                 self._answer(batch)
             except Exception as error:
-                if _of_disk(error):
+                if _may_pass(error) and not (last and isinstance(error, EngineFailed)):
                     raise
                 self._end(batch, [told(error).message])  # the server goes on
-        except (DiskError, OSError) as error:
-            return told(error).message
+        except (DiskError, OSError, EngineFailed) as error:
+            return error
         return None
 
     def _answer(self, batch: Batch) -> None:
@@ -268,9 +278,9 @@ class Batches:
         self._keep(msgspec.structs.replace(batch, errors=errors, **changes))
 
 
-def _of_disk(error: Exception) -> bool:
-    """Return whether an error may end by itself: a full or failing disk, and no missing file."""
-    return isinstance(error, (DiskError, OSError)) and not isinstance(error, FileNotFoundError)
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt may succeed: after a failed pass, or on a disk that had no room."""
+    return isinstance(error, (DiskError, OSError, EngineFailed)) and not isinstance(error, FileNotFoundError)
 
 
 def _locked(directory: Path) -> BinaryIO:

@@ -18,6 +18,10 @@ from qmix.serve.service import Outcome, Service, Ticket
 LOOK_SECONDS = 0.5  # between two looks whether to go on
 
 
+class EngineFailed(QmixError):
+    """A pass of the engine failed, and the requests in it."""
+
+
 @dataclass(slots=True)
 class SharedEngine:
     """Answers the requests of a batch with the engine that others use, while `goes_on` returns True."""
@@ -32,7 +36,7 @@ class SharedEngine:
             self._news.put((ticket, outcome))
 
     def answer(self, requests: Iterable[BatchRequest]) -> Generator[list[BatchOutcome], None, None]:
-        """Yield results as they come, and failures of single requests. Raises QmixError where the engine failed."""
+        """Yield results as they come, and failures of single requests. Raises EngineFailed."""
         names: dict[Ticket, str] = {}
         waiting = iter(requests)
         try:
@@ -63,5 +67,5 @@ class SharedEngine:
             elif outcome.status == 400:
                 outcomes.append(Failure(name, ticket.request.index, UsageError(outcome.message)))
             else:
-                raise QmixError(outcome.message)
+                raise EngineFailed(outcome.message)
         return outcomes
