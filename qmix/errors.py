@@ -97,6 +97,10 @@ class SessionError(QmixError):
     """A saved conversation cannot be read or written."""
 
 
+class DiskError(QmixError):
+    """A file cannot be written: the disk is full, or fails."""
+
+
 class UsageError(QmixError):
     """An argument has a value that cannot be used."""
 

@@ -11,10 +11,19 @@ from typing import BinaryIO
 import msgspec
 
 from qmix.batch.lines import Requests
-from qmix.batch.output import SHARD, FileAnswers, Manifest, answer_of, differences, manifest_path, write_manifest
+from qmix.batch.output import (
+    COMPUTED_ON,
+    SHARD,
+    FileAnswers,
+    Manifest,
+    answer_of,
+    differences,
+    manifest_path,
+    write_manifest,
+)
 from qmix.batch.shards import Shard
 from qmix.disk.faults import disk_advice
-from qmix.errors import QmixError, UsageError, arg
+from qmix.errors import DiskError, UsageError, arg
 from qmix.files import written_whole
 from qmix.units import plural
 
@@ -35,7 +44,7 @@ def merge_shards(paths: Sequence[Path], output: Path, requests: Requests | None 
     """Write the answers of all shards to `output`, in the order of `requests` if given, else shard after shard.
 
     A later run without shards takes the output for its own. Raises UsageError where a shard is missing, unfinished or
-    of another run, and where there is an output already; QmixError where the disk fails.
+    of another run, and where there is an output already; DiskError where the disk fails.
     """
     if output.exists() and (not output.is_file() or output.stat().st_size):
         raise UsageError(f"{output}: is there already; choose another name, or delete it")
@@ -48,7 +57,7 @@ def merge_shards(paths: Sequence[Path], output: Path, requests: Requests | None 
                 for data in _copies(shards) if requests is None else _in_order(shards, requests):
                     file.write(data)
         except OSError as error:
-            raise QmixError(f"{output}: {error.strerror}; {disk_advice(error)}") from None
+            raise DiskError(f"{output}: {error.strerror}; {disk_advice(error)}") from None
         return Merged(len(shards), whole.lines, sum(shard.refused for shard in shards))
 
 
@@ -61,12 +70,14 @@ def _opened(path: Path) -> FileAnswers:
 def _checked(shards: Sequence[FileAnswers], requests: Requests | None) -> Manifest:
     """Return what the answers of all shards belong to, once none is missing, unfinished or of another run."""
     found: dict[Shard, FileAnswers] = {}
+    processors = set[str]()  # machines may differ: each answer is of one
     first: Manifest | None = None
     lines = 0
     for answers in shards:
         manifest = answers.known()
         if manifest is None or not isinstance(named := manifest.subject.pop(SHARD, None), str):
             raise UsageError(f"{answers.path}: not the answers of a shard; {NOT_A_SHARD}")
+        processors.add(str(manifest.subject.pop(COMPUTED_ON, "")))
         shard = Shard.parse(named)
         if shard in found:
             raise UsageError(f"{answers.path}: shard {shard} is also in {found[shard].path}; leave one out")
@@ -84,7 +95,7 @@ def _checked(shards: Sequence[FileAnswers], requests: Requests | None) -> Manife
         raise UsageError(f"{' '.join(missing[:3])}{more}: shards without a file; {NOT_A_SHARD}, all of them")
     if requests is not None and requests.digest != first.subject.get("input"):
         raise UsageError(f"{arg('order')}: not the input of these shards; give the file that they answered")
-    return Manifest(first.subject, first.chosen, lines)
+    return Manifest(first.subject | {COMPUTED_ON: " and ".join(sorted(processors))}, first.chosen, lines)
 
 
 def _check_same_run(answers: FileAnswers, shard: Shard, manifest: Manifest, first: Manifest, other: Shard) -> None:

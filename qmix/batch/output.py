@@ -13,10 +13,11 @@ from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 
-from qmix.errors import QmixError, UsageError, arg
+from qmix.errors import DiskError, QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
+COMPUTED_ON = "computed on"  # in a subject: the processors
 SHARD = "shard"  # in a subject: the part of the input
 LONGEST_LINE = 256 * 2**20  # bytes: twice an answer of 65,536 tokens with 20 logprobs each
 ELSEWHERE = "choose another name for the answers"
@@ -177,7 +178,7 @@ def write_manifest(path: Path, subject: Mapping[str, Any], chosen: Mapping[str, 
     try:
         write_whole(path, json.dumps(content).encode())
     except OSError as error:
-        raise QmixError(f"{path}: {error.strerror}; nothing was run") from None
+        raise DiskError(f"{path}: {error.strerror}; nothing was run") from None
 
 
 def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

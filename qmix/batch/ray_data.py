@@ -78,6 +78,7 @@ class Answerer:
         from qmix.engine.batch import BatchRunner
         from qmix.engine.resolve import prepare_store
         from qmix.engine.sampling import Sampling
+        from qmix.machine.arithmetic import computed_on
         from qmix.machine.measured import measured_rates
         from qmix.plan.batching import plan_lines
         from qmix.plan.here import run_machine
@@ -86,6 +87,7 @@ class Answerer:
         always = {name: getattr(asked, name) for name in ALWAYS}
         self._options, self._digest, self._seed = always | options, digest, seed
         self._chosen = chosen or {"seed": 0 if seed is None else seed, "created": int(time.time())}
+        self._where = computed_on(bool(gpu))
         store = prepare_store(model, precision, dtype, clip=clip)
         self._limit = context_limit(store.geometry, context)
         budget = None if ram is None else parse_bytes(ram)
@@ -107,7 +109,9 @@ class Answerer:
             numbered = zip(requests.entries, block[NUMBER], strict=True)
             requests.entries = [replace(entry, number=int(number)) for entry, number in numbered]
         answers, runner = _Block(self._chosen), self._runner
-        run, _, _ = begin_run(runner.store, requests, answers, self._options, self._seed, self._limit, runner.tokenizer)
+        run, _, _ = begin_run(
+            runner.store, requests, answers, self._options, self._seed, self._limit, runner.tokenizer, self._where
+        )
         run.refuse()
         run.run(runner, lambda summary: None)
         ids = [answer_of(line, "a block's answer").custom_id for line in answers.lines]
@@ -157,7 +161,9 @@ def answer_file(
                 answers.begin(subject, chosen, len(requests.entries))
                 told = subject
             if differs := differences(told, subject):
-                raise UsageError(f"a worker answers otherwise than the first ({differs}); give all the same model")
+                raise UsageError(
+                    f"a worker answers otherwise than the first ({differs}); give all the same model and QMIX_CPU"
+                )
             answers.add({name: f"{line}\n".encode() for name, line in zip(rows[ID], rows[ANSWER], strict=True)})
             on_answers(len(answers.done), len(requests.entries))
         return len(answers.done), answers.refused

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from qmix.batch.answering import BatchRun, Job, Summary
 from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
-from qmix.batch.output import SHARD, Answers
+from qmix.batch.output import COMPUTED_ON, SHARD, Answers
 from qmix.batch.prompts import Asking
 from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
+from qmix.machine.arithmetic import computed_on
 from qmix.machine.measured import measured_rates
 from qmix.machine.rates import Machine
 from qmix.plan import Plan
@@ -90,7 +91,9 @@ def begin(
     DoesNotFitError.
     """
     limit = context_limit(store.geometry, context)
-    run, asking, chosen = begin_run(store, requests, answers, options, seed, limit, load_tokenizer(store.directory))
+    where = computed_on(gpus is not None)
+    tokenizer = load_tokenizer(store.directory)
+    run, asking, chosen = begin_run(store, requests, answers, options, seed, limit, tokenizer, where)
     plan = _plan(store.layout, requests, run.job, ram, batch, store.use, gpus)
     folds_system = asking.template is not None and not asking.template.takes_system
     return Session(store, requests, run, plan, chosen, folds_system)
@@ -104,12 +107,13 @@ def begin_run(
     seed: int | None,
     limit: int,
     tokenizer: PreTrainedTokenizerBase,
+    where: str,
 ) -> tuple[BatchRun, Asking, int]:
     """Return a run of the lines that are left, with `limit` tokens for each, what makes their requests, and its seed.
 
-    Raises UsageError as `begin` does.
+    `where` names the processors. Raises UsageError as `begin` does.
     """
-    subject = _subject(store, requests, options, limit, seed)
+    subject = _subject(store, requests, options, limit, seed) | {COMPUTED_ON: where}
     part = {} if requests.shard is None else {SHARD: str(requests.shard)}
     chosen = {"seed": seed_for(requests, seed), "created": int(time.time())}
     chosen = answers.begin(subject | part, chosen, len(requests.entries))

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.parameters import Rate, Size
 from qmix.commands.shared import (
-    Rate,
-    Size,
     attention_option,
     budget_option,
     context_option,
