@@ -17,7 +17,8 @@ from qmix.kernels.cpu import products, row_tile, team
 from qmix.kernels.cpu.paths import current
 from qmix.precision import matmul
 from qmix.precision.dense import HalfLinear, use_half_linear
-from qmix.precision.matmul import FourBitMatrix, HalfMatrix, Int8Matrix, packed_kernel
+from qmix.precision.matmul import HalfMatrix
+from qmix.precision.quantised import FourBitMatrix, Int8Matrix, packed_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # largest relative error of one rounding

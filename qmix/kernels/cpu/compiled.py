@@ -8,11 +8,8 @@ The first compilation takes 100 MB of memory.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import llvmlite
@@ -22,6 +19,7 @@ from numba.core.ccallback import CFunc
 from numba.extending import overload
 
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.sources import source_digest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -33,7 +31,7 @@ class _CachedFiles(CompileResultCacheImpl):
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
-        self.locator.get_source_stamp = source_digest
+        self.locator.get_source_stamp = _stamp
 
     def get_filename_base(self, fullname: str, abiflags: str) -> str:
         return f"{super().get_filename_base(fullname, abiflags)}-{current().name}"
@@ -43,13 +41,9 @@ class _KernelCache(FunctionCache):
     _impl_class = _CachedFiles
 
 
-@cache
-def source_digest() -> str:
-    """Return a digest of all files of `qmix.kernels` and of llvmlite's version; Numba checks its own."""
-    digest = hashlib.sha256(llvmlite.__version__.encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+def _stamp() -> str:
+    """Return what compiled code depends on besides Numba's version and the processor, which Numba checks."""
+    return f"{source_digest()} {llvmlite.__version__}"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,10 +11,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu.attention_tile import exp_of_negative
-from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.vectors import (
     FLOAT,
-    HALF,
+    HALVES,
     I16,
     I32,
     LANES,
@@ -23,6 +22,7 @@ from qmix.kernels.cpu.vectors import (
     Builder,
     Value,
     at,
+    bf16_above,
     bf16_to_float,
     call,
     equal,
@@ -33,27 +33,17 @@ from qmix.kernels.cpu.vectors import (
     times,
 )
 
-HALVES = ir.VectorType(I16, LANES)
-
 
 def _to_bf16(b: Builder, value: Value) -> Value:
     """Return LANES fp32 rounded to bf16, half to even, as fp32."""
-    bits = b.bitcast(value, NUMBERS)
-    odd = b.and_(b.lshr(bits, fill(NUMBERS, 16)), fill(NUMBERS, 1))
-    rounded = b.and_(b.add(bits, b.add(odd, fill(NUMBERS, 0x7FFF))), fill(NUMBERS, 0xFFFF0000))
+    rounded = b.and_(bf16_above(b, value), fill(NUMBERS, 0xFFFF0000))
     is_nan = b.fcmp_unordered("uno", value, value)
     return b.bitcast(b.select(is_nan, fill(NUMBERS, 0x7FC00000), rounded), SUMS)
 
 
 def _to_fp16(b: Builder, value: Value) -> Value:
     """Return LANES fp32 rounded to fp16, half to even, as fp32."""
-    if current().name != "portable":
-        return b.fpext(b.fptrunc(value, ir.VectorType(HALF, LANES)), SUMS)
-    bits = ir.Constant(HALVES, ir.Undefined)
-    for lane in range(LANES):
-        number = b.extract_element(value, ir.Constant(I32, lane))
-        bits = b.insert_element(bits, float_to_fp16(b, number), ir.Constant(I32, lane))
-    return fp16_to_float(b, bits)
+    return fp16_to_float(b, float_to_fp16(b, value))
 
 
 def _silu(b: Builder, x: Value) -> Value:

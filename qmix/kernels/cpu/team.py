@@ -63,7 +63,7 @@ def run(kernel: int, *arguments: int) -> None:
 
 
 class Team:
-    """Threads that help the caller of a kernel. Daemon threads: they end with the process."""
+    """Threads that help the caller of a kernel. Daemon threads: they end with the process, and keep its memory."""
 
     def __init__(self) -> None:
         self._memory = np.zeros(TEAM_BYTES + 64, np.uint8)
@@ -80,14 +80,18 @@ class Team:
             return
         try:
             while self._started < helpers:
+                name = f"qmix-team-{self._started + 1}"
+                threading.Thread(target=self._join, name=name, daemon=True).start()
                 self._started += 1
-                name = f"qmix-team-{self._started}"
-                threading.Thread(target=self._help, args=(self._address,), name=name, daemon=True).start()
             self._shared[KERNEL : BLOCK + 8].view(np.int64)[:] = kernel, block
             self._shared[LIMIT : LIMIT + 4].view(np.int32)[0] = helpers
             self._run(self._address)
         finally:
             self._lock.release()
+
+    def _join(self) -> None:
+        """Help until the process ends. A bound method: `self` holds the memory that the thread looks at."""
+        self._help(self._address)
 
 
 @cache

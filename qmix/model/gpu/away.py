@@ -19,7 +19,7 @@ from qmix.model.gpu.copy_or_compute import copied_share
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.kernels import Kernels
 from qmix.pool.protocol import Pool
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 
 
 @dataclass(frozen=True, slots=True)
