@@ -11,13 +11,15 @@ from contextlib import ExitStack, suppress
 from prompt_toolkit import PromptSession
 from prompt_toolkit.patch_stdout import patch_stdout
 
+PATIENCE = 0.05  # seconds between two attempts to end a prompt
+
 
 class FirstTurn:
     """A prompt in a thread of its own. Lines that the main thread prints meanwhile appear above it."""
 
     def __init__(self, session: PromptSession[str], status: Callable[[], str]) -> None:
         self._session = session
-        self._over = threading.Event()
+        self._over, self._ending = threading.Event(), threading.Lock()
         self._typed: str | None = None
         self._failure: BaseException | None = None
         session.bottom_toolbar = status
@@ -36,15 +38,18 @@ class FirstTurn:
                     self._failure = interrupt
             except BaseException as error:
                 self._failure = error
-        if self._failure is not None and not self._over.is_set():
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        with self._ending:  # the main thread is interrupted before it begins to wait for the turn, or not at all
+            if self._failure is not None and not self._over.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def refresh(self) -> None:
         """Show the status as it is now."""
         self._session.app.invalidate()
 
     def hide_status(self) -> None:
-        self._over.set()
+        """End the status: from now on the main thread waits for the turn."""
+        with self._ending:
+            self._over.set()
         self._session.bottom_toolbar = None
         self.refresh()
 
@@ -66,11 +71,11 @@ class FirstTurn:
             self._printing.close()
             raise self._failure
         self.hide_status()
-        loop = self._session.app.loop
-        if self._thread.is_alive() and loop is not None:
-            with suppress(RuntimeError):  # it has just ended
-                loop.call_soon_threadsafe(self._exit)
-        self._thread.join()
+        while self._thread.is_alive():  # the prompt has a loop only a moment after it began
+            if (loop := self._session.app.loop) is not None:
+                with suppress(RuntimeError):  # it has just ended
+                    loop.call_soon_threadsafe(self._exit)
+            self._thread.join(PATIENCE)
         self._printing.close()
         return left
 

@@ -177,8 +177,10 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
         return known.bytes
     options = [*(["kernels"] if kernels else []), *(["whole"] if transformers_is_whole() else [])]
     command = ["-m", "qmix.engine.baseline", *options]
-    compiling = " and compiling kernels for this processor" if kernels else ""
-    _LOG.info("measuring the memory of Python%s: once, about %d s", compiling, KERNELS_SECONDS if kernels else SECONDS)
+    if kernels:
+        _LOG.info("measuring the memory of Python, and compiling missing kernels: once, up to %d s", KERNELS_SECONDS)
+    else:
+        _LOG.info("measuring the memory of Python: once, about %d s", SECONDS)
     if kernels:  # in processes of their own: compiling takes more memory than the kernels
         _python("-m", "qmix.engine.compile_kernels")
     measured = InterpreterMemory(int(_python(*command).split()[-1]))
