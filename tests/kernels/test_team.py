@@ -14,12 +14,12 @@ import torch
 from numba import carray, cfunc
 
 from qmix.kernels.cpu import workers
+from qmix.kernels.cpu.addresses import next_piece
 from qmix.kernels.cpu.compiled import KERNEL_SIGNATURE
 from qmix.kernels.cpu.futex import FUTEX
 from qmix.kernels.cpu.products import multiply_packed
 from qmix.kernels.cpu.team import Team
 from qmix.kernels.cpu.threads import GRAIN, choose_threads, one_for_torch, threads
-from qmix.kernels.cpu.vectors import next_piece
 from qmix.kernels.cpu.workers import cycles, read
 
 PIECES = 500

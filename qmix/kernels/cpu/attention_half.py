@@ -15,13 +15,16 @@ import torch
 from numba import carray
 
 from qmix.kernels.cpu import team
-from qmix.kernels.cpu.attention import BLOCK
+from qmix.kernels.cpu.addresses import address_of, float_at, next_piece
+from qmix.kernels.cpu.attention import BLOCK, block_of
 from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.half_layer_pieces import (
     CONSTANTS,
+    FIELDS,
     GROUPS,
     HEADS,
     HIDDEN,
+    ITEM,
     NORM,
     POSITIONS,
     SIZE,
@@ -38,8 +41,7 @@ from qmix.kernels.cpu.half_layer_pieces import (
 )
 from qmix.kernels.cpu.products import holds_of
 from qmix.kernels.cpu.stages import finish, wait_for
-from qmix.kernels.cpu.sums import x_item
-from qmix.kernels.cpu.vectors import float_at, next_piece
+from qmix.kernels.cpu.sums import sums_of, x_item
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ def attend_and_route(
     """
     groups, positions, width = keys.shape
     heads, experts = len(layer.query) // width, len(layer.router)
-    item, size = x_item(holds_of(torch.bfloat16)), hidden.numel()
+    holds = holds_of(torch.bfloat16)
+    item, size = x_item(holds), hidden.numel()
     blocks = -(-positions // BLOCK)
     attended, normed = hidden.new_empty(1, size), hidden.new_empty(1, size)
     logits = hidden.new_empty(1, experts)
@@ -88,21 +91,22 @@ def attend_and_route(
     cache_places = keys.data_ptr(), values.data_ptr(), 2 * keys.stride(0), 2 * values.stride(0)
     results = attended.data_ptr(), normed.data_ptr(), logits.data_ptr()
     inputs = hidden.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), numbers.data_ptr(), work.data_ptr()
-    team.run(_half_layer(holds_of(torch.bfloat16)), 0, *sizes, *inputs, *cache_places, *layer.places, *results)
+    addresses = *inputs, *cache_places, *layer.places, *results
+    team.run(_half_layer(), 0, *sizes, *addresses, item, sums_of(holds), block_of(holds))
     return attended, normed, logits
 
 
 def prepare() -> None:
     """Load the kernel; compile it if it is not on disk yet."""
-    _half_layer(holds_of(torch.bfloat16))
+    _half_layer()
+    sums_of(holds_of(torch.bfloat16))
+    block_of(holds_of(torch.bfloat16))
 
 
 @cache
-def _half_layer(holds: int) -> int:
-    item = x_item(holds)
-
+def _half_layer() -> int:
     def kernel(block: Any) -> None:
-        numbers = carray(block, 27)
+        numbers = carray(block, FIELDS)
         size, heads, groups, width, positions = (
             numbers[SIZE],
             numbers[HEADS],
@@ -110,7 +114,7 @@ def _half_layer(holds: int) -> int:
             numbers[WIDTH],
             numbers[POSITIONS],
         )
-        done = numbers[1:].ctypes.data
+        done = address_of(numbers) + 8
         to_place = 1 + row_groups(heads * width) + 2 * row_groups(groups * width)
         to_attend = to_place + heads + 2 * groups
         to_combine = to_attend + groups * ((positions + BLOCK - 1) // BLOCK)
@@ -120,38 +124,38 @@ def _half_layer(holds: int) -> int:
         while piece <= to_route:
             if piece < 1:
                 norm(
-                    item,
+                    numbers[ITEM],
                     numbers[HIDDEN],
                     numbers[NORM],
                     float_at(numbers[CONSTANTS]),
                     size,
-                    layout(item, numbers)[2],
+                    layout(numbers)[2],
                     0,
                 )
                 finish(done, 1)
             elif piece < to_place:
                 wait_for(done, 1)
-                project(holds, item, numbers, piece - 1)
+                project(numbers, piece - 1)
                 finish(done, to_place)
             elif piece < to_attend:
                 wait_for(done, to_place)
-                place_head(item, numbers, piece - to_place)
+                place_head(numbers, piece - to_place)
                 finish(done, to_attend)
             elif piece < to_combine:
                 wait_for(done, to_attend)
-                attend(holds, item, numbers, piece - to_attend)
+                attend(numbers, piece - to_attend)
                 finish(done, to_combine)
             elif piece < to_add:
                 wait_for(done, to_combine)
-                combine(item, numbers, piece - to_combine)
+                combine(numbers, piece - to_combine)
                 finish(done, to_add)
             elif piece < to_route:
                 wait_for(done, to_add)
-                add_output(holds, item, numbers, piece - to_add)
+                add_output(numbers, piece - to_add)
                 finish(done, to_route)
             else:
                 wait_for(done, to_route)
-                route(holds, item, numbers)
+                route(numbers)
             piece = next_piece(block)
 
     return compiled_address(kernel)

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite
 from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
-from numba.extending import overload
 
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.sources import source_digest
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 KERNEL_SIGNATURE = (types.CPointer(types.int64),), types.void
 
@@ -51,21 +48,19 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _with_cache(njit(nogil=True, error_model="numpy")(function), function)
 
 
-def compiled_address(kernel: Callable[..., None]) -> int:
-    """Return the address of a kernel of one int64 pointer, compiled now or read from the cache."""
-    callback = _with_cache(CFunc(kernel, KERNEL_SIGNATURE, {}, {"error_model": "numpy"}), kernel)
+def compiled_address(kernel: Callable[..., None], signature: Any = KERNEL_SIGNATURE) -> int:
+    """Return the address of a kernel, by default of one int64 pointer, compiled now or read from the cache."""
+    callback = _with_cache(CFunc(kernel, signature, {}, {"error_model": "numpy"}), kernel)
     callback.compile()
     return callback.address
 
 
-def constant_first(function: Function) -> Function:
-    """Let kernels call `function` with a first argument that is a constant of theirs, and a constant inside it too.
+def compiled_part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function for compiled ones, which LLVM inlines into them; Python cannot call it.
 
-    It is compiled once for each such constant, apart from its callers.
+    Each kernel that uses it compiles it again, so large ones, as are the tiles, are called by address instead.
     """
-    options = {"error_model": "numpy"}
-    overload(function, options, strict=False, prefer_literal=True)(lambda *arguments: function)
-    return function
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def _with_cache(compilable: Any, function: Callable[..., Any]) -> Any:

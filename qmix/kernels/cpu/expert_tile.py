@@ -12,10 +12,6 @@ from numba.extending import intrinsic
 
 from qmix.kernels.cpu.attention_tile import exp_of_negative
 from qmix.kernels.cpu.vectors import (
-    FLOAT,
-    HALVES,
-    I16,
-    I32,
     LANES,
     NUMBERS,
     SUMS,
@@ -23,7 +19,6 @@ from qmix.kernels.cpu.vectors import (
     Value,
     at,
     bf16_above,
-    bf16_to_float,
     call,
     equal,
     fill,
@@ -82,30 +77,3 @@ def gated_product(
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), emit
-
-
-@intrinsic
-def half_at(context: object, address: Any, fp16: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the bf16 at an address, or with `fp16` the fp16, as fp32."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        address, fp16 = arguments
-        bits = load(b, address, 0, I16)
-        first = ir.Constant(I32, 0)
-        lanes = b.insert_element(ir.Constant(HALVES, None), bits, first)
-        wide = (b.extract_element(widen(b, lanes), first) for widen in (bf16_to_float, fp16_to_float))
-        return b.select(equal(b, fp16, 0), *wide)
-
-    return types.float32(types.int64, types.int64), emit
-
-
-@intrinsic
-def put_float(context: object, value: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """Store an fp32."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        value, address = arguments
-        b.store(value, at(b, address, 0, FLOAT), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64), emit

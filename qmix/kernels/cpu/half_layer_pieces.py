@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray, njit
 
-from qmix.kernels.cpu.attention import BLOCK, attend_block, combine_blocks
-from qmix.kernels.cpu.attention_tile import pointer
+from qmix.kernels.cpu.addresses import address_of, call_at, fill_floats, float_at, half_at, put_float, put_half
+from qmix.kernels.cpu.attention import BLOCK, combine_blocks
 from qmix.kernels.cpu.blocks import to_bf16
-from qmix.kernels.cpu.compiled import constant_first
-from qmix.kernels.cpu.expert_tile import half_at, put_float
+from qmix.kernels.cpu.compiled import compiled_part
 from qmix.kernels.cpu.experts import put_as_read
 from qmix.kernels.cpu.row_tile import GROUP
-from qmix.kernels.cpu.sums import group_sums
-from qmix.kernels.cpu.vectors import float_at, put_half
 
 PARTIAL = 16  # sums of squares side by side
 
@@ -25,20 +21,25 @@ HIDDEN, COS, SIN, CONSTANTS, WORK = range(8, 13)  # addresses, as are the follow
 KEYS, VALUES, KEY_GROUP, VALUE_GROUP = range(13, 17)  # the last two are strides in bytes
 NORM, QUERY, KEY, VALUE, OUT, SECOND_NORM, ROUTER = range(17, 24)
 ATTENDED, NORMED, LOGITS = range(24, 27)
+ITEM, GROUP_SUMS, ATTEND_BLOCK = range(27, 30)  # bytes of a number as the tiles read it; code
+FIELDS = 30
 
 
-@njit
+@compiled_part
 def norm(item: int, x: int, weight: int, epsilon: np.float32, size: int, to: int, copy: int) -> None:
     """Norm bf16 numbers as transformers' RMSNorm does, and put them at `to` as the tiles read them.
 
     They are put in bf16 at `copy` as well, unless that is 0.
     """
-    partial = np.zeros(PARTIAL, np.float32)
+    partial, total = np.empty(PARTIAL, np.float32), np.float32(0)
+    fill_floats(address_of(partial), PARTIAL, 0)
     for start in range(0, size, PARTIAL):
         for i in range(min(PARTIAL, size - start)):
             number = half_at(x + (start + i) * 2, 0)
             partial[i] += number * number
-    scale = np.float32(1) / np.sqrt(partial.sum() / np.float32(size) + epsilon)
+    for i in range(PARTIAL):
+        total += partial[i]
+    scale = np.float32(1) / np.sqrt(total / np.float32(size) + epsilon)
     for i in range(size):
         number = half_at(weight + i * 2, 0) * to_bf16(half_at(x + i * 2, 0) * scale)
         put_as_read(item, to_bf16(number), to + i * item)
@@ -46,7 +47,7 @@ def norm(item: int, x: int, weight: int, epsilon: np.float32, size: int, to: int
             put_half(number, copy + i * 2, 0)
 
 
-@njit
+@compiled_part
 def _rotate(item: int, head: int, width: int, cos: int, sin: int, to: int) -> None:
     """Turn a head of fp32 numbers, rounded to bf16, by its position's angles, as transformers does."""
     half = width // 2
@@ -56,14 +57,14 @@ def _rotate(item: int, head: int, width: int, cos: int, sin: int, to: int) -> No
         put_as_read(item, to_bf16(turned), to + i * item)
 
 
-@njit
+@compiled_part
 def row_groups(rows: int) -> int:
     """Return the number of groups of a matrix's rows."""
     return (rows + GROUP - 1) // GROUP
 
 
-@njit
-def layout(item: int, numbers: Any) -> tuple[int, int, int, int, int]:
+@compiled_part
+def layout(numbers: Any) -> tuple[int, int, int, int, int]:
     """Return addresses in the work memory: what is projected, parts of attention, x, queries and results as read."""
     size, heads, groups, width, positions = (
         numbers[SIZE],
@@ -72,17 +73,17 @@ def layout(item: int, numbers: Any) -> tuple[int, int, int, int, int]:
         numbers[WIDTH],
         numbers[POSITIONS],
     )
-    projected = numbers[WORK]
+    projected, item = numbers[WORK], numbers[ITEM]
     parts = projected + 4 * (heads + 2 * groups) * width
     read = parts + 4 * ((positions + BLOCK - 1) // BLOCK) * heads * (width + 2)
     return projected, parts, read, read + item * size, read + item * (size + heads * width)
 
 
-@constant_first
-def project(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
+@compiled_part
+def project(numbers: Any, piece: int) -> None:
     """Compute 32 rows of query, key or value."""
     size, width = numbers[SIZE], numbers[WIDTH]
-    to, _, read, _, _ = layout(item, numbers)
+    to, _, read, _, _ = layout(numbers)
     row, rows, weight = piece, numbers[HEADS] * width, numbers[QUERY]
     for following in (numbers[KEY], numbers[VALUE]):
         if row >= row_groups(rows):
@@ -92,23 +93,24 @@ def project(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
             break
     row *= GROUP
     sums = np.empty((1, GROUP), np.float32)
-    group_sums(holds, sums, row, 1, rows, size, weight, 0, read)
+    call_at(numbers[GROUP_SUMS], address_of(sums), 1, row, 1, rows, size, weight, 0, read)
     for r in range(min(GROUP, rows - row)):
         put_float(to_bf16(sums[0, r]), to + (row + r) * 4)
 
 
-@njit
-def place_head(item: int, numbers: Any, head: int) -> None:
+@compiled_part
+def place_head(numbers: Any, head: int) -> None:
     """Turn a head of queries or keys by its position's angles; put keys and values into the cache."""
-    heads, groups, width, positions, cos, sin = (
+    heads, groups, width, positions, cos, sin, item = (
         numbers[HEADS],
         numbers[GROUPS],
         numbers[WIDTH],
         numbers[POSITIONS],
         numbers[COS],
         numbers[SIN],
+        numbers[ITEM],
     )
-    projected, _, _, queries, _ = layout(item, numbers)
+    projected, _, _, queries, _ = layout(numbers)
     place, last = projected + head * width * 4, (positions - 1) * width * 2
     if head < heads:
         _rotate(item, place, width, cos, sin, queries + head * width * item)
@@ -120,47 +122,48 @@ def place_head(item: int, numbers: Any, head: int) -> None:
             put_half(float_at(place + i * 4), to + i * 2, 0)
 
 
-@constant_first
-def attend(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
+@compiled_part
+def attend(numbers: Any, piece: int) -> None:
     """Attend from a group of query heads to a block of positions."""
     heads, groups, width, positions = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
     shared, blocks = heads // groups, (positions + BLOCK - 1) // BLOCK
-    _, parts, _, queries, _ = layout(item, numbers)
+    _, parts, _, queries, _ = layout(numbers)
     g, first = piece // blocks, piece % blocks * BLOCK
-    scores, added = np.empty((BLOCK // GROUP, shared, GROUP), np.float32), np.empty(BLOCK, np.float32)
     keys = numbers[KEYS] + g * numbers[KEY_GROUP] + first * width * 2
     values = numbers[VALUES] + g * numbers[VALUE_GROUP] + first * width * 2
-    query, part = queries + g * shared * width * item, parts + piece * shared * (width + 2) * 4
-    count, scale = min(BLOCK, positions - first), float_at(numbers[CONSTANTS] + 8)
-    attend_block(holds, scores, added, keys, values, query, 0, count, width, scale, part)
+    query, part = queries + g * shared * width * numbers[ITEM], parts + piece * shared * (width + 2) * 4
+    count, scale = min(BLOCK, positions - first), numbers[CONSTANTS] + 8
+    call_at(numbers[ATTEND_BLOCK], shared, keys, values, query, 0, count, width, scale, part)
 
 
-@njit
-def combine(item: int, numbers: Any, head: int) -> None:
+@compiled_part
+def combine(numbers: Any, head: int) -> None:
     """Combine the blocks of a head."""
     heads, groups, width, positions = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
     shared, blocks = heads // groups, (positions + BLOCK - 1) // BLOCK
-    _, parts, _, _, found = layout(item, numbers)
-    of_group = parts + head // shared * blocks * shared * (width + 2) * 4
+    _, parts, _, _, found = layout(numbers)
+    of_head = parts + (head // shared * blocks * shared + head % shared) * (width + 2) * 4
     columns = np.empty(width, np.float32)
-    combine_blocks(carray(pointer(of_group), (blocks, shared, width + 2))[:, head % shared], columns)
+    combine_blocks(of_head, blocks, shared * (width + 2) * 4, width, columns)
     for i in range(width):
-        put_as_read(item, to_bf16(columns[i]), found + (head * width + i) * item)
+        put_as_read(numbers[ITEM], to_bf16(columns[i]), found + (head * width + i) * numbers[ITEM])
 
 
-@constant_first
-def add_output(holds: Any, item: Any, numbers: Any, piece: Any) -> None:
+@compiled_part
+def add_output(numbers: Any, piece: int) -> None:
     """Compute 32 rows of the output's projection, and add them to the residual stream."""
     size, hidden, attended = numbers[SIZE], numbers[HIDDEN], numbers[ATTENDED]
-    _, _, _, _, found = layout(item, numbers)
+    _, _, _, _, found = layout(numbers)
     sums, row = np.empty((1, GROUP), np.float32), piece * GROUP
-    group_sums(holds, sums, row, 1, size, numbers[HEADS] * numbers[WIDTH], numbers[OUT], 0, found)
+    call_at(
+        numbers[GROUP_SUMS], address_of(sums), 1, row, 1, size, numbers[HEADS] * numbers[WIDTH], numbers[OUT], 0, found
+    )
     for r in range(row, min(row + GROUP, size)):
         put_half(half_at(hidden + r * 2, 0) + to_bf16(sums[0, r - row]), attended + r * 2, 0)
 
 
-@constant_first
-def route(holds: Any, item: Any, numbers: Any) -> None:
+@compiled_part
+def route(numbers: Any) -> None:
     """Norm the residual stream, and compute the router's logits."""
     size, experts, attended, normed, logits = (
         numbers[SIZE],
@@ -169,10 +172,10 @@ def route(holds: Any, item: Any, numbers: Any) -> None:
         numbers[NORMED],
         numbers[LOGITS],
     )
-    _, _, read, _, _ = layout(item, numbers)
-    norm(item, attended, numbers[SECOND_NORM], float_at(numbers[CONSTANTS] + 4), size, read, normed)
+    _, _, read, _, _ = layout(numbers)
+    norm(numbers[ITEM], attended, numbers[SECOND_NORM], float_at(numbers[CONSTANTS] + 4), size, read, normed)
     sums = np.empty((1, GROUP), np.float32)
     for row in range(0, experts, GROUP):
-        group_sums(holds, sums, row, 1, experts, size, numbers[ROUTER], 0, read)
+        call_at(numbers[GROUP_SUMS], address_of(sums), 1, row, 1, experts, size, numbers[ROUTER], 0, read)
         for r in range(row, min(row + GROUP, experts)):
             put_half(sums[0, r - row], logits + r * 2, 0)

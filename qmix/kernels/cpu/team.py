@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from qmix.kernels.cpu.addresses import call_at
 from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.futex import FUTEX
 from qmix.kernels.cpu.threads import threads
@@ -38,7 +39,6 @@ from qmix.kernels.cpu.workers import (
     SLEEPING,
     TEAM_BYTES,
     add,
-    call,
     cycles,
     pause,
     read,
@@ -119,7 +119,7 @@ def _caller() -> int:
         sleeping = min(read(place + SLEEPING), read(place + LIMIT))
         if sleeping > 0:
             wake(place + GATE, sleeping)
-        call(words[KERNEL // 8], words[BLOCK // 8])
+        call_at(words[KERNEL // 8], words[BLOCK // 8])
         add(place + GATE, -OPEN)
         began = cycles()
         while read(place + GATE) & HELPERS:
@@ -151,7 +151,7 @@ def _helper() -> int:
                     done = number
                 elif replace(place + GATE, gate, gate + 1):
                     done = number
-                    call(words[KERNEL // 8], words[BLOCK // 8])
+                    call_at(words[KERNEL // 8], words[BLOCK // 8])
                     if (add(place + GATE, -1) - 1) & (OPEN | HELPERS) == 0:
                         add(place + FINISHED, 1)
                         if read(place + CALLER_SLEEPS):

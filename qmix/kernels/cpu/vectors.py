@@ -7,14 +7,12 @@ that Numba compiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from qmix.kernels.cpu.paths import current
 
@@ -160,39 +158,3 @@ def clear(b: Builder, lines: Iterable[Iterable[Value]]) -> None:
 
 def equal(b: Builder, value: Value, number: int) -> Value:
     return b.icmp_unsigned("==", value, ir.Constant(value.type, number))
-
-
-@intrinsic
-def next_piece(context: object, counter: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the int64 that `counter` points to, and increment it atomically."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        return b.atomic_rmw("add", arguments[0], ir.Constant(I64, 1), "monotonic")
-
-    return types.int64(counter), emit
-
-
-@intrinsic
-def float_at(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the fp32 at an address."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        return load(b, arguments[0], 0, FLOAT)
-
-    return types.float32(types.int64), emit
-
-
-@intrinsic
-def put_half(context: object, value: Any, address: Any, fp16: Any) -> tuple[Any, Callable[..., Any]]:
-    """Round an fp32 to fp16 or bf16, half to even, and store it."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        value, address, fp16 = arguments
-        rounded = b.lshr(bf16_above(b, value), ir.Constant(I32, 16))
-        is_nan = b.fcmp_unordered("uno", value, value)
-        bf16 = b.select(is_nan, ir.Constant(I16, 0x7FC0), b.trunc(rounded, I16))
-        half = float_to_fp16(b, value)
-        b.store(b.select(equal(b, fp16, 0), bf16, half), at(b, address, 0, I16), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64, types.int64), emit
