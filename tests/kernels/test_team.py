@@ -73,7 +73,7 @@ def test_helpers_sleep_between_kernels_and_come_again(team):
     for _ in range(3):
         block = np.zeros(2, np.int64)
         team.run(meet.address, block.ctypes.data, 1)  # returns only if a helper comes
-        assert 2 <= block[1] <= 4  # helpers of the kernels before
+        assert block[1] >= 2  # helpers of earlier kernels that still look may come one after the other
         while not read_word(team, workers.SLEEPING):
             threading.Event().wait(0.01)
 

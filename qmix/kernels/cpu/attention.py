@@ -72,7 +72,7 @@ def attend_rows(
     shape = tokens, groups, heads, width, blocks
     places = as_read.data_ptr(), rows.data_ptr(), parts.data_ptr(), scale.data_ptr()
     kinds = holds == FP16, x_item(holds), block_of(holds)
-    team.run(_attention(), 0, *shape, *places, *group_strides, out.data_ptr(), *kinds)
+    team.run(attention_kernel(), 0, *shape, *places, *group_strides, out.data_ptr(), *kinds)
     return out
 
 
@@ -164,7 +164,9 @@ def combine_blocks(first: int, blocks: int, step: int, width: int, sums: Any) ->
 
 
 @cache
-def _attention() -> int:
+def attention_kernel() -> int:
+    """Return the address of the kernel of attention; `block_of` gives it its tiles."""
+
     def kernel(block: Any) -> None:
         numbers = carray(block, 17)
         tokens, groups, heads, width, blocks = numbers[2:7]

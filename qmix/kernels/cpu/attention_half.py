@@ -92,19 +92,14 @@ def attend_and_route(
     results = attended.data_ptr(), normed.data_ptr(), logits.data_ptr()
     inputs = hidden.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), numbers.data_ptr(), work.data_ptr()
     addresses = *inputs, *cache_places, *layer.places, *results
-    team.run(_half_layer(), 0, *sizes, *addresses, item, sums_of(holds), block_of(holds))
+    team.run(half_layer_kernel(), 0, *sizes, *addresses, item, sums_of(holds), block_of(holds))
     return attended, normed, logits
 
 
-def prepare() -> None:
-    """Load the kernel; compile it if it is not on disk yet."""
-    _half_layer()
-    sums_of(holds_of(torch.bfloat16))
-    block_of(holds_of(torch.bfloat16))
-
-
 @cache
-def _half_layer() -> int:
+def half_layer_kernel() -> int:
+    """Return the address of the kernel of half a layer; `sums_of` and `block_of` give it its tiles."""
+
     def kernel(block: Any) -> None:
         numbers = carray(block, FIELDS)
         size, heads, groups, width, positions = (

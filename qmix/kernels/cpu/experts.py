@@ -27,10 +27,10 @@ from qmix.kernels.cpu.addresses import address_of, call_at, float_at, half_at, i
 from qmix.kernels.cpu.blocks import to_bf16
 from qmix.kernels.cpu.compiled import compiled_address, compiled_part
 from qmix.kernels.cpu.expert_tile import gated_product
-from qmix.kernels.cpu.products import holds_of
+from qmix.kernels.cpu.products import holds_in
 from qmix.kernels.cpu.row_tile import GROUP
 from qmix.kernels.cpu.stages import finish, wait_for
-from qmix.kernels.cpu.sums import Holds, blocked, groups_together, sums_of, x_item
+from qmix.kernels.cpu.sums import blocked, groups_together, sums_of, x_item
 from qmix.kernels.packing import BLOCK
 
 SUMMED = 1024  # columns of a token in a piece of the last stage
@@ -63,7 +63,7 @@ def multiply_experts(
     there already; the weighted sum [T, H] is returned. `outputs` and `weights` are contiguous.
     """
     tokens, top_k, hidden = outputs.shape
-    holds = _holds(precision, x.dtype)
+    holds = holds_in(precision, x.dtype)
     fp16, alone = x.dtype == torch.float16, tokens == 1
     numbers, rows = [], 0
     for addresses, places, count in experts:
@@ -79,20 +79,8 @@ def multiply_experts(
     sizes = len(experts), rows, tokens, top_k, hidden, inner, fp16, direct
     inner_at = memory.data_ptr() + x_item(holds) * rows * hidden
     places_of = addressof(table), x.data_ptr(), read, inner_at, outputs.data_ptr(), *summed
-    team.run(_experts(), 0, *sizes, *places_of, isinstance(holds, str), x_item(holds), sums_of(holds))
+    team.run(experts_kernel(), 0, *sizes, *places_of, isinstance(holds, str), x_item(holds), sums_of(holds))
     return result
-
-
-def prepare(precision: str, dtype: torch.dtype) -> None:
-    """Load the kernel for experts in this precision; compile it if it is not on disk yet."""
-    _experts()
-    sums_of(_holds(precision, dtype))
-
-
-def _holds(precision: str, dtype: torch.dtype) -> Holds:
-    if precision in ("half", "int8"):
-        return holds_of(torch.int8 if precision == "int8" else dtype)
-    return precision
 
 
 @compiled_part
@@ -222,8 +210,12 @@ def _inner_rows(numbers: Any, piece: int) -> None:
     gated_product(address_of(gate), address_of(up), gate.size, fp16, packed != 0 or item == 2)
     for t in range(count):
         to, step = _row(packed, item, inner_at + first * inner * item, count, t, inner)
-        for r in range(row, last):
-            put_as_read(item, gate[t, r - row], to + r // BLOCK * step + r % BLOCK * item)
+        if item == 2:  # apart from the other, so that LLVM uses vectors
+            for r in range(row, last):
+                put_half(gate[t, r - row], to + r // BLOCK * step + r % BLOCK * 2, 0)
+        else:
+            for r in range(row, last):
+                put_float(gate[t, r - row], to + r // BLOCK * step + r % BLOCK * 4)
 
 
 @compiled_part
@@ -276,7 +268,9 @@ def _sum_columns(numbers: Any, piece: int) -> None:
 
 
 @cache
-def _experts() -> int:
+def experts_kernel() -> int:
+    """Return the address of the kernel of experts; `sums_of` gives it its tiles."""
+
     def kernel(block: Any) -> None:
         numbers = carray(block, FIELDS)
         experts, rows, tokens, hidden, inner, direct = (

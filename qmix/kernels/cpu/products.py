@@ -12,7 +12,6 @@ The first product of a kind compiles its kernel, once for an installation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -56,17 +55,11 @@ def multiply_packed(x: torch.Tensor, kind: str, codes: int, absmax: int, rows: i
     return out
 
 
-def prepare(precisions: Iterable[str], dtype: torch.dtype) -> None:
-    """Load the kernels for experts in these precisions and for dense weights of this type.
-
-    Compiles those that are not on disk yet. That takes two seconds a kernel and up to 80 MB more than later runs need,
-    so a process with a memory budget lets another one do it first.
-    """
-    _product()
-    sums_of(holds_of(dtype))
-    for precision in precisions:
-        if precision != "half":
-            sums_of(holds_of(torch.int8) if precision == "int8" else precision)
+def holds_in(precision: str, dtype: torch.dtype) -> Holds:
+    """Return what a matrix in a precision is to the tiles; `dtype` is that of half precision."""
+    if precision in ("half", "int8"):
+        return holds_of(torch.int8 if precision == "int8" else dtype)
+    return precision
 
 
 def holds_of(dtype: torch.dtype) -> int:
@@ -88,11 +81,13 @@ def _put_sums(sums: Any, rows: int, first: int, last: int, out: int, fp16: int) 
 
 def _multiply(holds: Holds, x: torch.Tensor, rows: int, columns: int, *places: int) -> None:
     sizes = len(x), rows, columns
-    team.run(_product(), *sizes, *places, x.dtype == torch.float16, isinstance(holds, str), sums_of(holds))
+    team.run(product_kernel(), *sizes, *places, x.dtype == torch.float16, isinstance(holds, str), sums_of(holds))
 
 
 @cache
-def _product() -> int:
+def product_kernel() -> int:
+    """Return the address of the kernel of single products; `sums_of` gives it its tiles."""
+
     def kernel(block: Any) -> None:
         tokens, rows, columns, weights, scales, x, out, fp16, packed, sums_at = carray(block, 11)[1:]
         wide = groups_together(packed, tokens)
