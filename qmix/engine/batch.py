@@ -255,9 +255,9 @@ class BatchRunner(OpenModel):
         """Return the hidden states [T, H] of all tokens of a pass, of a chunk at most."""
         self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
         ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        hidden: torch.Tensor = self.model.model(
-            ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
-        ).last_hidden_state[0]
+        options = {"position_ids": positions_of(chunks)[None], "cache": self._cache, "use_cache": True, "rows": rows}
+        with self.model.few_threads(ids):
+            hidden: torch.Tensor = self.model.model(ids, **options).last_hidden_state[0]
         return hidden
 
     def _score_prompts(self, chosen: abc.Sequence[tuple[Sequence, int]], hidden: torch.Tensor) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
-from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qmix.engine.compute import ComputeThread, one_thread_for_few
+from qmix.engine.compute import ComputeThread
 from qmix.engine.generation_config import decoding, model_generation_config
 from qmix.engine.sampling import Sampling
 from qmix.machine.found import give_back_freed_memory
 from qmix.machine.measured import widened_from
+from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.build import build_model
 from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import pin
@@ -71,7 +72,6 @@ class OpenModel:
                 opened.callback(unpin)
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
-            one_thread_for_few(self.model, self.thread.threads)
             if generates:
                 self.model.generation_config = model_generation_config(store.directory, store.config)
             if self.pool.holds_all:
