@@ -10,12 +10,20 @@ from typing import Any
 import click
 
 from qmix.commands import in_options
-from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
+from qmix.commands.shared import (
+    draft_option,
+    given,
+    loaded,
+    loading_options,
+    model_or_default,
+    out,
+    sampling_options,
+    system_options,
+    system_text,
+)
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
-from qmix.files import read_text
 from qmix.progress import Progress
-from qmix.text.detokenizer import check_text
 
 MAX_HELP = "longest answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
@@ -23,8 +31,7 @@ FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("-s", "--system", metavar="TEXT", help="system prompt")
-@click.option("--system-file", type=FILE, metavar="FILE", help="system prompt from a file")
+@system_options
 @click.option("--resume", type=FILE, metavar="FILE", help="continue a session saved by /save")
 @click.option(
     "--no-history", is_flag=True, help="do not read or write the history of typed lines, and do not keep this chat"
@@ -54,7 +61,7 @@ def chat(
     name = model_or_default(model)
     names = ("ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
     loading = {option: options.pop(option) for option in names}
-    attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
+    attention, settings, text = options.pop("attn"), given(options), system_text(system, system_file)
     Sampling(**settings)
     reader, status = _reader(no_history), LoadingStatus(name)
     begin = partial(reader.begin, status.text)
@@ -107,15 +114,6 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
     kept = None if no_history else KeptChat(directory, say)
     screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
     return Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
-
-
-def _system_text(text: str | None, path: Path | None) -> str | None:
-    if text is not None and path is not None:
-        raise UsageError("--system and --system-file: give only one of them")
-    if path is None:
-        check_text(text or "", "--system")
-        return text
-    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:

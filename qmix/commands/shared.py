@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.files import read_text
 from qmix.models import DEFAULT_MODEL
 from qmix.progress import OnProgress
+from qmix.terminal.voice import say
 from qmix.units import parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
@@ -171,6 +173,24 @@ json_schema_option = click.option(
 )
 
 
+system_options = together(
+    click.option("-s", "--system", metavar="TEXT", help="system prompt"),
+    click.option("--system-file", type=click.Path(path_type=Path), metavar="FILE", help="system prompt from a file"),
+)
+
+
+def system_text(text: str | None, path: Path | None) -> str | None:
+    """Return the system prompt of `system_options`, None where none was given. Raises UsageError."""
+    if text is not None and path is not None:
+        raise UsageError("--system and --system-file: give only one of them")
+    if path is None:
+        from qmix.text.detokenizer import check_text
+
+        check_text(text or "", "--system")
+        return text
+    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
+
+
 def read_json_schema(path: Path | None) -> str | None:
     """Return the text of `--json-schema`. Raises UsageError where it cannot be read."""
     return None if path is None else read_text(path.expanduser(), f"--json-schema {path}")
@@ -184,10 +204,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 def refuse(options: dict[str, Any], why: str) -> None:
     """Raise UsageError where any of these options was given; `why` says why it has no effect."""
     context = click.get_current_context()
-    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    typed = (None, click.core.ParameterSource.DEFAULT)
+    names = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     for name in options:
-        if context.get_parameter_source(name) not in typed:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UsageError(
                 f"{names[name]}: {why}, or leave it out" if "; " in why else f"{names[name]}: {why}; leave it out"
             )
@@ -196,8 +215,19 @@ def refuse(options: dict[str, Any], why: str) -> None:
 def model_or_default(model: str | None) -> str:
     if model is not None:
         return model
-    click.echo(f"no model given: using the embedded {DEFAULT_MODEL}, a toy model", err=True)
+    say(f"no model given: using the embedded {DEFAULT_MODEL}, a toy model")
     return DEFAULT_MODEL
+
+
+def store_named(name: str) -> Path:
+    """Return the directory of a store, given as a path or as `qmix ls` shows it. Raises UsageError."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from qmix.disk.places import cache_directory
+    from qmix.store.listing import find_store
+
+    return find_store(name, cache_directory()).directory
 
 
 def loaded(
@@ -242,18 +272,17 @@ def hold_to(budget: int) -> None:
 def _say_overrun(budget: int) -> None:
     """Warn of a peak above the budget, and have the next command measure Python's own memory again."""
     from qmix.machine.found import forget_interpreter_memory, peak_memory
-    from qmix.units import format_bytes
+    from qmix.units import format_bytes, size_option
 
     peak = peak_memory()
     if peak <= budget:
         return
     forget_interpreter_memory()
-    less = (2 * budget - peak) // 2**20
-    otherwise = f"; if it is above again, use --ram {less}MiB" if less > 0 else ""
-    click.echo(
+    less = 2 * budget - peak
+    otherwise = f"; if it is above again, use --ram {size_option(less, up=False)}" if less >= 2**20 else ""
+    logging.getLogger(__name__).warning(
         f"peak memory {format_bytes(peak)} is above the budget of {format_bytes(budget)}: run the command again, "
-        f"it will measure Python's own memory again{otherwise}",
-        err=True,
+        f"it will measure Python's own memory again{otherwise}"
     )
 
 

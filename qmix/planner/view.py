@@ -13,7 +13,7 @@ from qmix.machine.rates import RATE_LABELS, Machine, Rates, rate_text
 from qmix.plan import Plan
 from qmix.plan.predict import Speed
 from qmix.planner.planned import Planned
-from qmix.units import format_bytes
+from qmix.units import format_bytes, plural
 
 GPU_COLOURS = ("green", "cyan", "blue", "magenta")
 COLOURS = {"ram": "yellow", "disk": "red"}
@@ -113,6 +113,23 @@ def details(planned: Planned) -> Table:
     row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
     row("runs from", f"{_gib(plan.smallest)} of RAM; all experts fit in RAM with {_gib(plan.roomy)} or more")
     return table
+
+
+def outlook(planned: Planned) -> str:
+    """Return how a model will run in one line: memory, experts in it, predicted speed and what it follows from."""
+    plan, predicted = planned.plan, planned.prediction
+    on_gpus = plan.num_records - plan.host_records
+    places = [f"{on_gpus} on {plural(len(plan.devices), 'GPU')}"] if plan.devices else []
+    places.append(f"{plan.host_records - plan.records_on_disk} in {format_bytes(plan.ram)} of RAM")
+    if plan.records_on_disk:
+        places.append(f"{plan.records_on_disk} on disk")
+    measured = planned.machine.rates.measured
+    source = "by this machine's measured rates" if measured else "by typical rates: `qmix doctor` measures this machine"
+    return (
+        f"{_digits(predicted.decode.rate)} tok/s ({_digits(predicted.decode.slowest)} to "
+        f"{_digits(predicted.decode.fastest)}), prompts {_digits(predicted.prefill.rate)} tok/s, {source}; of "
+        f"{plan.num_records} experts {', '.join(places)}"
+    )
 
 
 def speed_text(speed: Speed) -> str:
