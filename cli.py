@@ -40,7 +40,11 @@ def _run() -> Any:
     """Run the command in sys.argv; click's own `main` prints an empty line before the message of an interrupt."""
     if "_QMIX_COMPLETE" in os.environ:  # shell completion
         return qmix.main()
-    show_notices()
+    if not sys.argv[1:] and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        from qmix.commands.welcome import welcome
+
+        click.echo("\n".join(welcome()))
+        return None
     with qmix.make_context("qmix", sys.argv[1:]) as context:
         return qmix.invoke(context)
 
@@ -49,6 +53,7 @@ def main(run: Callable[[], Any] = _run) -> None:
     """Run the console command; a failure is one line on stderr and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # do not fail at a character that the locale lacks
+    show_notices()
     try:
         _set_environment()
         status = run()

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
 
 import click
 
 from qmix.commands.general import with_general_options
-from qmix.commands.settings import CACHE, ConfigFile, Setting, SettingsContext, read_config, settings_of, variable
-from qmix.disk.places import config_file, use_cache_directory
+from qmix.commands.names import use_configured_cache, with_names
+from qmix.commands.settings import ConfigFile, Setting, SettingsContext, read_config, settings_of
+from qmix.disk.places import config_file
 from qmix.errors import QmixError
 
 COMMANDS = (
@@ -61,7 +61,7 @@ class Commands(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = getattr(import_module(f"qmix.commands.{name}"), name)
-        return with_general_options(command)
+        return with_names(with_general_options(command))
 
     def resolve_command(
         self, context: click.Context, args: list[str]
@@ -81,6 +81,5 @@ class Commands(click.Group):
         config = read_config(config_file()) if name != "config" else ConfigFile(config_file())
         if config.content:
             config.check(self.every())
-        if (cache := os.environ.get(variable(CACHE)) or config.content.get(CACHE)) is not None:
-            use_cache_directory(Path(str(cache)).expanduser().absolute())
+        use_configured_cache(config)
         return settings_of(command, name, config, os.environ)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from qmix.progress import Progress
 
 MAX_HELP = "longest answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
+COLUMNS = 80  # of a terminal that does not say
 
 
 @click.command()
@@ -112,7 +115,9 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
     for line in () if no_history else interrupted(directory):
         say(line)
     kept = None if no_history else KeptChat(directory, say)
-    screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
+    show, end = _shower()
+    sum_up = None if quiet else lambda result: _folded(Result.summary(result), ", ")
+    screen = Screen(show, lambda line: say(_folded(line)), ThinkingLine, sum_up, in_options, end)
     return Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
 
 
@@ -145,9 +150,33 @@ def _reader(no_history: bool) -> Any:
     return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
 
 
-def _shown(text: str) -> None:
-    """Write an answer's text to stdout; on a terminal, replace control characters, which could steer it."""
-    out("".join(_visible(character) for character in text) if _is_terminal(sys.stdout) else text)
+def _shower() -> tuple[Callable[[str], None], Callable[[], None]]:
+    """Return functions that write an answer's text to stdout and end it.
+
+    On a terminal, words are not split at its edge, and control characters are replaced, which could steer it.
+    """
+    if not _is_terminal(sys.stdout):
+        return out, lambda: None
+    from qmix.terminal.wrap import StreamWrap
+
+    wrap = StreamWrap(out, lambda: _columns(sys.stdout))
+    return lambda text: wrap.add("".join(_visible(character) for character in text)), wrap.end
+
+
+def _folded(line: str, between: str = " ") -> str:
+    """Return a line for stderr, folded where that is a terminal with less room."""
+    if not _is_terminal(sys.stderr):
+        return line
+    from qmix.terminal.wrap import folded
+
+    return folded(line, _columns(sys.stderr), between)
+
+
+def _columns(stream: Any) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    except (OSError, ValueError):
+        return COLUMNS
 
 
 def _visible(character: str) -> str:

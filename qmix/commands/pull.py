@@ -17,6 +17,7 @@ from qmix.commands.shared import (
     precision_option,
     quiet_libraries,
     ram_option,
+    warn_of_drive,
 )
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import format_bytes
@@ -47,6 +48,7 @@ def pull(model: str, precision: str | None, clip: bool, dtype: str | None, keep:
     """
     quiet_libraries()
     from qmix.checkpoint import open_checkpoint
+    from qmix.disk.places import cache_directory
     from qmix.engine.resolve import made_from
     from qmix.store.opened import is_store
     from qmix.store.sources import named_store, open_source
@@ -58,6 +60,7 @@ def pull(model: str, precision: str | None, clip: bool, dtype: str | None, keep:
         raise UsageError(f"{model}: is a store already; give {MODEL_HELP.partition(', ')[2]}")
     checkpoint = open_checkpoint(open_source(model))
     advised = []
+    warn_of_drive(cache_directory())
 
     def advise(layout: StoreLayout) -> None:
         for line in advice(model, checkpoint, layout, precision, keep, **limits):
@@ -100,9 +103,10 @@ def advice(
     largest = max(sizes[name] or 0 for name in checkpoint.files)
     needed = layout.total_bytes + (0 if local else weights if keep else largest)
     free = free_disk(cache_directory())
+    kinds = f"experts in {precision_name(layout.precisions)}, the rest in {layout.dtype}"
     lines = [
         f"{model}: {format_bytes(weights)} to {'read' if local else 'fetch'}, the store takes "
-        f"{format_bytes(layout.total_bytes)} (experts in {precision_name(layout.precisions)}, the rest in {layout.dtype})",
+        f"{format_bytes(layout.total_bytes)} ({kinds})",
         f"disk: {format_bytes(needed)} needed while it is made, {format_bytes(free)} free in {cache_directory()}",
     ]
     try:

@@ -17,7 +17,7 @@ from qmix.files import read_text
 from qmix.models import DEFAULT_MODEL
 from qmix.progress import OnProgress
 from qmix.terminal.voice import say
-from qmix.units import parse_bytes, parse_flops, parse_rate
+from qmix.units import UnitSystem, is_binary, parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
     from qmix.machine.rates import Machine
@@ -31,12 +31,25 @@ PRECISION_HELP = "precision of the experts: nf4 (default), fp4, int8, half; of s
 CLIP_HELP = "choose the scales of 4-bit blocks by least squared error; see docs/fidelity.md"
 
 
+def speak_as(typed: object) -> None:
+    """Make messages use the unit system of a size that was typed; binary units win where both are."""
+    if isinstance(typed, str) and is_binary(typed):
+        UnitSystem.binary = True
+
+
+def _speak_as_all(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        speak_as(value)
+    return values
+
+
 class Size(click.ParamType[int]):
     """A parameter in bytes, such as 12GiB."""
 
     name = "size"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        speak_as(value)
         try:
             return parse_bytes(value)
         except UsageError as error:
@@ -104,9 +117,13 @@ ram_option = click.option(
 )
 GPU_HELP = "memory of a GPU, such as 24GiB, or a card such as 4090; repeat for each, or `none` [those found]"
 batch_gpu_option = click.option(
-    "--gpu", multiple=True, metavar="SIZE", help="run on a GPU, such as 24GiB or 4090; repeat for each [the CPU alone]"
+    "--gpu",
+    multiple=True,
+    metavar="SIZE",
+    callback=_speak_as_all,
+    help="run on a GPU, such as 24GiB or 4090; repeat for each [the CPU alone]",
 )
-gpu_option = click.option("--gpu", multiple=True, metavar="SIZE", help=GPU_HELP)
+gpu_option = click.option("--gpu", multiple=True, metavar="SIZE", callback=_speak_as_all, help=GPU_HELP)
 context_option = click.option(
     "--context", type=click.IntRange(min=1), metavar="TOKENS", help="tokens of prompt and answer together [4096]"
 )
@@ -261,7 +278,16 @@ def loaded(
         shown.enter_context(making)
         runner = load(name, **following, on_progress=making, on_store=on_store, on_load=on_load or loading, **options)
     hold_to(runner.plan.ram)
+    warn_of_drive(runner.store.directory)
     return runner
+
+
+def warn_of_drive(directory: Path) -> None:
+    """Warn of a store, there or to be made, on a Windows drive that is mounted in WSL."""
+    from qmix.machine.wsl import drive_warning
+
+    if (line := drive_warning(directory)) is not None:
+        logging.getLogger(__name__).warning(line)
 
 
 def hold_to(budget: int) -> None:

@@ -21,6 +21,7 @@ from qmix.files import decode_json
 from qmix.progress import OnProgress, Progress
 from qmix.store.opened import partial_directory
 from qmix.store.sources import layout_for, open_source
+from qmix.units import UnitSystem
 
 # `-m` would take a qmix that lies in the working directory, and its embedded model, for the one that runs
 SAME_QMIX = (
@@ -32,7 +33,9 @@ REPORT_SECONDS = 0.1
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A store to make from the checkpoint that had this `identity` when it was opened. `cache` is the user's."""
+    """A store to make from the checkpoint that had this `identity` when it was opened. `cache` is the user's,
+    `binary` the unit system of messages.
+    """
 
     model: str
     identity: str
@@ -42,6 +45,7 @@ class Request(msgspec.Struct, frozen=True):
     clip: bool
     evict: bool
     cache: str
+    binary: bool
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,7 +73,9 @@ def quantize_in_child(
     With `evict`, weight files from the Hub pass through a directory in the unfinished store, and are deleted after use.
     """
     cache = str(cache_directory())
-    request = Request(str(model), checkpoint.identity, str(directory), precision, dtype, clip, evict, cache)
+    request = Request(
+        str(model), checkpoint.identity, str(directory), precision, dtype, clip, evict, cache, UnitSystem.binary
+    )
     command = [sys.executable, "-c", SAME_QMIX, str(Path(__file__).parents[2]), msgspec.json.encode(request).decode()]
     pipe = subprocess.PIPE
     # in a session of its own: a Ctrl-C reaches it once, from here, and not a second time while it is ending
@@ -104,6 +110,7 @@ def main() -> None:
 
     request = decode_json(sys.argv[1].encode(), Request, "the request", QmixError)
     use_cache_directory(Path(request.cache))
+    UnitSystem.binary = request.binary
     scratch = partial_directory(Path(request.directory)) / "shards" if request.evict else None
     try:
         checkpoint = open_checkpoint(open_source(request.model, scratch))
