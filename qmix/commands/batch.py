@@ -34,6 +34,7 @@ from qmix.commands.shared import (
     read_json_schema,
     read_plan_option,
     sampling_options,
+    warn_of_drive,
 )
 from qmix.errors import QmixError, UsageError
 from qmix.units import plural
@@ -153,6 +154,7 @@ def _answer(
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store = prepare_store(name, precision, loading["dtype"], making, check_all, loading["clip"])
     check(store.layout, store.fingerprint)
+    warn_of_drive(store.directory)
     session = begin(store, requests, answers, options, seed, context, ram, loading["batch"], gpus)
     if session.plan is not None:
         hold_to(session.plan.ram)
