@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qmix.kernels.gpu.shapes import FOUR_BITS, ExpertShape, available, fits_card
+from qmix.kernels.gpu.shapes import DTYPES, FOUR_BITS, ExpertShape, available, fits_card
 from qmix.kernels.packing import BLOCK
 
 HIDDEN, INNER = 4096, 14336
@@ -22,24 +22,27 @@ def expert(precision: str, hidden: int = HIDDEN, inner: int = INNER) -> tuple[Ex
 
 
 def try_dense(gpus: Sequence[int]) -> dict[str, int]:
-    """Return by precision and type, like "nf4 bf16", the tokens from which on dequantising is faster on all GPUs."""
+    """Return by precision and type, like "nf4 bf16", the tokens from which on dequantising is faster on all GPUs.
+
+    One precision and type is tried on each GPU, because compiling takes longer than the trial: the others have as many
+    bytes and instructions.
+    """
     if not gpus or not available():
         return {}
     import torch
 
+    from qmix.checkpoint.torch_dtypes import HALF
     from qmix.kernels.gpu.prefill import dense_from
 
-    found: dict[str, int] = {}
+    most = 0
     for index in gpus:
         device, capability = torch.device("cuda", index), torch.cuda.get_device_capability(index)
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-            if not fits_card(name, capability):
-                continue
-            for precision in FOUR_BITS:
-                shape, nbytes = expert(precision)
-                record = torch.full((nbytes,), 0x3C, dtype=torch.uint8, device=device)  # scales of about 0.01
-                buffer = torch.empty(shape.hidden * shape.inner, dtype=dtype, device=device)
-                with torch.cuda.device(index):
-                    key, tokens = f"{precision} {name}", dense_from(shape, record, dtype, buffer)
-                found[key] = max(tokens, found.get(key, 0))
-    return found
+        name = next((each for each in DTYPES if fits_card(each, capability)), None)
+        if name is None:
+            continue
+        shape, nbytes = expert(FOUR_BITS[0])
+        record = torch.full((nbytes,), 0x3C, dtype=torch.uint8, device=device)  # scales of about 0.01
+        buffer = torch.empty(shape.hidden * shape.inner, dtype=HALF[name], device=device)
+        with torch.cuda.device(index):
+            most = max(most, dense_from(shape, record, buffer.dtype, buffer))
+    return {f"{precision} {name}": most for precision in FOUR_BITS for name in DTYPES} if most else {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 
 from qmix.geometry import Geometry
 from qmix.kernels.gpu.shapes import FOUR_BITS
@@ -28,3 +30,23 @@ def test_the_trials_expert_is_as_large_as_one_of_8x7b(precision):
 
 def test_nothing_is_tried_without_gpus():
     assert try_dense([]) == {}
+
+
+def test_the_slowest_gpu_decides_and_cards_without_a_type_are_left_out(monkeypatch):
+    """Triton is not needed: the trial itself is replaced, and tensors are on the CPU."""
+    pytest.importorskip("triton")
+    from qmix.kernels.gpu import prefill
+
+    tried, full, empty = [], torch.full, torch.empty
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {0: (8, 9), 1: (7, 5), 2: (6, 1)}.get)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch, "full", lambda shape, value, dtype, device: full((1,), value, dtype=dtype))
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(1, dtype=dtype))
+    answers = iter([32, 128])
+    monkeypatch.setattr(
+        prefill, "dense_from", lambda shape, record, dtype, buffer: (tried.append(dtype), next(answers))[1]
+    )
+    found = try_dense([0, 1, 2])
+    assert tried == [torch.bfloat16, torch.float16]
+    assert found == dict.fromkeys(("nf4 bf16", "nf4 fp16", "fp4 bf16", "fp4 fp16"), 128)
+    assert try_dense([2]) == {}

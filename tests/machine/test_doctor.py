@@ -11,7 +11,7 @@ import torch
 
 from qmix.bench import machine_rates
 from qmix.kernels.cpu.paths import PATHS
-from qmix.machine import doctor, probes
+from qmix.machine import ceilings, doctor
 from qmix.machine import found as machine
 from qmix.machine import measured as machine_profile
 from qmix.machine.cuda_context import taken_by
@@ -182,11 +182,11 @@ def test_the_gpus_that_were_measured_are_kept(tmp_path, monkeypatch):
 
 
 def test_a_gpus_ceilings_are_measured_with_the_cpu_in_its_place(monkeypatch):
-    monkeypatch.setattr(probes, "GPU_BYTES", 2**22)
-    monkeypatch.setattr(probes, "GPU_SIZE", 64)
-    found = probes.gpu_ceilings(torch.device("cpu"))
+    monkeypatch.setattr(ceilings, "GPU_BYTES", 2**22)
+    monkeypatch.setattr(ceilings, "GPU_SIZE", 64)
+    found = ceilings.gpu_ceilings(torch.device("cpu"))
     assert set(found) == {"gpu_memory", "gpu_matmul", "pcie"}
-    assert all(len(rate.rounds) == probes.ROUNDS for rate in found.values())
+    assert all(len(rate.rounds) == ceilings.ROUNDS for rate in found.values())
 
 
 def test_a_card_is_named_for_measured_rates(monkeypatch, tmp_path):
