@@ -116,6 +116,9 @@ class DoesNotFitError(QmixError):
         super().__init__(message)
         self.smallest = smallest
 
+    def __reduce__(self) -> tuple[type[DoesNotFitError], tuple[str, int]]:
+        return type(self), (self.message, self.smallest)  # for a worker's parent
+
 
 class Cancelled(Exception):
     """The caller stopped the work; not an error."""

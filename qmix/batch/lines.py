@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from qmix.batch.request import Line, LineError, parse_line
+from qmix.batch.shards import Shard
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT
 
@@ -36,21 +37,24 @@ class Requests:
 
     `problems` are messages about the first invalid lines, `bad` is the number of invalid lines. `digest` is the sha256
     of the file, `models` are the models that lines ask for, and `has_system` is true where a line has a system message.
+    With a `shard`, all lines are checked and only its own are kept; `count` are the valid lines of the whole file.
+    Where the file is a part of another one, `digest` is the sha256 of that.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, shard: Shard | None = None, digest: str = "") -> None:
+        self._file, self.shard = file, shard
+        self.count = 0
         self.entries: list[Entry] = []
         self.problems: list[str] = []
         self.bad = 0
         self.models: set[str] = set()
         self.has_system = False
-        digest, seen = hashlib.sha256(), dict[str, int]()
+        content, seen = hashlib.sha256(), dict[str, int]()
         for number, offset, raw in _lines(file):
-            digest.update(raw)
+            content.update(raw)
             if raw.strip():
                 self._check(Entry(number, "", offset, len(raw)), raw, seen)
-        self.digest = digest.hexdigest()
+        self.digest = digest or content.hexdigest()
 
     @property
     def held(self) -> int:
@@ -76,6 +80,9 @@ class Requests:
             self.bad += 1
             if len(self.problems) < TOLD:
                 self.problems.append(f"line {entry.number}: {error}")
+            return
+        self.count += 1
+        if self.shard is not None and not self.shard.has(self.count - 1):
             return
         self.entries.append(Entry(entry.number, line.id, entry.offset, entry.size))
         if line.model is not None and len(self.models) < TOLD:

@@ -27,6 +27,7 @@ from qmix.commands.shared import (
     precision_option,
     ram_option,
     read_plan_option,
+    warn_of_drive,
 )
 from qmix.errors import UsageError
 from qmix.units import plural
@@ -86,6 +87,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the harness
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise it resamples in child processes
     store = _store(name, plan, options)
+    warn_of_drive(store.directory)
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import StoreEngine
     from qmix.evaluate.results import Results, identity

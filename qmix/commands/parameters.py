@@ -7,7 +7,13 @@ from typing import Any
 import click
 
 from qmix.errors import UsageError
-from qmix.units import parse_bytes, parse_flops, parse_rate
+from qmix.units import UnitSystem, is_binary, parse_bytes, parse_flops, parse_rate
+
+
+def speak_as(typed: object) -> None:
+    """Make messages use the unit system of a size that was typed; binary units win where both are."""
+    if isinstance(typed, str) and is_binary(typed):
+        UnitSystem.binary = True
 
 
 class Size(click.ParamType[int]):
@@ -16,6 +22,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        speak_as(value)
         try:
             return parse_bytes(value)
         except UsageError as error:

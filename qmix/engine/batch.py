@@ -35,7 +35,8 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import NOT_ON_GPUS, Steps
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
 from qmix.plan import Plan
-from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK, captured_tokens
+from qmix.plan.device_memory import captured_tokens
+from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -98,7 +99,7 @@ class BatchRunner(OpenModel):
             self.capacity, homes = plan.context, [device.device for device in spread.layers]
             self._cache = KVCache(store.geometry, plan.context, dtype, plan.batch, homes)
             super().__init__(store, plan.slots_by_size, "sdpa", spread=spread, invariant=True, on_load=on_load)
-            self._steps = self.capture(spread, self._cache, captured_tokens(plan.batch))
+            self._steps = self.capture(spread, self._cache, captured_tokens(store.geometry, plan.context, plan.batch))
             if self._steps is None or self._steps.cpu_layers:
                 self.close()
                 raise UsageError(NOT_ON_GPUS)
@@ -254,9 +255,9 @@ class BatchRunner(OpenModel):
         """Return the hidden states [T, H] of all tokens of a pass, of a chunk at most."""
         self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
         ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        hidden: torch.Tensor = self.model.model(
-            ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
-        ).last_hidden_state[0]
+        options = {"position_ids": positions_of(chunks)[None], "cache": self._cache, "use_cache": True, "rows": rows}
+        with self.model.few_threads(ids):
+            hidden: torch.Tensor = self.model.model(ids, **options).last_hidden_state[0]
         return hidden
 
     def _score_prompts(self, chosen: abc.Sequence[tuple[Sequence, int]], hidden: torch.Tensor) -> None:

@@ -36,7 +36,8 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
+from qmix.plan.device_memory import captured_tokens
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
@@ -64,7 +65,8 @@ class Runner(OpenModel):
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
         super().__init__(store, plan.slots_by_size, attention, spread=spread, on_load=on_load)
-        self._steps = self.capture(spread, self.cache, captured_tokens(plan.batch)) if spread else None
+        rows = captured_tokens(store.geometry, plan.context, plan.batch)
+        self._steps = self.capture(spread, self.cache, rows) if spread else None
         self.encoder = PromptEncoder(self.tokenizer, plan.context, store.geometry.max_position)
         self._held: list[int] = []
 
@@ -181,8 +183,12 @@ class Runner(OpenModel):
     def _choosing(
         self, how: Decoding, sampling: Sampling, prompt: list[int], own: LogitsProcessorList
     ) -> AbstractContextManager[None]:
-        """Let a GPU choose the tokens, where it computes them and no option needs their logits."""
-        if self._steps is None or sampling.draft_ngram or sampling.logprobs is not None:
+        """Let a GPU verify drafts in its steps, or choose the tokens, where no option needs their logits."""
+        if self._steps is None:
+            return nullcontext()
+        if sampling.draft_ngram:
+            return self._steps.verifying(sampling.draft_ngram)
+        if sampling.logprobs is not None:
             return nullcontext()
         return self._steps.choosing(plain_temperature(self.model, how.config, prompt, own), sampling.seed)
 

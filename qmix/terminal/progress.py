@@ -24,7 +24,7 @@ from rich.table import Column
 from rich.text import Text
 
 from qmix.progress import Progress
-from qmix.terminal.tables import say
+from qmix.terminal.voice import Voice, say
 from qmix.units import format_bytes
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
@@ -75,6 +75,8 @@ class JobDisplay:
 
     def show(self, done: int, total: int, told: Sequence[str], **fields: Any) -> None:
         """Show `done` of `total` units of work: with `fields` for the bar's columns, or with all of `told` in a log."""
+        if Voice.quiet:
+            return
         if self._console.file.isatty():  # not rich's `is_terminal`: FORCE_COLOR in a log makes no terminal
             if self._bar is None:
                 self._start(done, total, fields)
@@ -152,7 +154,7 @@ class ThinkingLine:
         self._thread = threading.Thread(target=self._show, name="qmix-thinking", daemon=True)
 
     def __enter__(self) -> ThinkingLine:
-        if self._console.file.isatty():
+        if self._console.file.isatty() and not Voice.quiet:
             self._thread.start()
         return self
 

@@ -101,7 +101,11 @@ def test_help_names_every_command(qmix):
         "chat",
         "batch",
         "serve",
+        "pull",
         "quantize",
+        "ls",
+        "show",
+        "rm",
         "verify",
         "plan",
         "compare",
@@ -109,6 +113,8 @@ def test_help_names_every_command(qmix):
         "eval",
         "bench",
         "doctor",
+        "config",
+        "completion",
     ]
 
 
