@@ -8,12 +8,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from stores import make_store
+from stores import make_store, many_prompts
 
 from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
-from qmix.plan import make_plan
 from qmix.serve import batches
 from qmix.serve.batches import Batches, Wanted
 from qmix.serve.errors import ApiError
@@ -41,8 +40,7 @@ class Outcomes:
 @pytest.fixture(scope="module")
 def runner(tiny, tmp_path_factory) -> Iterator[BatchRunner]:
     store = make_store(tiny, tmp_path_factory.mktemp("failures") / "store")
-    plan = make_plan(store.layout, 2**40, 256, 2**28, batch=4)
-    with BatchRunner(store, plan.with_slots(store.geometry.num_records)) as runner:
+    with many_prompts(store, 256, 4) as runner:
         yield runner
 
 

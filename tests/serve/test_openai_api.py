@@ -86,7 +86,7 @@ def test_an_echoed_prompt_has_the_logprobs_of_its_tokens(client):
 
 
 def test_offsets_are_places_in_the_echoed_text(client):
-    """Of texts and of token ids; SentencePiece's first space is in the first token, and not in the text."""
+    """SentencePiece's first space is in the first token of a text or of token ids, and not in the echoed text."""
     for prompt in ("To install a package, open", " a", [1, 1282, 1461, 487], [1282, 1461], "\u00e9t\u00e9"):
         (choice,) = client.completions.create(model="tiny", prompt=prompt, **GREEDY, logprobs=0, echo=True).choices
         names, starts = choice.logprobs.tokens, choice.logprobs.text_offset
