@@ -275,9 +275,9 @@ def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
 
 
 def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
-    refused = qmix("plan", "tiny", "--ram", "100MB", "--context", "64")
+    refused = qmix("plan", "tiny", "--ram", "100MiB", "--context", "64")
     assert refused.status == 3
-    told = re.fullmatch(r"qmix: does not fit 100 MB of RAM: needs .* --ram (\d+)MiB\n", refused.err)
+    told = re.fullmatch(r"qmix: does not fit 100 MiB of RAM: needs .* --ram (\d+)MiB\n", refused.err)
     assert told, refused.err
     assert refused.out.startswith("tiny: the nearest plan that fits")
     assert refused.out.endswith(f"  qmix generate -m tiny --ram {told[1]}MiB --context 64\n")
