@@ -43,9 +43,9 @@ from qmix.engine.completion import Result
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.kernels.cpu import team
+from qmix.kernels.cpu.addresses import next_piece
 from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.stages import finish, wait_for
-from qmix.kernels.cpu.vectors import next_piece
 from qmix.machine.probes import matmul, memory_read
 from qmix.plan.here import plan_for
 from qmix.store.opened import Store, open_store

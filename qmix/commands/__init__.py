@@ -29,6 +29,7 @@ COMMANDS = (
     "show",
     "rm",
     "verify",
+    "export",
     "plan",
     "compare",
     "calibrate",

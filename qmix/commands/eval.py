@@ -91,6 +91,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import StoreEngine
     from qmix.evaluate.results import Results, identity
+    from qmix.machine.arithmetic import computed_on
     from qmix.machine.found import default_budget, own_memory
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
@@ -98,7 +99,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
     showing = partial(EvaluationDisplay, f"evaluating {name}")
     hold_to(options["ram"] or default_budget())
-    with Results(output, identity(store)) as results:
+    with Results(output, identity(store, computed_on(options["gpus"] is not None))) as results:
         limits = options["ram"], options["batch_tokens"], own_memory(), options["gpus"]
         engine = StoreEngine(store, results, *limits, loading, showing)
         try:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.parameters import Rate, Size, speak_as
 from qmix.commands.shared import (
-    Rate,
-    Size,
     attention_option,
     budget_option,
     context_option,
@@ -24,7 +23,6 @@ from qmix.commands.shared import (
     ram_option,
     read_profile_option,
     refuse,
-    speak_as,
     warn_of_drive,
 )
 from qmix.disk.places import cache_directory

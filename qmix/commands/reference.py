@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -24,15 +25,23 @@ def reference() -> str:
     """The whole page, which depends on nothing but the commands."""
     group = Commands("qmix")
     context = click.Context(group, info_name="qmix", help_option_names=["-h", "--help"])
-    sections = [_section(context, name) for name in group.list_commands(context)]
+    sections = [section for name in group.list_commands(context) for section in _sections(context, name)]
     rows = [f"| `{_cell(names)}` | {_cell(text)} |" for names, text in map(_record, GENERAL)]
     general = ["## Options of every command", "", "| option | |", "|---|---|", *rows, ""]
     codes = ["## Exit codes", "", "| | |", "|---:|---|", *(f"| {code} | {text} |" for code, text in EXIT_CODES.items())]
     return "\n".join([HEAD, *sections, *general, *codes, ""])
 
 
-def _section(group: click.Context, name: str) -> str:
+def _sections(group: click.Context, name: str) -> Iterator[str]:
+    """Yield the section of a command, and those of the commands that stand in place of its arguments."""
     command = group.command.get_command(group, name)  # type: ignore[attr-defined]
+    yield _section(group, command, name)
+    within = {} if isinstance(command, click.Group) else getattr(command, "commands", {})
+    for inner, each in within.items():
+        yield _section(group, each, f"{name} {inner}")
+
+
+def _section(group: click.Context, command: click.Command, name: str) -> str:
     context = click.Context(command, group, name)
     own = [parameter for parameter in command.get_params(context) if parameter not in GENERAL]
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])

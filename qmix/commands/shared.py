@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.parameters import Bias, Size, speak_as
 from qmix.errors import QmixError, UsageError
 from qmix.files import read_text
 from qmix.models import DEFAULT_MODEL
 from qmix.progress import OnProgress
 from qmix.terminal.voice import say
-from qmix.units import UnitSystem, is_binary, parse_bytes, parse_flops, parse_rate
 
 if TYPE_CHECKING:
     from qmix.machine.rates import Machine
@@ -25,65 +25,17 @@ if TYPE_CHECKING:
     from qmix.store.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+EXIT_SOME_REFUSED = 4
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before progress is shown
 MODEL_HELP = "a store, a checkpoint directory, a Hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "precision of the experts: nf4 (default), fp4, int8, half; of some, as in nf4,0.*=int8,*.3=half"
 CLIP_HELP = "choose the scales of 4-bit blocks by least squared error; see docs/fidelity.md"
 
 
-def speak_as(typed: object) -> None:
-    """Make messages use the unit system of a size that was typed; binary units win where both are."""
-    if isinstance(typed, str) and is_binary(typed):
-        UnitSystem.binary = True
-
-
 def _speak_as_all(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         speak_as(value)
     return values
-
-
-class Size(click.ParamType[int]):
-    """A parameter in bytes, such as 12GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
-        speak_as(value)
-        try:
-            return parse_bytes(value)
-        except UsageError as error:
-            self.fail(str(error), parameter, context)
-
-
-class Rate(click.ParamType[float]):
-    """A parameter in bytes/s, such as 25GB/s, or in FLOP/s."""
-
-    name = "rate"
-
-    def __init__(self, flops: bool = False) -> None:
-        self.parse = parse_flops if flops else parse_rate
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        try:
-            return self.parse(value)
-        except UsageError as error:
-            self.fail(str(error), parameter, context)
-
-
-class Bias(click.ParamType[tuple[int, float]]):
-    """A token id and what is added to its logit, such as 1234=-2.5."""
-
-    name = "bias"
-
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> tuple[int, float]:
-        token, _, bias = str(value).partition("=")
-        try:
-            return int(token), float(bias)
-        except ValueError:
-            self.fail(f"{value!r}: give a token id and a number, such as 1234=-2.5", parameter, context)
 
 
 def _biases(context: click.Context, parameter: click.Parameter, values: tuple[tuple[int, float], ...]) -> Any:

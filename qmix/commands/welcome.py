@@ -39,9 +39,9 @@ def _outlook(name: str, machine: object) -> str:
     from qmix.machine.found import known_interpreter_memory
     from qmix.machine.rates import Machine
     from qmix.plan import predict
+    from qmix.plan.device_memory import CUDA_CONTEXT_BYTES
     from qmix.plan.here import default_context
     from qmix.plan.make import make_plan
-    from qmix.plan.memory import CUDA_CONTEXT_BYTES
     from qmix.plan.target import target_of
 
     assert isinstance(machine, Machine)

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
-from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qmix.engine.compute import ComputeThread, one_thread_for_few
+from qmix.engine.compute import ComputeThread
 from qmix.engine.generation_config import decoding, model_generation_config, with_end_of
 from qmix.engine.sampling import Sampling
 from qmix.machine.found import give_back_freed_memory
 from qmix.machine.measured import widened_from
+from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.build import build_model
 from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import pin
@@ -68,11 +69,11 @@ class OpenModel:
             widened = {} if invariant else widened_from(store.layout.dtype)
             self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
             self.thread = ComputeThread(self.pool)
-            if spread and any(device.device.type == "cuda" for device in spread.devices.values()):
-                opened.callback(pin(self.pool.memory))
+            gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []
+            if gpus and (unpin := pin(self.pool.memory, gpus)) is not None:
+                opened.callback(unpin)
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
-            one_thread_for_few(self.model, self.thread.threads)
             if generates:
                 config = model_generation_config(store.directory, store.config)
                 self.model.generation_config = with_end_of(self.tokenizer, config, store.geometry.vocab_size)

@@ -14,7 +14,7 @@ from qmix.errors import StoreError
 from qmix.geometry import Geometry
 from qmix.pool.experts import ExpertPool
 from qmix.precision.encode import encoded
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.precision.record import record_layout
 from qmix.store.opened import Store
 from qmix.store.use import StoreUse

@@ -24,6 +24,7 @@ from qmix.disk.space import existing_parent
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.sources import source_digest
 from qmix.version import __version__
 
 _LOG = logging.getLogger(__name__)
@@ -208,7 +209,8 @@ def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
     """Return the path of the measurement; its name follows from all that it depends on."""
     cores = len(os.sched_getaffinity(0))  # each has a thread
     paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # where a command starts changes nothing
-    conditions = [cores, current().name, kernels, transformers_is_whole()]
+    compiled = [cpu_name(), source_digest()] if kernels else []  # a processor and a state of the sources
+    conditions = [cores, current().name, compiled, transformers_is_whole()]
     identity = [__version__, sys.version, sys.executable, *conditions, installed(paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return (cache or cache_directory()) / f"interpreter-{key}.json"

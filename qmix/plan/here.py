@@ -11,8 +11,9 @@ from qmix.machine.cards import Card, card_named, gpu_budget, typical_card
 from qmix.machine.found import default_budget, found_gpus, free_disk, gpu_names, interpreter_memory
 from qmix.machine.measured import four_bit_products, measured_gpus, measured_rates
 from qmix.machine.rates import Machine, Rates
+from qmix.plan.device_memory import CUDA_CONTEXT_BYTES
 from qmix.plan.make import make_plan
-from qmix.plan.memory import CUDA_CONTEXT_BYTES, STRUCTURED_BYTES
+from qmix.plan.memory import STRUCTURED_BYTES
 from qmix.plan.plan import Plan
 from qmix.precision.formats import uses_kernels
 from qmix.store.expert_frequency import ExpertFrequency

@@ -12,14 +12,11 @@ from collections.abc import Mapping, Sequence
 from qmix.errors import DoesNotFitError, arg
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand
+from qmix.plan.device_memory import CUDA_CONTEXT_BYTES, CUDA_HOST_BYTES, captured_tokens, pinned_bytes
 from qmix.plan.memory import (
-    CUDA_CONTEXT_BYTES,
-    CUDA_HOST_BYTES,
     PREFILL_CHUNK,
     PREFILL_SHARE,
-    captured_tokens,
     expert_work_bytes,
-    pinned_bytes,
     prefill_bytes,
     prefill_tokens,
     sampling_bytes,
@@ -58,7 +55,7 @@ def make_plan(
     the same. Raises DoesNotFitError with the smallest `ram` that works.
     """
     demand = Demand(layout, context, batch, attention, use or uniform_frequency(layout.geometry))
-    host = _Host(demand, ram, interpreter)
+    host = _Host(demand, ram, interpreter, len(gpus))
     found = arrange(demand, gpus, host.slots, rates, cuda)
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
@@ -99,8 +96,8 @@ def _classes(found: Arrangement) -> tuple[SlotClass, ...]:
 class _Host:
     """The host's bytes by the number of layers on the CPU, and the least budget of all numbers tried."""
 
-    def __init__(self, demand: Demand, ram: int, interpreter: int) -> None:
-        self.demand, self.ram, self.interpreter = demand, ram, interpreter
+    def __init__(self, demand: Demand, ram: int, interpreter: int, gpus: int) -> None:
+        self.demand, self.ram, self.interpreter, self.gpus = demand, ram, interpreter, gpus
         self.least = least_slots(demand.layout)
         self.least_bytes = sum(nbytes * count for nbytes, count in self.least.items())
         self._smallest: tuple[int, int] | None = None  # budget, and its layers on the CPU
@@ -114,7 +111,8 @@ class _Host:
             work = work_bytes(geometry, demand.context, demand.attention, demand.batch)
         else:
             work = expert_work_bytes(geometry, demand.context, demand.batch)
-        cuda = 0 if whole else CUDA_HOST_BYTES + pinned_bytes(geometry, captured_tokens(demand.batch))
+        tokens = captured_tokens(geometry, demand.context, demand.batch)
+        cuda = 0 if whole else CUDA_HOST_BYTES + pinned_bytes(geometry, tokens, self.gpus)
         return {
             "interpreter": self.interpreter + cuda,
             "dense": layout.dense.size - len(layout.dense.header) if whole else demand.dense_of(0, cpu_layers),

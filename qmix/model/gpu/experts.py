@@ -24,11 +24,12 @@ from qmix.model.gpu.kernels import expert_shapes
 from qmix.model.gpu.matrices import code_values, device_expert, is_dequantised
 from qmix.model.gradients import Activation, Forward, differentiable, one_by_one
 from qmix.model.refusals import PoolExperts
-from qmix.plan.memory import PREFILL_CHUNK, STAGED_RECORDS, dequantised_bytes
+from qmix.plan.device_memory import STAGED_RECORDS, dequantised_bytes
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.eviction import Key
 from qmix.pool.prefetch import Prefetcher
 from qmix.pool.protocol import Pool
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.store.layout import StoreLayout
 
 MANY = PREFILL_CHUNK // 4  # tokens from which nearly every expert of the next layer will be needed
@@ -113,10 +114,13 @@ class Loader:
         self.memory = device.empty(dequantised_bytes(geometry, self.layout.records)).view(half)
         self.values = code_values(self.layout.records, device.device)
 
-    def copy(self, layer: int, expert: int) -> Staged:
-        """Begin to copy a record that the pool has in memory, unless that has begun already."""
+    def copy(self, layer: int, expert: int, beside: Staged | None) -> Staged:
+        """Begin to copy a record that the pool has in memory, unless that has begun already.
+
+        The work with `beside` is not queued yet: its buffer is not filled.
+        """
         assert self.staging is not None
-        return self.ahead.pop((layer, expert), None) or self.staging.copy(self.pool.record(layer, expert))
+        return self.ahead.pop((layer, expert), None) or self.staging.copy(self.pool.record(layer, expert), beside)
 
     def begin(self, keys: Sequence[Key]) -> None:
         """Begin to copy the first of these records, one to each buffer. They must stay in their slots."""
@@ -238,7 +242,7 @@ class DeviceExperts(PoolExperts):
         """Copy experts and compute them, each copy beside the product before."""
         waiting: tuple[int, Staged] | None = None
         for expert, _ in records:
-            staged = self.loader.copy(self.layer, expert)
+            staged = self.loader.copy(self.layer, expert, None if waiting is None else waiting[1])
             if waiting is not None:
                 self._compute_staged(*waiting, rows, outputs)
             staged.wait()  # the slot may be given to another record when the next one is requested
