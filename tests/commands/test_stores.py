@@ -140,6 +140,7 @@ def test_rm_leaves_a_store_that_is_used_and_files_that_are_not_its_own(commands,
     assert [path.name for path in store.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_running_chat_keeps_its_store(commands, store):
     with subprocess.Popen([*COMMAND, "chat", "tiny"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as chat:
         assert chat.stdin is not None
@@ -209,6 +210,7 @@ def test_a_removal_that_was_killed_goes_on(commands, store):
     assert not store.exists()
 
 
+@pytest.mark.slow
 def test_pull_goes_on_after_it_was_stopped(commands, cache, tiny, tmp_path):
     checkpoint = tmp_path / "copy"
     shutil.copytree(tiny, checkpoint)
