@@ -169,7 +169,7 @@ def _folded(line: str, between: str = " ") -> str:
         return line
     from qmix.terminal.wrap import folded
 
-    return folded(line, _columns(sys.stderr), between)
+    return "\n".join(folded(each, _columns(sys.stderr), between) for each in line.splitlines())
 
 
 def _columns(stream: Any) -> int:

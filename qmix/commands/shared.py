@@ -231,6 +231,13 @@ def loaded(
         runner = load(name, **following, on_progress=making, on_store=on_store, on_load=on_load or loading, **options)
     hold_to(runner.plan.ram)
     warn_of_drive(runner.store.directory)
+    logging.getLogger(__name__).debug(
+        "store %s; %d of %d experts in memory, context %d",
+        runner.store.directory,
+        runner.plan.num_records - runner.plan.records_on_disk,
+        runner.plan.num_records,
+        runner.plan.context,
+    )
     return runner
 
 
