@@ -23,13 +23,14 @@ HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"
 class Screen:
     """The output of a chat. `show` takes an answer's text, `say` a line beside it, and `thinking` a function that
     describes the work until the first text. `sum_up` makes a line from a result, None for no line; `explain` makes one
-    from an error."""
+    from an error. `live` is entered while an answer is shown."""
 
     show: Callable[[str], None]
     say: Callable[[str], None]
     thinking: Callable[[Callable[[], str]], AbstractContextManager[object]]
     sum_up: Callable[[Result], str] | None
     explain: Callable[[QmixError], str] = str
+    live: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -106,7 +107,8 @@ class Chat:
             if answer.forgotten:
                 self.screen.say(_forgotten(answer.forgotten, self.session.conversation.context))
             try:
-                stopped = self._stream(answer)
+                with self.screen.live():
+                    stopped = self._stream(answer)
             except Exception:
                 self.session.drop(answer)
                 raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,18 @@ from typing import Any
 import click
 
 from qmix.commands import in_options
-from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
+from qmix.commands.shared import (
+    draft_option,
+    given,
+    live_option,
+    live_screen,
+    loaded,
+    loading_options,
+    model_or_default,
+    out,
+    sampling_options,
+    watched,
+)
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
 from qmix.files import read_text
@@ -34,6 +47,7 @@ FILE = click.Path(path_type=Path)
 @click.option("--max-new-tokens", type=int, help=MAX_HELP)
 @sampling_options
 @draft_option
+@live_option
 def chat(
     model: str | None,
     system: str | None,
@@ -41,6 +55,7 @@ def chat(
     resume: Path | None,
     no_history: bool,
     quiet: bool,
+    live: bool,
     **options: Any,
 ) -> None:
     """Chat with MODEL, in a terminal or through a pipe.
@@ -56,6 +71,7 @@ def chat(
     loading = {option: options.pop(option) for option in names}
     attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
     Sampling(**settings)
+    screen = live_screen(live, f"qmix chat: {name}")
     reader, status = _reader(no_history), LoadingStatus(name)
     begin = partial(reader.begin, status.text)
 
@@ -66,7 +82,7 @@ def chat(
     try:
         with loaded(name, attention, begin=begin, on_load=follow if _at_terminal() else None, **loading) as runner:
             session = _session(runner, settings, text, resume)
-            running = _chat(session, reader, no_history, quiet)
+            running = _chat(session, reader, no_history, quiet, screen)
             _introduce(session, name, quiet)
             reader.ready(session.most_bytes)
             running.run()
@@ -93,7 +109,7 @@ def _session(runner: Any, settings: dict[str, Any], system: str | None, resume: 
     return session
 
 
-def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
+def _chat(session: Any, reader: Any, no_history: bool, quiet: bool, live: Any) -> Any:
     """Return the chat of a session, after the notices about chats that were interrupted."""
     from qmix.chat.kept import KeptChat, interrupted
     from qmix.chat.loop import Chat, Screen
@@ -105,7 +121,11 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
     for line in () if no_history else interrupted(directory):
         say(line)
     kept = None if no_history else KeptChat(directory, say)
-    screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
+    sum_up = None if quiet else Result.summary
+    screen = Screen(_shown, say, ThinkingLine, sum_up, in_options)
+    if live is not None:
+        show, watching = partial(_shown, write=live.out), partial(watched, live, session.runner)
+        screen = Screen(show, live.say, nullcontext, sum_up, in_options, watching)
     return Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
 
 
@@ -147,9 +167,9 @@ def _reader(no_history: bool) -> Any:
     return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
 
 
-def _shown(text: str) -> None:
+def _shown(text: str, write: Callable[[str], None] = out) -> None:
     """Write an answer's text to stdout; on a terminal, replace control characters, which could steer it."""
-    out("".join(_visible(character) for character in text) if _is_terminal(sys.stdout) else text)
+    write("".join(_visible(character) for character in text) if _is_terminal(sys.stdout) else text)
 
 
 def _visible(character: str) -> str:

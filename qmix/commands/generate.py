@@ -15,15 +15,19 @@ from qmix.commands.shared import (
     draft_option,
     given,
     json_schema_option,
+    live_option,
+    live_screen,
     loaded,
     loading_options,
     max_new_tokens_option,
     out,
     read_json_schema,
     sampling_options,
+    watched,
 )
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT
+from qmix.models import DEFAULT_MODEL
 
 
 @click.command()
@@ -37,6 +41,7 @@ from qmix.files import TEXT_LIMIT
 @click.option("-n", type=int, metavar="N", help="completions to generate, one after the other [1]")
 @click.option("--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and those of the N likeliest")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object a completion instead of streamed text")
+@live_option
 def generate(prompt: str | None, **options: Any) -> None:
     """Continue a prompt and stream the text to stdout.
 
@@ -45,6 +50,7 @@ def generate(prompt: str | None, **options: Any) -> None:
     from qmix.engine.sampling import Sampling
 
     as_json = options.pop("as_json")
+    screen = live_screen(options.pop("live"), f"qmix generate: {options['model'] or DEFAULT_MODEL}")
     if options["logprobs"] is not None and not as_json:
         raise UsageError("--logprobs: only with --json; give it, or leave --logprobs out")
     names = ("model", "ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
@@ -57,13 +63,15 @@ def generate(prompt: str | None, **options: Any) -> None:
     with loaded(attention=attention, **loading) as runner:
         from qmix.terminal.tables import say
 
-        with closing(runner.generate(text, sampling)) as pieces:  # whatever ends the loop ends the computation
+        show, tell = (out, say) if screen is None else (screen.out, screen.say)
+        # whatever ends the loop ends the computation
+        with watched(screen, runner), closing(runner.generate(text, sampling)) as pieces:
             for piece in pieces:
                 if not as_json:
-                    out(piece.text)
+                    show(piece.text)
                 if (result := piece.result) is not None:
-                    out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
-                    say(result.summary())
+                    show(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
+                    tell(result.summary())
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import GrowingCompletion, Piece, Result
 from qmix.engine.device_choice import plain_temperature
+from qmix.engine.figures import Requests, Work
 from qmix.engine.generation_config import Decoding, decoding
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
@@ -61,7 +62,7 @@ class Runner(OpenModel):
         kind: str = "cuda",
     ) -> None:
         """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs."""
-        self.plan = plan
+        self.plan, self.work = plan, Work()
         self._spread = spread = spread_for(plan, rates or Rates(), kind)
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
@@ -97,6 +98,10 @@ class Runner(OpenModel):
             if piece.result is not None:
                 return piece.result
         raise AssertionError("a generation ended without a result")
+
+    def requests(self) -> Requests:
+        """Return how many prompts are being answered: one."""
+        return Requests()
 
     @property
     def held(self) -> list[int]:
@@ -156,8 +161,11 @@ class Runner(OpenModel):
         config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
         constraint = self.constraint(sampling, self.plan)
         own = own_processors(sampling, len(prompt), constraint)
-        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode, constraint), send, sampling.logprobs)
+        streamer = _Streamer(
+            GrowingCompletion(prompt, how, self.decode, constraint), send, self.work, sampling.logprobs
+        )
         reused = self._keep(prompt if reuse else [])
+        self.work.begin(len(prompt), reused)
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
         try:
@@ -176,6 +184,7 @@ class Runner(OpenModel):
                     )
         finally:
             self.model.generation_config = defaults
+            self.work.prompt = 0
             self._note_held(prompt + streamer.completion.token_ids)
         streamer.send_text(streamer.completion.finish())
         send(Piece("", [], self._result(streamer, sampling.seed, before, reused)))
@@ -269,11 +278,11 @@ class _Streamer(BaseStreamer):
     """Takes ids from transformers, a step at a time, notes when they came, and sends pieces of text."""
 
     def __init__(
-        self, completion: GrowingCompletion, send: Callable[[Piece], None], logprobs: int | None = None
+        self, completion: GrowingCompletion, send: Callable[[Piece], None], work: Work, logprobs: int | None = None
     ) -> None:
-        self.completion, self.send, self.logprobs = completion, send, logprobs
+        self.completion, self.send, self.work, self.logprobs = completion, send, work, logprobs
         self.tokens: list[Chosen] | None = None if logprobs is None else []
-        self.started = time.perf_counter()
+        self.started = self._last = time.perf_counter()
         self.times: list[float] = []
         self._prompt_seen = False
         self._sent = 0
@@ -284,6 +293,8 @@ class _Streamer(BaseStreamer):
             self._prompt_seen = True
             return
         now = time.perf_counter()
+        self.work.step(value.numel(), now - self._last)
+        self._last = now
         for index, token in enumerate(value.flatten().tolist()):
             if not self.completion.ended:  # a draft may go on behind the end
                 self.times.append(now)

@@ -19,7 +19,7 @@ import xxhash
 
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read, Reader
 from qmix.errors import Cancelled, StoreError, UsageError, mending
-from qmix.pool.counters import PoolCounters
+from qmix.pool.counters import ExpertCounts, PoolCounters
 from qmix.pool.eviction import DEFAULT_POLICY, POLICIES, Eviction, Key
 from qmix.pool.protocol import refuse_copy
 from qmix.pool.slots import SlotMemory, all_have_slots
@@ -74,9 +74,11 @@ class ExpertPool:
         self._slots = SlotMemory(slots)
         self._nbytes = {key: store.layout.record(*key).nbytes for key in store.layout.experts}
         self.counters = PoolCounters()
+        self.by_expert = ExpertCounts(store.geometry.num_layers, store.geometry.num_experts)
         self.cancelled = self.closed = False
         self.layer = 0
         self.waited = 0.0  # seconds that requests have waited for reads
+        self.computed = 0.0  # seconds that callers have used the experts that they got
         self._resident: dict[Key, int] = {}
         self._ahead: dict[Key, tuple[int, Read]] = {}  # being read, not yet requested
         self._ending: list[tuple[int, Read]] = []  # abandoned; the disk still writes to their slots
@@ -157,6 +159,10 @@ class ExpertPool:
         """Return whether a record is in memory."""
         return (layer, expert) in self._resident
 
+    def held(self) -> frozenset[Key]:
+        """Return the records that are in memory now. May be called by any thread."""
+        return frozenset(self._resident.copy())  # which no other thread can interrupt
+
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """Return the bytes, uint8, of a record in memory."""
         return self._slots.bytes(self._resident[layer, expert])
@@ -223,6 +229,7 @@ class ExpertPool:
         ahead = len(begun) + len(self._unused.intersection(keys))
         self.counters.ahead += ahead
         self.counters.misses += ahead + len(waiting)
+        self.by_expert.add(keys, [key for key in ready if key not in self._unused])
         self._unused.difference_update(keys)
         return ready, begun, waiting
 
@@ -246,7 +253,10 @@ class ExpertPool:
                 together = len(ready) if not waiting else min(1, len(ready))
                 keys = [ready.popleft() for _ in range(together)] or [self._finish(reading)]
                 pinned.update(keys)
-                yield [(key[1], self._expert(key)) for key in keys]
+                group = [(key[1], self._expert(key)) for key in keys]
+                given = time.perf_counter()
+                yield group
+                self.computed += time.perf_counter() - given
                 pinned.difference_update(keys)
         finally:
             self._release(reading)
