@@ -78,7 +78,7 @@ class Browser:
     def open(self, url: str) -> None:
         """Open an address, and wait until its page is there."""
         self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait(f"document.readyState === 'complete' && location.href.startsWith({json.dumps(url)})")
 
     def ask(self, script: str) -> Any:
         """Return the value of a JavaScript expression in the page."""
