@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ COLOURS = {"ram": "yellow", "disk": "red"}
 LETTERS = {"ram": "r", "disk": "."}
 USED = {"r": "R", ".": "*"}  # letters of tiers where there are no colours
 INKS = " ·+#"  # from unused to much used, on a tier's colour
+LEAST_USE = 0.02  # of the most used expert's, to be drawn
+AXES = "layers across, experts down: "
 
 Uses = Sequence[Sequence[float]]
 
@@ -46,12 +49,12 @@ class ExpertMap:
                 for layer in block:
                     line.append(*cell(self.placement[layer][expert], plain, self._ink(layer, expert)))
                 yield line
-        yield self._legend(plain)
+        yield self._legend(plain, options.max_width)
 
     def _ink(self, layer: int, expert: int) -> int:
         """Return how much an expert is used, from 0 to the last of INKS."""
         share = self.uses[layer][expert] / self._most if self.uses and self._most > 0 else 0.0
-        return min(len(INKS) - 1, int(share * len(INKS)) + (share > 0.05))
+        return math.ceil(share * (len(INKS) - 1)) if share > LEAST_USE else 0
 
     def _scale(self, start: int, count: int) -> Text:
         """Return a line with the number of every tenth layer above its column."""
@@ -62,16 +65,20 @@ class ExpertMap:
                 line[layer - start : layer - start + len(name)] = name
         return Text(" " * MARGIN + "".join(line), no_wrap=True, style="dim")
 
-    def _legend(self, plain: bool) -> Text:
+    def _legend(self, plain: bool, width: int) -> Text:
+        """Return the tiers with their cells and counts. With uses it is one line, without the axes if it is narrow."""
         counts = Counter(where for row in self.placement for where in row)
-        line = Text("layers across, experts down:")
+        line = Text()
         for where in sorted(counts, key=lambda name: (name == "disk", name == "ram", name)):
-            line.append(" ")
             line.append(*cell(where, plain))
-            line.append(f" {where} {counts[where]}")
+            line.append(f" {where} {counts[where]} ")
         if self.uses:
-            line.append("; * R: in use" if plain else f"; {' '.join(INKS[1:])} use")
-        return line
+            line.append("* R in use" if plain else f"{' '.join(INKS[1:])} use")
+        line.rstrip()
+        if self.uses is None:
+            return Text(AXES).append_text(line)
+        fits = len(AXES) + len(line) <= width
+        return Text(AXES if fits else "", no_wrap=True, overflow="ellipsis").append_text(line)
 
 
 def cell(where: str, plain: bool, ink: int = 0) -> tuple[str, str]:
