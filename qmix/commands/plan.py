@@ -153,7 +153,8 @@ def _verified(planned: Planned) -> Verification:
 def _show(planned: Planned, title: str) -> None:
     from rich.text import Text
 
-    from qmix.planner.view import ExpertMap, details, device_table
+    from qmix.planner.view import details, device_table
+    from qmix.terminal.expert_map import ExpertMap
     from qmix.terminal.tables import print_table
 
     placed = ExpertMap(planned.plan.placement)
