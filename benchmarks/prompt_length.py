@@ -27,13 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from slow_disk import limited
 
-from qmix.commands.shared import Size
+from qmix.commands.parameters import Size
 from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.pace import Pace
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
+from qmix.machine.ceilings import probe_in_child
 from qmix.machine.measured import measured_rates
-from qmix.machine.probes import DiskProbe, probe_in_child
+from qmix.machine.probes import DiskProbe
 from qmix.machine.rates import Rates
 from qmix.plan import predict
 from qmix.plan.here import plan_for

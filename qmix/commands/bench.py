@@ -21,6 +21,7 @@ from qmix.commands.shared import (
     precision_option,
     ram_option,
     read_plan_option,
+    warn_of_drive,
 )
 
 PROMPTS_HELP = "prompt lengths, such as 512 or 512,1024; 0 for none [512]"
@@ -58,8 +59,8 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.bench.measure import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.stream import Runner
+    from qmix.machine.ceilings import probe_in_child
     from qmix.machine.measured import measured_rates
-    from qmix.machine.probes import probe_in_child
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
 
@@ -68,6 +69,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     say("measuring the memory and cores of this machine")
     machine = probe_in_child()
     hold_to(plan.ram)
+    warn_of_drive(store.directory)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
         runner = Runner(store, plan, attn, loading, measured_rates())
     with runner:

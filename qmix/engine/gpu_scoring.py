@@ -21,7 +21,7 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import NOT_ON_GPUS
 from qmix.model.kv import KVCache
 from qmix.plan import Plan
-from qmix.plan.memory import captured_tokens
+from qmix.plan.device_memory import captured_tokens
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
 
@@ -43,7 +43,7 @@ class GpuScorer(OpenModel):
         self._cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], plan.batch, homes)
         slots = plan.slots_by_size
         super().__init__(store, slots, "sdpa", spread=spread, invariant=True, generates=False, on_load=on_load)
-        steps = self.capture(spread, self._cache, captured_tokens(plan.batch))
+        steps = self.capture(spread, self._cache, captured_tokens(store.geometry, plan.context, plan.batch))
         if steps is None or steps.cpu_layers:
             self.close()
             raise UsageError(NOT_ON_GPUS)

@@ -27,7 +27,7 @@ MEMORY_REACHED, MATMUL_REACHED, PCIE_REACHED = 0.8, 0.7, 0.85
 DRIVER_SHARE = 0.02  # of the memory, which the driver keeps: torch counts 23.65 GiB on a card of 24
 ECC_SHARE = 1 / 16  # of GDDR memory, where a card ships with error correction turned on
 
-OTHERS = re.compile(r"\b(amd|radeon|rx|instinct|mi\d+x?|intel|arc|apple|m\d)\b")
+OTHERS = re.compile(r"\b(amd|radeon|rx|rx\d{3,4}|instinct|mi\d+x?|intel|arc|apple|m\d)(?:xtx|xt|gre)?\b")
 NOISE = re.compile(r"\b(nvidia|geforce|tesla|quadro|graphics|gpu|card|generation|hbm2e?|hbm3e|tm|r)\b")
 MEMORY = re.compile(r"\b(\d+)\s*(?:gb|gib|g)\b")
 SIZE = re.compile(r"\s*[\d.]+\s*(?:[kmgt]?i?b?)?\s*", re.IGNORECASE)

@@ -190,6 +190,12 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
     return measured.bytes
 
 
+def known_interpreter_memory(kernels: bool = False) -> int | None:
+    """Return what `interpreter_memory` has measured before, None where it would measure now."""
+    known = read_state(interpreter_path(None, kernels), InterpreterMemory)
+    return None if known is None else known.bytes
+
+
 def _python(*arguments: str) -> str:
     """Return what another Python prints. Raises QmixError where it fails."""
     run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)

@@ -22,7 +22,10 @@ from qmix.pool.protocol import Pool, refuse_copy
 
 
 class StepForward(Protocol):
-    """Serves some of a model's forwards in transformers' place."""
+    """Serves some of a model's forwards in transformers' place; `launched` counts the graphs that this took."""
+
+    @property
+    def launched(self) -> int: ...
 
     def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> Any:
         """Return the output for these arguments; None to leave them to transformers."""

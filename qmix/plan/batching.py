@@ -14,8 +14,9 @@ from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.machine.found import default_budget, interpreter_memory
 from qmix.machine.rates import Machine
+from qmix.plan.device_memory import CUDA_CONTEXT_BYTES, FEW_TOKENS
 from qmix.plan.make import make_plan
-from qmix.plan.memory import CUDA_CONTEXT_BYTES, FEW_TOKENS, MAX_BATCH, serving_bytes
+from qmix.plan.memory import MAX_BATCH, serving_bytes
 from qmix.plan.plan import Plan
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout

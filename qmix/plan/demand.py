@@ -13,14 +13,8 @@ from itertools import accumulate
 from typing import Any
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.plan.memory import (
-    DEVICE_PREFILL_SHARE,
-    PREFILL_CHUNK,
-    device_record_bytes,
-    layer_kv_bytes,
-    prefill_tokens,
-    step_tokens,
-)
+from qmix.plan.device_memory import DEVICE_PREFILL_SHARE, device_record_bytes
+from qmix.plan.memory import PREFILL_CHUNK, layer_kv_bytes, prefill_tokens, step_tokens
 from qmix.plan.plan import DevicePlan
 from qmix.store.expert_frequency import ExpertFrequency, by_frequency
 from qmix.store.layout import StoreLayout

@@ -6,21 +6,17 @@ records; records that do not fit the pool stay on disk.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from qmix.errors import DoesNotFitError, arg
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand
+from qmix.plan.device_memory import CUDA_CONTEXT_BYTES, CUDA_HOST_BYTES, captured_tokens, pinned_bytes
 from qmix.plan.memory import (
-    CUDA_CONTEXT_BYTES,
-    CUDA_HOST_BYTES,
     PREFILL_CHUNK,
     PREFILL_SHARE,
-    captured_tokens,
     expert_work_bytes,
-    pinned_bytes,
     prefill_bytes,
     prefill_tokens,
     sampling_bytes,
@@ -33,7 +29,7 @@ from qmix.plan.plan import Plan
 from qmix.plan.slots import SlotClass, least_slots, share_slots
 from qmix.store.expert_frequency import ExpertFrequency, uniform_frequency
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes
+from qmix.units import format_bytes, size_option
 
 TYPICAL = Rates()
 
@@ -59,7 +55,7 @@ def make_plan(
     the same. Raises DoesNotFitError with the smallest `ram` that works.
     """
     demand = Demand(layout, context, batch, attention, use or uniform_frequency(layout.geometry))
-    host = _Host(demand, ram, interpreter)
+    host = _Host(demand, ram, interpreter, len(gpus))
     found = arrange(demand, gpus, host.slots, rates, cuda)
     if found is None:
         raise DoesNotFitError(host.refusal(), host.smallest)
@@ -100,8 +96,8 @@ def _classes(found: Arrangement) -> tuple[SlotClass, ...]:
 class _Host:
     """The host's bytes by the number of layers on the CPU, and the least budget of all numbers tried."""
 
-    def __init__(self, demand: Demand, ram: int, interpreter: int) -> None:
-        self.demand, self.ram, self.interpreter = demand, ram, interpreter
+    def __init__(self, demand: Demand, ram: int, interpreter: int, gpus: int) -> None:
+        self.demand, self.ram, self.interpreter, self.gpus = demand, ram, interpreter, gpus
         self.least = least_slots(demand.layout)
         self.least_bytes = sum(nbytes * count for nbytes, count in self.least.items())
         self._smallest: tuple[int, int] | None = None  # budget, and its layers on the CPU
@@ -115,7 +111,8 @@ class _Host:
             work = work_bytes(geometry, demand.context, demand.attention, demand.batch)
         else:
             work = expert_work_bytes(geometry, demand.context, demand.batch)
-        cuda = 0 if whole else CUDA_HOST_BYTES + pinned_bytes(geometry, captured_tokens(demand.batch))
+        tokens = captured_tokens(geometry, demand.context, demand.batch)
+        cuda = 0 if whole else CUDA_HOST_BYTES + pinned_bytes(geometry, tokens, self.gpus)
         return {
             "interpreter": self.interpreter + cuda,
             "dense": layout.dense.size - len(layout.dense.header) if whole else demand.dense_of(0, cpu_layers),
@@ -171,5 +168,5 @@ class _Host:
             f"KV cache for {tokens} tokens {format_bytes(parts['kv_cache'])}, "
             f"work space {format_bytes(parts['work'])}, "
             f"{sum(self.least.values())} experts {format_bytes(self.least_bytes)}); the smallest budget that works is "
-            f"{arg('ram', f'{math.ceil(smallest / 2**20)}MiB')}"
+            f"{arg('ram', size_option(smallest))}"
         )

@@ -7,39 +7,25 @@ describes cannot drift apart. Sizes are in bytes, T is the tokens of a step.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from qmix.checkpoint import Checkpoint
 from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.errors import DoesNotFitError, arg
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.kernels.gpu.shapes import FEW_TOKENS, attention_splits, down_splits
-from qmix.precision.formats import FOUR_BITS
-from qmix.precision.record import record_layout
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes
+from qmix.units import format_bytes, size_option
 
 # Chunk sizes that the engine shares.
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
 MOST_PREFILL = 8192  # tokens of prompts that go through a layer before the next layer
 PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
-DEVICE_PREFILL_SHARE = 1 / 128  # of a GPU's budget, for the same
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
-STAGED_RECORDS = 2  # staging buffers of a GPU: one is filled while the other is computed with
-LEAST_STEP = 8  # tokens that a captured step has room for in every plan: the next one and a draft
-DEQUANTISED_AT_ONCE = 2**21  # weights that are dequantised by torch's own operations at once
-ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
 
 # What a process takes besides tensors.
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
 RESERVE_SHARE = 0.01
-CUDA_HOST_BYTES = 2**30  # CUDA's libraries in main memory; stated, not measured
-CUDA_CONTEXT_BYTES = 600 * 2**20  # on a GPU where `qmix doctor` did not measure it
-GPU_SLACK_SHARE = (
-    0.02  # of what torch allocates: freed blocks that its allocator keeps, and the driver's code and graphs
-)
-LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the first product
 SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space
 
@@ -50,7 +36,6 @@ ANSWER_TOKEN_BYTES = 300  # a token of an answer that grows: its id, its text, i
 STRUCTURED_BYTES = 64 * 2**20  # llguidance's form of a vocabulary of 32,768 tokens (55 MB measured), and its matchers
 SAMPLING_BYTES = 40  # a token of the vocabulary: scores, probabilities, and their sorted copies with indices
 SLOW_PATH_BYTES = 8 * 2**20  # rows dequantised where no kernel takes a matrix
-DEQUANTISING_BYTES = 14  # a weight: its code, as an index, and its value in fp32 before and after scaling
 ROUTING_BYTES = 128  # a token's experts, weights, places and masks
 
 
@@ -62,15 +47,6 @@ def with_reserve(needed: int) -> int:
 def usable_bytes(budget: int) -> int:
     """Return what a RAM budget leaves after the reserve."""
     return int((budget - RESERVE_BYTES) / (1 + RESERVE_SHARE))
-
-
-def usable_device_bytes(budget: int, context: int = CUDA_CONTEXT_BYTES) -> int:
-    """Return what a GPU's budget leaves for torch's allocations beside CUDA's context of `context` bytes.
-
-    Under this margin nvidia-smi's peak stayed 173 MiB below a budget of 24 GiB and 319 MiB below one of 12 GiB, with
-    8x7B's geometry on an H100 (docs/gpus.md).
-    """
-    return int((budget - context) / (1 + GPU_SLACK_SHARE))
 
 
 def step_tokens(context: int, batch: int) -> int:
@@ -148,134 +124,6 @@ def expert_work_bytes(geometry: Geometry, context: int, batch: int = 1) -> int:
     return routed + expert + SLOW_PATH_BYTES
 
 
-def device_record_bytes(geometry: Geometry, precision: str, dtype: str) -> int:
-    """Return the bytes of one expert on a GPU: its record as it lies in the store, 4.25 bits a weight for nf4 and fp4.
-
-    `dtype` ("bf16" or "fp16") is what `half` means here.
-    """
-    return record_layout(geometry, precision, dtype).nbytes
-
-
-def staging_bytes(geometry: Geometry, precisions: Iterable[str], dtype: str) -> int:
-    """Return the bytes of a GPU's staging buffers, for experts that are copied to it for a step."""
-    return STAGED_RECORDS * max(device_record_bytes(geometry, precision, dtype) for precision in precisions)
-
-
-def dequantised_bytes(geometry: Geometry, precisions: Iterable[str]) -> int:
-    """Return the bytes of a GPU's buffer for one 4-bit matrix in half precision, for steps of many tokens.
-
-    An expert's three matrices are multiplied one after another.
-    """
-    largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
-    return largest * HALF_BYTES if any(precision in FOUR_BITS for precision in precisions) else 0
-
-
-def captured_tokens(batch: int) -> int:
-    """Return the tokens that the buffers of captured steps have room for, with `batch` sequences.
-
-    A batch reads its prompts in such steps, too.
-    """
-    return FEW_TOKENS if batch > 1 else LEAST_STEP
-
-
-def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool = True) -> int:
-    """Return the bytes of a GPU's buffers for captured steps of up to `tokens` tokens.
-
-    A captured step takes no other memory. Counted are the residual stream, its normed copy and what is added to it;
-    queries, keys and values, and the heads' results; attention's partial sums in fp32, each with its largest score and
-    its weight; the experts' inner values, their partial sums in fp32, and the results that come from the host; ids,
-    weights and the rotary table; and with `last` the logits in fp32.
-    """
-    hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
-    q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
-    rows = tokens * (3 * hidden + 2 * q_rows + 2 * kv_rows) * HALF_BYTES
-    sums = tokens * geometry.num_heads * attention_splits(context) * (geometry.head_dim + 2) * 4
-    experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES
-    experts += down_splits(geometry.intermediate_size) * pairs * hidden * 4
-    routing = pairs * (8 + 4) + geometry.num_records * 8  # ids and weights; the records' addresses
-    rotary = context * geometry.head_dim * 4
-    return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * 4 if last else 0)
-
-
-def pinned_bytes(geometry: Geometry, tokens: int) -> int:
-    """Return the bytes of pinned main memory through which captured steps and the host exchange.
-
-    Each layer has x, ids and weights of up to `tokens` tokens, and all layers share the host's results and the logits.
-    """
-    hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
-    a_layer = tokens * hidden * HALF_BYTES + pairs * (8 + 4)
-    return geometry.num_layers * a_layer + pairs * hidden * HALF_BYTES + tokens * geometry.vocab_size * 4
-
-
-def device_work_bytes(
-    geometry: Geometry,
-    tokens: int,
-    context: int,
-    attention: str = "sdpa",
-    batch: int = 1,
-    *,
-    precisions: Iterable[str] = ("nf4",),
-    dtype: str = "bf16",
-    last: bool = True,
-    uploads: bool = True,
-    prefill: int = PREFILL_CHUNK,
-) -> int:
-    """Return the most that one step of `tokens` tokens of all sequences allocates on a GPU besides weights and cache.
-
-    `precisions` are those of the experts that may be computed here, `last` says whether the head is here, `uploads`
-    whether experts of these layers lie elsewhere and may be copied for a step. `prefill` tokens of a prompt may go
-    through a layer together: their stream and masks stay beside a chunk's attention, all that `prefill_bytes` counts
-    beside an expert's chunk.
-    """
-    precisions = tuple(precisions)
-    kept = 3 * tokens * geometry.hidden_size * HALF_BYTES + tokens * context  # residual, normed, their sum; the mask
-    along = geometry.hidden_size * HALF_BYTES + context + 2 * geometry.head_dim * HALF_BYTES  # with rotary tables
-    attending = _device_attention_bytes(geometry, tokens, context, attention, batch)
-    mixing = max(
-        *(_device_expert_bytes(geometry, tokens, precision) for precision in precisions),
-        3 * tokens * geometry.hidden_size * 4,  # RMSNorm, in fp32
-        batch * geometry.vocab_size * (HALF_BYTES + 4) if last else 0,
-    )
-    if prefill > PREFILL_CHUNK:
-        attending, mixing = attending + prefill * along, mixing + prefill_bytes(geometry, context, prefill)
-    step = max(attending, mixing)
-    fixed = dequantised_bytes(geometry, precisions) + (staging_bytes(geometry, precisions, dtype) if uploads else 0)
-    fixed += step_buffer_bytes(geometry, captured_tokens(batch), context, last)
-    return kept + step + fixed + LIBRARY_BYTES
-
-
-def _device_attention_bytes(geometry: Geometry, tokens: int, context: int, attention: str, batch: int) -> int:
-    """Return attention's work space without a fused kernel: fp32, for as many heads at once as keys have.
-
-    Most GPUs have a fused kernel, but a plan must hold on those without one, too.
-    """
-    q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
-    rotary = 6 * tokens * q_rows * HALF_BYTES
-    if attention == "eager":
-        repeated = 2 * batch * context * q_rows * HALF_BYTES
-        scores = geometry.num_heads * tokens * context * (2 * HALF_BYTES + 4)
-        return max(rotary, repeated + scores + tokens * context * HALF_BYTES + 2 * tokens * q_rows * HALF_BYTES)
-    wide = 2 * (batch * context + tokens) * kv_rows * 4  # keys and values, and the queries of a part
-    scores = 2 * geometry.num_kv_heads * tokens * context * 4  # before and after softmax
-    return max(rotary, wide + scores + tokens * context * HALF_BYTES + 2 * tokens * (q_rows + kv_rows) * HALF_BYTES)
-
-
-def _device_expert_bytes(geometry: Geometry, tokens: int, precision: str) -> int:
-    """Return the work space of all tokens at one expert.
-
-    Counted are the results of all pairs, the expert's x, two inner values, and for int8 a matrix in half precision.
-    """
-    hidden, inner = geometry.hidden_size, geometry.intermediate_size
-    pairs = tokens * geometry.experts_per_token * hidden
-    product = tokens * inner * (HALF_BYTES if precision != "int8" else HALF_BYTES + 4)
-    widened = inner * hidden * HALF_BYTES if precision == "int8" else 0
-    computing = 2 * tokens * hidden * HALF_BYTES + tokens * inner * HALF_BYTES
-    computing += max(widened + tokens * inner * HALF_BYTES, product)
-    dequantising = DEQUANTISED_AT_ONCE * DEQUANTISING_BYTES if precision in FOUR_BITS else 0
-    adding = pairs * 4 + 2 * tokens * hidden * 4
-    return pairs * HALF_BYTES + max(computing, dequantising, adding)
-
-
 def scoring_token_bytes(geometry: Geometry) -> int:
     """Return the bytes of each token of a scoring pass.
 
@@ -348,6 +196,6 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
     if needed > budget:
         raise DoesNotFitError(
             f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
-            f"take fewer {arg('tokens')}, or {arg('ram', f'{math.ceil(needed / 2**20)}MiB')}",
+            f"take fewer {arg('tokens')}, or {arg('ram', size_option(needed))}",
             needed,
         )

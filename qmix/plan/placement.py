@@ -15,12 +15,8 @@ from itertools import accumulate, pairwise
 
 from qmix.machine.rates import Rates
 from qmix.plan.demand import Arrangement, Demand, Holding, StepUse
-from qmix.plan.memory import (
-    CUDA_CONTEXT_BYTES,
-    PREFILL_CHUNK,
-    device_work_bytes,
-    usable_device_bytes,
-)
+from qmix.plan.device_memory import CUDA_CONTEXT_BYTES, device_work_bytes, usable_device_bytes
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.plan.plan import DevicePlan
 from qmix.plan.predict import seconds_of
 from qmix.plan.traffic import decode_load, prefill_load

@@ -102,6 +102,12 @@ class ExpertPool(HeldRecords):
         finally:
             self._release(reading)
 
+    def exchange(self, layer: int, arriving: int, leaving: int) -> None:
+        """Note that the slot of an expert has got the record, of the same size, of one that was elsewhere."""
+        self._resident[layer, arriving] = self._resident.pop((layer, leaving))
+        self._unused.discard((layer, leaving))
+        self.elsewhere = self.elsewhere - {(layer, arriving)} | {(layer, leaving)}
+
     def get(self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()) -> Iterator[tuple[int, Expert]]:
         """Yield each of a layer's `experts` once, first those in memory while the others are read.
 

@@ -51,6 +51,9 @@ class Pool(Protocol):
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """Return the bytes, uint8, of a record in memory."""
 
+    def exchange(self, layer: int, arriving: int, leaving: int) -> None:
+        """Note that the slot of an expert has got the record, of the same size, of one that was elsewhere."""
+
     def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
         """Yield the bytes of each record once, in order; they are valid until the next is requested."""
 

@@ -53,6 +53,9 @@ class PretendPool:
     def record(self, layer: int, expert: int) -> torch.Tensor:
         return self.memory[: self.store.layout.record(layer, expert).nbytes]
 
+    def exchange(self, layer: int, arriving: int, leaving: int) -> None:
+        self.elsewhere = self.elsewhere - {(layer, arriving)} | {(layer, leaving)}
+
     def pass_through(self, keys: Sequence[Key]) -> Iterator[tuple[Key, torch.Tensor]]:
         for key in keys:
             yield key, self.record(*key)

@@ -31,7 +31,8 @@ from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import Steps
 from qmix.model.kv import KVCache
 from qmix.plan import Plan
-from qmix.plan.memory import PREFILL_CHUNK, captured_tokens
+from qmix.plan.device_memory import captured_tokens
+from qmix.plan.memory import PREFILL_CHUNK
 from qmix.store.layout import StoreLayout
 from qmix.store.opened import Store
 from qmix.verify import pretend
@@ -98,6 +99,11 @@ class Rehearsal:
         self.pool: pretend.PretendPool
         self.cache: KVCache
 
+    @property
+    def captured_tokens(self) -> int:
+        """The tokens that captured steps have room for."""
+        return captured_tokens(self.layout.geometry, self.plan.context, self.plan.batch)
+
     def load_weights(self) -> None:
         """Make the pool, the weights and the cache, as they are before the first step."""
         spread = self.spread
@@ -121,7 +127,7 @@ class Rehearsal:
         for index, layer in enumerate(self.model.model.layers):
             if isinstance(layer.mlp.experts, DeviceExperts):
                 layer.mlp.experts.read_routing = pretend.read_routing(index, choose)
-        self.steps = make_steps(self.model, self.spread, self.cache, kernels, captured_tokens(self.plan.batch))
+        self.steps = make_steps(self.model, self.spread, self.cache, kernels, self.captured_tokens)
 
     def captured_step(self, tokens: int, before: int, choose: pretend.Choose) -> None:
         """Run one captured step of `tokens` tokens of a sequence after `before` cached ones, if there is one."""
@@ -203,18 +209,19 @@ def verify(plan: Plan, layout: StoreLayout, attention: str = "sdpa", rates: Rate
     The chunk runs with its tokens spread over all experts, and with all of them at the same experts, the most that one
     can get: once with experts copied to the layer's device, once with experts computed on the CPU.
     """
-    wide: list[str] = []
-    try:
-        with rehearsal(plan, layout, attention, rates) as made:
-            wide = _wide_parts(made)
+    with rehearsal(plan, layout, attention, rates) as made:
+        wide, stopped = _wide_parts(made), []
+        try:
             rehearse(made)
-            problems = [f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)] + wide
-            peak = made.bytes.peak
-    except RuntimeError as error:  # raised by torch and by products for operands on different devices or of other types
-        return Verification((), (str(error).strip().splitlines()[0], *wide))
+        except RuntimeError as error:  # operands on different devices or of other types
+            stopped.append(str(error).strip().splitlines()[0])
+    problems = (*stopped, *(f"not in half precision: {found}" for found in dict.fromkeys(made.bytes.wide)), *wide)
+    if stopped:
+        return Verification((), problems)
+    peak = made.bytes.peak
     rows = [Verified(device.name, device.total, peak[device.name]) for device in plan.devices]
     rows.append(Verified(HOST, plan.total - plan.interpreter, peak[HOST]))
-    return Verification(tuple(rows), tuple(problems))
+    return Verification(tuple(rows), problems)
 
 
 def verify_on_gpus(plan: Plan, layout: StoreLayout, attention: str = "sdpa") -> Verification:
@@ -242,10 +249,10 @@ def rehearse(made: Rehearsal) -> None:
     tokens = max(1, min(PREFILL_CHUNK // plan.batch, plan.context - 1))
     before, even = plan.context - 1 - tokens, _spread_out(geometry)
     made.capture(even)
-    for few in (1, min(captured_tokens(plan.batch), tokens)):
-        made.captured_step(few, plan.context - few, even)
     made.step(tokens, before, even)
     made.step(1, plan.context - 1, even)
+    for few in (1, min(made.captured_tokens, tokens)):
+        made.captured_step(few, plan.context - few, even)
     for way in (replace(made.rates, matmul=NEVER), replace(made.rates, gpu_matmul=NEVER)):
         made.prefer(way)
         made.step(tokens, before, _together(plan, geometry.experts_per_token))

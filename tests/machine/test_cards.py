@@ -52,6 +52,9 @@ def test_every_card_is_found_by_its_own_name():
         ("RTX 4090 Laptop GPU", "nor a known card; the nearest (is|are) RTX 4090"),
         ("RTX 3060 24GB", "nor a known card"),
         ("RX 7900 XTX", "cannot run qmix: it needs an NVIDIA GPU"),
+        ("rx7900", "cannot run qmix: it needs an NVIDIA GPU with CUDA; use `none` to run on the CPU"),
+        ("rx7900xtx", "cannot run qmix"),
+        ("rx580", "cannot run qmix"),
         ("AMD Radeon RX 6800", "cannot run qmix"),
         ("Intel Arc A770", "cannot run qmix"),
         ("big", "neither a size like 24GiB nor a known card"),
@@ -74,6 +77,8 @@ def test_a_budget_is_a_size_or_a_card():
     assert gpu_budget("3060 12GB")[1] == card_named("RTX 3060 12GB")
     assert gpu_budget("4090") == (int(24 * GIB * 0.98), card_named("4090"))
     assert gpu_budget("T4") == (int(16 * GIB * 15 / 16 * 0.98), card_named("T4"))
+    with pytest.raises(UsageError, match="'rx7900' cannot run qmix"):
+        gpu_budget("rx7900")
     with pytest.raises(UsageError, match="did you mean 24GiB"):
         gpu_budget("24")
 

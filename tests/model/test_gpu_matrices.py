@@ -9,7 +9,7 @@ from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import Geometry
 from qmix.kernels.packing import BLOCK
 from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, code_values, dequantise, device_expert
-from qmix.plan.memory import dequantised_bytes
+from qmix.plan.device_memory import dequantised_bytes
 from qmix.precision.bitsandbytes import functional as bnb
 from qmix.precision.expert import Expert
 from qmix.precision.formats import parts

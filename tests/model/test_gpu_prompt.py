@@ -31,9 +31,9 @@ def copied(monkeypatch):
     count = Counter()
     copy = Staging.copy
 
-    def counted(self, record):
+    def counted(self, record, beside=None):
         count["copies"] += 1
-        return copy(self, record)
+        return copy(self, record, beside)
 
     monkeypatch.setattr(Staging, "copy", counted)
     return count
@@ -59,6 +59,20 @@ def test_keys_and_text_are_those_of_one_chunk_after_the_other(store):
     assert found == want
     for mine, theirs in zip(ours, keys, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0.03 * theirs.float().std().item())
+
+
+@pytest.mark.parametrize("away", [(0, 2, 3), (1, 2, 3)], ids=["the first is used", "the second is used"])
+def test_a_record_copied_ahead_for_nobody_spoils_no_other(store, away):
+    """The first two records are copied ahead; one of them gets no token, and the next copy must take its buffer."""
+    with Runner(store, plan(store, 4 * PREFILL_CHUNK), kind="cpu", rates=COPIES) as runner, torch.inference_mode():
+        experts = runner.model.model.layers[1].mlp.experts
+        experts.residents, loader = {}, experts.loader
+        chosen = [[away[token % 3], away[(token + 1) % 3]] for token in range(9)]
+        x = torch.randn(9, store.geometry.hidden_size, generator=torch.Generator().manual_seed(4)).bfloat16()
+        weights = torch.full((9, 2), 0.5)
+        want = experts.mix(x, chosen, weights)
+        loader.begin([(1, 0), (1, 1)])
+        assert torch.equal(experts.mix(x, chosen, weights), want)
 
 
 @pytest.mark.slow

@@ -10,19 +10,22 @@ from qmix.checkpoint.safetensors_header import aligned
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.models.published import PUBLISHED
-from qmix.plan.memory import (
-    LAYERWISE_SLACK,
-    calibration_bytes,
+from qmix.plan.device_memory import (
+    STEP_BYTES,
     captured_tokens,
-    check_memory,
     dequantised_bytes,
     device_record_bytes,
-    layerwise_bytes,
     pinned_bytes,
     staging_bytes,
     step_buffer_bytes,
-    usable_bytes,
     usable_device_bytes,
+)
+from qmix.plan.memory import (
+    LAYERWISE_SLACK,
+    calibration_bytes,
+    check_memory,
+    layerwise_bytes,
+    usable_bytes,
     with_reserve,
 )
 
@@ -54,7 +57,16 @@ def test_buffers_of_a_gpu_by_hand():
     assert staging_bytes(SMALL, ("nf4", "int8"), "bf16") == 2 * record
     assert dequantised_bytes(SMALL, ("nf4", "int8")) == 128 * 64 * 2
     assert dequantised_bytes(SMALL, ("int8", "half")) == 0
-    assert [captured_tokens(batch) for batch in (1, 9, 256)] == [8, 32, 32]
+    assert [captured_tokens(SMALL, 300, batch) for batch in (1, 9, 256)] == [32, 32, 32]
+
+
+@pytest.mark.parametrize(("context", "tokens"), [(8192, 32), (16384, 16), (65536, 8)])
+def test_long_contexts_leave_room_for_shorter_drafts(context, tokens):
+    large = PUBLISHED["mixtral-8x22b"].geometry
+    assert captured_tokens(large, context) == tokens
+    assert captured_tokens(large, context, batch=2) == 32
+    assert step_buffer_bytes(large, tokens, context) <= max(STEP_BYTES, step_buffer_bytes(large, 8, context))
+    assert tokens == 32 or step_buffer_bytes(large, 2 * tokens, context) > STEP_BYTES
 
 
 def test_a_captured_steps_buffers_by_hand():
@@ -62,10 +74,11 @@ def test_a_captured_steps_buffers_by_hand():
     rows = 2 * (3 * 64 + 2 * 64 + 2 * 32) * 2
     sums = 2 * 4 * 3 * (16 + 2) * 4
     experts = 4 * (128 + 64) * 2 + 4 * 64 * 4
-    routing, rotary = 4 * 12 + 8 * 8, 300 * 16 * 4
+    routing, rotary = 4 * 12 + 8 * 8, 300 * 16 * 2
     assert step_buffer_bytes(SMALL, 2, 300, last=False) == rows + sums + experts + routing + rotary
-    assert step_buffer_bytes(SMALL, 2, 300) - step_buffer_bytes(SMALL, 2, 300, last=False) == 2 * 96 * 4
-    assert pinned_bytes(SMALL, 2) == 2 * (2 * 64 * 2 + 4 * 12) + 4 * 64 * 2 + 2 * 96 * 4
+    assert step_buffer_bytes(SMALL, 2, 300) - step_buffer_bytes(SMALL, 2, 300, last=False) == 2 * 96 * 2
+    assert pinned_bytes(SMALL, 2, 1) == 4 * 8 + (2 + 4) * 64 * 2 + 4 * 4 * 8  # ids; x and results; addresses
+    assert pinned_bytes(SMALL, 2, 3) == 3 * pinned_bytes(SMALL, 2, 1)
 
 
 def test_a_layerwise_pass_by_hand():
@@ -90,6 +103,6 @@ def test_calibration_by_hand():
 
 def test_a_budget_too_small_is_refused_with_the_bytes_that_work():
     check_memory(10**9, 10**9, 1000)
-    with pytest.raises(DoesNotFitError, match=r"1000 tokens take 1 GB .* ram='954MiB'") as caught:
+    with pytest.raises(DoesNotFitError, match=r"1000 tokens take 1 GB .* ram='1000MB'") as caught:
         check_memory(10**9, 10**9 - 1, 1000)
     assert caught.value.smallest == 10**9

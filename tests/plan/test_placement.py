@@ -14,9 +14,9 @@ from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
 from qmix.machine.rates import Rates
 from qmix.models.published import PUBLISHED
-from qmix.plan import make_plan, predict
+from qmix.plan import make_plan, placement, predict
 from qmix.plan.demand import Demand
-from qmix.plan.memory import CUDA_CONTEXT_BYTES, device_record_bytes
+from qmix.plan.device_memory import CUDA_CONTEXT_BYTES, device_record_bytes
 from qmix.plan.placement import JOB, arrange
 from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout, parse_precisions
@@ -99,7 +99,7 @@ def check(plan, store: StoreLayout) -> None:
 
 
 @pytest.mark.parametrize(("name", "gpus", "ram"), PROVED.values(), ids=list(PROVED))
-def test_published_models_on_common_machines(name, gpus, ram):
+def test_published_models_on_common_machines(name, gpus, ram, monkeypatch):
     store = layout(PUBLISHED[name].geometry)
     plan = make_plan(store, ram * GIB, 4096, PYTHON, gpus=[size * GIB for size in gpus])
     check(plan, store)
@@ -107,6 +107,11 @@ def test_published_models_on_common_machines(name, gpus, ram):
     if gpus:
         assert "cpu" not in plan.layer_devices  # all dense weights fit a GPU
         assert plan.dense == plan.kv_cache == 0
+    if len(gpus) == 2:  # as many layers on each are no faster
+        monkeypatch.setattr(placement, "_cuts", lambda layers, gpus: iter([(0, layers // 2, layers)]))
+        even = make_plan(store, ram * GIB, 4096, PYTHON, gpus=[size * GIB for size in gpus])
+        assert {even.layer_devices.count(device.name) for device in even.devices} == {len(even.layer_devices) // 2}
+        assert job_seconds(plan, store, Rates()) <= job_seconds(even, store, Rates())
 
 
 def test_448_experts_take_less_than_a_second_of_the_processor():

@@ -47,6 +47,13 @@ def test_experts_on_the_host_are_two_graphs_a_layer():
     assert kernels <= 4 * A_LAYER + ENDS + 2 * 4  # two more launches where experts are copied
 
 
+def test_two_gpus_are_one_graph_where_they_can_access_each_other(monkeypatch):
+    launches = 4 * A_LAYER + ENDS + 1  # the second GPU norms the stream that it gets
+    assert step(FOUR, 8, (4.5, 5)) == (0, 1, launches)
+    monkeypatch.setattr("qmix.model.gpu.captured.reach_each_other", lambda first, second: False)
+    assert step(FOUR, 8, (4.5, 5)) == (0, 2, launches)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("geometry", "ram", "gpus"),
@@ -56,7 +63,7 @@ def test_experts_on_the_host_are_two_graphs_a_layer():
 def test_at_full_size(geometry, ram, gpus):
     away, graphs, _ = step(geometry, ram, gpus)
     assert away > 0
-    assert graphs <= 2 * away + len(gpus)
+    assert graphs <= 2 * away + 1
 
 
 def test_a_step_that_looks_at_a_value_raises():

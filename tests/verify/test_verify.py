@@ -130,7 +130,7 @@ def test_a_weight_left_on_the_cpu_is_found(monkeypatch):
 
     found = broken(monkeypatch, spoil)
     assert not found.holds
-    assert re.search(r"gpu:0 and cpu|cpu and gpu:0|two different devices", found.problems[0])
+    assert re.search(r"gpu:0 and cpu|two different devices", found.problems[0])
 
 
 def test_hidden_states_that_do_not_cross_are_found(monkeypatch):
@@ -186,7 +186,7 @@ def test_a_weight_in_fp32_is_found(monkeypatch):
 
     found = broken(monkeypatch, spoil)
     assert not found.holds
-    assert "torch.float32, not" in found.problems[0]
+    assert any(problem.startswith("not in half precision: ") for problem in found.problems)
     assert "lm_head.weight: torch.float32, not torch.bfloat16" in found.problems
 
 

@@ -65,7 +65,7 @@ class _Maker:
         others = dict.fromkeys(self.shapes[precisions[each]] for each in range(count) if each not in address)
         return StepLayer(
             norm=layer.input_layernorm.weight,
-            qkv=_adjacent(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+            qkv=_adjacent(device.device, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
             output=attention.o_proj.weight,
             post_norm=layer.post_attention_layernorm.weight,
             gate=layer.mlp.gate.weight,
@@ -128,13 +128,14 @@ class _Maker:
         )
 
 
-def _adjacent(*weights: torch.Tensor) -> torch.Tensor:
-    """Return matrices that lie one after another in one block of memory as one."""
+def _adjacent(device: torch.device, *weights: torch.Tensor) -> torch.Tensor:
+    """Return matrices that lie one after another in one block of memory on `device` as one."""
     first, at = weights[0], weights[0].storage_offset()
     for weight in weights:
-        if (weight.device, weight.dtype) != (first.device, first.dtype):
-            kinds = f"{first.device} and {weight.device}, in {first.dtype} and {weight.dtype}"
-            raise RuntimeError(f"weights of one product lie on {kinds}")
+        if weight.device != device:
+            raise RuntimeError(f"weights of one product lie on {device} and {weight.device}")
+        if weight.dtype != first.dtype:
+            raise RuntimeError(f"weights of one product are in {first.dtype} and {weight.dtype}")
         assert weight.storage_offset() == at
         at += weight.numel()
     rows, columns = sum(map(len, weights)), first.shape[1]

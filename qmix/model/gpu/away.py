@@ -18,6 +18,7 @@ from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import copied_share
 from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.kernels import Kernels
+from qmix.model.gpu.promotion import Promotion
 from qmix.pool.protocol import Pool
 from qmix.precision.expert import Expert
 
@@ -37,7 +38,7 @@ class Exchange:
 
 
 def may_copy(pool: Pool) -> bool:
-    """Return whether steps may copy experts: a record stays where it is, and nobody minds who computes it.
+    """Return whether steps may copy or exchange experts: all have slots, and nobody minds who computes an expert.
 
     The share that is copied depends on the tokens of a step, and a result on who computed it by its last bits.
     """
@@ -51,16 +52,20 @@ class AwayExperts:
         self.experts, self.shapes, self.rates, self.kernels = experts, shapes, rates, kernels
         self.layer, self.pool = experts.layer, experts.pool
         self.staging = experts.loader.staging if may_copy(self.pool) else None
+        self.promotion: Promotion | None = None  # where experts may change places
 
     def compute(self, exchange: Exchange, tokens: int) -> AbstractContextManager[object]:
         """Compute what the first `tokens` rows of the exchange ask for.
 
         Work that reads the staging buffers is queued inside the returned context.
         """
-        chosen = self.experts.read_routing(exchange.ids[:tokens])
+        rows = self.experts.read_routing(exchange.ids[:tokens])
+        chosen = [row for row in rows if row[0] >= 0]  # rows without a token come last, with numbers of another step
+        if self.promotion is not None:
+            self.promotion.used(self.layer, chosen)
         pairs: dict[int, list[int]] = {}  # of each expert that is away
         for place, expert in enumerate(expert for row in chosen for expert in row):
-            if expert >= 0 and expert not in self.experts.residents:
+            if expert not in self.experts.residents:
                 pairs.setdefault(expert, []).append(place)
         for addresses in exchange.staged.values():
             addresses.zero_()
@@ -75,8 +80,8 @@ class AwayExperts:
                 exchange.staged[self.shapes[self.experts.precisions[expert]]][expert] = address
                 copies.enter_context(staged.in_use())
             else:
-                rows = exchange.x[[pair // top_k for pair in pairs[expert]]]
-                exchange.results[pairs[expert]] = forward(rows, self.experts.activation)
+                x = exchange.x[[pair // top_k for pair in pairs[expert]]]
+                exchange.results[pairs[expert]] = forward(x, self.experts.activation)
         return copies
 
     def _copied(self, pairs: dict[int, list[int]], exchange: Exchange) -> frozenset[int]:
@@ -94,5 +99,4 @@ class AwayExperts:
 
     def _records(self, chosen: list[list[int]], away: list[int], x: torch.Tensor) -> Iterator[tuple[int, Expert]]:
         """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
-        used = sorted({expert for row in chosen for expert in row if expert >= 0})
-        return self.experts.records(used, away, x[: len(chosen)])
+        return self.experts.records(sorted({expert for row in chosen for expert in row}), away, x[: len(chosen)])

@@ -2,8 +2,9 @@
 
 The layers on a GPU are cut into stages. A stage is one graph that ends with the routing of a layer whose experts are
 not all resident. A second graph computes that layer's residents, while the host reads the routing and computes the
-others; their results are added at the start of the next stage. So a GPU with all experts has one graph a step, and
-only layers with experts elsewhere are waited for. Layers on the CPU come first and are transformers' own.
+others; their results are added at the start of the next stage. Only such layers are waited for. A model whose experts
+are all resident has one graph a step, over several GPUs where they can access each other. Layers on the CPU come first
+and are transformers' own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from qmix.kernels.gpu.shapes import ExpertShape
 from qmix.model.gpu.away import AwayExperts, Exchange
-from qmix.model.gpu.devices import Device
+from qmix.model.gpu.devices import Device, reach_each_other
 from qmix.model.gpu.graphs import Graph, Launch, Recorder
 from qmix.model.gpu.kernels import Kernels
 from qmix.model.gpu.step import DeviceStep, StepBuffers, StepEnds, StepLayer
@@ -37,15 +38,25 @@ class OnDevice:
     exchange: Exchange | None
     recorder: Recorder
 
+    @property
+    def place(self) -> torch.device:
+        """The GPU as torch knows it."""
+        return self.device.device
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A graph, and at its end a layer whose experts are not all resident, with the graph of those that are."""
+    """A graph, and what the host does behind it.
 
-    device: Device
+    `away` are the experts elsewhere of the layer whose routing the graph ends with, on the GPU of `part`; `residents`
+    is the graph of the others. `crossing` copies the stream to the next GPU.
+    """
+
     graph: Graph
+    part: OnDevice
     residents: Graph | None = None
     away: AwayExperts | None = None
+    crossing: Launch | None = None
 
 
 class CapturedStep:
@@ -54,53 +65,78 @@ class CapturedStep:
     def __init__(self, kernels: Kernels, eps: float, parts: Sequence[OnDevice], tokens: int, embeds: bool) -> None:
         """With `embeds` the step begins with the tokens' embeddings, otherwise with a stream that is given."""
         self.tokens, self.parts = tokens, parts
-        self.stages: list[list[Stage]] = []
-        for part in parts:
+        made = _Stages(parts[0])
+        for before, part in zip([None, *parts[:-1]], parts, strict=True):
+            if before is not None:
+                crossing = _call(_cross, before, part, tokens)
+                if reach_each_other(before.device, part.device):
+                    made.add(part, crossing)
+                else:
+                    made.end(part, crossing=crossing)
             step = DeviceStep(kernels, part.buffers, part.layers, part.ends, eps, tokens, part.staged)
-            self.stages.append(self._stages(step, part, embeds and part is parts[0]))
+            self._add(made, step, part, embeds and before is None)
+        made.end(parts[-1])
+        self.stages = made.found
 
-    def _stages(self, step: DeviceStep, part: OnDevice, embeds: bool) -> list[Stage]:
-        stages: list[Stage] = []
-        work: list[Launch] = [step.embed, step.norm] if embeds else [step.norm]
+    def _add(self, made: _Stages, step: DeviceStep, part: OnDevice, embeds: bool) -> None:
+        """Add a GPU's part of the step."""
+        made.add(part, *([step.embed, step.norm] if embeds else [step.norm]))
         for index, away in enumerate(part.away):
-            work.append(_call(step.attend, index))
+            made.add(part, _call(step.attend, index))
+            mixture = _call(step.mixture, index)
             if away is None:
-                work.append(_call(step.mixture, index))
+                made.add(part, mixture)
             else:
-                work.append(_call(_send, step, part.exchange))
-                mixture = part.recorder.record([_call(step.mixture, index)]) if part.layers[index].tables else None
-                stages.append(Stage(part.device, part.recorder.record(work), mixture, away))
-                work = [_call(_receive, step, part.exchange), _call(step.arrived, index)]
-            work.append(_call(step.add, index))
+                made.add(part, _call(_send, step, part.exchange))
+                residents = part.recorder.record([(part.place, mixture)]) if part.layers[index].tables else None
+                made.end(part, residents=residents, away=away)
+                made.add(part, _call(_receive, step, part.exchange), _call(step.arrived, index))
+            made.add(part, _call(step.add, index))
         if part.ends.head is not None:
-            work.append(step.choose)
+            made.add(part, step.choose)
         if self.tokens == 1:
-            work.append(step.advance)
-        return [*stages, Stage(part.device, part.recorder.record(work))]
+            made.add(part, step.advance)
 
     def run(self) -> None:
         """Queue the whole step; returns when the last graph is queued."""
-        before: OnDevice | None = None
-        for part, stages in zip(self.parts, self.stages, strict=True):
-            if before is not None:
-                part.buffers.stream[: self.tokens].copy_(before.buffers.stream[: self.tokens], non_blocking=True)
-            copies: AbstractContextManager[object] = nullcontext()
-            for stage in stages:
-                with copies:
-                    stage.graph.replay()
-                copies = self._away(stage, part)
-            before = part
+        copies: AbstractContextManager[object] = nullcontext()
+        for stage in self.stages:
+            with copies:
+                stage.graph.replay()
+            copies = nullcontext() if stage.away is None else self._away(stage, stage.away)
+            if stage.crossing is not None:
+                stage.crossing()
 
-    def _away(self, stage: Stage, part: OnDevice) -> AbstractContextManager[object]:
+    def _away(self, stage: Stage, away: AwayExperts) -> AbstractContextManager[object]:
         """Compute a layer's experts, on the GPU and elsewhere."""
-        if stage.away is None:
-            return nullcontext()
-        assert part.exchange is not None
-        routed = part.device.mark()
+        assert stage.part.exchange is not None
+        routed = stage.part.device.mark()
         if stage.residents is not None:
             stage.residents.replay()
         routed.wait()
-        return stage.away.compute(part.exchange, self.tokens)
+        return away.compute(stage.part.exchange, self.tokens)
+
+
+class _Stages:
+    """Collects launches, and makes a graph of them where the host has something to do."""
+
+    def __init__(self, first: OnDevice) -> None:
+        self.found: list[Stage] = []
+        self._recorder = first.recorder
+        self._work: list[tuple[torch.device, Launch]] = []
+
+    def add(self, part: OnDevice, *launches: Launch) -> None:
+        self._work += [(part.place, launch) for launch in launches]
+
+    def end(self, part: OnDevice, **host: Any) -> None:
+        """End a stage, with what the host does behind it; the next one begins on the GPU of `part`."""
+        self.found.append(Stage(self._recorder.record(self._work), part, **host))
+        self._recorder, self._work = part.recorder, []
+
+
+def _cross(before: OnDevice, part: OnDevice, tokens: int) -> None:
+    """Copy the stream from one GPU to the next."""
+    part.buffers.stream[:tokens].copy_(before.buffers.stream[:tokens], non_blocking=True)
 
 
 def _send(step: DeviceStep, exchange: Exchange) -> None:

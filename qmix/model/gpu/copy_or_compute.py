@@ -23,13 +23,23 @@ class ExpertSize:
     four_bit: bool
 
 
+def read_seconds(size: ExpertSize, rates: Rates) -> float:
+    """Return the seconds in which the CPU reads an expert's weights for a product with one token."""
+    return size.record / (rates.four_bit_read if size.four_bit else rates.memory_read)
+
+
+def exchange_seconds(size: ExpertSize, rates: Rates) -> float:
+    """Return the seconds in which an expert changes places with a resident: a copy to the GPU, then one from it."""
+    return 2 * size.record / rates.pcie
+
+
 def host_seconds(size: ExpertSize, tokens: Sequence[int], hidden: int, rates: Rates) -> float:
     """Return the seconds of a layer's experts on the CPU; `tokens` has an entry for each of them.
 
     An expert takes the longer of reading its weights and multiplying them. x is downloaded and the results are
     uploaded once.
     """
-    reading = size.record / (rates.four_bit_read if size.four_bit else rates.memory_read)
+    reading = read_seconds(size, rates)
     products = sum(max(reading, 2 * count * size.weights / rates.matmul) for count in tokens)
     return products + 2 * sum(tokens) * hidden * HALF_BYTES / rates.pcie
 
@@ -54,7 +64,7 @@ def copied_share(size: ExpertSize, tokens: Sequence[int], rates: Rates, most: in
     `tokens` has an entry for each of them, descending: those with the most tokens are copied. Both ways read main
     memory, and together no faster than it allows. Among equally fast shares the smallest is taken.
     """
-    reading = size.record / (rates.four_bit_read if size.four_bit else rates.memory_read)
+    reading = read_seconds(size, rates)
     products = [max(reading, 2 * count * size.weights / rates.matmul) for count in tokens]
 
     def seconds(copied: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from qmix.errors import UsageError
-from qmix.plan.memory import STAGED_RECORDS
+from qmix.plan.device_memory import STAGED_RECORDS
 from qmix.precision.memory import anonymous_memory
 from qmix.units import plural
 
@@ -89,6 +89,14 @@ class Mark:
             pass
 
 
+def reach_each_other(first: Device, second: Device) -> bool:
+    """Return whether copies between two devices can be part of one CUDA graph: GPUs with access to each other."""
+    if first.copies is None or second.copies is None:
+        return True
+    pairs = (first.device, second.device), (second.device, first.device)
+    return all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+
+
 def download(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor` in main memory, complete when the call returns."""
     return tensor.to(HOST)
@@ -113,22 +121,23 @@ def open_devices(names: Sequence[str], kind: str = "cuda") -> dict[str, Device]:
     return found
 
 
-def pin(memory: torch.Tensor) -> Callable[[], None]:
-    """Lock memory so that a GPU can copy from it while Python goes on; return a function that unlocks it.
+def pin(memory: torch.Tensor, devices: Sequence[Device]) -> Callable[[], None] | None:
+    """Lock memory so that these GPUs can copy from it while Python goes on; return a function that unlocks it.
 
-    If the system refuses, nothing is locked: copies are then slower and block the caller, but still correct.
+    If the system refuses, nothing is locked and the result is None: copies are then slower and block the caller, but
+    still correct.
     """
     runtime: Any = torch.cuda.cudart()
-    places = []
-    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE)) == 0:
-        places.append(memory.data_ptr())
-    else:
+    if int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), PORTABLE)) != 0:
         with suppress(RuntimeError):  # CUDA keeps the error for the next kernel launch
-            torch.zeros(1, device="cuda")
+            devices[0].upload(torch.zeros(1)).add_(1)
+        return None
+    address = memory.data_ptr()
 
     def undo() -> None:
-        while places:
-            runtime.cudaHostUnregister(places.pop())
+        for device in devices:  # copies that a run left behind still read it
+            device.wait()
+        runtime.cudaHostUnregister(address)
 
     return undo
 
@@ -167,9 +176,15 @@ class Staging:
         self.used: list[Any] = [None] * STAGED_RECORDS  # events: the end of the work with a buffer's last content
         self._next = 0
 
-    def copy(self, record: torch.Tensor) -> Staged:
-        """Begin to copy a record from main memory, after the work with the buffer's last content."""
-        index, self._next = self._next, (self._next + 1) % STAGED_RECORDS
+    def copy(self, record: torch.Tensor, beside: Staged | None = None) -> Staged:
+        """Begin to copy a record from main memory, after the work with the buffer's last content.
+
+        The buffer of `beside`, whose work is not queued yet, is left alone.
+        """
+        index = self._next
+        if beside is not None and beside.index == index:
+            index = (index + 1) % STAGED_RECORDS
+        self._next = (index + 1) % STAGED_RECORDS
         target = self.buffers[index][: len(record)]
         if self.device.copies is None:
             target.copy_(record)

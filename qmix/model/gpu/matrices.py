@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.geometry import MATRICES
 from qmix.kernels.packing import BLOCK, PACK_ROWS
-from qmix.plan.memory import DEQUANTISED_AT_ONCE
+from qmix.plan.device_memory import DEQUANTISED_AT_ONCE
 from qmix.precision.bitsandbytes import functional
 from qmix.precision.formats import FOUR_BITS, fits_kernels
 from qmix.precision.record import RecordLayout

@@ -21,8 +21,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from qmix.errors import arg
 from qmix.model.gpu.captured import CapturedStep, OnDevice
 from qmix.model.gpu.devices import HOST, Mark
+from qmix.model.gpu.exchange import Exchanges
 from qmix.model.gpu.kernels import Kernels
 from qmix.model.kv import Chunk, KVCache
+from qmix.plan.device_memory import LEAST_STEP
 
 NOT_ON_GPUS = (
     "batches and evaluations run on GPUs only where all layers fit there and Triton's kernels take the model; "
@@ -53,7 +55,9 @@ class Steps:
         self.eps = float(model.config.rms_norm_eps)
         self.cpu_layers = parts[0].first
         self.begins_early = not self.cpu_layers and all(each is None for part in parts for each in part.away)
+        self.exchanges = Exchanges(model.pool, parts)
         self._captured: dict[int, CapturedStep] = {}
+        self._most = min(rows, LEAST_STEP)
         self._chooses = False
         self._ahead: _Ahead | None = None
         self._choices = parts[-1].device.pinned(2, dtype=torch.int64)
@@ -89,6 +93,18 @@ class Steps:
         finally:
             self._chooses, self._ahead = False, None
 
+    @contextmanager
+    def verifying(self, drafts: int) -> Iterator[None]:
+        """Serve steps of up to `drafts` drafted tokens and the one before, if there is room for them.
+
+        Without it, a step of a few more tokens than LEAST_STEP is a prompt's, for which no graph is captured.
+        """
+        before, self._most = self._most, min(self.rows, max(self._most, drafts + 1))
+        try:
+            yield
+        finally:
+            self._most = before
+
     def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Return what the model's forward would for these arguments; None where a step does not serve them."""
         if not self._serves(ids, options):
@@ -109,7 +125,7 @@ class Steps:
         """Return whether this is a step of a few tokens behind those in the cache, and nothing else is wanted."""
         if options.get("cache") is not self.cache or self.cache.rows is not None or torch.is_grad_enabled():
             return False
-        if ids is None or ids.shape[0] != 1 or not 0 < ids.shape[1] <= self.rows:
+        if ids is None or ids.shape[0] != 1 or not 0 < ids.shape[1] <= self._most:
             return False
         if self.model.model.forward != self._forward or any(options[name] for name in options.keys() - {*KNOWN}):
             return False
@@ -125,6 +141,7 @@ class Steps:
     def step(self, tokens: list[int], position: int) -> None:
         """Queue the step of `tokens` of one sequence from `position` on, and count them in the cache."""
         captured = self.captured(len(tokens))
+        self.exchanges.make(len(tokens))
         self._place(captured.tokens, tokens, list(range(position, position + len(tokens))), [0] * len(tokens))
         if self.cpu_layers:
             self.parts[0].buffers.stream[: len(tokens)].copy_(self._on_cpu(tokens, position))

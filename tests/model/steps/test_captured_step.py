@@ -13,6 +13,7 @@ from stores import make_store
 
 from qmix.engine.stream import Runner
 from qmix.machine.rates import Rates
+from qmix.model.gpu.promotion import Exchange
 
 PROMPT = torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(1)).tolist()
 COPIES = Rates(pcie=1e15)  # by these copying pays for every expert
@@ -74,7 +75,8 @@ CASES = {
 MORE = {
     "hybrid": Case(ONE, frozenset({0, 2}), 5),
     "CPU and GPU": Case(["cpu", "gpu:0"], frozenset({0, 1}), 3),
-    "two GPUs": Case(TWO, frozenset(range(4)), 2),
+    "two GPUs": Case(TWO, frozenset(range(4)), 1),
+    "two GPUs, hybrid": Case(TWO, frozenset({1, 2}), 5),
     "disk": Case(ONE, frozenset({1}), 5, slots=2),
     "none resident": Case(ONE, frozenset(), 3),
 }
@@ -102,6 +104,44 @@ def test_a_text_is_the_cpus_and_logits_are_close_with_few_graphs_a_token(store, 
     torch.testing.assert_close(found, scores, rtol=0, atol=0.03 * scores.std().item())
 
 
+@pytest.mark.parametrize(
+    "rates", [Rates(pcie=1.0), pytest.param(COPIES, marks=pytest.mark.slow)], ids=["on the CPU", "copied"]
+)
+def test_experts_change_places_between_steps_and_the_text_and_the_memory_stay(store, wanted, monkeypatch, rates):
+    """Before each token, in turns, two pairs of experts and then one of them back."""
+    turns = [[Exchange(0, 1, 0), Exchange(1, 3, 2)], [Exchange(0, 0, 1)]]
+    with runner(store, ONE, frozenset({0, 2}), rates=rates) as gpu:
+        steps, pool = gpu.model.steps, gpu.pool
+        layers = [layer.mlp.experts for layer in gpu.model.model.layers]
+        records = {key: bytes(pool.record(*key)) for key in store.layout.experts if pool.holds(*key)}
+        records |= {(layer, each): bytes(layers[layer].residents[each].cpu()) for layer in (0, 1) for each in (0, 2)}
+        places = {record.data_ptr() for experts in layers for record in experts.residents.values()}
+        read = pool.counters.bytes_read
+        monkeypatch.setattr(steps.exchanges.promotion, "exchanges", lambda tokens: turns.pop(0) if turns else [])
+        graphs = steps.captured(1)
+        for texts, residents in ((1, [{1, 2}, {0, 3}]), (2, [{0, 2}, {0, 3}])):
+            found = logits(gpu, [7])
+            assert len(turns) == 2 - texts
+            assert [set(experts.residents) for experts in layers] == residents
+            torch.testing.assert_close(found[0], wanted[1][0], rtol=0, atol=0.03 * wanted[1].std().item())
+            for (layer, expert), record in records.items():
+                here = layers[layer].residents.get(expert)
+                assert bytes(pool.record(layer, expert) if here is None else here.cpu()) == record
+        assert answer(gpu) == wanted[0]
+        assert {record.data_ptr() for experts in layers for record in experts.residents.values()} == places
+        assert pool.counters.bytes_read == read
+        assert steps.captured(1) is graphs
+        assert pool.elsewhere == {(0, 0), (0, 2), (1, 0), (1, 3)}
+
+
+@pytest.mark.slow
+def test_gpus_without_access_to_each_other_have_a_graph_each(store, wanted, monkeypatch):
+    monkeypatch.setattr("qmix.model.gpu.captured.reach_each_other", lambda first, second: False)
+    with runner(store, TWO, frozenset(range(4))) as gpu:
+        assert answer(gpu) == wanted[0]
+        assert gpu.model.steps.launched == 2 * len(wanted[0])
+
+
 @pytest.mark.slow
 def test_every_precision_in_one_layer(checkpoint, tmp_path):
     store = make_store(checkpoint, tmp_path / "store", "nf4,*.1=int8,*.2=half,1.3=fp4")
@@ -121,6 +161,27 @@ def test_drafts_are_verified_by_steps_of_several_tokens(store):
         assert set(gpu.model.steps._captured) == {1}
         assert answer(gpu, 4, prompt=[5, 6, 7, 8] * 3, draft_ngram=3) == want
         assert set(gpu.model.steps._captured) > {1}
+
+
+@pytest.mark.slow
+def test_long_drafts_are_verified_by_steps_of_up_to_32_tokens_and_prompts_are_not(store):
+    with runner(store, ONE, frozenset({0, 1, 2, 3})) as gpu, torch.inference_mode():
+        steps, ids = gpu.model.steps, torch.tensor([[5, 6, 7, 8] * 3])
+        options = {"cache": gpu.cache, "use_cache": True}
+        assert steps.rows == 32
+        assert steps.forward(ids, options) is None
+        with steps.verifying(10):
+            assert steps.forward(ids, options) is None
+        with steps.verifying(11):
+            assert steps.forward(ids[:, :6], options) is not None
+            found = steps.forward(ids[:, 6:], options).logits
+            gpu.cache.reset()
+            whole = steps.forward(ids, options).logits
+        assert set(steps._captured) == {1, 8, 16}
+        assert torch.equal(found, whole[:, 6:])  # the sums have one order in steps of all sizes
+        with steps.verifying(64):
+            assert steps._most == 32
+        assert steps._most == 8
 
 
 @pytest.mark.slow

@@ -1,0 +1,69 @@
+"""Pinned memory is unlocked once nothing reads it, and the host's part of a step sees its own tokens only."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from checkpoints import make_checkpoint
+from spreads import spread_plan
+from stores import make_pool, make_store
+
+from qmix.machine.rates import Rates
+from qmix.model.build import build_model
+from qmix.model.gpu.away import AwayExperts, Exchange
+from qmix.model.gpu.devices import pin
+from qmix.model.gpu.kernels import expert_shapes
+from qmix.model.gpu.spread import spread_for
+
+
+class Cuda:
+    """A device, and CUDA's runtime, which notes what is called."""
+
+    def __init__(self, status):
+        self.calls = []
+        self.runtime = SimpleNamespace(
+            cudaHostRegister=lambda address, nbytes, flags: self.calls.append(("lock", address, nbytes)) or status,
+            cudaHostUnregister=lambda address: self.calls.append(("unlock", address)),
+        )
+
+    def upload(self, tensor):
+        return tensor
+
+    def wait(self):
+        self.calls.append("wait")
+
+
+def test_memory_is_unlocked_after_the_copies_that_read_it(monkeypatch):
+    cuda, memory = Cuda(0), torch.zeros(64, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda.runtime)
+    unpin = pin(memory, [cuda, cuda])
+    assert unpin is not None
+    unpin()
+    address = memory.data_ptr()
+    assert cuda.calls == [("lock", address, 64), "wait", "wait", ("unlock", address)]
+
+
+def test_memory_that_the_system_does_not_lock_is_not_unlocked(monkeypatch):
+    cuda = Cuda(2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda.runtime)
+    assert pin(torch.zeros(64, dtype=torch.uint8), [cuda]) is None
+
+
+def test_guesses_are_made_from_the_rows_with_a_token(tmp_path, monkeypatch):
+    """A step of four rows has two tokens; the others' x is that of an earlier step."""
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
+    spread = spread_for(spread_plan(store.layout, ["gpu:0"] * 2, {0}), Rates(), "cpu")
+    experts = (
+        build_model(store, make_pool(store, 2, elsewhere=spread.residents), "sdpa", spread).model.layers[0].mlp.experts
+    )
+    seen = []
+    records = experts.records
+    monkeypatch.setattr(
+        experts, "records", lambda chosen, away, x: (seen.append((chosen, away, len(x))), records(chosen, away, x))[1]
+    )
+    x, results = torch.randn(4, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
+    ids = torch.tensor([[0, 2], [3, 2], [-1, -1], [-1, -1]])
+    AwayExperts(experts, expert_shapes(store.layout), Rates(), None).compute(Exchange(ids, x, results, {}), 4)
+    assert seen == [([0, 2, 3], [2, 3], 2)]
+    assert [bool(row.any()) for row in results] == [False, True, True, True, False, False, False, False]
