@@ -61,7 +61,7 @@ class Bench:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Where each kind of model lies."""
+        """Return the path of each kind of model."""
         store, checkpoint = f"8x7b-{self.layers}", f"8x7b-{self.checkpoint_layers}"
         return {
             "store": self.directory / f"{store}.store",
