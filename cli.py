@@ -17,8 +17,11 @@ from typing import Any
 import click
 
 from qmix.commands import Commands, in_options
+from qmix.commands.general import show_notices
+from qmix.commands.settings import sources_in
 from qmix.errors import QmixError
 from qmix.kernels.cpu.paths import environment
+from qmix.terminal.voice import Voice
 from qmix.version import __version__
 
 EXIT_INTERRUPTED = 130
@@ -33,20 +36,15 @@ def qmix() -> None:
     """Run Mixtral models on one workstation, under a memory budget."""
 
 
-class Notices(logging.Handler):
-    """Write what the library tells of slow work that happens once, a line each, to stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(record.getMessage(), err=True)
-
-
 def _run() -> Any:
     """Run the command in sys.argv; click's own `main` prints an empty line before the message of an interrupt."""
     if "_QMIX_COMPLETE" in os.environ:  # shell completion
         return qmix.main()
-    log = logging.getLogger("qmix")
-    log.setLevel(logging.INFO)
-    log.addHandler(Notices())
+    if not sys.argv[1:] and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        from qmix.commands.welcome import welcome
+
+        click.echo("\n".join(welcome()))
+        return None
     with qmix.make_context("qmix", sys.argv[1:]) as context:
         return qmix.invoke(context)
 
@@ -55,6 +53,7 @@ def main(run: Callable[[], Any] = _run) -> None:
     """Run the console command; a failure is one line on stderr and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # do not fail at a character that the locale lacks
+    show_notices()
     try:
         _set_environment()
         status = run()
@@ -67,9 +66,13 @@ def main(run: Callable[[], Any] = _run) -> None:
         status = _fail(str(interrupt) or "interrupted", EXIT_INTERRUPTED)
     except click.ClickException as error:
         error.show()
+        logging.getLogger(Voice.logger).error("%s", error.format_message())
+        if told := sources_in(error.format_message(), qmix.settings):
+            click.echo(told.strip(" ()"), err=True)
         status = error.exit_code
     except QmixError as error:
-        status = _fail(in_options(error), error.exit_code)
+        message = in_options(error)
+        status = _fail(message + sources_in(message, qmix.settings), error.exit_code)
     except BrokenPipeError:  # the reader of stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
@@ -94,7 +97,9 @@ def _set_environment() -> None:
 
 def _fail(message: str, status: int) -> int:
     first, *more = message.splitlines() or [""]
-    click.echo(f"qmix: {' '.join((first, *more))}", err=True)
+    line = " ".join((first, *more))
+    logging.getLogger(Voice.logger).error("%s", line)
+    click.echo(f"qmix: {line}", err=True)
     return status
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from qmix.checkpoint.torch_dtypes import TORCH
 from qmix.kernels.cpu.products import multiply_packed, multiply_rows
-from qmix.precision import matmul
+from qmix.precision import quantised
 from qmix.precision.formats import parts
 from qmix.precision.memory import anonymous_memory
 
@@ -58,7 +58,7 @@ def products(kind: str, rows: int, columns: int, made: list[list[torch.Tensor]])
             "qmix": lambda x, i: multiply_rows(x, *made[i]),
             "torch": lambda x, i: torch._weight_int8pack_mm(x, made[i][0], ones) * made[i][1],
         }
-    theirs = matmul.packed_kernel(kind)
+    theirs = quantised.packed_kernel(kind)
 
     def bitsandbytes(x: torch.Tensor, i: int) -> object:
         out = torch.empty(len(x), rows, dtype=torch.bfloat16)

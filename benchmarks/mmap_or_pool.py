@@ -31,7 +31,7 @@ from rich.table import Table
 from qmix.disk import PAGE
 from qmix.disk.reads import READ_THREADS, Read, Reader
 from qmix.pool.eviction import Key
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.precision.memory import anonymous_memory
 from qmix.store.file import StoreFile
 from qmix.store.opened import Store, open_store

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from slow_disk import limited
 
-from qmix.commands.shared import Size
+from qmix.commands.parameters import Size
 from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.pace import Pace
 from qmix.engine.sampling import Sampling

@@ -15,21 +15,18 @@ import json
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 WORDS = ["install", "the", "package", "file", "menu", "click", "button", "to", "open", "window", "save", "print", "in"]
 ADDRESS = re.compile(r"serving .* at (http://\S+): ")
@@ -119,16 +116,41 @@ def figure(url: str, name: str) -> float:
     return float(match[1])
 
 
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: the summary of `qmix batch`, both loads of the server, and the server's peak bytes so far."""
+
+    batch: dict[str, Any]
+    whole: Load
+    streams: Load
+    peak: int
+
+
+def table(rounds: Sequence[Round], budget: float, hit_rate: float) -> str:
+    """Return a table in Markdown."""
+    lines = ["| | `qmix batch` | server, answers as a whole | server, streams |", "|---|---:|---:|---:|"]
+    for number, each in enumerate(rounds, 1):
+        rates = [f"{load.rate:.4g} ({load.rate / each.batch['tok_s']:.0%})" for load in (each.whole, each.streams)]
+        lines.append(f"| new tokens/s, round {number} | {each.batch['tok_s']:.4g} | {rates[0]} | {rates[1]} |")
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        times = sorted(each.streams.first[int(share * (len(each.streams.first) - 1))] for each in rounds)
+        lines.append(f"| time to the first token, {name} | | | {times[0]:.2f} to {times[-1]:.2f} s |")
+    peaks = max(each.batch["peak_memory"] for each in rounds), max(each.peak for each in rounds)
+    lines.append(f"| peak memory, of {budget / 1e9:.2f} GB | {peaks[0] / 1e9:.2f} GB | {peaks[1] / 1e9:.2f} GB | |")
+    lines.append(f"| experts in memory when used | {rounds[-1].batch['hit_rate']:.0%} | {hit_rate:.0%} | |")
+    return "\n".join(lines)
+
+
 @click.command()
 @click.argument("model", default="tiny")
 @click.option("--clients", default=64, show_default=True)
 @click.option("--requests", default=256, show_default=True)
 @click.option("--words", default=24, show_default=True, help="of each prompt")
 @click.option("--tokens", default=64, show_default=True, help="of each answer")
-@click.option("--rounds", default=3, show_default=True, help="batch and server take turns in each")
+@click.option("--rounds", "count", default=3, show_default=True, help="batch and server take turns in each")
 @click.option("--ram", default="2GiB", show_default=True)
 @click.option("--context", default=512, show_default=True)
-def main(model: str, clients: int, requests: int, words: int, tokens: int, rounds: int, ram: str, context: int) -> None:
+def main(model: str, clients: int, requests: int, words: int, tokens: int, count: int, ram: str, context: int) -> None:
     """Print a table, then one JSON line."""
     common = ["--ram", ram, "--context", str(context), "--batch", str(clients)]
     arena = str(max(context, clients * (8 * words + tokens)))
@@ -136,40 +158,21 @@ def main(model: str, clients: int, requests: int, words: int, tokens: int, round
     server = subprocess.Popen(served, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     url = next(match[1] for line in server.stderr if (match := ADDRESS.search(line)))
-    rows: list[dict[str, Any]] = []
+    rounds: list[Round] = []
     try:
-        for number in range(rounds):
+        for number in range(count):
             same, others = (bodies_of(2 * number + kind, requests, words, tokens) for kind in (0, 1))
             summary = batch(model, same, common)
             whole = asyncio.run(load(url, same, clients, stream=False))
             streams = asyncio.run(load(url, others, clients, stream=True))
-            rows.append(
-                {
-                    "round": number + 1,
-                    "batch_tok_s": summary["tok_s"],
-                    "whole_tok_s": whole.rate,
-                    "stream_tok_s": streams.rate,
-                    "whole_share": whole.rate / summary["tok_s"],
-                    "stream_share": streams.rate / summary["tok_s"],
-                    "ttft_p50_s": statistics.median(streams.first),
-                    "ttft_p99_s": streams.first[int(0.99 * (len(streams.first) - 1))],
-                    "batch_peak": summary["peak_memory"],
-                    "peak": peak(server),
-                    "budget": figure(url, "qmix_memory_budget_bytes"),
-                    "hit_rate": figure(url, "qmix_expert_hit_rate"),
-                    "batch_hit_rate": summary["hit_rate"],
-                }
-            )
+            rounds.append(Round(summary, whole, streams, peak(server)))
+        budget, hit_rate = figure(url, "qmix_memory_budget_bytes"), figure(url, "qmix_expert_hit_rate")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait()
-    table = Table(title=f"{model}: {clients} clients, {requests} requests of {words} words and {tokens} new tokens")
-    for column in rows[0]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=200).print(table)
-    print(json.dumps(rows))
+    print(f"{model}: {clients} clients, {requests} requests of {words} words and {tokens} new tokens\n")
+    print(table(rounds, budget, hit_rate) + "\n")
+    print(json.dumps([asdict(each) for each in rounds]))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from qmix.bench.machine_rates import COLUMNS, ROWS
 from qmix.errors import QmixError
-from qmix.precision.matmul import FourBitMatrix
 from qmix.precision.memory import anonymous_memory
+from qmix.precision.quantised import FourBitMatrix
 
 PER_MATRIX = ROWS * COLUMNS // 2 + ROWS * COLUMNS // 64 * 2
 MATRICES = 8  # on the fast side, more than caches hold

@@ -97,6 +97,10 @@ class SessionError(QmixError):
     """A saved conversation cannot be read or written."""
 
 
+class DiskError(QmixError):
+    """A file cannot be written: the disk is full, or fails."""
+
+
 class UsageError(QmixError):
     """An argument has a value that cannot be used."""
 
@@ -111,6 +115,9 @@ class DoesNotFitError(QmixError):
     def __init__(self, message: str, smallest: int) -> None:
         super().__init__(message)
         self.smallest = smallest
+
+    def __reduce__(self) -> tuple[type[DoesNotFitError], tuple[str, int]]:
+        return type(self), (self.message, self.smallest)  # for a worker's parent
 
 
 class Cancelled(Exception):

@@ -22,7 +22,7 @@ def ignore(progress: Progress) -> None:
     """Show nothing."""
 
 
-def counted(total: int, on_progress: OnProgress, note: str) -> Callable[[int], None]:
+def counted(total: int, on_progress: OnProgress, note: str = "") -> Callable[[int], None]:
     """Return a function that adds the bytes it is given to a sum and reports the sum."""
     done = 0
 

@@ -1,13 +1,20 @@
-"""Byte counts and rates as people write them: GB = 1e9, GiB = 2**30."""
+"""Byte counts and rates as people write them: GB = 1e9, GiB = 2**30.
+
+All messages of a process are in one unit system. The command line sets it to the one that its user typed.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 
 from qmix.errors import UsageError
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+DECIMAL_STEPS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+BINARY_STEPS = {"TiB": 2.0**40, "GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10}
 LEAST_MEANT = 10**5  # bytes, bytes/s or FLOP/s; the unit of a smaller number was forgotten
 LONGEST = 40  # characters of typed text in a message
 MOST = 2**62  # bytes: more than any machine addresses, and an int64 holds it
@@ -39,13 +46,36 @@ def quoted(text: object) -> str:
     return shown if len(shown) <= LONGEST + 2 else f"{shown[:LONGEST]}…"
 
 
+class UnitSystem:
+    """The unit system of messages: decimal (GB) unless `binary` (GiB) is set."""
+
+    binary = False
+
+
+def is_binary(text: str) -> bool | None:
+    """Return True for a typed size such as 12GiB, False for 12GB, None where it has no unit."""
+    unit = re.search(r"([kmgt])(i?)b?\s*(?:/\s*s\s*)?$", text, re.IGNORECASE)
+    return None if unit is None else bool(unit[2])
+
+
 def format_bytes(count: float) -> str:
-    """Return a byte count with three digits and a decimal unit: 71.9 GB, 512 kB, 80 B."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    """Return a byte count with three digits and its unit: 71.9 GB, 512 kB, 80 B; in the binary system 67 GiB."""
+    return _scaled(count, BINARY_STEPS if UnitSystem.binary else DECIMAL_STEPS) or f"{count:.0f} B"
+
+
+def _scaled(count: float, steps: Mapping[str, float]) -> str:
+    """Return a number with three digits and the largest unit that it reaches; empty where it reaches none."""
+    for unit, factor in steps.items():
         if abs(count) >= factor:
             scaled = count / factor
             return f"{scaled:.0f} {unit}" if abs(scaled) >= 999.5 else f"{scaled:.3g} {unit}"
-    return f"{count:.0f} B"
+    return ""
+
+
+def size_option(count: float, up: bool = True) -> str:
+    """Return bytes as an option takes them, in whole MB or MiB: not less than `count`, or not more if not `up`."""
+    unit, factor = ("MiB", 2**20) if UnitSystem.binary else ("MB", 10**6)
+    return f"{math.ceil(count / factor) if up else int(count // factor)}{unit}"
 
 
 def plural(count: int, noun: str, many: str = "") -> str:
@@ -76,4 +106,4 @@ def parse_flops(text: str) -> float:
 
 def format_flops(rate: float) -> str:
     """Return a rate such as 1.04 TFLOP/s."""
-    return format_bytes(rate)[:-1] + "FLOP/s"
+    return f"{_scaled(rate, DECIMAL_STEPS)[:-1] or f'{rate:.0f} '}FLOP/s"

@@ -101,10 +101,13 @@ def _serve() -> None:
 
     load_libraries()
     import qmix.batch.display  # noqa: F401 -- imported for the forks
-    from qmix.kernels.cpu.products import prepare
+    from qmix.kernels.cpu.products import holds_in, product_kernel
+    from qmix.kernels.cpu.sums import sums_of
 
     import_module(sys.argv[1])
-    prepare(["nf4"], torch.bfloat16)
+    product_kernel()
+    for precision in ("nf4", "half"):
+        sums_of(holds_in(precision, torch.bfloat16))
     gc.freeze()  # or each fork's first collection would copy every page
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)

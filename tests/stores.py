@@ -9,8 +9,11 @@ import pytest
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
+from qmix.engine.batch import BatchRunner
+from qmix.engine.stream import Runner
 from qmix.errors import StoreError
 from qmix.model.build import build_model
+from qmix.plan import Plan, make_plan
 from qmix.pool.experts import ExpertPool
 from qmix.progress import Progress
 from qmix.store.opened import Store, partial_directory
@@ -66,3 +69,18 @@ def refusal(*arguments) -> str:
         make_store(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def one_prompt(store: Store, context: int) -> Runner:
+    """A runner with every expert in memory."""
+    return Runner(store, _resident(store, context, 1))
+
+
+def many_prompts(store: Store, context: int, batch: int) -> BatchRunner:
+    """A batch runner with every expert in memory."""
+    return BatchRunner(store, _resident(store, context, batch))
+
+
+def _resident(store: Store, context: int, batch: int) -> Plan:
+    plan = make_plan(store.layout, 2**40, context, 2**28, batch=batch)
+    return plan.with_slots(store.geometry.num_records)

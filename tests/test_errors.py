@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import qmix
 from qmix.checkpoint import open_checkpoint
 from qmix.commands import COMMANDS, OPTIONS, Commands, in_options
 from qmix.engine.sampling import Sampling
-from qmix.errors import QmixError, UsageError, arg
+from qmix.errors import DoesNotFitError, QmixError, UsageError, arg
 from qmix.plan.memory import check_memory
 from qmix.store.child import quantize_in_child
 from qmix.store.sources import open_source
@@ -49,12 +50,9 @@ def test_no_option_stands_in_the_library(path: Path) -> None:
 def test_every_marked_argument_is_an_option_of_a_command() -> None:
     group = Commands("qmix")
     context = click.Context(group)
-    options = {
-        name
-        for command in COMMANDS
-        for parameter in group.get_command(context, command).params  # type: ignore[union-attr]
-        for name in parameter.opts
-    }
+    commands = [group.get_command(context, command) for command in COMMANDS]
+    commands += [inner for command in commands for inner in getattr(command, "commands", {}).values()]
+    options = {name for command in commands for parameter in command.params for name in parameter.opts}
     sources = "\n".join(path.read_text() for path in LIBRARY if path.name != "errors.py")
     marked = set(re.findall(r"""\barg\(["']([a-z_]+)""", sources))
     assert {"ram", "context", "attention", "output"} <= marked
@@ -129,3 +127,10 @@ def test_an_error_is_one_printable_line_of_bounded_length() -> None:
     assert len(long) == 1500
     assert long.startswith("aaa")
     assert long.endswith("a; fetch it again")
+
+
+def test_errors_pass_from_a_worker_to_its_parent():
+    """Through pickle, as process pools send them, with their arguments still marked."""
+    for error in (DoesNotFitError(f"give {arg('ram', '9GiB')}", 9), UsageError(f"give {arg('context')}")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), again.message, vars(again)) == (type(error), error.message, vars(error))

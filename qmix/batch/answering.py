@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
 from qmix.engine.batch import BatchRequest, BatchRunner
-from qmix.engine.completion import BatchResult
+from qmix.engine.completion import BatchOutcome, BatchResult, Failure
+from qmix.errors import UsageError
 from qmix.machine.found import peak_memory
 
 REFUSED_AT_ONCE = 1000  # lines that are written together
@@ -95,7 +97,7 @@ class Summary:
         return {"schema": SCHEMA, **fields, "tok_s": self.rate}
 
 
-Answer = Callable[[Iterable[BatchRequest]], Iterator[list[BatchResult]]]
+Answer = Callable[[Iterable[BatchRequest]], Generator[list[BatchOutcome], None, None]]
 
 
 class BatchRun:
@@ -105,6 +107,7 @@ class BatchRun:
         self.requests, self.job, self.asking, self.forms, self.answers = requests, job, asking, forms, answers
         self._resumed = len(answers.done)
         self._answered, self._refused = self._resumed - answers.refused, answers.refused
+        self._failed: set[str] = set()
         self._left = sum(job.sequences)
         self._started = time.perf_counter()
 
@@ -130,17 +133,31 @@ class BatchRun:
         counts = dict(zip(entries, self.job.counts, strict=True))
         needs = dict(zip(entries, self.job.needs, strict=True))
         parts: dict[str, list[BatchResult]] = {}  # completions of lines that wait for their others
-        for finished in (answer or runner.answer)(self._ask(self.job.entries)):
-            for each in finished:
-                parts.setdefault(each.name, []).append(each)
-                self._left -= needs[each.name]
-            whole = [parts.pop(name) for name in list(parts) if len(parts[name]) == counts[name]]
-            if whole:
-                lines = [self.requests.line(entries[answers[0].name]) for answers in whole]
-                self.answers.append([self.forms.answered(*each) for each in zip(lines, whole, strict=True)])
-                self._answered += len(whole)
-            on_pass(self.summary(runner))
+        with closing((answer or runner.outcomes)(self._ask(self.job.entries))) as passes:
+            for outcomes in passes:
+                for each in outcomes:
+                    self._left -= needs[each.name]
+                    if isinstance(each, BatchResult):
+                        parts.setdefault(each.name, []).append(each)
+                whole = [parts.pop(name) for name in list(parts) if len(parts[name]) == counts[name]]
+                if whole:
+                    lines = [self.requests.line(entries[answers[0].name]) for answers in whole]
+                    self.answers.append([self.forms.answered(*each) for each in zip(lines, whole, strict=True)])
+                    self._answered += len(whole)
+                self._refuse_failed([each for each in outcomes if isinstance(each, Failure)], entries)
+                on_pass(self.summary(runner))
         return self.summary(runner)
+
+    def _refuse_failed(self, failures: Iterable[Failure], entries: Mapping[str, Entry]) -> None:
+        """Write the error lines of requests that the engine refused. Raises any other error of the engine."""
+        for failure in failures:
+            if not isinstance(failure.error, UsageError):
+                raise failure.error
+            if failure.name not in self._failed:  # another completion of the line
+                self._failed.add(failure.name)
+                reason = f"line {entries[failure.name].number}: {failure.error}"
+                self.answers.append([self.forms.refused(failure.name, reason)])
+                self._refused += 1
 
     def _ask(self, entries: Sequence[Entry]) -> Iterator[BatchRequest]:
         for entry in entries:

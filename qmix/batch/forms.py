@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qmix.batch.lines import CHAT, Line
+from qmix.batch.request import CHAT, Line
 from qmix.text.detokenizer import TokenBytes
 
 if TYPE_CHECKING:
@@ -142,14 +142,17 @@ def _likeliest(told: Callable[[int], Told], chosen: Chosen) -> dict[str, float] 
 
 
 class Offsets:
-    """Counts the complete characters of the text before each token."""
+    """Counts the complete characters of the text before each token.
 
-    def __init__(self) -> None:
+    SentencePiece puts a space before a text, which is no part of it: -1 as `count` leaves it out.
+    """
+
+    def __init__(self, count: int = 0) -> None:
         self._decoder = getincrementaldecoder("utf-8")(errors="replace")
-        self._count = 0
+        self._count = count
 
     def __call__(self, token: Told) -> int:
         """Return the count before a token, and add the token's characters."""
         before = self._count
         self._count += len(self._decoder.decode(token.data or b""))
-        return before
+        return max(0, before)

@@ -13,31 +13,36 @@ from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 
-from qmix.errors import QmixError, UsageError, arg
+from qmix.errors import DiskError, QmixError, UsageError, arg
 from qmix.files import LineFile, convert_json, decode_json, read_json, write_whole
 
 SCHEMA = "qmix-batch-1"
+COMPUTED_ON = "computed on"  # in a subject: the processors
+SHARD = "shard"  # in a subject: the part of the input
 LONGEST_LINE = 256 * 2**20  # bytes: twice an answer of 65,536 tokens with 20 logprobs each
 ELSEWHERE = "choose another name for the answers"
 
 
-class _Answer(msgspec.Struct, frozen=True):
+class AnswerLine(msgspec.Struct, frozen=True):
     """The fields of an answer that are read back."""
 
     custom_id: str
     error: dict[str, msgspec.Raw] | None
 
 
-class _Chosen(msgspec.Struct, frozen=True):
+class Choices(msgspec.Struct, frozen=True):
     """The choices that a run takes over from an earlier one."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     created: int
 
 
-class _Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True):
+    """What answers belong to. `lines` is the number of requests, 0 in files of older versions."""
+
     subject: dict[str, Any]
-    chosen: _Chosen
+    chosen: Choices
+    lines: int = 0
 
 
 class Answers(Protocol):
@@ -53,6 +58,9 @@ class Answers(Protocol):
     @property
     def lasting(self) -> bool: ...
 
+    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any], lines: int) -> dict[str, Any]:
+        """Take in what the answers belong to, and return the choices of this run: those of an earlier part, if any."""
+
     def append(self, lines: list[bytes]) -> None: ...
 
 
@@ -65,6 +73,9 @@ class StreamAnswers:
         self._stream = stream
         self.done: Collection[str] = ()
         self.refused = 0
+
+    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any], lines: int) -> dict[str, Any]:
+        return dict(chosen)
 
     def append(self, lines: list[bytes]) -> None:
         try:
@@ -86,7 +97,7 @@ class FileAnswers:
     lasting = True
 
     def __init__(self, path: Path) -> None:
-        self.path, self.manifest = path, path.with_name(path.name + ".qmix.json")
+        self.path, self.manifest = path, manifest_path(path)
         self._file = LineFile(path, "choose another place for the answers")
         try:
             self.done, self.refused = self._read()
@@ -100,55 +111,77 @@ class FileAnswers:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    def begin(self, subject: Mapping[str, Any], chosen: Mapping[str, Any], lines: int) -> dict[str, Any]:
         """Return the choices of this run: those of the file if it has answers, else `chosen`, which is written.
 
-        Raises UsageError where the file has answers to another `subject`: other input, model or options.
+        `lines` is the number of requests. Raises UsageError where the file has answers to another `subject`: other
+        input, model or options.
         """
-        known = self._known()
+        known = self.known()
         if known is None and self.done:
             raise UsageError(f"{self.path}: exists without its {self.manifest.name}; choose another name, or delete it")
         if known is not None and self.done:
-            if differs := _differences(known.subject, subject):
+            if differs := differences(known.subject, subject):
                 raise UsageError(
                     f"{self.path}: has answers from another run ({differs}); use the options of that run, "
                     "choose another name, or delete it"
                 )
             return msgspec.structs.asdict(known.chosen)
-        self._write_manifest({"schema": SCHEMA, "subject": dict(subject), "chosen": dict(chosen)})
+        write_manifest(self.manifest, subject, chosen, lines)
         return dict(chosen)
 
     def append(self, lines: list[bytes]) -> None:
         """Append lines, and return when they are on the disk."""
         self._file.append(lines)
 
+    def add(self, lines: Mapping[str, bytes]) -> None:
+        """Append the lines of these ids that have none yet, and return when they are on the disk."""
+        new = {name: line for name, line in lines.items() if name not in self.done}
+        self.append(list(new.values()))
+        self.done.update(new)
+        self.refused += sum(answer_of(line, str(self.path)).error is not None for line in new.values())
+
     def _read(self) -> tuple[set[str], int]:
         """Return the ids that have a line, and the number of errors among them."""
         done: set[str] = set()
         refused = 0
         for number, raw in enumerate(self._file.lines(LONGEST_LINE), 1):
-            where = f"{self.path}: line {number} is not an answer of a batch"
-            answer = decode_json(raw, _Answer, where, UsageError, "choose another name, or delete the file")
+            answer = answer_of(raw, f"{self.path}: line {number}")
             done.add(answer.custom_id)
             refused += answer.error is not None
         return done, refused
 
-    def _known(self) -> _Manifest | None:
+    def known(self) -> Manifest | None:
+        """Return what the file's answers belong to, None where that was never written. Raises UsageError."""
         if not self.manifest.exists():
             return None
         content = read_json(self.manifest, dict[str, Any], UsageError, ELSEWHERE)
         if content.get("schema") != SCHEMA:
             raise UsageError(f"{self.manifest}: from another version of qmix; {ELSEWHERE}")
-        return convert_json(content, _Manifest, str(self.manifest), UsageError, ELSEWHERE)
-
-    def _write_manifest(self, content: dict[str, Any]) -> None:
-        try:
-            write_whole(self.manifest, json.dumps(content).encode())
-        except OSError as error:
-            raise QmixError(f"{self.manifest}: {error.strerror}; nothing was run") from None
+        return convert_json(content, Manifest, str(self.manifest), UsageError, ELSEWHERE)
 
 
-def _differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+def answer_of(raw: bytes, where: str) -> AnswerLine:
+    """Return the fields of a line of answers. Raises UsageError, with `where` the line is."""
+    what = f"{where} is not an answer of a batch"
+    return decode_json(raw, AnswerLine, what, UsageError, "choose another name, or delete the file")
+
+
+def manifest_path(output: Path) -> Path:
+    """Return where it lies what the answers of a file belong to."""
+    return output.with_name(output.name + ".qmix.json")
+
+
+def write_manifest(path: Path, subject: Mapping[str, Any], chosen: Mapping[str, Any], lines: int) -> None:
+    """Write what answers belong to. Raises QmixError."""
+    content = {"schema": SCHEMA, "subject": dict(subject), "chosen": dict(chosen), "lines": lines}
+    try:
+        write_whole(path, json.dumps(content).encode())
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror}; nothing was run") from None
+
+
+def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """Return how two runs differ: options with both values, files by name."""
     found = []
     for name in [*known, *(name for name in asked if name not in known)]:

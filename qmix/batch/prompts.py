@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from qmix.batch.lines import Line
+from qmix.batch.request import Line
 from qmix.engine.batch import BatchRequest
 from qmix.engine.sampling import Sampling, stream_seed
 from qmix.errors import UsageError

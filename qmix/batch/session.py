@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from qmix.batch.answering import BatchRun, Job, Summary
 from qmix.batch.forms import Forms, told_by
 from qmix.batch.lines import Requests
-from qmix.batch.output import FileAnswers, StreamAnswers
+from qmix.batch.output import COMPUTED_ON, SHARD, Answers
 from qmix.batch.prompts import Asking
 from qmix.engine.batch import BatchRunner
 from qmix.errors import UsageError, arg
 from qmix.geometry import Geometry
+from qmix.machine.arithmetic import computed_on
 from qmix.machine.measured import measured_rates
 from qmix.machine.rates import Machine
 from qmix.plan import Plan
@@ -76,7 +77,7 @@ class Session:
 def begin(
     store: Store,
     requests: Requests,
-    answers: FileAnswers | StreamAnswers,
+    answers: Answers,
     options: Mapping[str, Any],
     seed: int | None,
     context: int | None,
@@ -89,8 +90,10 @@ def begin(
     `options` are Sampling's fields but the seed. `gpus` is a machine whose GPUs take part. Raises UsageError, and
     DoesNotFitError.
     """
-    limit = _limit(store.geometry, context)
-    run, asking, chosen = begin_run(store, requests, answers, options, seed, limit, load_tokenizer(store.directory))
+    limit = context_limit(store.geometry, context)
+    where = computed_on(gpus is not None)
+    tokenizer = load_tokenizer(store.directory)
+    run, asking, chosen = begin_run(store, requests, answers, options, seed, limit, tokenizer, where)
     plan = _plan(store.layout, requests, run.job, ram, batch, store.use, gpus)
     folds_system = asking.template is not None and not asking.template.takes_system
     return Session(store, requests, run, plan, chosen, folds_system)
@@ -99,20 +102,21 @@ def begin(
 def begin_run(
     store: Store,
     requests: Requests,
-    answers: FileAnswers | StreamAnswers,
+    answers: Answers,
     options: Mapping[str, Any],
     seed: int | None,
     limit: int,
     tokenizer: PreTrainedTokenizerBase,
+    where: str,
 ) -> tuple[BatchRun, Asking, int]:
     """Return a run of the lines that are left, with `limit` tokens for each, what makes their requests, and its seed.
 
-    Raises UsageError as `begin` does.
+    `where` names the processors. Raises UsageError as `begin` does.
     """
-    subject = _subject(store, requests, options, limit, seed)
-    chosen = {"seed": secrets.randbelow(2**31) if seed is None else seed, "created": int(time.time())}
-    if isinstance(answers, FileAnswers):
-        chosen = answers.begin(subject, chosen)
+    subject = _subject(store, requests, options, limit, seed) | {COMPUTED_ON: where}
+    part = {} if requests.shard is None else {SHARD: str(requests.shard)}
+    chosen = {"seed": seed_for(requests, seed), "created": int(time.time())}
+    chosen = answers.begin(subject | part, chosen, len(requests.entries))
     asking = asking_for(tokenizer, store.geometry, limit, options, chosen["seed"])
     job = Job.of(requests, asking, answers)
 
@@ -126,7 +130,7 @@ def check_budget(
     layout: StoreLayout,
     tokenizer: PreTrainedTokenizerBase,
     requests: Requests,
-    answers: FileAnswers | StreamAnswers,
+    answers: Answers,
     options: Mapping[str, Any],
     context: int | None,
     ram: int | None,
@@ -134,7 +138,7 @@ def check_budget(
     gpus: Machine | None = None,
 ) -> None:
     """Check every line before a store is made. Raises as `begin` does."""
-    limit = _limit(layout.geometry, context)
+    limit = context_limit(layout.geometry, context)
     asking = asking_for(tokenizer, layout.geometry, limit, options, seed=0)
     _plan(layout, requests, Job.of(requests, asking, answers), ram, batch, None, gpus)
 
@@ -148,7 +152,7 @@ def asking_for(
     return Asking(encoder, template, geometry, dict(options), seed)
 
 
-def _limit(geometry: Geometry, context: int | None) -> int:
+def context_limit(geometry: Geometry, context: int | None) -> int:
     """Return the context of a line: tokens of prompt and answer together."""
     longest = geometry.max_position
     if context is not None and not 1 <= context <= longest:
@@ -168,6 +172,13 @@ def _plan(
     """Return the plan for the lines that are left, None where there are none."""
     held = requests.held + (STRUCTURED_BYTES if job.structured else 0) + bias_bytes(layout.geometry, job.biased)
     return plan_lines(layout, job.sequences, ram, batch, held, use, gpus) if job.needs else None
+
+
+def seed_for(requests: Requests, seed: int | None) -> int:
+    """Return the seed of a run: `seed` if given. Without it all shards of a file have the same one."""
+    if seed is not None:
+        return seed
+    return secrets.randbelow(2**31) if requests.shard is None else int(requests.digest, 16) % 2**31
 
 
 def _subject(

@@ -28,8 +28,9 @@ from qmix.machine.found import available_memory, free_disk
 from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, memory_read
 from qmix.machine.rates import Rates
 from qmix.plan import Plan, make_plan
-from qmix.precision.matmul import FourBitMatrix, half_product
+from qmix.precision.matmul import half_product
 from qmix.precision.memory import anonymous_memory
+from qmix.precision.quantised import FourBitMatrix
 from qmix.store.opened import Store
 
 SCRATCH_BYTES = 2**30  # in the scratch file: more than a disk's own cache

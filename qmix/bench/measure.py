@@ -33,7 +33,7 @@ from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.counters import PoolCounters
 from qmix.pool.eviction import Key
 from qmix.pool.trace import as_trace, recorded
-from qmix.precision.matmul import has_kernels
+from qmix.precision.quantised import has_kernels
 from qmix.progress import OnProgress, ignore
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout, precision_of

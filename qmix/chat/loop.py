@@ -23,13 +23,14 @@ HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"
 class Screen:
     """The output of a chat. `show` takes an answer's text, `say` a line beside it, and `thinking` a function that
     describes the work until the first text. `sum_up` makes a line from a result, None for no line; `explain` makes one
-    from an error."""
+    from an error. `end` is called after the last text of an answer."""
 
     show: Callable[[str], None]
     say: Callable[[str], None]
     thinking: Callable[[Callable[[], str]], AbstractContextManager[object]]
     sum_up: Callable[[Result], str] | None
     explain: Callable[[QmixError], str] = str
+    end: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -130,6 +131,7 @@ class Chat:
         finally:
             if not answer.text.endswith("\n"):
                 self.screen.show("\n")
+            self.screen.end()
         return False
 
     def _interruptible(self) -> AbstractContextManager[None]:

@@ -8,11 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import click
 
+from qmix.commands.merge import merge
 from qmix.commands.shared import (
+    EXIT_SOME_REFUSED,
     LOADING_PATIENCE,
     MODEL_HELP,
     batch_gpu_option,
@@ -32,19 +34,31 @@ from qmix.commands.shared import (
     read_json_schema,
     read_plan_option,
     sampling_options,
+    warn_of_drive,
 )
 from qmix.errors import QmixError, UsageError
 from qmix.units import plural
 
 if TYPE_CHECKING:
+    from qmix.batch.shards import Shard
     from qmix.store.layout import StoreLayout
 
-EXIT_SOME_REFUSED = 4
 OUTPUT_HELP = "answers, one line each, written as they finish; - is stdout"
 BATCH_HELP = "sequences computed together [chosen by the plan]"
 
 
-@click.command()
+class BatchCommand(click.Command):
+    """`qmix batch`, and the commands whose names can stand in the place of its input."""
+
+    commands: ClassVar[dict[str, click.Command]] = {"merge": merge}
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        if args and args[0] in self.commands:
+            return self.commands[args[0]].make_context(f"{info_name} {args[0]}", args[1:], *rest, **extra)
+        return super().make_context(info_name, args, *rest, **extra)
+
+
+@click.command(cls=BatchCommand)
 @click.argument("requests", metavar="IN.jsonl", type=click.Path(path_type=Path))
 @click.option("-o", "--output", metavar="OUT.jsonl", type=click.Path(path_type=Path), required=True, help=OUTPUT_HELP)
 @click.option("-m", "--model", metavar="MODEL", help=MODEL_HELP)
@@ -59,6 +73,7 @@ BATCH_HELP = "sequences computed together [chosen by the plan]"
 @sampling_options
 @json_schema_option
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
+@click.option("--shard", metavar="I/N", help="answer every N-th request, from request I on: the part of one machine")
 @click.option("--json", "as_json", is_flag=True, help="print the summary as one JSON object on stdout")
 def batch(requests: Path, output: Path, model: str | None, as_json: bool, **options: Any) -> None:
     """Answer a file of requests, many at a time.
@@ -68,11 +83,15 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     presence_penalty, frequency_penalty, logit_bias, n, seed, stop, ignore_eos, logprobs, response_format. The options
     below apply to lines that do not set their own. The answer to a line depends on that line alone.
 
-    Run the same command again to continue an interrupted run. Exit codes: 2 some lines are invalid (nothing is run),
+    Run the same command again to continue an interrupted run. With --shard, several machines answer a file together;
+    `qmix batch merge` joins their answers. Exit codes: 2 some lines are invalid (nothing is run),
     4 some lines could not be answered (each has a line with the reason), 130 interrupted.
     """
+    from qmix.batch.shards import Shard
     from qmix.engine.sampling import Sampling
 
+    shard = options.pop("shard")
+    part = None if shard is None else Shard.parse(shard)
     to_stdout = str(output) == "-"
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers; write them to a file with -o, or leave it out")
@@ -85,7 +104,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     Sampling(**defaults)
     seed = defaults.pop("seed", None)
     with _input(requests, output) as file:
-        checked = _checked(requests, file)
+        checked = _checked(requests, file, part)
         if to_stdout:
             from qmix.batch.output import StreamAnswers
 
@@ -135,6 +154,7 @@ def _answer(
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store = prepare_store(name, precision, loading["dtype"], making, check_all, loading["clip"])
     check(store.layout, store.fingerprint)
+    warn_of_drive(store.directory)
     session = begin(store, requests, answers, options, seed, context, ram, loading["batch"], gpus)
     if session.plan is not None:
         hold_to(session.plan.ram)
@@ -184,13 +204,13 @@ def _copied(stream: BinaryIO | None) -> Iterator[BinaryIO]:
         yield copy
 
 
-def _checked(path: Path, file: BinaryIO) -> Any:
+def _checked(path: Path, file: BinaryIO, shard: Shard | None) -> Any:
     """Return the requests. Raises UsageError where a line is invalid, after a message for each such line."""
     from qmix.batch.lines import Requests
 
     where = "stdin" if str(path) == "-" else str(path)
     try:
-        found = Requests(file)
+        found = Requests(file, shard)
     except OSError as error:
         raise QmixError(f"{where}: {error.strerror}") from None
     if found.bad == 1:
@@ -201,6 +221,6 @@ def _checked(path: Path, file: BinaryIO) -> Any:
         click.echo(f"{where}: {plural(found.bad - len(found.problems), 'more invalid line')}", err=True)
     if found.bad:
         raise UsageError(f"{where}: {found.bad} lines are invalid; nothing was run, correct them")
-    if not found.entries:
+    if not found.count:
         raise UsageError(f"{where}: has no requests; give one JSON object per line")
     return found

@@ -21,6 +21,7 @@ from qmix.commands.shared import (
     precision_option,
     ram_option,
     read_plan_option,
+    warn_of_drive,
 )
 
 PROMPTS_HELP = "prompt lengths, such as 512 or 512,1024; 0 for none [512]"
@@ -68,6 +69,7 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     say("measuring the memory and cores of this machine")
     machine = probe_in_child()
     hold_to(plan.ram)
+    warn_of_drive(store.directory)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as loading:
         runner = Runner(store, plan, attn, loading, measured_rates())
     with runner:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,21 +12,29 @@ from typing import Any
 import click
 
 from qmix.commands import in_options
-from qmix.commands.shared import draft_option, given, loaded, loading_options, model_or_default, out, sampling_options
+from qmix.commands.shared import (
+    draft_option,
+    given,
+    loaded,
+    loading_options,
+    model_or_default,
+    out,
+    sampling_options,
+    system_options,
+    system_text,
+)
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
-from qmix.files import read_text
 from qmix.progress import Progress
-from qmix.text.detokenizer import check_text
 
 MAX_HELP = "longest answer [what the context leaves]"
 FILE = click.Path(path_type=Path)
+COLUMNS = 80  # of a terminal that does not say
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("-s", "--system", metavar="TEXT", help="system prompt")
-@click.option("--system-file", type=FILE, metavar="FILE", help="system prompt from a file")
+@system_options
 @click.option("--resume", type=FILE, metavar="FILE", help="continue a session saved by /save")
 @click.option(
     "--no-history", is_flag=True, help="do not read or write the history of typed lines, and do not keep this chat"
@@ -54,7 +64,7 @@ def chat(
     name = model_or_default(model)
     names = ("ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
     loading = {option: options.pop(option) for option in names}
-    attention, settings, text = options.pop("attn"), given(options), _system_text(system, system_file)
+    attention, settings, text = options.pop("attn"), given(options), system_text(system, system_file)
     Sampling(**settings)
     reader, status = _reader(no_history), LoadingStatus(name)
     begin = partial(reader.begin, status.text)
@@ -105,17 +115,10 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
     for line in () if no_history else interrupted(directory):
         say(line)
     kept = None if no_history else KeptChat(directory, say)
-    screen = Screen(_shown, say, ThinkingLine, None if quiet else Result.summary, in_options)
+    show, end = _shower()
+    sum_up = None if quiet else lambda result: _folded(Result.summary(result), ", ")
+    screen = Screen(show, lambda line: say(_folded(line)), ThinkingLine, sum_up, in_options, end)
     return Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
-
-
-def _system_text(text: str | None, path: Path | None) -> str | None:
-    if text is not None and path is not None:
-        raise UsageError("--system and --system-file: give only one of them")
-    if path is None:
-        check_text(text or "", "--system")
-        return text
-    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
@@ -147,9 +150,33 @@ def _reader(no_history: bool) -> Any:
     return PlainReader(sys.stdin.buffer, lambda prompt: click.echo(prompt, nl=False, err=True) if asks else None)
 
 
-def _shown(text: str) -> None:
-    """Write an answer's text to stdout; on a terminal, replace control characters, which could steer it."""
-    out("".join(_visible(character) for character in text) if _is_terminal(sys.stdout) else text)
+def _shower() -> tuple[Callable[[str], None], Callable[[], None]]:
+    """Return functions that write an answer's text to stdout and end it.
+
+    On a terminal, words are not split at its edge, and control characters are replaced, which could steer it.
+    """
+    if not _is_terminal(sys.stdout):
+        return out, lambda: None
+    from qmix.terminal.wrap import StreamWrap
+
+    wrap = StreamWrap(out, lambda: _columns(sys.stdout))
+    return lambda text: wrap.add("".join(_visible(character) for character in text)), wrap.end
+
+
+def _folded(line: str, between: str = " ") -> str:
+    """Return a line for stderr, folded where that is a terminal with less room."""
+    if not _is_terminal(sys.stderr):
+        return line
+    from qmix.terminal.wrap import folded
+
+    return "\n".join(folded(each, _columns(sys.stderr), between) for each in line.splitlines())
+
+
+def _columns(stream: Any) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or COLUMNS
+    except (OSError, ValueError):
+        return COLUMNS
 
 
 def _visible(character: str) -> str:

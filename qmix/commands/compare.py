@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.parameters import Size
 from qmix.commands.shared import (
     PRECISION_HELP,
-    Size,
     dtype_option,
     hold_to,
     load_libraries,

@@ -27,6 +27,7 @@ from qmix.commands.shared import (
     precision_option,
     ram_option,
     read_plan_option,
+    warn_of_drive,
 )
 from qmix.errors import UsageError
 from qmix.units import plural
@@ -86,9 +87,11 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of the harness
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # otherwise it resamples in child processes
     store = _store(name, plan, options)
+    warn_of_drive(store.directory)
     from qmix.evaluate.display import EvaluationDisplay, result_tables, work_line
     from qmix.evaluate.engine import StoreEngine
     from qmix.evaluate.results import Results, identity
+    from qmix.machine.arithmetic import computed_on
     from qmix.machine.found import default_budget, own_memory
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
@@ -96,7 +99,7 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
     showing = partial(EvaluationDisplay, f"evaluating {name}")
     hold_to(options["ram"] or default_budget())
-    with Results(output, identity(store)) as results:
+    with Results(output, identity(store, computed_on(options["gpus"] is not None))) as results:
         limits = options["ram"], options["batch_tokens"], own_memory(), options["gpus"]
         engine = StoreEngine(store, results, *limits, loading, showing)
         try:

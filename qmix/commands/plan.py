@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.parameters import Rate, Size, speak_as
 from qmix.commands.shared import (
-    Rate,
-    Size,
     attention_option,
     budget_option,
     context_option,
@@ -25,9 +23,11 @@ from qmix.commands.shared import (
     ram_option,
     read_profile_option,
     refuse,
+    warn_of_drive,
 )
+from qmix.disk.places import cache_directory
 from qmix.errors import DoesNotFitError, UsageError, arg
-from qmix.units import parse_bytes
+from qmix.units import parse_bytes, size_option
 
 if TYPE_CHECKING:
     from qmix.machine.rates import Machine
@@ -94,6 +94,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     if machines:
         _compare(subject, machines, options, how, as_json, plot)
         return
+    warn_of_drive(Path(name).expanduser() if subject.is_store else cache_directory())
     if options["disk"] is None and not subject.is_store:
         _warn_of_disk(subject, machine)
     planned, refusal = _planned(subject, machine, options, how)
@@ -170,8 +171,8 @@ def run_lines(planned: Planned) -> list[str]:
 
     plan, name = planned.plan, planned.subject.name
     model = shlex.quote(PUBLISHED[name].hub_id if name in PUBLISHED else name)
-    gpus = "".join(f" --gpu {budget // 2**20}MiB" for budget in planned.machine.gpus) if plan.devices else ""
-    limits = f"--ram {math.ceil(plan.ram / 2**20)}MiB{gpus} --context {plan.context}"
+    gpus = "".join(f" --gpu {size_option(budget, up=False)}" for budget in planned.machine.gpus) if plan.devices else ""
+    limits = f"--ram {size_option(plan.ram)}{gpus} --context {plan.context}"
     if planned.precision is not None:
         limits += f" --precision {shlex.quote(planned.precision)}"
     attention = "" if planned.attention == "sdpa" else f" --attn {planned.attention}"
@@ -207,6 +208,7 @@ def _compared(text: str, machine: Machine) -> Machine:
 
 
 def _size(option: str, text: str) -> int:
+    speak_as(text)
     try:
         return parse_bytes(text)
     except UsageError as error:
@@ -232,7 +234,6 @@ def _subject(name: str, options: dict[str, Any]) -> tuple[PlanTarget, str | None
 
 def _warn_of_disk(subject: PlanTarget, machine: Machine) -> None:
     """Warn where the store does not fit the disk that was found; the user may have another one."""
-    from qmix.disk.places import cache_directory
     from qmix.terminal.tables import say
     from qmix.units import format_bytes
 
@@ -262,7 +263,7 @@ def _compare(
             found[name] = planned = plan_on(subject, machine, options["context"], **how)
         except DoesNotFitError as error:
             refusals.append(error)
-            found[name] = f"does not fit; needs --ram {math.ceil(error.smallest / 2**20)}MiB"
+            found[name] = f"does not fit; needs --ram {size_option(error.smallest)}"
         else:
             if options["disk"] is not None:  # the same for every machine
                 check_disk(planned)

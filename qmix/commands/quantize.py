@@ -17,6 +17,7 @@ from qmix.commands.shared import (
     quiet_libraries,
     read_profile_option,
     refuse,
+    warn_of_drive,
 )
 from qmix.errors import UsageError
 from qmix.units import format_bytes, plural
@@ -88,6 +89,7 @@ def _make(
 
     profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)
+    warn_of_drive(store)
     scratch = partial_directory(store) / "shards" if evict else None
     source = open_source(model, scratch)
     if evict and isinstance(source, LocalSource):

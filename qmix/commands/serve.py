@@ -23,6 +23,7 @@ from qmix.commands.shared import (
     precision_option,
     ram_option,
     read_plan_option,
+    warn_of_drive,
 )
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError, arg
@@ -85,6 +86,7 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
         name = model_or_default(model)
         store, plan, context = _planned(name, **loading)
         hold_to(plan.ram)
+        warn_of_drive(store.directory)
         from qmix.engine.batch import BatchRunner
         from qmix.plan.memory import REQUESTS_BYTES
         from qmix.terminal.progress import ProgressDisplay

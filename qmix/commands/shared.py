@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.parameters import Bias, Size, speak_as
 from qmix.errors import QmixError, UsageError
 from qmix.files import read_text
 from qmix.models import DEFAULT_MODEL
 from qmix.progress import OnProgress
-from qmix.units import parse_bytes, parse_flops, parse_rate
+from qmix.terminal.voice import say
 
 if TYPE_CHECKING:
     from qmix.machine.rates import Machine
@@ -23,52 +25,17 @@ if TYPE_CHECKING:
     from qmix.store.profile import Profile
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+EXIT_SOME_REFUSED = 4
 LOADING_PATIENCE = 2.0  # seconds of reading experts into memory before progress is shown
 MODEL_HELP = "a store, a checkpoint directory, a Hub id (org/name[@revision]), or the embedded `tiny`"
 PRECISION_HELP = "precision of the experts: nf4 (default), fp4, int8, half; of some, as in nf4,0.*=int8,*.3=half"
 CLIP_HELP = "choose the scales of 4-bit blocks by least squared error; see docs/fidelity.md"
 
 
-class Size(click.ParamType[int]):
-    """A parameter in bytes, such as 12GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
-        try:
-            return parse_bytes(value)
-        except UsageError as error:
-            self.fail(str(error), parameter, context)
-
-
-class Rate(click.ParamType[float]):
-    """A parameter in bytes/s, such as 25GB/s, or in FLOP/s."""
-
-    name = "rate"
-
-    def __init__(self, flops: bool = False) -> None:
-        self.parse = parse_flops if flops else parse_rate
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
-        try:
-            return self.parse(value)
-        except UsageError as error:
-            self.fail(str(error), parameter, context)
-
-
-class Bias(click.ParamType[tuple[int, float]]):
-    """A token id and what is added to its logit, such as 1234=-2.5."""
-
-    name = "bias"
-
-    def convert(
-        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
-    ) -> tuple[int, float]:
-        token, _, bias = str(value).partition("=")
-        try:
-            return int(token), float(bias)
-        except ValueError:
-            self.fail(f"{value!r}: give a token id and a number, such as 1234=-2.5", parameter, context)
+def _speak_as_all(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        speak_as(value)
+    return values
 
 
 def _biases(context: click.Context, parameter: click.Parameter, values: tuple[tuple[int, float], ...]) -> Any:
@@ -102,9 +69,13 @@ ram_option = click.option(
 )
 GPU_HELP = "memory of a GPU, such as 24GiB, or a card such as 4090; repeat for each, or `none` [those found]"
 batch_gpu_option = click.option(
-    "--gpu", multiple=True, metavar="SIZE", help="run on a GPU, such as 24GiB or 4090; repeat for each [the CPU alone]"
+    "--gpu",
+    multiple=True,
+    metavar="SIZE",
+    callback=_speak_as_all,
+    help="run on a GPU, such as 24GiB or 4090; repeat for each [the CPU alone]",
 )
-gpu_option = click.option("--gpu", multiple=True, metavar="SIZE", help=GPU_HELP)
+gpu_option = click.option("--gpu", multiple=True, metavar="SIZE", callback=_speak_as_all, help=GPU_HELP)
 context_option = click.option(
     "--context", type=click.IntRange(min=1), metavar="TOKENS", help="tokens of prompt and answer together [4096]"
 )
@@ -171,6 +142,24 @@ json_schema_option = click.option(
 )
 
 
+system_options = together(
+    click.option("-s", "--system", metavar="TEXT", help="system prompt"),
+    click.option("--system-file", type=click.Path(path_type=Path), metavar="FILE", help="system prompt from a file"),
+)
+
+
+def system_text(text: str | None, path: Path | None) -> str | None:
+    """Return the system prompt of `system_options`, None where none was given. Raises UsageError."""
+    if text is not None and path is not None:
+        raise UsageError("--system and --system-file: give only one of them")
+    if path is None:
+        from qmix.text.detokenizer import check_text
+
+        check_text(text or "", "--system")
+        return text
+    return read_text(path.expanduser(), f"--system-file {path}").rstrip("\n")
+
+
 def read_json_schema(path: Path | None) -> str | None:
     """Return the text of `--json-schema`. Raises UsageError where it cannot be read."""
     return None if path is None else read_text(path.expanduser(), f"--json-schema {path}")
@@ -184,10 +173,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 def refuse(options: dict[str, Any], why: str) -> None:
     """Raise UsageError where any of these options was given; `why` says why it has no effect."""
     context = click.get_current_context()
-    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    typed = (None, click.core.ParameterSource.DEFAULT)
+    names = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     for name in options:
-        if context.get_parameter_source(name) not in typed:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UsageError(
                 f"{names[name]}: {why}, or leave it out" if "; " in why else f"{names[name]}: {why}; leave it out"
             )
@@ -196,8 +184,19 @@ def refuse(options: dict[str, Any], why: str) -> None:
 def model_or_default(model: str | None) -> str:
     if model is not None:
         return model
-    click.echo(f"no model given: using the embedded {DEFAULT_MODEL}, a toy model", err=True)
+    say(f"no model given: using the embedded {DEFAULT_MODEL}, a toy model")
     return DEFAULT_MODEL
+
+
+def store_named(name: str) -> Path:
+    """Return the directory of a store, given as a path or as `qmix ls` shows it. Raises UsageError."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from qmix.disk.places import cache_directory
+    from qmix.store.listing import find_store
+
+    return find_store(name, cache_directory()).directory
 
 
 def loaded(
@@ -231,7 +230,23 @@ def loaded(
         shown.enter_context(making)
         runner = load(name, **following, on_progress=making, on_store=on_store, on_load=on_load or loading, **options)
     hold_to(runner.plan.ram)
+    warn_of_drive(runner.store.directory)
+    logging.getLogger(__name__).debug(
+        "store %s; %d of %d experts in memory, context %d",
+        runner.store.directory,
+        runner.plan.num_records - runner.plan.records_on_disk,
+        runner.plan.num_records,
+        runner.plan.context,
+    )
     return runner
+
+
+def warn_of_drive(directory: Path) -> None:
+    """Warn of a store, there or to be made, on a Windows drive that is mounted in WSL."""
+    from qmix.machine.wsl import drive_warning
+
+    if (line := drive_warning(directory)) is not None:
+        logging.getLogger(__name__).warning(line)
 
 
 def hold_to(budget: int) -> None:
@@ -242,18 +257,17 @@ def hold_to(budget: int) -> None:
 def _say_overrun(budget: int) -> None:
     """Warn of a peak above the budget, and have the next command measure Python's own memory again."""
     from qmix.machine.found import forget_interpreter_memory, peak_memory
-    from qmix.units import format_bytes
+    from qmix.units import format_bytes, size_option
 
     peak = peak_memory()
     if peak <= budget:
         return
     forget_interpreter_memory()
-    less = (2 * budget - peak) // 2**20
-    otherwise = f"; if it is above again, use --ram {less}MiB" if less > 0 else ""
-    click.echo(
+    less = 2 * budget - peak
+    otherwise = f"; if it is above again, use --ram {size_option(less, up=False)}" if less >= 2**20 else ""
+    logging.getLogger(__name__).warning(
         f"peak memory {format_bytes(peak)} is above the budget of {format_bytes(budget)}: run the command again, "
-        f"it will measure Python's own memory again{otherwise}",
-        err=True,
+        f"it will measure Python's own memory again{otherwise}"
     )
 
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import time
 from collections import abc
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, replace
 
 import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.engine.completion import BatchResult, GrowingCompletion
+from qmix.engine.completion import BatchOutcome, BatchResult, Failure, GrowingCompletion
 from qmix.engine.opener import OpenModel
 from qmix.engine.pace import Pace
 from qmix.engine.prefill import read_together
+from qmix.engine.running import OnToken, RunningRequest, ignore_token
 from qmix.engine.sampler import Chosen, Sampler, chosen_tokens
 from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Scheduler, Sequence, Slots
@@ -60,13 +62,6 @@ class BatchRequest:
         return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
 
 
-OnToken = abc.Callable[[Chosen, str], None]
-
-
-def _ignore(chosen: Chosen, text: str) -> None:
-    """Take a token and the text that can be shown since, and do nothing."""
-
-
 @dataclass(slots=True)
 class BatchCounters:
     """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun.
@@ -79,34 +74,6 @@ class BatchCounters:
     prompt_tokens: int = 0
     new_tokens: int = 0
     reused_tokens: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A request that is being answered."""
-
-    request: BatchRequest
-    sampler: Sampler
-    completion: GrowingCompletion
-    on_token: OnToken
-    tokens: list[Chosen] = field(default_factory=list)
-    prompt: list[Chosen] = field(default_factory=list)
-
-    def result(self, reused: int) -> BatchResult:
-        completion = self.completion
-        completion.finish()
-        return BatchResult(
-            text=completion.text,
-            token_ids=completion.token_ids,
-            finish_reason=completion.finish_reason,
-            prompt_tokens=completion.prompt_tokens,
-            name=self.request.name,
-            index=self.request.index,
-            tokens=self.tokens,
-            prompt=self.prompt,
-            stop=completion.stop,
-            reused_tokens=reused,
-        )
 
 
 class BatchRunner(OpenModel):
@@ -137,7 +104,7 @@ class BatchRunner(OpenModel):
                 self.close()
                 raise UsageError(NOT_ON_GPUS)
         self._scheduler = self._new_scheduler()
-        self._running: dict[Sequence, _Running] = {}
+        self._running: dict[Sequence, RunningRequest] = {}
 
     def _new_scheduler(self) -> Scheduler:
         if self._steps is None:
@@ -151,28 +118,49 @@ class BatchRunner(OpenModel):
         self._scheduler.clear()
         self._running.clear()
 
-    def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Iterator[list[BatchResult]]:
+    def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Generator[list[BatchResult], None, None]:
         """Yield after every pass the results that it finished, which may be none.
 
         Requests are taken as there is room; one for several completions has a result for each. An answer ends where
         prompt and answer fill the capacity. What interrupts the caller ends a pass at the next expert. Raises
-        UsageError where a prompt leaves no room.
+        UsageError where a prompt leaves no room, and the error of any other request that failed.
         """
+        with closing(self.outcomes(requests)) as passes:
+            for outcomes in passes:
+                yield [each for each in outcomes if isinstance(each, BatchResult)]
+                for each in outcomes:
+                    if isinstance(each, Failure):
+                        raise each.error
+
+    def outcomes(self, requests: abc.Iterable[BatchRequest]) -> abc.Generator[list[BatchOutcome], None, None]:
+        """Yield results as `answer` does, and the failures of single requests among them: the others go on."""
         waiting, more = iter(requests), True
         try:
             while more or self._running:
+                refused: list[BatchOutcome] = []
                 while more and len(self._running) < self.plan.batch:
                     if (request := next(waiting, None)) is None:
                         more = False
                     else:
-                        for each in request.completions():
-                            self.begin(each)
+                        refused += self._begin_all(request)
+                if refused:
+                    yield refused
                 if self._running:
                     yield self.step()
         finally:  # a caller that has had enough leaves nothing behind
             self.start_over()
 
-    def begin(self, request: BatchRequest, on_token: OnToken = _ignore) -> Sequence:
+    def _begin_all(self, request: BatchRequest) -> list[Failure]:
+        """Begin the completions of a request; return the failures of those that cannot be answered."""
+        failures = []
+        for each in request.completions():
+            try:
+                self.begin(each)
+            except UsageError as error:
+                failures.append(Failure(each.name, each.index, error))
+        return failures
+
+    def begin(self, request: BatchRequest, on_token: OnToken = ignore_token) -> Sequence:
         """Take in a request, which joins the passes as there is room, and return what `drop` takes.
 
         `on_token` receives each token in the compute thread. Raises UsageError where the prompt leaves no room.
@@ -189,7 +177,7 @@ class BatchRunner(OpenModel):
         constraint = self.constraint(request.sampling, self.plan)
         sampler = Sampler(self.model, request.sampling, prompt, constraint)
         completion = GrowingCompletion(prompt, sampler.decoding, self.decode, constraint)
-        self._running[sequence] = running = _Running(request, sampler, completion, on_token)
+        self._running[sequence] = running = RunningRequest(request, sampler, completion, on_token)
         if echo:
             running.prompt.append(Chosen(prompt[0]))
         self._scheduler.add(sequence)
@@ -200,12 +188,15 @@ class BatchRunner(OpenModel):
         if self._running.pop(sequence, None) is not None:
             self._scheduler.drop(sequence)
 
-    def step(self) -> list[BatchResult]:
-        """Run one pass of the requests that were begun, and return the results that it finished."""
+    def step(self) -> list[BatchOutcome]:
+        """Run one pass of the requests that were begun, and return the results that it finished.
+
+        A request whose next token cannot be chosen is among them as a failure. Raises what fails the whole pass.
+        """
         return self.thread.run(self._pass)
 
     @torch.inference_mode()
-    def _pass(self) -> list[BatchResult]:
+    def _pass(self) -> list[BatchOutcome]:
         """Run one pass, choose a token for every sequence whose tokens are all done, and return what that finished."""
         if self._steps is None:  # else a pass has the tokens of a captured step
             self._scheduler.pass_tokens = self._pace.tokens([len(each.tokens) - each.done for each in self._running])
@@ -234,15 +225,10 @@ class BatchRunner(OpenModel):
         for sequence, count in chosen:
             sequence.done += count
         ready = [sequence for sequence, _ in chosen if sequence.done == len(sequence.tokens)]
-        finished = []
-        for sequence, scores in zip(ready, logits, strict=True):
-            self._add_token(sequence, scores.float())
-            if self._running[sequence].completion.ended or len(sequence.tokens) == sequence.limit:
-                self._scheduler.finish(sequence)
-                finished.append(self._running.pop(sequence).result(sequence.shared))
+        outcomes = [self._advance(sequence, scores.float()) for sequence, scores in zip(ready, logits, strict=True)]
         self.work.tokens += tokens
         self.work.passes += 1
-        return finished
+        return [each for each in outcomes if each is not None]
 
     def forward(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:
         """Return the logits [wanted chunks, V] of one pass."""
@@ -269,9 +255,9 @@ class BatchRunner(OpenModel):
         """Return the hidden states [T, H] of all tokens of a pass, of a chunk at most."""
         self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
         ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        hidden: torch.Tensor = self.model.model(
-            ids, position_ids=positions_of(chunks)[None], cache=self._cache, use_cache=True, rows=rows
-        ).last_hidden_state[0]
+        options = {"position_ids": positions_of(chunks)[None], "cache": self._cache, "use_cache": True, "rows": rows}
+        with self.model.few_threads(ids):
+            hidden: torch.Tensor = self.model.model(ids, **options).last_hidden_state[0]
         return hidden
 
     def _score_prompts(self, chosen: abc.Sequence[tuple[Sequence, int]], hidden: torch.Tensor) -> None:
@@ -287,6 +273,20 @@ class BatchRunner(OpenModel):
                     targets = following[start : start + HEAD_ROWS]
                     logits = self.model.lm_head(rows[start : start + len(targets)])
                     answer.prompt += chosen_tokens(targets, logits.float(), answer.sampler.logprobs)
+
+    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> BatchOutcome | None:
+        """Add a token to a sequence; return the result if that ends it. A failure here is the request's alone."""
+        answer = self._running[sequence]
+        found: BatchOutcome
+        try:
+            self._add_token(sequence, logits)
+            if not (answer.completion.ended or len(sequence.tokens) == sequence.limit):
+                return None
+            found = answer.result(sequence.shared)
+        except Exception as error:
+            found = Failure(answer.request.name, answer.request.index, error)
+        self.drop(sequence)
+        return found
 
     def _add_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Choose a sequence's next token from logits [V] in fp32."""

@@ -56,8 +56,9 @@ class GrowingCompletion:
         self.token_ids.append(token)
         shown = self._scanner.add(self._detokenizer.add(token))
         self._text.append(shown)
-        if self._constraint is not None and token not in self._ends:  # its end needs no end token
-            self._complete = self._constraint.complete(self.token_ids)
+        if self._constraint is not None:
+            if token not in self._ends:  # its end needs no end token
+                self._complete = self._constraint.complete(self.token_ids)
             self._failed = self._constraint.failed
         self.ended = self.stopped or token in self._ends
         return shown
@@ -100,6 +101,18 @@ class BatchResult(Completion):
     prompt: list[Chosen] = field(default_factory=list)
     stop: str | None = None
     reused_tokens: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The failure of completion `index` of the request of this `name`; requests beside it go on."""
+
+    name: str
+    index: int
+    error: Exception
+
+
+BatchOutcome = BatchResult | Failure
 
 
 @dataclass(frozen=True, slots=True)

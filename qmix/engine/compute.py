@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import nn
-from transformers import MixtralForCausalLM
 
 from qmix.errors import UsageError
 from qmix.geometry import Geometry
@@ -16,7 +14,6 @@ from qmix.kernels.cpu.threads import choose_threads
 from qmix.pool.experts import ExpertPool
 
 SHARED_WEIGHTS = 2**19  # in an expert's largest matrix: from here on cores share a product
-GRAIN = 2**15  # elements of a tensor that torch gives to one thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,26 +26,6 @@ def compute_threads(geometry: Geometry) -> int:
     """
     largest = max(rows * cols for rows, cols in geometry.expert_matrices.values())
     return torch.get_num_threads() if largest >= SHARED_WEIGHTS else 1
-
-
-def one_thread_for_few(model: MixtralForCausalLM, threads: int) -> None:
-    """Run torch's operations on one of `threads` threads while a pass has few tokens; qmix's own kernels use them all.
-
-    Few elements are no work for several threads, and OpenMP's threads wait for each other at each operation: for
-    milliseconds beside other programs.
-    """
-
-    def begin(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        tokens = arguments[0] if arguments else options.get("input_ids")
-        if isinstance(tokens, torch.Tensor) and tokens.numel() * model.config.hidden_size < GRAIN:
-            torch.set_num_threads(1)
-
-    def end(module: nn.Module, arguments: tuple[Any, ...], result: object) -> None:
-        torch.set_num_threads(threads)
-
-    if threads > 1:
-        model.model.register_forward_pre_hook(begin, with_kwargs=True)
-        model.model.register_forward_hook(end, always_call=True)
 
 
 class ComputeThread:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 from msgspec import Meta
-from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList
 
 from qmix.engine.sampling import RANGES, Sampling
@@ -130,6 +130,18 @@ def read_generation_config(directory: Path, config: MixtralConfig) -> Generation
         return parse_generation_config(read_bounded(path, SIZE_LIMIT, StoreError, REMEDY), config.vocab_size, path)
     own = {name: value for name, value in config.to_dict().items() if name in vars(GenerationConfig())}
     return parse_generation_config(msgspec.json.encode(own), config.vocab_size, directory / "config.json")
+
+
+def with_end_of(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, vocab_size: int) -> GenerationConfig:
+    """Return the config with the tokenizer's end-of-text token among those that end a text.
+
+    Fine-tuned models often have a new one, such as `<|im_end|>`, that their generation config does not name.
+    """
+    ends = _tokens(config.eos_token_id)
+    own = tokenizer.eos_token_id
+    if isinstance(own, int) and 0 <= own < vocab_size:
+        config.eos_token_id = list(dict.fromkeys((*ends, own)))
+    return config
 
 
 def parse_generation_config(data: bytes, vocab_size: int, where: Path) -> GenerationConfig:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TypeVar
 
-from transformers import MixtralForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from qmix.engine.compute import ComputeThread, one_thread_for_few
-from qmix.engine.generation_config import decoding, model_generation_config
+from qmix.engine.compute import ComputeThread
+from qmix.engine.generation_config import decoding, model_generation_config, with_end_of
 from qmix.engine.sampling import Sampling
 from qmix.machine.found import give_back_freed_memory
 from qmix.machine.measured import dense_from, widened_from
+from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.build import build_model
 from qmix.model.gpu.assemble import make_steps
 from qmix.model.gpu.devices import pin
@@ -24,6 +25,7 @@ from qmix.plan.here import check_structured
 from qmix.pool.experts import ExpertPool
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
+from qmix.store.use import StoreUse
 from qmix.text.constraint import Constraint, GrammarCompiler
 from qmix.text.tokenizer import decode, load_tokenizer
 
@@ -59,23 +61,24 @@ class OpenModel:
         give_back_freed_memory()
         self.store = store
         self._grammars: GrammarCompiler | None = None
-        if generates:
-            self.tokenizer = load_tokenizer(store.directory)
-        elsewhere = spread.residents if spread else frozenset()
-        widened = {} if invariant else widened_from(store.layout.dtype)
-        if spread:
-            spread.dense_from = dense_from(store.layout.dtype)
-        self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
-        self.thread = ComputeThread(self.pool)
         with ExitStack() as opened:
+            opened.callback(StoreUse(store.directory).close)
+            if generates:
+                self.tokenizer = load_tokenizer(store.directory)
+            elsewhere = spread.residents if spread else frozenset()
+            widened = {} if invariant else widened_from(store.layout.dtype)
+            if spread:
+                spread.dense_from = dense_from(store.layout.dtype)
+            self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
+            self.thread = ComputeThread(self.pool)
             gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []
             if gpus and (unpin := pin(self.pool.memory, gpus)) is not None:
                 opened.callback(unpin)
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
-            one_thread_for_few(self.model, self.thread.threads)
             if generates:
-                self.model.generation_config = model_generation_config(store.directory, store.config)
+                config = model_generation_config(store.directory, store.config)
+                self.model.generation_config = with_end_of(self.tokenizer, config, store.geometry.vocab_size)
             if self.pool.holds_all:
                 self.pool.fill(on_load)
             self._opened = opened.pop_all()

@@ -52,16 +52,32 @@ def prepare_store(
         if not finished:
             raise
         return open_store(finished[-1])
+    return made_from(checkpoint, model, precision, dtype, on_progress, check, clip)
+
+
+def made_from(
+    checkpoint: Checkpoint,
+    model: str | Path,
+    precision: str | None = None,
+    dtype: str | None = None,
+    on_progress: OnProgress = ignore,
+    check: Callable[[StoreLayout], object] = lambda layout: None,
+    clip: bool = False,
+    evict: bool = False,
+) -> Store:
+    """Return the store of a checkpoint in the cache, made first if there is none; `model` is the checkpoint's name.
+
+    With `evict`, files from the Hub are deleted one by one after use. Raises what `prepare_store` raises.
+    """
     layout = layout_for(checkpoint, precision, dtype, clip)
-    slug = slug_of(model, precision, dtype, clip)
-    directory = _place(checkpoint, slug, on_progress)
+    directory = _place(checkpoint, slug_of(model, precision, dtype, clip), on_progress)
     if not is_store(directory):
         check(layout)
         check_tokenizer(checkpoint.source)
         from qmix.engine.usable import check_usable  # loads transformers, which a plan does without
 
         check_usable(checkpoint, layout.dtype)
-        quantize_in_child(checkpoint, model, precision, dtype, clip, directory, on_progress)
+        quantize_in_child(checkpoint, model, precision, dtype, clip, directory, on_progress, evict)
     known = checkpoint.known_fingerprint
     store = open_store(directory) if known is None else bring_small_files(checkpoint, known, directory)
     if known is not None and store.fingerprint != known:

@@ -6,7 +6,6 @@ prompts at once are `qmix.engine.batch`'s.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation import LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import GrowingCompletion, Piece, Result
@@ -28,8 +26,8 @@ from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
 from qmix.engine.prefixes import common_prefix
 from qmix.engine.processors import own_processors
-from qmix.engine.sampler import Chosen, chosen_token
 from qmix.engine.sampling import Sampling
+from qmix.engine.streamer import PieceStreamer, StopAtSequence
 from qmix.errors import UsageError, arg
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
@@ -158,7 +156,7 @@ class Runner(OpenModel):
         config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
         constraint = self.constraint(sampling, self.plan)
         own = own_processors(sampling, len(prompt), constraint)
-        streamer = _Streamer(GrowingCompletion(prompt, how, self.decode, constraint), send, sampling.logprobs)
+        streamer = PieceStreamer(GrowingCompletion(prompt, how, self.decode, constraint), send, sampling.logprobs)
         reused = self._keep(prompt if reuse else [])
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
@@ -174,7 +172,7 @@ class Runner(OpenModel):
                         logits_processor=own,
                         cache=self.cache,
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([_Stopped(streamer.completion)]),
+                        stopping_criteria=StoppingCriteriaList([StopAtSequence(streamer.completion)]),
                     )
         finally:
             self.model.generation_config = defaults
@@ -249,7 +247,7 @@ class Runner(OpenModel):
         finally:
             hook.remove()
 
-    def _result(self, streamer: _Streamer, seed: int, before: PoolCounters, reused: int) -> Result:
+    def _result(self, streamer: PieceStreamer, seed: int, before: PoolCounters, reused: int) -> Result:
         completion, times, used = streamer.completion, streamer.times, self.pool.counters.since(before)
         return Result(
             text=completion.text,
@@ -269,66 +267,6 @@ class Runner(OpenModel):
             reused_tokens=reused,
             logprobs=streamer.tokens,
         )
-
-
-class _Streamer(BaseStreamer):
-    """Takes ids from transformers, a step at a time, notes when they came, and sends pieces of text."""
-
-    def __init__(
-        self, completion: GrowingCompletion, send: Callable[[Piece], None], logprobs: int | None = None
-    ) -> None:
-        self.completion, self.send, self.logprobs = completion, send, logprobs
-        self.tokens: list[Chosen] | None = None if logprobs is None else []
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self._prompt_seen = False
-        self._sent = 0
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the [1] id of one step, or the [1, k] ids of a verified draft."""
-        if not self._prompt_seen:  # transformers streams the prompt first
-            self._prompt_seen = True
-            return
-        now = time.perf_counter()
-        for index, token in enumerate(value.flatten().tolist()):
-            if not self.completion.ended:  # a draft may go on behind the end
-                self.times.append(now)
-                if self.tokens is not None:
-                    self.tokens.append(chosen_token(token, self._logits[index], self.logprobs))
-                self.send_text(self.completion.add(token))
-
-    def end(self) -> None:
-        pass
-
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Keep the logits of the last step, where log-probabilities are requested: [1, V], or [k, V] for a draft."""
-        hook = model.register_forward_hook(self._keep_logits) if self.tokens is not None else None
-        try:
-            yield
-        finally:
-            if hook is not None:
-                hook.remove()
-
-    def _keep_logits(self, model: nn.Module, arguments: object, output: Any) -> None:
-        self._logits = output.logits[0].float()
-
-    def send_text(self, text: str) -> None:
-        """Send a piece, unless there is no text yet."""
-        if text:
-            ids = self.completion.token_ids
-            self.send(Piece(text, ids[self._sent :]))
-            self._sent = len(ids)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends transformers' loop once a stop sequence was seen."""
-
-    def __init__(self, completion: GrowingCompletion) -> None:
-        self.completion = completion
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.tensor([self.completion.stopped])
 
 
 def _without_cached(

@@ -14,9 +14,10 @@ from qmix.errors import StoreError
 from qmix.geometry import Geometry
 from qmix.pool.experts import ExpertPool
 from qmix.precision.encode import encoded
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.precision.record import record_layout
 from qmix.store.opened import Store
+from qmix.store.use import StoreUse
 
 
 class Variant(Protocol):
@@ -87,9 +88,12 @@ class Stored:
         return sum(self.store.layout.record_counts)  # one slot of each record size
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
-        self._pool = self._pool or ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))
+        if self._pool is None:
+            self._use = StoreUse(self.store.directory)
+            self._pool = ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))
         return next(expert for _, expert in self._pool.get(layer, [index]))
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+            self._use.close()

@@ -81,6 +81,6 @@ class Results:
         return found
 
 
-def identity(store: Store) -> str:
-    """Return a digest of all that determines a result besides the request: the store and the way of computing."""
-    return hashlib.sha256(f"{FORMAT} {store.digest}".encode()).hexdigest()
+def identity(store: Store, where: str) -> str:
+    """Return a digest of all that determines a result besides the request: the store, and the processors' names."""
+    return hashlib.sha256(f"{FORMAT} {store.digest} {where}".encode()).hexdigest()

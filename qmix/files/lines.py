@@ -9,15 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from qmix.disk.faults import disk_advice
-from qmix.errors import QmixError, UsageError
+from qmix.errors import DiskError, QmixError, UsageError
 from qmix.files.parse import JSON_LIMIT
 
 
 class LineFile:
     """A file to which whole lines are appended, on the disk before the call returns; close it, or use it in `with`.
 
-    Raises QmixError with the advice `elsewhere` where the file cannot be opened or another process writes it, and
-    UsageError where it is a device, a pipe, or anything else that is not a regular file.
+    Raises DiskError with the advice `elsewhere` where the file cannot be opened, QmixError where another process writes
+    it, and UsageError where it is a device, a pipe, or anything else that is not a regular file.
     """
 
     def __init__(self, path: Path, elsewhere: str) -> None:
@@ -27,7 +27,7 @@ class LineFile:
                 raise UsageError(f"{path}: not a regular file; {elsewhere}")
             self._file = path.open("a+b")
         except OSError as error:
-            raise QmixError(f"{path}: {error.strerror}; {elsewhere}") from None
+            raise DiskError(f"{path}: {error.strerror}; {elsewhere}") from None
         self._end = 0
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,7 +63,7 @@ class LineFile:
         os.ftruncate(self._file.fileno(), self._end)
 
     def append(self, lines: list[bytes]) -> None:
-        """Add lines, and return when they are on the disk; if not all of them can be written, none is kept."""
+        """Add lines, and return when they are on the disk. Raises DiskError, and keeps none, where not all fit."""
         data = b"".join(lines)
         try:
             self._write(data)
@@ -73,7 +73,7 @@ class LineFile:
                 os.ftruncate(self._file.fileno(), self._end)
             if not isinstance(error, OSError):
                 raise
-            raise QmixError(
+            raise DiskError(
                 f"{self.path}: {error.strerror}; {disk_advice(error)}. Run the same command again to continue"
             ) from None
         self._end += len(data)

@@ -26,6 +26,7 @@ from qmix.machine.dense_experts import try_dense
 from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
 from qmix.machine.measured import FourBitTrial, MeasuredGpus, versions
 from qmix.machine.rates import RATE_NAMES, Rates
+from qmix.machine.wsl import Wsl, find_wsl
 from qmix.version import __version__
 
 STACK = ("torch", "bitsandbytes", "transformers", "accelerate", "numba")
@@ -52,8 +53,8 @@ class MachineReport:
     of a 4-bit product, `best_path` the best instructions by the CPU's flags. `huge_pages` is the kernel's setting
     ("always", "madvise", "never", or "unknown"), `on_huge_pages` is true if memory was on huge pages when some was
     allocated (None: the kernel does not tell). `cuda_context` are the bytes of CUDA's context on a GPU, if measured.
-    `direct_io` is true if `directory` is on a filesystem that reads past
-    the page cache.
+    `direct_io` is true if `directory` is on a filesystem that reads past the page cache. `wsl` is what the Windows
+    Subsystem for Linux decides, None elsewhere.
     """
 
     cpu: str
@@ -73,10 +74,12 @@ class MachineReport:
     cuda_context: int | None
     versions: dict[str, str]
     rates: Rates
+    wsl: Wsl | None = None
 
     def to_json(self) -> dict[str, Any]:
         fields = {name: getattr(self, name) for name in self.__slots__}
         fields["gpus"] = [asdict(gpu) for gpu in self.gpus]
+        fields["wsl"] = None if self.wsl is None else asdict(self.wsl)
         fields["four_bit"] = to_builtins(self.four_bit)
         fields["fast_kernels"] = self.four_bit.fast
         return {"schema": "qmix-doctor-1", **fields, "directory": str(self.directory), "rates": self.rates.to_json()}
@@ -109,6 +112,7 @@ def examine(directory: Path, rates: Rates, four_bit: FourBitTrial, cuda_context:
         cuda_context=cuda_context,
         versions={"qmix": __version__, "python": platform.python_version()} | versions(STACK),
         rates=rates,
+        wsl=find_wsl(directory),
     )
 
 

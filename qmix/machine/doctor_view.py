@@ -8,6 +8,7 @@ from rich.text import Text
 from qmix.kernels.cpu.paths import PORTABLE
 from qmix.machine.doctor import MachineReport
 from qmix.machine.rates import RATE_LABELS, SLOW_FOUR_BIT, rate_text
+from qmix.machine.wsl import MOVE, SLOW_DRIVE, Wsl
 from qmix.units import format_bytes, plural
 
 REINSTALL = "`pip install --force-reinstall --no-deps {}` may fix it"
@@ -37,11 +38,38 @@ def report_table(report: MachineReport) -> Table:
         row("CUDA context", "not measured" if known is None else f"{format_bytes(known)} of each GPU, measured")
     else:
         row("GPU", "a driver, but no GPU that this torch can use" if report.gpu_driver else "none")
+    for name, text in wsl_rows(report.wsl, report.memory_total) if report.wsl is not None else ():
+        row(name, text)
     row("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items()))
     for name in RATE_LABELS:
         if report.gpus or not name.startswith(("gpu", "pcie")):
             row(RATE_LABELS[name], f"{rate_text(report.rates, name)}, {report.rates.source(name)}")
     return table
+
+
+def wsl_rows(wsl: Wsl, memory_total: int) -> list[tuple[str, str]]:
+    """Return the lines about WSL: its version, memory, drive and GPU, each with what to do where something is wrong."""
+    if wsl.version == 1:
+        return [("WSL", "version 1, which has no GPU and slow disks; `wsl --set-version DISTRIBUTION 2` in Windows")]
+    default = "by default half of the PC's memory"
+    memory = default if wsl.memory is None else f"{wsl.config} has memory={wsl.memory}"
+    more = "for more, put `memory=NGB` under [wsl2] in .wslconfig in your Windows home, then `wsl --shutdown`"
+    rows = [
+        ("WSL", f"version 2, kernel {wsl.kernel}"),
+        ("WSL memory", f"{format_bytes(memory_total)} for Linux: {memory}; {more}"),
+    ]
+    if wsl.drive is not None:
+        rows.append(("WSL disk", f"stores would lie on {wsl.drive}, {SLOW_DRIVE}; {MOVE}"))
+    if not wsl.device:
+        gpu = "not passed through: there is no /dev/dxg; `wsl --update` in Windows, then `wsl --shutdown`"
+    elif not wsl.library:
+        gpu = (
+            "passed through, but without CUDA: no libcuda.so in /usr/lib/wsl/lib; install NVIDIA's driver in Windows, "
+            "none in Linux"
+        )
+    else:
+        gpu = "passed through, with the CUDA library of the Windows driver"
+    return [*rows, ("WSL GPU", gpu)]
 
 
 def _kernels(report: MachineReport) -> str:

@@ -24,12 +24,13 @@ from qmix.disk.space import existing_parent
 from qmix.errors import QmixError
 from qmix.files import read_state, write_whole
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.sources import source_digest
 from qmix.version import __version__
 
 _LOG = logging.getLogger(__name__)
 SHARE_OF_AVAILABLE = 0.9  # of the available memory, where no budget is given; the rest is for other processes
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-SECONDS, KERNELS_SECONDS = 3, 60  # of measuring Python's memory: typical, for the line that announces it
+SECONDS, KERNELS_SECONDS = 3, 20  # of measuring Python's memory: typical, for the line that announces it
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
 
@@ -189,6 +190,12 @@ def interpreter_memory(cache: Path | None = None, kernels: bool = False) -> int:
     return measured.bytes
 
 
+def known_interpreter_memory(kernels: bool = False) -> int | None:
+    """Return what `interpreter_memory` has measured before, None where it would measure now."""
+    known = read_state(interpreter_path(None, kernels), InterpreterMemory)
+    return None if known is None else known.bytes
+
+
 def _python(*arguments: str) -> str:
     """Return what another Python prints. Raises QmixError where it fails."""
     run = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
@@ -202,7 +209,8 @@ def interpreter_path(cache: Path | None = None, kernels: bool = False) -> Path:
     """Return the path of the measurement; its name follows from all that it depends on."""
     cores = len(os.sched_getaffinity(0))  # each has a thread
     paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # where a command starts changes nothing
-    conditions = [cores, current().name, kernels, transformers_is_whole()]
+    compiled = [cpu_name(), source_digest()] if kernels else []  # a processor and a state of the sources
+    conditions = [cores, current().name, compiled, transformers_is_whole()]
     identity = [__version__, sys.version, sys.executable, *conditions, installed(paths)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     return (cache or cache_directory()) / f"interpreter-{key}.json"

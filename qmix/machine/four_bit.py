@@ -14,7 +14,8 @@ import torch
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.packing import BLOCK
 from qmix.machine.measured import FourBitTrial
-from qmix.precision.matmul import FourBitMatrix, Matrix
+from qmix.precision.matmul import Matrix
+from qmix.precision.quantised import FourBitMatrix
 
 LARGE, SMALL = (1024, 4096), (128, 512)  # of qmix's own kernel and of bitsandbytes'
 SECONDS = 0.2  # of repetitions

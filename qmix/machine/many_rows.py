@@ -14,7 +14,8 @@ import torch
 
 from qmix.kernels.packing import BLOCK
 from qmix.precision.formats import FOUR_BITS
-from qmix.precision.matmul import FourBitMatrix, Int8Matrix, Matrix
+from qmix.precision.matmul import Matrix
+from qmix.precision.quantised import FourBitMatrix, Int8Matrix
 
 ROWS, COLS = 1024, 4096
 TOKENS = (128, 64, 32)  # rows of x, tried until torch's product is no faster

@@ -6,6 +6,7 @@ here, because experts are not parameters: they count and save experts too, or re
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -13,13 +14,18 @@ from typing import Any, NoReturn, Protocol
 import torch
 import transformers
 
+from qmix.kernels.cpu.threads import one_for_torch
+from qmix.model.attention import OWN_ATTENTION
 from qmix.model.checkpoint_writer import write_checkpoint
 from qmix.model.refusals import Convert, PoolExperts, refuse
 from qmix.pool.protocol import Pool, refuse_copy
 
 
 class StepForward(Protocol):
-    """Serves some of a model's forwards in transformers' place."""
+    """Serves some of a model's forwards in transformers' place; `launched` counts the graphs that this took."""
+
+    @property
+    def launched(self) -> int: ...
 
     def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> Any:
         """Return the output for these arguments; None to leave them to transformers."""
@@ -42,7 +48,17 @@ class MixtralForCausalLM(transformers.MixtralForCausalLM):
             found = self.steps.forward(input_ids, options)
             if found is not None:
                 return found
-        return super().forward(input_ids, *arguments, **options)
+        with self.few_threads(input_ids):
+            return super().forward(input_ids, *arguments, **options)
+
+    def few_threads(self, ids: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Return a context for a pass: torch has one thread in it where it has nothing but small operations.
+
+        In a pass of few tokens qmix's kernels compute everything large, unless transformers' attention or torch's
+        products are used.
+        """
+        ours = self.config._attn_implementation in OWN_ATTENTION and self.dtype == torch.bfloat16
+        return one_for_torch(ids.numel() * self.config.hidden_size) if ours and ids is not None else nullcontext()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of weights, experts included; experts are never trainable."""

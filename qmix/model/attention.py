@@ -25,6 +25,7 @@ from qmix.plan.memory import PREFILL_CHUNK
 
 GROUPED_SDPA = "qmix_grouped_sdpa"  # names among transformers' attention functions
 ROW_ATTENTION = "qmix_rows"
+OWN_ATTENTION = (GROUPED_SDPA, ROW_ATTENTION)
 KERNEL_NUMBERS = 2**18  # in the keys of a sequence: qmix's kernel pays from here on; smaller caches never load Numba
 
 

@@ -44,7 +44,9 @@ class OneTokenLayer(MixtralDecoderLayer):
     ) -> torch.Tensor:
         """Return the layer's residual stream [B, T, H]."""
         parts = self._parts()
-        if position_embeddings is None or not self._takes(hidden_states, attention_mask, cache, parts):
+        if position_embeddings is None or not self._takes(
+            hidden_states, position_embeddings, attention_mask, cache, parts
+        ):
             return super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -80,7 +82,12 @@ class OneTokenLayer(MixtralDecoderLayer):
         )
 
     def _takes(
-        self, hidden_states: torch.Tensor, mask: torch.Tensor | None, cache: Any, parts: tuple[Any, ...]
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Any,
+        parts: tuple[Any, ...],
     ) -> bool:
         return (
             hidden_states.shape[:2] == (1, 1)
@@ -89,9 +96,10 @@ class OneTokenLayer(MixtralDecoderLayer):
             and cache.rows is None
             and type(hidden_states) is torch.Tensor
             and hidden_states.dtype == torch.bfloat16
+            and hidden_states.is_contiguous()
             and not (self.training or hidden_states.requires_grad or _has_any_global_hook())
             and _are_plain(parts)
-            and _kernel_reads(cache.layers[parts[0].layer_idx].keys, parts[0].head_dim)
+            and _kernel_reads(cache.layers[parts[0].layer_idx].keys, rotary, parts[0].head_dim)
         )
 
 
@@ -106,8 +114,10 @@ def _are_plain(parts: tuple[Any, ...]) -> bool:
     return True
 
 
-def _kernel_reads(keys: torch.Tensor, head_dim: int) -> bool:
-    return keys.device.type == "cpu" and keys.dtype == torch.bfloat16 and keys.shape[-1] == head_dim
+def _kernel_reads(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], head_dim: int) -> bool:
+    """Return whether cache and angles are as the kernel takes them; it has addresses only, and checks nothing."""
+    as_wide = keys.shape[-1] == head_dim == rotary[0].shape[-1] and rotary[0].is_contiguous()
+    return as_wide and keys.device.type == "cpu" and keys.dtype == torch.bfloat16 == rotary[0].dtype
 
 
 def use_one_token_layers(model: MixtralForCausalLM) -> None:

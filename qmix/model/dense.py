@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from functools import cached_property
 
@@ -41,15 +41,39 @@ def read_dense(store: Store, where: Callable[[str], Device] | None = None) -> di
         else:
             memory = dense_memory(store, where)
         for name, target in memory.items():
-            offset, want = layout.tensors[name].offset, store.dense_checksums.get(name)
+            offset = layout.tensors[name].offset
             found = xxhash.xxh3_64_hexdigest(target.numpy().data) if where is None else stream.read(target, offset)
-            if found == want:
-                continue
-            file.forget(offset, len(target))
-            if stream.read(target, offset) != want:
-                place = f"bytes {offset} to {offset + len(target) - 1}"
-                raise StoreError(f"{file.path}: the tensor {name} ({place}) is damaged; {mending(store.directory)}")
+            stream.check(store, name, target, found)
     return typed(store, memory)
+
+
+class DenseWeights(Mapping[str, torch.Tensor]):
+    """The dense weights of a store by published name, each read and checked when it is asked for; close it.
+
+    Raises StoreError as `read_dense` does.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._tensors = store, store.layout.dense.tensors
+        self._file, self._reader = StoreFile(store.path(store.layout.dense)), Reader()
+        self._stream = _Stream(self._file, self._reader)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        info = self._tensors[name]
+        target = torch.empty(info.nbytes, dtype=torch.uint8)
+        self._stream.check(self._store, name, target, self._stream.read(target, info.offset))
+        return typed(self._store, {name: target})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+        self._file.close()
 
 
 def dense_memory(
@@ -100,3 +124,13 @@ class _Stream:
             target[position - begin : stop - begin].copy_(piece)
             position = stop
         return digest.hexdigest()
+
+    def check(self, store: Store, name: str, target: torch.Tensor, found: str) -> None:
+        """Read a weight once more if its checksum `found` is wrong. Raises StoreError where it still is."""
+        if found == (want := store.dense_checksums.get(name)):
+            return
+        offset = store.layout.dense.tensors[name].offset
+        self.file.forget(offset, len(target))
+        if self.read(target, offset) != want:
+            place = f"bytes {offset} to {offset + len(target) - 1}"
+            raise StoreError(f"{self.file.path}: the tensor {name} ({place}) is damaged; {mending(store.directory)}")

@@ -19,7 +19,7 @@ from qmix.model.refusals import PoolExperts
 from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.prefetch import Prefetcher
 from qmix.pool.protocol import Pool
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 
 CHUNK = PREFILL_CHUNK  # rows through experts at once: longer passes take no more work space
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from qmix.pool.eviction import Key
 from qmix.pool.protocol import Pool
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 Forward = Callable[[torch.Tensor, Activation], torch.Tensor]

@@ -18,7 +18,7 @@ from qmix.plan.plan import Plan
 from qmix.precision.formats import uses_kernels
 from qmix.store.expert_frequency import ExpertFrequency
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes, parse_bytes, plural
+from qmix.units import format_bytes, parse_bytes, plural, size_option
 
 DEFAULT_CONTEXT = 4096
 
@@ -132,8 +132,8 @@ def check_gpus(machine: Machine) -> None:
         raise UsageError(f"{arg('gpu')}: {plural(len(machine.gpus), 'GPU')} given, and torch finds {have} here{why}")
     for index, (budget, most) in enumerate(zip(machine.gpus, free, strict=False)):
         if budget > most:
-            small = f"{budget / 2**20:.0f}MiB is more than what is free on gpu:{index}"
-            raise UsageError(f"{arg('gpu')}: {small}; give {arg('gpu', f'{most // 2**20}MiB')}")
+            small = f"{size_option(budget)} is more than what is free on gpu:{index}"
+            raise UsageError(f"{arg('gpu')}: {small}; give {arg('gpu', size_option(most, up=False))}")
 
 
 def python_bytes(geometry: Geometry) -> int:

@@ -6,7 +6,6 @@ records; records that do not fit the pool stay on disk.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +29,7 @@ from qmix.plan.plan import Plan
 from qmix.plan.slots import SlotClass, least_slots, share_slots
 from qmix.store.expert_frequency import ExpertFrequency, uniform_frequency
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes
+from qmix.units import format_bytes, size_option
 
 TYPICAL = Rates()
 
@@ -169,5 +168,5 @@ class _Host:
             f"KV cache for {tokens} tokens {format_bytes(parts['kv_cache'])}, "
             f"work space {format_bytes(parts['work'])}, "
             f"{sum(self.least.values())} experts {format_bytes(self.least_bytes)}); the smallest budget that works is "
-            f"{arg('ram', f'{math.ceil(smallest / 2**20)}MiB')}"
+            f"{arg('ram', size_option(smallest))}"
         )

@@ -14,7 +14,7 @@ from qmix.checkpoint.safetensors_header import ITEM_BYTES
 from qmix.errors import DoesNotFitError, arg
 from qmix.geometry import HALF_BYTES, Geometry
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes
+from qmix.units import format_bytes, size_option
 
 # Chunk sizes that the engine shares.
 PREFILL_CHUNK = 512  # tokens of a step; the same for every budget, so that the same prompt gives the same text
@@ -196,6 +196,6 @@ def check_memory(needed: int, budget: int, tokens: int) -> None:
     if needed > budget:
         raise DoesNotFitError(
             f"{tokens} tokens take {format_bytes(needed)} of memory, the budget is {format_bytes(budget)}; "
-            f"take fewer {arg('tokens')}, or {arg('ram', f'{math.ceil(needed / 2**20)}MiB')}",
+            f"take fewer {arg('tokens')}, or {arg('ram', size_option(needed))}",
             needed,
         )

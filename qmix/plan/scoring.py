@@ -9,7 +9,6 @@ the room goes to slots again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from qmix.plan.memory import scoring_fixed_bytes, scoring_token_bytes, usable_by
 from qmix.plan.slots import least_slots, share_slots
 from qmix.store.expert_frequency import by_frequency, uniform_frequency
 from qmix.store.layout import StoreLayout
-from qmix.units import format_bytes
+from qmix.units import format_bytes, size_option
 
 MOST_TOKENS = 2**14  # of a pass: reading is a small part of it then, even for 8x22B and many fast cores
 ENOUGH_TOKENS = 2**11  # from here on, slots to read ahead are worth more than still more tokens
@@ -79,7 +78,7 @@ def does_not_fit(budget: int, requests: str, smallest: int) -> DoesNotFitError:
     """Return the refusal of a budget that is too small for the model and requests."""
     return DoesNotFitError(
         f"does not fit {format_bytes(budget)} of RAM: the model and {requests} take {format_bytes(smallest)}; "
-        f"the smallest budget that works is {arg('ram', f'{math.ceil(smallest / 2**20)}MiB')}",
+        f"the smallest budget that works is {arg('ram', size_option(smallest))}",
         smallest,
     )
 

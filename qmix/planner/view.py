@@ -13,7 +13,7 @@ from qmix.machine.rates import RATE_LABELS, Machine, Rates, rate_text
 from qmix.plan import Plan
 from qmix.plan.predict import Speed
 from qmix.planner.planned import Planned
-from qmix.units import format_bytes
+from qmix.units import UnitSystem, format_bytes, plural, size_option
 
 GPU_COLOURS = ("green", "cyan", "blue", "magenta")
 COLOURS = {"ram": "yellow", "disk": "red"}
@@ -111,8 +111,25 @@ def details(planned: Planned) -> Table:
     row("rates", rates_text(machine.speeds, bool(plan.devices)))
     free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
     row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
-    row("runs from", f"{_gib(plan.smallest)} of RAM; all experts fit in RAM with {_gib(plan.roomy)} or more")
+    row("runs from", f"--ram {_enough(plan.smallest)}; all experts fit in RAM with --ram {_enough(plan.roomy)} or more")
     return table
+
+
+def outlook(planned: Planned) -> str:
+    """Return how a model will run in one line: memory, experts in it, predicted speed and what it follows from."""
+    plan, predicted = planned.plan, planned.prediction
+    on_gpus = plan.num_records - plan.host_records
+    places = [f"{on_gpus} on {plural(len(plan.devices), 'GPU')}"] if plan.devices else []
+    places.append(f"{plan.host_records - plan.records_on_disk} in {format_bytes(plan.ram)} of RAM")
+    if plan.records_on_disk:
+        places.append(f"{plan.records_on_disk} on disk")
+    measured = planned.machine.rates.measured
+    source = "by this machine's measured rates" if measured else "by typical rates: `qmix doctor` measures this machine"
+    return (
+        f"{_digits(predicted.decode.rate)} tok/s ({_digits(predicted.decode.slowest)} to "
+        f"{_digits(predicted.decode.fastest)}), prompts {_digits(predicted.prefill.rate)} tok/s, {source}; of "
+        f"{plan.num_records} experts {', '.join(places)}"
+    )
 
 
 def speed_text(speed: Speed) -> str:
@@ -169,9 +186,10 @@ def compare_table(title: str, names: Sequence[str], found: Sequence[Planned | st
     return table
 
 
-def _gib(count: int) -> str:
-    """Return a budget as text, rounded up so that it is enough."""
-    return f"{-(-count * 100 // 2**30) / 100:.2f}GiB" if count >= 2**30 else f"{-(-count // 2**20)}MiB"
+def _enough(count: int) -> str:
+    """Return a budget as an option takes it, rounded up so that it is enough: with two digits behind the point."""
+    unit, factor = ("GiB", 2**30) if UnitSystem.binary else ("GB", 10**9)
+    return f"{-(-count * 100 // factor) / 100:.2f}{unit}" if count >= factor else size_option(count)
 
 
 def _digits(value: float) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from qmix.errors import UsageError
 from qmix.pool.eviction import Key
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.store.opened import Store
 
 

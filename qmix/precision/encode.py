@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from qmix.geometry import Geometry
+from qmix.precision.expert import Expert
 from qmix.precision.formats import chunk_rows
-from qmix.precision.matmul import Expert
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.precision.record import record_layout
 

@@ -20,11 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qmix.batch.forms import Told
 from qmix.engine.completion import BatchResult
+from qmix.errors import QmixError
 from qmix.serve import messages, responses
 from qmix.serve.asked import CHAT, COMPLETION, Asked, Asker
-from qmix.serve.bodies import BODY_COPIES, BODY_LIMIT, Ledger, announced, read_json
-from qmix.serve.errors import ApiError, failed
-from qmix.serve.events import Encoder, EventStream, events, wait_until_gone
+from qmix.serve.bodies import BODY_COPIES, BODY_LIMIT, KEPT_COPIES, Ledger, announced, read_json
+from qmix.serve.errors import ApiError, told
+from qmix.serve.events import Encoder, EventStream, WholeAnswer, events, wait_until_gone
 from qmix.serve.following import Following
 from qmix.serve.guard import Access, Guard
 from qmix.serve.metrics import Metrics
@@ -45,7 +46,7 @@ class Form(Encoder, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the routes work with. `model` is the served name, `created` when the server started."""
+    """The parts that the routes use. `model` is the served name, `created` the time when the server started."""
 
     service: Service
     asker: Asker
@@ -130,23 +131,27 @@ class Api:
         """Read a request, queue it, and answer it as a whole or as a stream."""
         with ExitStack() as held:
             with self.serving.ledger.hold(BODY_COPIES * announced(request, BODY_LIMIT)):
-                form = await read(await read_json(request, BODY_LIMIT))
+                body = await read_json(request, BODY_LIMIT)
+                form = await read(body)
             asked = form.asked
-            held.enter_context(self.serving.ledger.hold(asked.logprobs_bytes))
+            held.enter_context(self.serving.ledger.hold(KEPT_COPIES * len(body) + asked.answer_bytes))
+            del body
             following = Following(self.serving.service, asked.requests, asked.stream, asked.tooling)
             held.callback(following.close)
             if asked.stream:
                 return EventStream(events(following, form, self.serving.ping_seconds), held.pop_all().close)
-            return await self._whole(request, following, form)
+            content = await self._whole(request, following, form)
+            if content is None:
+                return Response(status_code=499)  # nobody reads it
+            return WholeAnswer(content, held.pop_all().close)
 
-    async def _whole(self, request: Request, following: Following, form: Form) -> Response:
+    async def _whole(self, request: Request, following: Following, form: Form) -> bytes | None:
+        """Return the body of an answer, None where the client has gone away before."""
         answering = asyncio.ensure_future(following.all())
         gone = asyncio.ensure_future(wait_until_gone(request.receive))
         try:
             await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                return Response(status_code=499)  # nobody reads it
-            return Response(msgspec.json.encode(form.whole(answering.result())), media_type="application/json")
+            return msgspec.json.encode(form.whole(answering.result())) if answering.done() else None
         finally:
             answering.cancel()
             gone.cancel()
@@ -172,7 +177,7 @@ def make_app(serving: Serving, access: Access, more: Sequence[Route] = ()) -> An
     app = Starlette(
         routes=routes,
         middleware=cors if access.origins else [],
-        exception_handlers={ApiError: _told, HTTPException: _not_found, Exception: _bug},
+        exception_handlers={ApiError: _failed, HTTPException: _not_found, QmixError: _failed, Exception: _failed},
     )
     return Counted(Guard(app, access), serving.metrics, {route.path for route in routes})
 
@@ -198,16 +203,11 @@ def _answer_error(request: Request, error: ApiError) -> Response:
     return JSONResponse(body, error.status, headers=error.headers)
 
 
-async def _told(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _answer_error(request, error)
+async def _failed(request: Request, error: Exception) -> Response:
+    return _answer_error(request, told(error))
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:200]}: {error.detail.lower()}"
-    return _answer_error(request, ApiError(error.status_code, message))
-
-
-async def _bug(request: Request, error: Exception) -> Response:
-    return _answer_error(request, failed(f"a bug in qmix: {type(error).__name__}: {error}"))
+    return _answer_error(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))

@@ -15,8 +15,8 @@ from typing import Any
 
 import msgspec
 
-from qmix.batch.lines import CHAT, COMPLETION, Line, LineError, parse_body
 from qmix.batch.prompts import Asking, LineRefused, LineTooLong
+from qmix.batch.request import CHAT, COMPLETION, Line, LineError, parse_body
 from qmix.batch.schema import Fields
 from qmix.engine.batch import BatchRequest
 from qmix.errors import QmixError
@@ -28,7 +28,9 @@ OWN = ("stream", "stream_options", "echo")
 MOST_ANSWERS = 128  # of one request
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 NAME_BYTES = 9
-TOKEN_BYTES, LOGPROB_BYTES = 200, 150  # of a token with its log-probability, and of each likely one beside it
+ANSWER_BYTES, ID_BYTES = 2**13, 50  # of an answer with its request, and of each token of an answer not yet read
+# A token with its log-probability, and each likely one beside it: as they are kept, told and written (530 measured).
+TOKEN_BYTES, LOGPROB_BYTES = 650, 550
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -72,10 +74,11 @@ class Asked:
         return sum(len(request.prompt) for request in self.requests[:: self.n])
 
     @property
-    def logprobs_bytes(self) -> int:
-        """The most bytes that log-probabilities of the answers and echoed prompts take."""
-        held = 0
+    def answer_bytes(self) -> int:
+        """The most bytes that the answers take until they are sent, with log-probabilities and echoed prompts."""
+        held = len(self.requests) * ANSWER_BYTES
         for request in self.requests:
+            held += request.sampling.max_new_tokens * ID_BYTES
             if (most := request.sampling.logprobs) is not None:
                 tokens = request.sampling.max_new_tokens + len(request.prompt) * request.echo
                 held += tokens * (TOKEN_BYTES + LOGPROB_BYTES * most)

@@ -10,11 +10,8 @@ import fcntl
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import msgspec
 
@@ -22,19 +19,25 @@ from qmix.batch.answering import Summary
 from qmix.batch.lines import Requests
 from qmix.batch.output import FileAnswers
 from qmix.batch.session import begin_run
-from qmix.engine.batch import BatchRequest
-from qmix.engine.completion import BatchResult
-from qmix.engine.sampler import Chosen
-from qmix.errors import QmixError, UsageError, arg
+from qmix.errors import DiskError, QmixError, UsageError, arg
+from qmix.machine.arithmetic import computed_on
 from qmix.serve.asked import CHAT, COMPLETION, COMPLETION_TOKENS
-from qmix.serve.errors import ApiError, invalid
-from qmix.serve.files import PART, Files, Records, is_error, new_id
-from qmix.serve.service import Outcome, Service, Ticket
+from qmix.serve.errors import ApiError, invalid, told
+from qmix.serve.files import PART, File, Files, Records, is_error, new_id
+from qmix.serve.service import Service
+from qmix.serve.shared_engine import EngineFailed, SharedEngine
 
 MOST_LINES = 20_000  # of a batch: their places are in memory while it runs
-LOOK_SECONDS = 0.5  # between two looks whether to go on
+MOST_BATCHES = 1000
+MOST_LABELS, LONGEST_LABEL = 16, 512  # of a batch's metadata, as OpenAI has it
+RETRY_SECONDS, LONGEST_RETRY = 1.0, 60.0  # between two attempts after an error that may pass
+FAILURES = 3  # passes that fail in a row, without a finished line between them, end a batch
 WINDOW_SECONDS = 24 * 3600
+Label = Annotated[str, msgspec.Meta(max_length=LONGEST_LABEL)]
 Status = Literal["in_progress", "completed", "failed", "cancelling", "cancelled"]
+
+
+ENDED = ("completed", "failed", "cancelled")
 
 
 class Batch(msgspec.Struct, kw_only=True):
@@ -82,53 +85,7 @@ class Wanted(msgspec.Struct, forbid_unknown_fields=True):
     input_file_id: str
     endpoint: str
     completion_window: str = "24h"
-    metadata: dict[str, str] | None = None
-
-
-@dataclass(slots=True)
-class SharedEngine:
-    """Answers the requests of a batch with the engine that others use, while `goes_on` returns True."""
-
-    service: Service
-    goes_on: Callable[[], bool]
-    _news: queue.SimpleQueue[tuple[Ticket, Outcome]] = field(default_factory=queue.SimpleQueue)
-
-    def take(self, ticket: Ticket, text: str, chosen: Chosen | None, outcome: Outcome | None) -> None:
-        """Take in an outcome, in the event loop."""
-        if outcome is not None:
-            self._news.put((ticket, outcome))
-
-    def answer(self, requests: Iterable[BatchRequest]) -> Iterator[list[BatchResult]]:
-        """Yield results as they come. Raises QmixError where the engine failed."""
-        names: dict[Ticket, str] = {}
-        waiting = iter(requests)
-        try:
-            while self.goes_on():
-                while len(names) < self.service.runner.plan.batch and (request := next(waiting, None)) is not None:
-                    for each in request.completions():
-                        ticket = Ticket(replace(each, name=new_id("line")), self, bulk=True)
-                        names[ticket] = each.name
-                        self.service.submit_bulk(ticket)
-                if not names:
-                    return
-                yield self._finished(names)
-        finally:
-            self.service.drop(names)
-
-    def _finished(self, names: dict[Ticket, str]) -> list[BatchResult]:
-        """Return the results that there are, after a while perhaps none."""
-        found = []
-        with suppress(queue.Empty):
-            found.append(self._news.get(timeout=LOOK_SECONDS))
-            while True:
-                found.append(self._news.get_nowait())
-        results = []
-        for ticket, outcome in found:
-            name = names.pop(ticket)
-            if isinstance(outcome, ApiError):
-                raise QmixError(outcome.message)
-            results.append(replace(outcome, name=name))
-        return results
+    metadata: Annotated[dict[Label, Label], msgspec.Meta(max_length=MOST_LABELS)] | None = None
 
 
 class Batches:
@@ -141,9 +98,10 @@ class Batches:
         self.files, self._service, self._context = files, service, context
         self.records = Records(directory, "batch")
         self._lock = _locked(directory)
+        files.sweep()
         self._known = {batch.id: batch for batch in self.records.all(Batch)}
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._stopping = False
+        self._stop = threading.Event()
         for batch in sorted(self._known.values(), key=lambda batch: (batch.created_at, batch.id)):
             if batch.status in ("in_progress", "cancelling"):
                 self._queue.put(batch.id)
@@ -157,6 +115,7 @@ class Batches:
         if wanted.completion_window != "24h":
             raise invalid("completion_window: must be '24h'")
         self.files.path(wanted.input_file_id)
+        self._make_room()
         batch = Batch(
             id=new_id("batch"),
             endpoint=wanted.endpoint,
@@ -184,7 +143,7 @@ class Batches:
         batch = self.get(name)
         if batch.status == "in_progress":
             batch.status, batch.cancelling_at = "cancelling", int(time.time())
-            self._keep(batch)
+            self.records.write(batch.id, batch)
         return batch
 
     def output(self, name: str) -> Path:
@@ -193,7 +152,7 @@ class Batches:
 
     def stop(self) -> None:
         """Take no more lines. Unfinished batches go on with the next server."""
-        self._stopping = True
+        self._stop.set()
         self._queue.put(None)
 
     def close(self) -> None:
@@ -202,21 +161,62 @@ class Batches:
         self._thread.join()
         self._lock.close()
 
+    def forget_lines(self, file: File) -> None:
+        """Delete the lines of a batch whose last file was deleted."""
+        batch = self._known.get(file.lines_of or "")
+        if batch is not None and batch.status in ENDED and not self._files_of(batch):
+            for suffix in (".out.jsonl", ".out.jsonl.qmix.json"):
+                self.records.path(batch.id, suffix).unlink(missing_ok=True)
+
+    def _files_of(self, batch: Batch) -> list[File]:
+        """Return the files of a batch's lines that were not deleted."""
+        return [file for file in self.files.all() if file.lines_of == batch.id]
+
+    def _make_room(self) -> None:
+        """Forget the oldest batch without files where there are too many. Raises ApiError where each has files."""
+        if len(self._known) < MOST_BATCHES:
+            return
+        held = {file.lines_of for file in self.files.all()}
+        for batch in reversed(self.all()):
+            if batch.status in ENDED and batch.id not in held:
+                del self._known[batch.id]
+                self.records.path(batch.id).unlink(missing_ok=True)
+                return
+        raise ApiError(400, f"there are {MOST_BATCHES} batches; delete the output files of some that have ended")
+
     def _keep(self, batch: Batch) -> None:
-        self._known[batch.id] = batch
         self.records.write(batch.id, batch)
+        self._known[batch.id] = batch
 
     def _run(self) -> None:
-        while (name := self._queue.get()) is not None and not self._stopping:
-            batch = self._known[name]
+        while (name := self._queue.get()) is not None:
+            patience, failures = RETRY_SECONDS, FAILURES
+            while not self._stop.is_set():
+                batch, done = self._known[name], self._known[name].completed
+                error = self._attempt(batch, failures == 1)
+                if error is None:
+                    break
+                batch.errors = [told(error).message]
+                if isinstance(error, EngineFailed):
+                    failures = FAILURES if batch.completed > done else failures - 1
+                self._stop.wait(patience)
+                patience = min(2 * patience, LONGEST_RETRY)
+
+    def _attempt(self, batch: Batch, last: bool) -> Exception | None:
+        """Answer a batch until it ends, or the server does. Return an error that may pass; of the engine, not the last.
+
+        The lines of a pass that failed cannot be told apart, and are answered again.
+        """
+        try:
             try:
                 self._answer(batch)
-            except ApiError as error:
-                self._end(batch, [error.message])
-            except (QmixError, OSError) as error:
-                self._end(batch, [str(error)])
-            except Exception as error:  # the server goes on
-                self._end(batch, [f"a bug in qmix: {type(error).__name__}: {error}"])
+            except Exception as error:
+                if _may_pass(error) and not (last and isinstance(error, EngineFailed)):
+                    raise
+                self._end(batch, [told(error).message])  # the server goes on
+        except (DiskError, OSError, EngineFailed) as error:
+            return error
+        return None
 
     def _answer(self, batch: Batch) -> None:
         """Answer the lines of a batch that are left."""
@@ -231,11 +231,13 @@ class Batches:
             with FileAnswers(self.output(batch.id)) as answers:
                 most = batch.context if batch.endpoint == CHAT else COMPLETION_TOKENS
                 options = {"max_new_tokens": most}
-                run, _, _ = begin_run(runner.store, requests, answers, options, None, batch.context, runner.tokenizer)
+                run, _, _ = begin_run(
+                    runner.store, requests, answers, options, None, batch.context, runner.tokenizer, computed_on(False)
+                )
                 run.refuse()
-                shared = SharedEngine(self._service, lambda: not self._stopping and batch.status == "in_progress")
+                shared = SharedEngine(self._service, lambda: not self._stop.is_set() and batch.status == "in_progress")
                 self._count(batch, run.run(runner, lambda summary: self._count(batch, summary), shared.answer))
-        if batch.status == "cancelling" or not (self._stopping or batch.completed + batch.failed < batch.total):
+        if batch.status == "cancelling" or not (self._stop.is_set() or batch.completed + batch.failed < batch.total):
             self._end(batch, [])
         return None
 
@@ -255,7 +257,7 @@ class Batches:
 
     def _end(self, batch: Batch, errors: list[str]) -> None:
         """Write how a batch ended, and make files of its lines."""
-        if self._stopping and errors:  # an error of the end, not of the batch
+        if self._stop.is_set() and errors:  # an error of the end, not of the batch
             return
         now = int(time.time())
         sizes = {True: 0, False: 0}
@@ -263,17 +265,22 @@ class Batches:
             with self.output(batch.id).open("rb") as lines:
                 for line in lines:
                     sizes[is_error(line)] += len(line)
-        if sizes[False]:
+        if sizes[False] and batch.output_file_id is None:
             batch.output_file_id = self.files.add_view(batch.id, sizes[False], errors=False).id
-        if sizes[True]:
+        if sizes[True] and batch.error_file_id is None:
             batch.error_file_id = self.files.add_view(batch.id, sizes[True], errors=True).id
         if errors:
-            batch.status, batch.failed_at, batch.errors = "failed", now, errors
+            changes: dict[str, Any] = {"status": "failed", "failed_at": now}
         elif batch.status == "cancelling":
-            batch.status, batch.cancelled_at = "cancelled", now
+            changes = {"status": "cancelled", "cancelled_at": now}
         else:
-            batch.status, batch.completed_at = "completed", now
-        self._keep(batch)
+            changes = {"status": "completed", "completed_at": now}
+        self._keep(msgspec.structs.replace(batch, errors=errors, **changes))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether another attempt may succeed: after a failed pass, or on a disk that had no room."""
+    return isinstance(error, (DiskError, OSError, EngineFailed)) and not isinstance(error, FileNotFoundError)
 
 
 def _locked(directory: Path) -> BinaryIO:

@@ -13,6 +13,7 @@ from qmix.serve.errors import ApiError, busy, invalid
 
 BODY_LIMIT = TEXT_LIMIT  # bytes of one JSON body
 BODY_COPIES = 4  # a body as it comes, joined, decoded, and its prompt
+KEPT_COPIES = 10  # of a body, until its answer is sent: tokens of its prompts, its options, tools and schemas
 BODY_SECONDS = 60.0  # for one body to come
 
 

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from qmix.disk.faults import disk_advice
+from qmix.errors import QmixError, UsageError
+
 INVALID = "invalid_request_error"
 CONTEXT = "context_length_exceeded"
 ANTHROPIC_KINDS = {
@@ -63,6 +66,19 @@ def busy(message: str, seconds: int) -> ApiError:
 def failed(message: str) -> ApiError:
     """Return the error of a request that failed here."""
     return ApiError(500, message, "server_error")
+
+
+def told(error: Exception) -> ApiError:
+    """Return the error that a client receives for a failure."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UsageError):  # found when it began, as a grammar that cannot be compiled
+        return invalid(str(error))
+    if isinstance(error, QmixError):
+        return failed(str(error))
+    if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
+        return ApiError(507, f"the server's disk: {error.strerror}; {disk_advice(error)}", "server_error")
+    return failed(f"a bug in qmix: {type(error).__name__}: {error}")
 
 
 def stopping() -> ApiError:

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qmix.engine.completion import BatchResult
-from qmix.serve.errors import ApiError
+from qmix.serve.errors import ApiError, told
 from qmix.serve.following import Following, Update
 
+SENT_AT_ONCE = 2**16  # bytes
 PING_SECONDS = 10.0  # proxies and clients give up on a silent connection after 30 s and more
 
 
@@ -41,8 +42,8 @@ async def events(following: Following, encoder: Encoder, ping_seconds: float) ->
             updates = await following.updates(ping_seconds)
             yield b"".join(map(encoder.update, updates)) if updates else encoder.ping()
         yield encoder.end([result for result in following.results if result is not None])
-    except ApiError as error:
-        yield encoder.error(error)
+    except Exception as error:  # the status has been sent: what failed is told in the stream
+        yield encoder.error(told(error))
 
 
 class EventStream(Response):
@@ -70,8 +71,32 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for data in self._content:
             if data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                await send_parts(send, data)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class WholeAnswer(Response):
+    """Sends a JSON body; `on_end` is called once the client has taken it, or is gone."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, on_end: Callable[[], object]) -> None:
+        super().__init__(content)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send_parts(send, self.body)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._on_end()
+
+
+async def send_parts(send: Send, body: bytes | memoryview) -> None:
+    """Send a piece of a body in parts: the server waits before each while a slow reader has not taken the last."""
+    for start in range(0, len(body), SENT_AT_ONCE):
+        await send({"type": "http.response.body", "body": bytes(body[start : start + SENT_AT_ONCE]), "more_body": True})
 
 
 async def wait_until_gone(receive: Receive) -> None:

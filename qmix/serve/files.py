@@ -95,8 +95,14 @@ class Files:
     def __init__(self, directory: Path) -> None:
         self.records = Records(directory, "file")
 
+    def sweep(self) -> None:
+        """Delete what a killed server left of uploads that had not ended."""
+        for path in self.records.directory.glob("file-*.jsonl"):
+            if not path.with_suffix(".json").exists():
+                path.unlink()
+
     def add(self, data: Iterator[bytes], filename: str, purpose: str) -> File:
-        """Keep an upload. Raises ApiError where it is too large, or there are too many."""
+        """Keep an upload. Raises ApiError where there are too many, and OSError where the disk has no room."""
         if purpose != BATCH:
             raise invalid(f"purpose {purpose[:100]!r}: must be 'batch'; files are only used for batches")
         if len(self.records.all(File)) >= MOST_FILES:
@@ -107,11 +113,11 @@ class Files:
             with path.open("xb") as file:
                 for part in data:
                     size += file.write(part)
-        except OSError as error:
+            found = File(name, size, int(time.time()), filename[:LONGEST_NAME], purpose)
+            self.records.write(name, found)
+        except BaseException:
             path.unlink(missing_ok=True)
-            raise QmixError(f"{path}: {error.strerror}; free some space") from None
-        found = File(name, size, int(time.time()), filename[:LONGEST_NAME], purpose)
-        self.records.write(name, found)
+            raise
         return found
 
     def add_view(self, batch: str, nbytes: int, errors: bool) -> File:
@@ -130,11 +136,12 @@ class Files:
         """Return all files, the newest first."""
         return sorted(self.records.all(File), key=lambda file: (-file.created_at, file.id))
 
-    def delete(self, name: str) -> None:
-        """Forget a file; the lines of a batch stay with the batch."""
-        self.get(name)
+    def delete(self, name: str) -> File:
+        """Delete a file, and return its description."""
+        file = self.get(name)
         self.records.path(name).unlink(missing_ok=True)
         self.records.path(name, ".jsonl").unlink(missing_ok=True)
+        return file
 
     def path(self, name: str) -> Path:
         """Return the path of an uploaded file's bytes. Raises ApiError where there is none."""

@@ -16,7 +16,7 @@ from qmix.serve.tools import Call, Tooling
 
 @dataclass(slots=True)
 class Update:
-    """What came of one answer since its last update; `result` is set in its last one."""
+    """The news of one answer since its last update; `result` is set in its last one."""
 
     index: int
     text: str = ""

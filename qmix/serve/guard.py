@@ -1,4 +1,4 @@
-"""Who may use the server: keys, hosts and origins are checked before anything else.
+"""Checks of keys, hosts and origins, before anything else is done with a request.
 
 A browser lets any web page send requests to this machine. A page of another origin is refused by its Origin header,
 and one that rebinds its own name to 127.0.0.1 by its Host header.

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from qmix.batch.lines import CHAT, LineError
 from qmix.batch.openai import Field
 from qmix.batch.prompts import LineRefused
+from qmix.batch.request import CHAT, LineError
 from qmix.batch.schema import Fields
 from qmix.engine.completion import BatchResult
 from qmix.files import decode_json
@@ -22,6 +22,8 @@ from qmix.serve.following import Update
 from qmix.serve.texts import Message, check_fields, joined, text_of
 from qmix.serve.tools import Call
 
+EFFORTS = ("low", "medium", "high", "xhigh", "max")  # of reasoning, which the model has none of
+NO_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 FIELDS = (
     Field("metadata", None, "identifies the user"),
     Field("service_tier", None, "only for Anthropic's service"),
@@ -31,14 +33,14 @@ FIELDS = (
     Field("workspace_id", None, "identifies the user"),
     Field("diagnostics", None, "only for Anthropic's service"),
     Field("cache_control", None, "only for Anthropic's cache"),
-    Field("thinking", ({"type": "disabled"},), "the model has no reasoning step"),
+    Field("thinking", ({"type": "disabled"}, {"type": "adaptive"}), "the model has no reasoning step"),
     Field("mcp_servers", ([],), "tools are called by the client"),
     Field("container", (), "no code is run"),
-    Field("context_management", ({}, {"edits": []}), "not supported"),
-    Field("output_config", ({},), "not supported"),
+    Field("context_management", ({}, {"edits": []}, NO_THINKING), "no turn is removed"),
+    Field("output_config", ({}, *({"effort": effort} for effort in EFFORTS)), "answers are plain text"),
     Field("output_format", ({"type": "text"},), "answers are plain text"),
 )
-ROLES = ("user", "assistant")
+ROLES = {"user": "user", "assistant": "assistant", "system": "user"}  # templates take no system prompt between turns
 
 
 class Choice(msgspec.Struct):
@@ -107,8 +109,8 @@ def _messages(wanted: Body) -> list[Message]:
         check_fields(given, ("role", "content"), (), f"{where}: ")
         role, content = (msgspec.json.decode(given.get(name, b"null")) for name in ("role", "content"))
         if role not in ROLES:
-            raise LineError(f"{where}.role: must be 'user' or 'assistant'")
-        turns += _turns(role, content, f"{where}.content")
+            raise LineError(f"{where}.role: must be 'user', 'assistant' or 'system'")
+        turns += _turns(ROLES[role], content, f"{where}.content")
     if not turns or turns[-1]["role"] == "assistant":
         raise LineRefused("messages: the last one must be the user's; the beginning of an answer is not supported")
     system = "" if wanted.system is None else text_of(wanted.system, ("text",), "system")

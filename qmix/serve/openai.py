@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmix.batch.forms import Offsets, Told, chat_logprobs, text_logprobs
-from qmix.batch.lines import CHAT
+from qmix.batch.request import CHAT
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.serve.asked import Asked
@@ -67,10 +67,17 @@ class OpenAIForm:
         else:
             choice["text"] = self._echoed(index) + ("" if self.asked.silent else result.text)
         own = [] if self.asked.silent else result.tokens
+        if self._begins_with_a_space(index, result.prompt):
+            self._offsets[index] = Offsets(-1)
         return choice | {"logprobs": self._logprobs(index, [*result.prompt, *own])}
 
     def _echoed(self, index: int) -> str:
         return self.asked.echo[index // self.asked.n] if self.asked.echo else ""
+
+    def _begins_with_a_space(self, index: int, prompt: Sequence[Chosen]) -> bool:
+        """Return whether the tokens of an echoed prompt have one space more than its text."""
+        tokens = b"".join(self.told(chosen.token).data or b"" for chosen in prompt)
+        return tokens == b" " + self._echoed(index).encode()
 
     def _logprobs(self, index: int, tokens: list[Chosen]) -> dict[str, Any] | None:
         if self.asked.requests[index].sampling.logprobs is None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from qmix.batch.lines import CHAT, LineError
 from qmix.batch.openai import Field
 from qmix.batch.prompts import LineRefused
+from qmix.batch.request import CHAT, LineError
 from qmix.batch.schema import Fields
 from qmix.engine.completion import BatchResult
 from qmix.files import decode_json
@@ -26,8 +26,10 @@ from qmix.serve.tools import Call
 FORMAT = {"format": {"type": "text"}}
 VERBOSITY = {"verbosity": "medium"}
 PLAIN: tuple[Any, ...] = ({}, FORMAT, VERBOSITY, FORMAT | VERBOSITY)
+NO_REASONING: tuple[Any, ...] = ({}, {"effort": "none"}, {"summary": "auto"}, {"effort": "none", "summary": "auto"})
 FIELDS = (
     Field("metadata", None, "labels for storage at OpenAI"),
+    Field("client_metadata", None, "identifies the client"),
     Field("user", None, "identifies the user"),
     Field("safety_identifier", None, "identifies the user"),
     Field("service_tier", None, "only for OpenAI's service"),
@@ -38,7 +40,7 @@ FIELDS = (
     Field("include", None, "only adds what is not here"),
     Field("max_tool_calls", None, "the server itself calls no tools"),
     Field("text", PLAIN, "answers are plain text"),
-    Field("reasoning", ({}, {"effort": "none"}), "the model has no reasoning step"),
+    Field("reasoning", NO_REASONING, "the model has no reasoning step"),
     Field("truncation", ("disabled",), "not supported"),
     Field("background", (False,), "not supported"),
     Field("previous_response_id", (), "nothing is stored; send the whole conversation"),

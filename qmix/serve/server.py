@@ -32,11 +32,12 @@ from qmix.serve.service import Service
 from qmix.serve.storage import Storage
 
 MOST_CONNECTIONS = 1024
+STALLED_SECONDS = 300  # a client that takes nothing, or does not answer, for so long is gone
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a model is served: under which `names`, `context` tokens a request, at most `queue` of them waiting.
+    """The settings of a server: `names` of the model, `context` tokens a request, at most `queue` of them waiting.
 
     Bodies and log-probabilities of all requests take at most `memory` bytes. Files and batches lie in `directory`.
     """
@@ -56,12 +57,22 @@ def listen(host: str, port: int) -> socket.socket:
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _end_stalled(found)
         found.bind((host, port))
         found.listen(2048)
     except OSError as error:
         found.close()
         raise QmixError(f"{host}:{port}: {error.strerror or error}; choose another {arg('port')}") from None
     return found
+
+
+def _end_stalled(listening: socket.socket) -> None:
+    """Have the system close accepted connections whose client is gone without a word, or reads nothing (Linux)."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # it also ends the probes of SO_KEEPALIVE
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, STALLED_SECONDS // 5)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, STALLED_SECONDS // 5)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
 
 
 def is_local(host: str) -> bool:
@@ -122,13 +133,13 @@ async def _serve(
         opened.callback(batches.close)
         serving = _serving(runner, settings, service, metrics)
         opened.callback(serving.asker.close)
-        app = make_app(serving, settings.access, Storage(files, batches).routes)
+        app = make_app(serving, settings.access, Storage(files, batches, serving.ledger).routes)
         say(ready)
         await _Server(_config(app), on_stop).serve(sockets=[listening])
 
 
 def _serving(runner: BatchRunner, settings: Settings, service: Service, metrics: Metrics) -> Serving:
-    """Return what the routes work with."""
+    """Return the parts that the routes use."""
     options = {"max_new_tokens": settings.context}  # cut to what a prompt leaves
     asking = asking_for(runner.tokenizer, runner.store.geometry, settings.context, options, secrets.randbelow(2**31))
     return Serving(

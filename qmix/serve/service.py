@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from qmix.engine.batch import BatchRequest, BatchRunner
-from qmix.engine.completion import BatchResult
+from qmix.engine.completion import BatchResult, Failure
 from qmix.engine.sampler import Chosen
 from qmix.engine.scheduler import Sequence as Place
-from qmix.errors import Cancelled, QmixError, UsageError
-from qmix.serve.errors import ApiError, busy, failed, invalid, stopping
+from qmix.errors import Cancelled
+from qmix.serve.errors import ApiError, busy, invalid, stopping, told
 
 Outcome = BatchResult | ApiError
 LONGEST_WAIT = 60  # seconds that a client is told to wait at most
@@ -43,6 +43,11 @@ class Ticket:
     last: float = 0.0
     count: int = 0
     place: Place | None = None
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens that its prompt and its longest answer take."""
+        return len(self.request.prompt) + self.request.sampling.max_new_tokens
 
 
 Event = tuple[Ticket, str, "Chosen | None", "Outcome | None"]
@@ -126,13 +131,14 @@ class Service:
     def _run(self) -> None:
         while self._change():
             try:
-                finished = self.runner.step() if self._running else []
-            except Exception as error:  # the requests fail, the server goes on
+                outcomes = self.runner.step() if self._running else []
+            except Exception as error:  # the requests of the pass fail, the server goes on
                 self.runner.start_over()
                 self._fail(stopping() if isinstance(error, Cancelled) or self._closed else told(error))
             else:
-                for result in finished:
-                    self._end(self._running.pop(result.name), result)
+                for each in outcomes:
+                    outcome = told(each.error) if isinstance(each, Failure) else each
+                    self._end(self._running.pop(each.name), outcome)
             self._send()
         self._fail(stopping())
         self._send()
@@ -156,14 +162,21 @@ class Service:
             return queue.popleft() if queue else None
 
     def _queue_to_serve(self) -> deque[Ticket] | None:
-        """Return the queue whose first ticket can begin; a quarter of the places is never given to bulk."""
-        batch = self.runner.plan.batch
+        """Return the queue whose first ticket can begin.
+
+        A quarter of the places and of the KV cache is never given to bulk, as far as one bulk ticket always runs.
+        """
+        batch, capacity = self.runner.plan.batch, self.runner.capacity
         if len(self._running) >= batch:
             return None
         if self._waiting:
             return self._waiting
-        bulk = sum(ticket.bulk for ticket in self._running.values())
-        return self._bulk if self._bulk and bulk < batch - batch // 4 else None
+        if not self._bulk:
+            return None
+        bulk = [ticket.most_tokens for ticket in self._running.values() if ticket.bulk]
+        tokens = sum(bulk) + self._bulk[0].most_tokens
+        fits = len(bulk) < batch - max(1, batch // 4) and tokens <= capacity - capacity // 4
+        return self._bulk if fits or not bulk else None
 
     def _begin(self, ticket: Ticket) -> None:
         """Begin a request, without holding up others that come: a grammar may take a while."""
@@ -217,12 +230,3 @@ def hand_out(events: Iterable[Event]) -> None:
     """Give events to their followers."""
     for ticket, text, chosen, outcome in events:
         ticket.follower.take(ticket, text, chosen, outcome)
-
-
-def told(error: Exception) -> ApiError:
-    """Return what a client is told of a failure of the engine."""
-    if isinstance(error, UsageError):  # found when it began, as a grammar that cannot be compiled
-        return invalid(str(error))
-    if isinstance(error, QmixError):
-        return failed(str(error))
-    return failed(f"a bug in qmix: {type(error).__name__}: {error}")

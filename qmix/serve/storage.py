@@ -13,14 +13,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message
 
-from qmix.batch.lines import LineError
+from qmix.batch.request import LineError
 from qmix.files import decode_json
 from qmix.serve.batches import Batches, Wanted
-from qmix.serve.bodies import BODY_LIMIT, announced, read_json
+from qmix.serve.bodies import BODY_COPIES, BODY_LIMIT, Ledger, announced, read_json
 from qmix.serve.errors import ApiError, invalid
 from qmix.serve.files import FILE_LIMIT, PART, Files
 
 FORM_BYTES = 2**16  # of an upload besides its file
+UPLOAD_BYTES = 3 * 2**20  # of memory: the beginning of a file, fields, and a part that is copied
 PAGE, LONGEST_PAGE = 20, 100
 T = TypeVar("T", bound=Any)
 
@@ -28,8 +29,8 @@ T = TypeVar("T", bound=Any)
 class Storage:
     """Files and batches over HTTP."""
 
-    def __init__(self, files: Files, batches: Batches) -> None:
-        self._files, self._batches = files, batches
+    def __init__(self, files: Files, batches: Batches, ledger: Ledger) -> None:
+        self._files, self._batches, self._ledger = files, batches, ledger
 
     @property
     def routes(self) -> list[Route]:
@@ -52,12 +53,13 @@ class Storage:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError(415, "send the file as multipart/form-data, with the fields 'purpose' and 'file'")
         try:
-            async with bounded.form(max_files=1, max_fields=8, max_part_size=FORM_BYTES) as form:
-                file, purpose = form.get("file"), form.get("purpose")
-                if not isinstance(file, UploadFile) or not isinstance(purpose, str):
-                    raise invalid("the form must have the fields 'purpose' and 'file'", "file")
-                parts = _parts(file.file)
-                found = await run_in_threadpool(self._files.add, parts, file.filename or "upload", purpose)
+            with self._ledger.hold(UPLOAD_BYTES):
+                async with bounded.form(max_files=1, max_fields=8, max_part_size=FORM_BYTES) as form:
+                    file, purpose = form.get("file"), form.get("purpose")
+                    if not isinstance(file, UploadFile) or not isinstance(purpose, str):
+                        raise invalid("the form must have the fields 'purpose' and 'file'", "file")
+                    parts = _parts(file.file)
+                    found = await run_in_threadpool(self._files.add, parts, file.filename or "upload", purpose)
         except MultiPartException as error:
             raise invalid(f"the form cannot be read: {error.message}", "file") from None
         return JSONResponse(found.to_json())
@@ -72,7 +74,7 @@ class Storage:
         """Describe or delete a file."""
         name = request.path_params["id"]
         if request.method == "DELETE":
-            self._files.delete(name)
+            self._batches.forget_lines(self._files.delete(name))
             return JSONResponse({"id": name, "object": "file", "deleted": True})
         return JSONResponse(self._files.get(name).to_json())
 
@@ -86,10 +88,12 @@ class Storage:
 
     async def create(self, request: Request) -> Response:
         """Queue a batch."""
-        try:
-            wanted = decode_json(await read_json(request, BODY_LIMIT), Wanted, "", LineError)
-        except LineError as error:
-            raise invalid(str(error).removeprefix(": ")) from None
+        with self._ledger.hold(BODY_COPIES * announced(request, BODY_LIMIT)):
+            body = await read_json(request, BODY_LIMIT)
+            try:
+                wanted = decode_json(body, Wanted, "", LineError)
+            except LineError as error:
+                raise invalid(str(error).removeprefix(": ")) from None
         return JSONResponse(self._batches.create(wanted).to_json())
 
     async def batches(self, request: Request) -> Response:

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from qmix.batch.lines import LineError
 from qmix.batch.openai import Field, not_taken
 from qmix.batch.prompts import LineRefused
+from qmix.batch.request import LineError
 from qmix.batch.schema import Fields
 
 Message = dict[str, Any]

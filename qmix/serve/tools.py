@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from qmix.batch.lines import LineError
 from qmix.batch.prompts import Asking, LineRefused
+from qmix.batch.request import LineError
 from qmix.batch.schema import Fields
 from qmix.engine.completion import BatchResult
 from qmix.text.tools import AUTO, ToolForm, tool_form

@@ -15,10 +15,13 @@ from pathlib import Path
 import msgspec
 
 from qmix.checkpoint import Checkpoint, open_checkpoint
+from qmix.disk.places import cache_directory, use_cache_directory
 from qmix.errors import CheckpointError, QmixError
 from qmix.files import decode_json
 from qmix.progress import OnProgress, Progress
+from qmix.store.opened import partial_directory
 from qmix.store.sources import layout_for, open_source
+from qmix.units import UnitSystem
 
 # `-m` would take a qmix that lies in the working directory, and its embedded model, for the one that runs
 SAME_QMIX = (
@@ -30,7 +33,9 @@ REPORT_SECONDS = 0.1
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A store to make from the checkpoint that had this `identity` when it was opened."""
+    """A store to make from the checkpoint that had this `identity` when it was opened. `cache` is the user's,
+    `binary` the unit system of messages.
+    """
 
     model: str
     identity: str
@@ -38,6 +43,9 @@ class Request(msgspec.Struct, frozen=True):
     precision: str | None
     dtype: str | None
     clip: bool
+    evict: bool
+    cache: str
+    binary: bool
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -58,9 +66,16 @@ def quantize_in_child(
     clip: bool,
     directory: Path,
     on_progress: OnProgress,
+    evict: bool = False,
 ) -> None:
-    """Make the store of a checkpoint in a process of its own. Raises QmixError, with the exit code of the child's."""
-    request = Request(str(model), checkpoint.identity, str(directory), precision, dtype, clip)
+    """Make the store of a checkpoint in a process of its own. Raises QmixError, with the exit code of the child's.
+
+    With `evict`, weight files from the Hub pass through a directory in the unfinished store, and are deleted after use.
+    """
+    cache = str(cache_directory())
+    request = Request(
+        str(model), checkpoint.identity, str(directory), precision, dtype, clip, evict, cache, UnitSystem.binary
+    )
     command = [sys.executable, "-c", SAME_QMIX, str(Path(__file__).parents[2]), msgspec.json.encode(request).decode()]
     pipe = subprocess.PIPE
     # in a session of its own: a Ctrl-C reaches it once, from here, and not a second time while it is ending
@@ -94,8 +109,11 @@ def main() -> None:
     from qmix.store.quantize import quantize  # loads torch
 
     request = decode_json(sys.argv[1].encode(), Request, "the request", QmixError)
+    use_cache_directory(Path(request.cache))
+    UnitSystem.binary = request.binary
+    scratch = partial_directory(Path(request.directory)) / "shards" if request.evict else None
     try:
-        checkpoint = open_checkpoint(open_source(request.model))
+        checkpoint = open_checkpoint(open_source(request.model, scratch))
         if checkpoint.identity != request.identity:
             raise CheckpointError(f"{request.model}: changed while qmix was starting; run the same command again")
         layout = layout_for(checkpoint, request.precision, request.dtype, request.clip)

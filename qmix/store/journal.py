@@ -17,6 +17,7 @@ import xxhash
 from qmix.errors import StoreError
 from qmix.files import decode_json, leads_to
 
+JOURNAL = "journal.jsonl"
 SUM = b',"sum":"%s"}\n'
 SUM_BYTES = len(SUM % (b"0" * 16))
 
@@ -89,6 +90,15 @@ class Journal:
     def close(self) -> None:
         """Close the file and give up its lock."""
         self._file.close()
+
+
+def read_subject(path: Path) -> Subject | None:
+    """Return the subject of a journal, whoever writes it now; None where it has none yet."""
+    try:
+        with path.open("rb") as file:
+            return _decoded(file.readline()).subject
+    except (OSError, _DamagedLine):
+        return None
 
 
 def encoded(entry: Entry) -> bytes:

@@ -41,8 +41,8 @@ def quantize(
                 if directory.exists():  # finished by another process between the look above and the lock
                     shutil.rmtree(writer.partial)
                     break
+                put_origin(writer.partial, checkpoint.source.location)  # first: an unfinished store says what it is of
                 WeightRun(checkpoint, writer, layout, on_progress).run()
-                put_origin(writer.partial, checkpoint.source.location)
                 fingerprint = _fingerprint(checkpoint, writer.read)
                 writer.finish(checkpoint.config, checkpoint.tokenizer_files(), fingerprint, profile)
         except OSError as error:

@@ -19,7 +19,7 @@ from qmix.disk.direct import DirectFile, DirectMemory
 from qmix.disk.space import require_space
 from qmix.errors import StoreError
 from qmix.files import sync
-from qmix.store.journal import Entry, Journal, Subject
+from qmix.store.journal import JOURNAL, Entry, Journal, Subject
 from qmix.store.layout import FileLayout, StoreLayout
 from qmix.store.manifest import FORMAT_VERSION, SMALL_FILES, file_digest, manifest, write_manifest
 from qmix.store.opened import partial_directory, put_profile
@@ -27,7 +27,6 @@ from qmix.store.places import Place, RunningDigest, Unit, read_digest
 from qmix.store.profile import Profile
 from qmix.store.small_files import small_files
 
-JOURNAL = "journal.jsonl"
 FLUSH_SECONDS = 2.0  # a killed run repeats at most what it wrote since the last flush
 
 

@@ -17,15 +17,14 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
 from qmix.progress import Progress
-from qmix.terminal.tables import say
-from qmix.units import format_bytes
+from qmix.terminal.voice import Voice, say
+from qmix.units import UnitSystem, format_bytes
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
 BAR_COLUMNS = 20  # of a LoadingStatus
@@ -75,6 +74,8 @@ class JobDisplay:
 
     def show(self, done: int, total: int, told: Sequence[str], **fields: Any) -> None:
         """Show `done` of `total` units of work: with `fields` for the bar's columns, or with all of `told` in a log."""
+        if Voice.quiet:
+            return
         if self._console.file.isatty():  # not rich's `is_terminal`: FORCE_COLOR in a log makes no terminal
             if self._bar is None:
                 self._start(done, total, fields)
@@ -102,9 +103,9 @@ class ProgressDisplay(JobDisplay):
     """
 
     def __init__(self, title: str, patience: float = 0.0) -> None:
-        rich_columns = (DownloadColumn, TransferSpeedColumn, TimeRemainingColumn)
-        numbers = (column(table_column=Column(no_wrap=True)) for column in rich_columns)
-        super().__init__(title, *numbers, _Words("{task.fields[note]}"), whole=True)
+        size = DownloadColumn(binary_units=UnitSystem.binary, table_column=Column(no_wrap=True))
+        left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+        super().__init__(title, size, *_fields("rate"), left, _Words("{task.fields[note]}"), whole=True)
         self._patience = patience
         self._called: float | None = None
         self._first: tuple[float, int] | None = None  # time and bytes when it appeared
@@ -117,7 +118,9 @@ class ProgressDisplay(JobDisplay):
             if now < self._called + self._patience:
                 return
             self._first = now, progress.done
-        self.show(progress.done, progress.total, _told(progress, now, *self._first), note=progress.note)
+        told = _told(progress, now, *self._first)
+        rate = next((part for part in told if part.endswith("/s")), "")
+        self.show(progress.done, progress.total, told, note=progress.note, rate=rate)
 
 
 class LoadingStatus:
@@ -152,7 +155,7 @@ class ThinkingLine:
         self._thread = threading.Thread(target=self._show, name="qmix-thinking", daemon=True)
 
     def __enter__(self) -> ThinkingLine:
-        if self._console.file.isatty():
+        if self._console.file.isatty() and not Voice.quiet:
             self._thread.start()
         return self
 

@@ -34,7 +34,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolForm:
-    """How a model writes calls: after `marker`. `token` and `closing` are ids where these are special tokens."""
+    """The form of a model's calls, which begin with `marker`. `token` and `closing` are the ids of special tokens."""
 
     marker: str
     token: int | None = None

@@ -17,6 +17,7 @@ from stores import make_store
 
 from qmix.batch.output import FileAnswers
 from qmix.errors import UsageError
+from qmix.kernels.cpu.paths import current
 
 SUMMARY = (
     r"{done} of {lines} lines?(, \d+ errors?)?(, \d+ from earlier runs)?, "
@@ -217,6 +218,20 @@ def test_answers_of_another_run_are_left_alone_and_the_difference_is_said(run, t
     assert done.status == 2
     assert f"out.jsonl: has answers from another run ({differs}); use the options of that run" in done.lines[-1]
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_answers_of_another_kind_of_processor_are_not_mixed_with_these(run, tmp_path):
+    """The manifest says where answers were computed; here it is changed, as if another machine had begun."""
+    assert run(*LINES[:2]).status == 0
+    manifest = tmp_path / "out.jsonl.qmix.json"
+    content = json.loads(manifest.read_text())
+    here = content["subject"]["computed on"]
+    assert here == f"CPU ({current().name})"
+    content["subject"]["computed on"] = "NVIDIA GeForce RTX 4090, CPU (avx2)"
+    manifest.write_text(json.dumps(content))
+    done = run()
+    assert done.status == 2
+    assert f'(computed on "NVIDIA GeForce RTX 4090, CPU (avx2)", now "{here}")' in done.lines[-1]
 
 
 def test_a_file_that_is_no_output_is_left_alone(run, tmp_path):

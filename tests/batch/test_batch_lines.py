@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qmix.batch.lines import LINE_LIMIT, LineError, Requests, copy_lines, parse_line
+from qmix.batch.lines import LINE_LIMIT, Requests, copy_lines
+from qmix.batch.request import LineError, parse_line
 from qmix.errors import UsageError
 
 BODY = {"messages": [{"role": "user", "content": "Hello"}]}

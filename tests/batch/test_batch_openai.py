@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qmix.batch.lines import CHAT, COMPLETION, ROLES, LineError, parse_line
 from qmix.batch.openai import CHAT_FIELDS, COMPLETION_FIELDS, MESSAGE_FIELDS, TOOL_ROLES, Field, taken
+from qmix.batch.request import CHAT, COMPLETION, ROLES, LineError, parse_line
 
 DOCS = Path(__file__).parents[2] / "docs" / "batch.md"
 MESSAGE = {"role": "user", "content": "x"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from qmix.batch.lines import LineError, parse_line
+from qmix.batch.request import LineError, parse_line
 
 SCHEMA = {
     "type": "object",

@@ -22,6 +22,7 @@ from command import real
 from qmix.checkpoint.naming import expected_weights
 from qmix.checkpoint.safetensors_header import build_header
 from qmix.geometry import Geometry
+from qmix.store.use import LAST_USE
 
 SHARD = "model-00002-of-00003.safetensors"
 EXPERTS = "experts-00003.safetensors"
@@ -149,7 +150,7 @@ UNPRINTABLE = [
 
 def listing(*directories: Path) -> set[Path]:
     """All that lies there under a final name, but for what was measured of Python."""
-    found = {path for directory in directories for path in directory.rglob("*")}
+    found = {path for directory in directories for path in directory.rglob("*") if path.name != LAST_USE}
     found = {path for path in found if not any(part.endswith(".partial") for part in path.parts)}
     return {path for path in found if not path.name.startswith("interpreter-")}
 
@@ -188,7 +189,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_quantized(qmix
     before = listing(first_use.cache)
     done = qmix("generate", "x", "-m", "other", "--ram", "1MB", cwd=stage)
     assert (done.status, done.out) == (3, "")
-    assert re.fullmatch(r"qmix: does not fit 1 MB of RAM: needs .* --ram \d+MiB\n", done.err), done.err
+    assert re.fullmatch(r"qmix: does not fit 1 MB of RAM: needs .* --ram \d+MB\n", done.err), done.err
     assert listing(first_use.cache) == before
 
 

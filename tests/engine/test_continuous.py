@@ -15,7 +15,9 @@ from stores import make_store
 from transformers import MixtralForCausalLM
 
 from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.completion import Failure
 from qmix.engine.pace import Pace
+from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError
@@ -30,6 +32,9 @@ OPTIONS = [
     {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "seed": 4},
     {"temperature": 1.2, "min_p": 0.05, "repetition_penalty": 1.2, "seed": 5},
 ]
+
+
+GREEDY = Sampling(max_new_tokens=12, temperature=0, ignore_eos=True)
 
 
 def plan_of(store, batch: int, context: int, slots: int) -> Plan:
@@ -241,6 +246,39 @@ def test_whoever_has_had_enough_leaves_nothing_behind(store):
 def test_a_prompt_that_has_no_room_is_refused(store):
     with runner_of(store, batch=1, context=16) as runner, pytest.raises(UsageError, match="17 tokens, planned for"):
         list(runner.answer([BatchRequest("long", [5] * 17, Sampling(max_new_tokens=2))]))
+
+
+def test_a_request_that_fails_fails_alone(store, monkeypatch):
+    """In its sampler, after some tokens; the pass and the others go on, and its room is free."""
+    requests = [BatchRequest(str(index), range(10 + index, 30 + index), GREEDY) for index in range(4)]
+    with runner_of(store) as runner:
+        wanted = {result.name: result for results in runner.answer(requests) for result in results}
+        sample = Sampler.sample
+
+        def failing(self, tokens: list[int], logits: torch.Tensor):
+            if tokens[0] == 12 and len(tokens) == 25:
+                raise ZeroDivisionError("by hand")
+            return sample(self, tokens, logits)
+
+        monkeypatch.setattr(Sampler, "sample", failing)
+        found = [each for outcomes in runner.outcomes(requests) for each in outcomes]
+        (failure,) = [each for each in found if isinstance(each, Failure)]
+        assert (failure.name, str(failure.error)) == ("2", "by hand")
+        assert {each.name: each for each in found if each is not failure} == {
+            name: result for name, result in wanted.items() if name != "2"
+        }
+        with pytest.raises(ZeroDivisionError, match="by hand"):
+            list(runner.answer(requests))
+        assert len(runner._scheduler) == 0
+        monkeypatch.undo()
+        assert {each.name: each for results in runner.answer(requests) for each in results} == wanted
+
+
+def test_a_request_that_cannot_begin_is_refused_alone(store):
+    requests = [BatchRequest("long", range(10, 600), GREEDY), BatchRequest("short", range(10, 30), GREEDY)]
+    with runner_of(store) as runner:
+        refused, answered = (each for outcomes in runner.outcomes(requests) for each in outcomes)
+    assert (refused.name, type(refused.error), answered.name) == ("long", UsageError, "short")
 
 
 def test_files_are_closed_and_threads_ended(store):

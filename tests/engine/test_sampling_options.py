@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from stores import make_store
+from stores import make_store, many_prompts, one_prompt
 from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessorList,
@@ -16,12 +16,10 @@ from transformers.generation import (
     TemperatureLogitsWarper,
 )
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRequest
 from qmix.engine.sampler import Sampler, chosen_token
 from qmix.engine.sampling import Sampling, stream_seed
-from qmix.engine.stream import Runner
 from qmix.errors import UsageError
-from qmix.plan import make_plan
 
 PROMPT = [5, 6, 7, 300, 5]
 
@@ -33,15 +31,13 @@ def store(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(store):
-    plan = make_plan(store.layout, 2**40, 64, 2**28)
-    with Runner(store, plan.with_slots(store.geometry.num_records)) as runner:
+    with one_prompt(store, 64) as runner:
         yield runner
 
 
 @pytest.fixture(scope="module")
 def many(store):
-    plan = make_plan(store.layout, 2**40, 64, 2**28, batch=4)
-    with BatchRunner(store, plan.with_slots(store.geometry.num_records)) as runner:
+    with many_prompts(store, 64, 4) as runner:
         yield runner
 
 

@@ -11,12 +11,11 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from sentencepiece_models import write_tokenizer_model
-from stores import make_store
+from stores import make_store, many_prompts, one_prompt
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRequest
 from qmix.engine.processors import GrammarMask
 from qmix.engine.sampling import Sampling
-from qmix.engine.stream import Runner
 from qmix.errors import UsageError
 from qmix.plan import make_plan
 from qmix.plan.here import check_structured
@@ -57,15 +56,13 @@ def store(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(store):
-    plan = make_plan(store.layout, 2**40, 256, 2**28)
-    with Runner(store, plan.with_slots(store.geometry.num_records)) as runner:
+    with one_prompt(store, 256) as runner:
         yield runner
 
 
 @pytest.fixture(scope="module")
 def many(store):
-    plan = make_plan(store.layout, 2**40, 256, 2**28, batch=8)
-    with BatchRunner(store, plan.with_slots(store.geometry.num_records)) as runner:
+    with many_prompts(store, 256, 8) as runner:
         yield runner
 
 

@@ -54,7 +54,7 @@ def half(tiny, tmp_path_factory):
 def model(store, directory: Path, context: int = 2048) -> QmixLM:
     """Return a model whose `notes` are the messages to the user."""
     notes: list[str] = []
-    results = Results(directory, identity(store))
+    results = Results(directory, identity(store, "here"))
     engine = StoreEngine(store, results, 2**30, None, base=2**40)  # the test's own process is none of a user's
     lm = QmixLM(engine, load_tokenizer(store.directory), context, notes.append)
     lm.notes = notes

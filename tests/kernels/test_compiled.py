@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import qmix
-from qmix.kernels.cpu.compiled import compiled, source_digest
-from qmix.kernels.cpu.paths import current
+from qmix.kernels.cpu import compiled as compiled_module
+from qmix.kernels.cpu import paths
+from qmix.kernels.cpu.compiled import _CodeFiles
 
 PACKED_PRODUCT = """
 import torch
@@ -42,7 +44,7 @@ def run(tmp_path) -> Callable[[str], tuple[str, dict[Path, int]]]:
     def run(code: str) -> tuple[str, dict[Path, int]]:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout.strip(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb[ic]")}
+        return done.stdout.strip(), {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
 
     return run
 
@@ -68,7 +70,38 @@ def test_an_edited_source_compiles_its_kernels_anew(run, tmp_path, code, name, b
     assert run(code)[0] == results[1]
 
 
-def test_a_kernel_is_cached_apart_for_each_path():
-    files = compiled(lambda x: x)._cache._impl
-    assert files.filename_base.endswith("-" + current().name)
-    assert files.locator.get_source_stamp() == source_digest()
+def test_code_that_was_written_in_part_is_compiled_again(run):
+    result, cached = run(SHORT_BLOCK)
+    for path in cached:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+    again, mended = run(SHORT_BLOCK)
+    assert again == result
+    assert mended.keys() == cached.keys()
+    for path in cached:
+        assert hashlib.sha256(path.read_bytes()[32:]).digest() == path.read_bytes()[:32]
+
+
+def test_code_is_kept_apart_for_constants_processors_and_paths(tmp_path, monkeypatch):
+    """One function's files; the two parts of the last entry of a key are its bytecode and its constants."""
+    files, key = _CodeFiles(str(tmp_path), "kernel"), ("(int64,)", ("x86", "zen4", "+avx2"), ("bytecode", "nf4"))
+    others = [(*key[:1], ("x86", "zen3", "+avx2"), key[2]), (*key[:2], ("bytecode", "fp4")), ("(int32,)", *key[1:])]
+    for number, each in enumerate((key, *others)):
+        files.save(each, number)
+    assert [files.load(each) for each in (key, *others)] == [0, 1, 2, 3]
+    assert files.load((*key[:2], ("edited", "nf4"))) is None
+    files.save((*key[:2], ("edited", "nf4")), 5)
+    assert len(list(tmp_path.iterdir())) == 4  # in place of the code before
+    monkeypatch.setattr(compiled_module, "current", lambda: paths.PATHS["portable"])
+    assert files.load(others[0]) is None
+
+
+def test_a_directory_that_cannot_be_written_is_named_once(tmp_path, caplog):
+    files = _CodeFiles(str(tmp_path / "missing"), "kernel")
+    for number in range(2):
+        files.save(("", (), ("", number)), 1)
+    assert files.load(("", (), ("", 0))) is None
+    assert [record.message for record in caplog.records] == [
+        "kernels are compiled again at the next start, in up to 20 s: "
+        f"{tmp_path}/missing cannot be written (No such file or directory)"
+    ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qmix.geometry import Geometry
 from qmix.kernels.cpu.experts import multiply_experts
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.precision.record import record_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

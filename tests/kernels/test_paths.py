@@ -49,12 +49,21 @@ def test_products_on_every_path(path):
     assert "21 passed" in pytest_on(path, *files, "-k", chosen)
 
 
+@pytest.mark.parametrize("path", OFTEN)
+def test_one_piece_of_work_on_every_path(path):
+    """Experts computed together, and all else of a layer for one token, compared with single products and modules."""
+    files = ("tests/kernels/test_experts.py", "tests/model/test_decoder_layer.py")
+    chosen = "by_hand or (single_products and nf4-bf16) or (transformers_layer and 9-plain)"
+    assert "3 passed" in pytest_on(path, *files, "-k", chosen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OTHERS)
 def test_all_kernels_on_every_path(path):
-    kernels = ("test_products", "test_attention", "test_kernels")
-    users = ("precision/test_widened", "precision/test_matmul", "precision/test_round_trip", "model/test_model")
-    names = (*(f"kernels/{name}" for name in kernels), *users)
+    kernels = ("test_products", "test_attention", "test_kernels", "test_experts", "test_team")
+    precision = ("test_widened", "test_matmul", "test_round_trip")
+    folders = {"kernels": kernels, "precision": precision, "model": ("test_model", "test_decoder_layer")}
+    names = [f"{folder}/{name}" for folder, chosen in folders.items() for name in chosen]
     assert "failed" not in pytest_on(path, *(f"tests/{name}.py" for name in names))
 
 

@@ -17,7 +17,8 @@ from qmix.kernels.cpu import products, row_tile, team
 from qmix.kernels.cpu.paths import current
 from qmix.precision import matmul
 from qmix.precision.dense import HalfLinear, use_half_linear
-from qmix.precision.matmul import FourBitMatrix, HalfMatrix, Int8Matrix, packed_kernel
+from qmix.precision.matmul import HalfMatrix
+from qmix.precision.quantised import FourBitMatrix, Int8Matrix, packed_kernel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # largest relative error of one rounding
@@ -187,12 +188,15 @@ def test_a_half_linear_keeps_the_parameter_and_its_name(monkeypatch):
 
 @pytest.mark.slow
 def test_a_kernel_is_compiled_once_for_an_installation(tmp_path):
-    code = "import torch; from qmix.kernels.cpu.products import prepare; prepare(['half', 'int8'], torch.float16)"
+    code = (
+        "from qmix.kernels.cpu.row_tile import FP16, INT8_WIDE; from qmix.kernels.cpu.sums import sums_of; "
+        "sums_of(FP16), sums_of(INT8_WIDE)"
+    )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
         files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
-        assert len(files) == 2  # half, int8
+        assert len(files) == 2
 
 
 @pytest.mark.slow

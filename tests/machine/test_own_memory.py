@@ -127,6 +127,17 @@ def test_what_is_installed_later_is_measured_again(tmp_path, measured, monkeypat
     assert len(measured) == 2
 
 
+def test_kernels_are_compiled_beforehand_for_each_processor_and_state_of_the_sources(tmp_path, monkeypatch):
+    """Otherwise a run would compile them within its budget. Without kernels nothing depends on either."""
+    without, keys = machine.interpreter_path(tmp_path), {machine.interpreter_path(tmp_path, kernels=True)}
+    monkeypatch.setattr(machine, "source_digest", lambda: "edited")
+    keys.add(machine.interpreter_path(tmp_path, kernels=True))
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another processor")
+    keys.add(machine.interpreter_path(tmp_path, kernels=True))
+    assert len(keys) == 3
+    assert machine.interpreter_path(tmp_path) == without not in keys
+
+
 @pytest.mark.slow
 def test_a_python_that_has_grown_is_measured_again_in_a_real_process(tmp_path, monkeypatch):
     """Install a package that takes 80 MB when Python starts."""

@@ -93,6 +93,21 @@ def test_hooks_recorded_outputs_and_gradients_get_transformers_layer(tmp_path):
     assert layer.input_layernorm.weight.grad.abs().sum() > 0
 
 
+def test_what_the_kernel_cannot_read_goes_to_transformers_layer(tmp_path):
+    """Rows with gaps between their numbers; angles for a part of a head only, which transformers refuses."""
+    model = model_of(tmp_path)
+    rows = torch.randn(1, 1, 2 * model.config.hidden_size).bfloat16()[..., ::2]
+    found = []
+    with torch.inference_mode():
+        for embedded in (rows, rows.contiguous()):
+            cache = KVCache(model.pool.store.geometry, 16, torch.bfloat16)
+            found.append(model(inputs_embeds=embedded, cache=cache, use_cache=True).logits.float())
+        torch.testing.assert_close(*found, rtol=0.1, atol=0.1)
+        narrow = [angles[..., :-16] for angles in model.model.rotary_emb(rows, torch.zeros(1, 1, dtype=torch.int64))]
+        with pytest.raises(RuntimeError, match="size"):
+            model.model.layers[0](rows.contiguous(), position_embeddings=narrow, cache=cache)
+
+
 class _Operations(TorchDispatchMode):
     """Counts what reaches torch's kernels."""
 

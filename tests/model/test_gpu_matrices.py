@@ -11,8 +11,8 @@ from qmix.kernels.packing import BLOCK
 from qmix.model.gpu.matrices import DeviceFourBit, DeviceHalf, DeviceInt8, code_values, dequantise, device_expert
 from qmix.plan.device_memory import dequantised_bytes
 from qmix.precision.bitsandbytes import functional as bnb
+from qmix.precision.expert import Expert
 from qmix.precision.formats import parts
-from qmix.precision.matmul import Expert
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.precision.record import record_layout
 

@@ -21,8 +21,8 @@ from qmix.machine.doctor_view import report_table
 from qmix.machine.four_bit import try_four_bit
 from qmix.machine.rates import FourBitProducts, Rates
 from qmix.precision import bitsandbytes as bitsandbytes_quiet
-from qmix.precision import matmul
-from qmix.precision.matmul import FourBitMatrix, has_kernels
+from qmix.precision import quantised
+from qmix.precision.quantised import FourBitMatrix, has_kernels
 from qmix.terminal.tables import print_table
 
 SIZES = {"large": (512, 1024), "small": (64, 128)}
@@ -32,21 +32,21 @@ needs_pairs = pytest.mark.skipif(not current().pairs, reason="a CPU path without
 @pytest.fixture
 def cuda_library(monkeypatch) -> Iterator[None]:
     """Give bitsandbytes a library without its functions, the C library, instead of the CPU's."""
-    for function in (matmul.packed_kernel, bitsandbytes_quiet.cpu_library):
+    for function in (quantised.packed_kernel, bitsandbytes_quiet.cpu_library):
         function.cache_clear()
     monkeypatch.setattr(functional, "lib", BNBNativeLibrary(ctypes.CDLL(None)))
     yield
-    for function in (matmul.packed_kernel, bitsandbytes_quiet.cpu_library):
+    for function in (quantised.packed_kernel, bitsandbytes_quiet.cpu_library):
         function.cache_clear()
 
 
 @pytest.fixture
 def no_library(monkeypatch) -> Iterator[None]:
     """Take away bitsandbytes' library for the CPU."""
-    matmul.packed_kernel.cache_clear()
-    monkeypatch.setattr(matmul, "cpu_library", lambda: None)
+    quantised.packed_kernel.cache_clear()
+    monkeypatch.setattr(quantised, "cpu_library", lambda: None)
     yield
-    matmul.packed_kernel.cache_clear()
+    quantised.packed_kernel.cache_clear()
 
 
 def matrix(kind: str, rows: int, cols: int, invariant: bool = False) -> FourBitMatrix:
@@ -114,7 +114,7 @@ def test_doctor_and_plans_tell_what_was_tried_and_not_what_the_flags_promise(mon
     path = tmp_path / "machine.json"
     monkeypatch.setattr(machine_profile, "supported", lambda: [PATHS["avx512bf16"]])
     assert machine_profile.four_bit_products(path) == FourBitProducts(fast=True, tried=False)
-    monkeypatch.setattr(matmul, "four_bit_kernel", lambda kind, ours: None)
+    monkeypatch.setattr(quantised, "four_bit_kernel", lambda kind, ours: None)
     trial = try_four_bit()
     assert (trial.large, trial.small, trial.correct, trial.fast) == (None, None, True, False)
     machine_profile.keep(four_bit=trial, path=path)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from qmix.geometry import Geometry
-from qmix.precision import matmul
-from qmix.precision.matmul import Expert
+from qmix.precision import quantised
+from qmix.precision.expert import Expert
 from qmix.precision.quantizer import MatrixQuantizer
 from qmix.precision.record import record_layout
 
@@ -74,7 +74,7 @@ def test_products_are_those_of_the_dequantised_matrix(monkeypatch, precision, si
     if precision == "half" and dtype == torch.float16:
         pytest.skip("half experts have the type of the activations")
     if not kernels:  # a CPU without AVX512-BF16
-        monkeypatch.setattr(matmul, "four_bit_kernel", lambda kind, ours: None)
+        monkeypatch.setattr(quantised, "four_bit_kernel", lambda kind, ours: None)
     shape = geometry(*sizes)
     expert = filled_expert(precision, shape, weights(shape))
     for tokens in (1, 2, 7, 40):

@@ -7,10 +7,11 @@ import torch
 
 from qmix.machine import many_rows
 from qmix.plan.memory import PREFILL_CHUNK, SLOW_PATH_BYTES
-from qmix.precision import matmul
-from qmix.precision.matmul import FourBitMatrix, Int8Matrix, Matrix
+from qmix.precision import matmul, quantised
+from qmix.precision.matmul import Matrix
+from qmix.precision.quantised import FourBitMatrix, Int8Matrix
 
-ROWS, COLS = 416, 1088  # thirteen groups of rows, seventeen blocks
+ROWS, COLS = 416, 1344  # thirteen groups of rows, 21 blocks; large enough for qmix's own kernels
 
 
 def matrix(precision: str, rows: int = ROWS, cols: int = COLS, **how: object) -> FourBitMatrix | Int8Matrix:
@@ -32,7 +33,7 @@ def flat(kind: str, rows: int, cols: int) -> FourBitMatrix:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("precision", ["nf4", "fp4", "int8"])
 def test_both_products_differ_by_the_rounding_of_weights_and_result(monkeypatch, precision, dtype):
-    monkeypatch.setattr(matmul, "PACKED_WIDENED", 160 * COLS)  # pieces of 160 rows, the last of 96
+    monkeypatch.setattr(quantised, "PACKED_WIDENED", 160 * COLS)  # pieces of 160 rows, the last of 96
     monkeypatch.setattr(matmul, "WIDENED_WEIGHTS", 160 * COLS)
     weights = matrix(precision)
     x = torch.randn(70, COLS, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
@@ -67,7 +68,7 @@ def test_a_piece_and_its_result_fit_the_work_space_of_a_plan(precision, shape):
     rows, cols = shape
     weights = matrix(precision, 32, 64)  # pieces are counted, not made
     weights.rows, weights.cols = rows, cols
-    wanted = matmul.PACKED_WIDENED if precision == "nf4" else matmul.WIDENED_WEIGHTS
+    wanted = quantised.PACKED_WIDENED if precision == "nf4" else matmul.WIDENED_WEIGHTS
     step = max(1, wanted // cols // 32) * 32
     item = 2 if precision == "nf4" else 1 + 4 + 4 + 2  # codes' copy, fp32, times the scale, half
     assert step * cols * item + PREFILL_CHUNK * step * 2 <= SLOW_PATH_BYTES
@@ -80,7 +81,7 @@ def test_flat_rows_in_vectors_are_those_of_the_table(monkeypatch, kind, shape):
     rows = shape[0]
     spans = [(0, rows), (rows // 2, rows), (0, rows // 2 + 1)]
     slowly = [weights.dequantize(*span) for span in spans]
-    monkeypatch.setattr(matmul, "KERNEL_WEIGHTS", 0)
+    monkeypatch.setattr(quantised, "KERNEL_WEIGHTS", 0)
     assert all(torch.equal(weights.dequantize(*span), want) for span, want in zip(spans, slowly, strict=True))
 
 

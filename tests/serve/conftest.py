@@ -32,11 +32,12 @@ ADDRESS = re.compile(r"serving .* at (http://\S+): ")
 
 @dataclass
 class Running:
-    """A server's process, the address in its first message, and the file of its messages."""
+    """A server's process, the address in its first message, the file of its messages, and its home directory."""
 
     process: subprocess.Popen
     url: str
     messages: Path
+    home: str
 
     @classmethod
     def start(cls, scratch: Path, environment: dict[str, str], model: Path, *options: str) -> Running:
@@ -47,7 +48,7 @@ class Running:
         while (match := ADDRESS.search(messages.read_text())) is None:
             assert process.poll() is None, messages.read_text()
             time.sleep(0.05)
-        return cls(process, match[1], messages)
+        return cls(process, match[1], messages, environment["HOME"])
 
     def stop(self, sent: int = signal.SIGINT) -> int:
         """Send a signal and return the exit code."""
@@ -65,6 +66,11 @@ class Running:
         """A figure of /metrics."""
         text = httpx.get(f"{self.url}/metrics").text
         return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
+
+    @property
+    def open_files(self) -> int:
+        """The files and sockets that it has open."""
+        return sum(1 for _ in Path(f"/proc/{self.process.pid}/fd").iterdir())
 
     def wait_until_idle(self) -> None:
         for _ in range(6000):  # a busy machine is waited for

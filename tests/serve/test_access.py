@@ -1,13 +1,20 @@
-"""Who may use a server: keys, hosts and origins, without a model."""
+"""Access to a server: keys, hosts and origins, without a model."""
 
 from __future__ import annotations
 
+import socket
+from types import SimpleNamespace
+
 import pytest
 from starlette.datastructures import Headers
+from starlette.testclient import TestClient
 
+from qmix.serve.app import make_app
 from qmix.serve.errors import ApiError
 from qmix.serve.guard import Access
-from qmix.serve.server import is_local, local_hosts
+from qmix.serve.metrics import Metrics
+from qmix.serve.server import is_local, listen, local_hosts
+from qmix.serve.storage import Storage
 
 HOST = {"host": "127.0.0.1:8000"}
 
@@ -29,6 +36,37 @@ def test_a_key_is_wanted_everywhere_but_for_health():
     for wrong in ("Bearer secre", "Bearer secret2", "Basic secret", "secret", "Bearer é"):
         assert status(access, host="box", authorization=wrong) == 401
     assert status(access, "/metrics", host="box") == 401
+
+
+def test_every_route_wants_the_key():
+    """Whatever the method: nothing behind the guard is reached, not even an error about the path."""
+    serving = SimpleNamespace(metrics=Metrics(None))
+    routes = Storage(None, None, None).routes
+    app = make_app(serving, Access(key="secret", hosts=None), routes)
+    client = TestClient(app, raise_server_exceptions=False)
+    paths = [route.path for route in routes]
+    paths += ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]
+    paths += [
+        "/v1/models",
+        "/v1/models/tiny",
+        "/metrics",
+        "/",
+        "/v1/nothing",
+        "//health",
+        "/health/",
+        "/health/../metrics",
+    ]
+    for path in paths:
+        for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT"):
+            assert client.request(method, path).status_code == 401, (method, path)
+
+
+def test_a_connection_whose_client_is_gone_or_reads_nothing_is_closed_by_the_system():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 300_000
 
 
 def test_a_browser_may_ask_before_it_sends_a_key():

@@ -46,11 +46,40 @@ def test_an_answer_ends_at_a_stop_sequence_or_at_the_end_of_the_context(claude):
     assert (message.stop_reason, total) in [("model_context_window_exceeded", 2048), ("end_turn", total)]
 
 
+def test_an_agent_is_answered(claude):
+    """Fields, blocks and turns of agents that expect more of a model than this one has."""
+    cached = {"cache_control": {"type": "ephemeral"}}
+    body = {
+        "system": [{"type": "text", "text": "Be brief.", **cached}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "How do I install", **cached}]},
+            {"role": "system", "content": "a package?"},
+        ],
+        "metadata": {"user_id": "me"},
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "temperature": 0,
+    }
+    asked = {"model": "tiny", "max_tokens": 9}
+    answer = claude.post("/v1/messages?beta=true", body=asked | body, cast_to=object)
+    plain = claude.messages.create(
+        **asked,
+        system="Be brief.",
+        messages=[{"role": "user", "content": "How do I install\n\na package?"}],
+        extra_body={"temperature": 0},
+    )
+    assert answer["content"] == [{"type": "text", "text": plain.content[0].text}]
+    assert answer["usage"]["input_tokens"] == plain.usage.input_tokens
+
+
 WRONG = [
     ({"messages": []}, 400, "messages: "),
     ({"messages": [*TURNS, {"role": "assistant", "content": "The"}]}, 400, "messages: the last one must be the user's"),
     ({"tools": [{"type": "web_search_20250305", "name": "x"}]}, 400, "tools[0]: type 'web_search_20250305'"),
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 400, "thinking: qmix takes only"),
+    ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "context_management: qmix takes"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, 400, "output_config: qmix takes only"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "messages[0].content[0]: type 'image'"),
     ({"max_token": 3}, 400, "unknown field 'max_token' (did you mean 'max_tokens'?)"),
     ({"model": "other"}, 404, "model 'other': not served here; use tiny"),

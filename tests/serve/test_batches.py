@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -70,6 +72,43 @@ def test_a_batch_is_answered_with_errors_in_a_file_of_their_own(client):
         len(client.files.content(batch.output_file_id).content),
     )
     assert batch.id in {each.id for each in client.batches.list(limit=1)}
+
+
+def test_a_line_that_the_engine_refuses_fails_alone(client):
+    wrong = json.loads(lines(1)) | {"custom_id": "wrong"}
+    wrong["body"]["logit_bias"] = {"99999": 1}
+    batch = ended(client, start(client, lines(2) + json.dumps(wrong).encode()).id)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 1)
+    assert "99999 is not a token id" in answers(client, batch.error_file_id)["wrong"]["error"]["message"]
+
+
+def test_a_batch_waits_while_the_disk_has_no_room(server: Running, client):
+    """A limit on the size of files stands for a full disk. Uploads are refused, and nothing of them stays."""
+    file = client.files.create(file=("requests.jsonl", lines(20)), purpose="batch")
+    before = kept(server)
+    limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    try:
+        batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        while not (waiting := client.batches.retrieve(batch.id)).errors:
+            time.sleep(0.05)
+        assert waiting.status == "in_progress"
+        assert "File too large" in waiting.errors.data[0].message
+        with pytest.raises(openai.InternalServerError, match="the server's disk: File too large") as caught:
+            client.files.create(file=("requests.jsonl", lines(200)), purpose="batch")
+        assert caught.value.status_code == 507
+    finally:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+    done = ended(client, batch.id)
+    assert (done.status, done.request_counts.completed, done.errors) == ("completed", 20, None)
+    assert sorted(answers(client, done.output_file_id)) == sorted(f"line-{index}" for index in range(20))
+    client.files.delete(done.output_file_id)
+    assert kept(server) - before == {f"{batch.id}.json"}
+
+
+def kept(server: Running) -> set[str]:
+    """The names of a server's files."""
+    (directory,) = (Path(server.home) / "state/qmix/serve").iterdir()
+    return {path.name for path in directory.iterdir()}
 
 
 def test_wrong_files_fail_with_the_reason(client):

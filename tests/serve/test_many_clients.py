@@ -33,6 +33,7 @@ def test_a_client_that_leaves_frees_its_place(server: Running, client):
     """In a stream, before it, and while it waits in the queue."""
     server.wait_until_idle()
     long = {"prompt": "The file", "max_tokens": 1900, "ignore_eos": True}
+    opened = server.open_files
     for stream in (True, False):
         before = server.figure("qmix_new_tokens_total")
         body = long | {"stream": stream}
@@ -43,6 +44,7 @@ def test_a_client_that_leaves_frees_its_place(server: Running, client):
             thread.join()
         server.wait_until_idle()
         assert server.figure("qmix_new_tokens_total") - before < 1900 * BATCH / 2
+    assert server.open_files <= opened + 1
     assert client.completions.create(model="tiny", prompt="The file", max_tokens=2).usage.completion_tokens == 2
 
 
@@ -177,7 +179,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 url, pairs = sys.argv[1], json.loads(sys.argv[2])
 model = LocalCompletionsAPI(
-    base_url=url, model="tiny", tokenizer_backend="huggingface", tokenizer=sys.argv[3], batch_size=3, max_length=256
+    base_url=url, model="tiny", tokenizer_backend="huggingface", tokenizer=sys.argv[3], batch_size=3, max_length=256,
+    add_bos_token=True
 )
 asked = [Instance("loglikelihood", {}, tuple(pair), index) for index, pair in enumerate(pairs)]
 until = [Instance("generate_until", {}, (text, {"until": ["\\n"], "max_gen_toks": 8}), 0) for text, _ in pairs]

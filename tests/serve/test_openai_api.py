@@ -85,6 +85,16 @@ def test_an_echoed_prompt_has_the_logprobs_of_its_tokens(client):
     assert scored.usage.completion_tokens == 0
 
 
+def test_offsets_are_places_in_the_echoed_text(client):
+    """SentencePiece's first space is in the first token of a text or of token ids, and not in the echoed text."""
+    for prompt in ("To install a package, open", " a", [1, 1282, 1461, 487], [1282, 1461], "\u00e9t\u00e9"):
+        (choice,) = client.completions.create(model="tiny", prompt=prompt, **GREEDY, logprobs=0, echo=True).choices
+        names, starts = choice.logprobs.tokens, choice.logprobs.text_offset
+        for name, start, end in zip(names, starts, [*starts[1:], None], strict=True):
+            if not name.startswith(("<", "bytes:")):
+                assert choice.text[start:end] == (name if start else name.removeprefix(" ")), (prompt, name)
+
+
 def test_more_than_a_chunk_of_a_prompt_is_scored(client):
     ids = [40 + index % 50 for index in range(700)]
     scored = client.completions.create(model="tiny", prompt=ids, max_tokens=0, logprobs=0, echo=True)

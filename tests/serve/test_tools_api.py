@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import openai
 import pytest
 
 PARAMETERS = {
@@ -82,6 +83,32 @@ def test_anthropics_tools(claude):
     counted = claude.messages.count_tokens(model="tiny", messages=turns).input_tokens
     assert counted > claude.messages.count_tokens(model="tiny", messages=ASK).input_tokens + 20
     assert claude.messages.create(model="tiny", max_tokens=3, messages=turns).usage.input_tokens == counted
+
+
+def test_an_agents_response(client):
+    """Fields that agents send with functions: they identify, cache, or concern a reasoning step."""
+    function = {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}}
+    texts = [{"type": "input_text", "text": "Be brief."}]
+    fields = {
+        "input": [
+            {"type": "message", "id": "msg_1", "role": "developer", "content": texts},
+            {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        ],
+        "tools": [function],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning": {"summary": "auto"},
+        "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "a",
+        "client_metadata": {"turn_id": "b"},
+        "max_output_tokens": 9,
+        "temperature": 0,
+    }
+    answer = client.post("/responses", body={"model": "tiny", **fields}, cast_to=object)
+    assert answer["usage"]["output_tokens"] == 9
+    with pytest.raises(openai.BadRequestError, match="reasoning: qmix takes only"):
+        client.post("/responses", body={"model": "tiny", **fields, "reasoning": {"effort": "high"}}, cast_to=object)
 
 
 def test_functions_of_responses(client):

@@ -210,11 +210,16 @@ def test_a_chat_takes_the_texts_and_says_what_differs(commands, store: Path, tmp
 
 @pytest.mark.parametrize("name", EDITS)
 def test_kept_results_of_an_evaluation_are_those_of_one_store(store: Path, tmp_path: Path, name: str) -> None:
-    before = identity(open_store(store))
+    before = identity(open_store(store), "here")
     with Results(tmp_path / "out", before) as results:
         key = results.key(b"request")
         results.add({key: [0.5]})
     EDITS[name](store)
-    with Results(tmp_path / "out", identity(open_store(store))) as results:
+    with Results(tmp_path / "out", identity(open_store(store), "here")) as results:
         assert results.get(results.key(b"request")) is None
         assert results.get(key) == [0.5]
+
+
+def test_kept_results_of_an_evaluation_are_those_of_one_kind_of_processor(store: Path) -> None:
+    opened = open_store(store)
+    assert identity(opened, "CPU (avx2)") != identity(opened, "GPU, CPU (avx2)") != identity(opened, "CPU (avx512)")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qmix.batch.forms import Forms, Offsets, Told, told_by
-from qmix.batch.lines import CHAT, COMPLETION, Line
+from qmix.batch.request import CHAT, COMPLETION, Line
 from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.text.detokenizer import Detokenizer, StopScanner, TokenBytes

@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray, types
 
 from qmix.kernels.cpu import team
-from qmix.kernels.cpu.attention_tile import AHEAD, WIDTH, fetch, integers, pointer, softmax, value_tile
-from qmix.kernels.cpu.compiled import compiled_address, constant_first
+from qmix.kernels.cpu.addresses import address_of, call_at, fill_floats, float_at, integers, next_piece, put_half
+from qmix.kernels.cpu.attention_tile import AHEAD, WIDTH, fetch, softmax, value_tile
+from qmix.kernels.cpu.compiled import compiled_address, compiled_part
 from qmix.kernels.cpu.paths import current
-from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, PAIRED, ROWS, TOKENS, dot_tile
+from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, ROWS, TOKENS, dot_tile
 from qmix.kernels.cpu.stages import finish, wait_for
-from qmix.kernels.cpu.vectors import LANES, float_at, next_piece, put_half
+from qmix.kernels.cpu.sums import x_item
+from qmix.kernels.cpu.vectors import LANES
 
 BLOCK = 512  # positions in a piece of work
+BLOCK_SIGNATURE = (types.int64,) * 9, types.void
 STRIP = 64  # positions whose values, 16 kB, stay in the L1 cache while all columns are summed
 
 
@@ -62,107 +65,115 @@ def attend_rows(
     tokens, groups, heads, width = query.shape
     blocks = -(-longest // BLOCK)
     holds = FP16 if query.dtype == torch.float16 else BF16 if current().pairs else BF16_WIDE
-    as_read = query.to(torch.bfloat16 if holds in PAIRED else torch.float32).contiguous()
+    as_read = query.to(torch.bfloat16 if x_item(holds) == 2 else torch.float32).contiguous()
     parts = torch.empty(tokens * groups, blocks, heads, width + 2)  # sums of values, their weights' sum, the maximum
     out = torch.empty(tokens, groups, heads, width, dtype=query.dtype)
     scale = torch.tensor([scaling], dtype=torch.float32)
     shape = tokens, groups, heads, width, blocks
     places = as_read.data_ptr(), rows.data_ptr(), parts.data_ptr(), scale.data_ptr()
-    team.run(_attention(holds), 0, *shape, *places, *group_strides, out.data_ptr(), holds == FP16)
+    kinds = holds == FP16, x_item(holds), block_of(holds)
+    team.run(attention_kernel(), 0, *shape, *places, *group_strides, out.data_ptr(), *kinds)
     return out
 
 
-@constant_first
-def attend_block(
-    holds: Any, scores: Any, added: Any, keys: Any, values: Any, queries: Any, bias: Any, count: Any, width: Any,
-    scale: Any, part: Any,
-) -> None:  # fmt: skip
-    """Attend from the query heads of a group to `count` positions, at most BLOCK.
+@cache
+def block_of(holds: int) -> int:
+    """Return the address of the code that attends from the query heads of a group to `count` positions, at most BLOCK.
 
-    `holds` is a literal. `keys`, `values` and `bias` are addresses of the first position's, `bias` may be 0. `scores`,
-    fp32 [BLOCK / 32, heads, 32], and `added`, fp32 [BLOCK], are scratch memory. For each head the `part` [heads, width
-    + 2] gets the weighted sum of values, the sum of weights, and the maximum.
+    `call_at` calls it. `keys`, `values` and `bias` are addresses of the first position's, `bias` may be 0; `scale` is
+    that of an fp32. For each head the `part` [heads, width + 2] gets the weighted sum of values, the sum of weights,
+    and the maximum.
     """
-    heads, used, query_item = scores.shape[1], (count + GROUP - 1) // GROUP, 2 if holds in PAIRED else 4
-    scores[:used] = 0
-    added[:count] = 0
-    added[count : used * GROUP] = -np.inf
-    if bias:
-        for i in range(count):
-            added[i] = float_at(bias + i * 4)
-    position = 0
-    while position < count:
-        taken = ROWS if position + ROWS <= count else 1
-        for line in range(0, taken * width * 2, 64):
-            fetch(keys + position * width * 2 + AHEAD + line)
-        for head in range(0, heads, TOKENS):
-            dot_tile(
-                holds,
-                taken,
-                min(TOKENS, heads - head),
-                keys + position * width * 2,
-                width * 2,
-                queries + head * width * query_item,
-                width * query_item,
-                width,
-                scores[position // GROUP, head, position % GROUP :].ctypes.data,
-            )
-        position += taken
-    carray(pointer(part), heads * (width + 2))[:] = 0
-    for head in range(heads):
-        place = part + (head * (width + 2) + width) * 4
-        softmax(scores[0, head].ctypes.data, heads * GROUP * 4, used, scale, added.ctypes.data, place)
-    for strip in range(0, count, STRIP):
-        column = 0
-        while column < width:
-            vectors = WIDTH if column + WIDTH * LANES <= width else 1
-            for group in range(strip, min(strip + STRIP, count), GROUP):
-                for head in range(0, heads, TOKENS):
-                    value_tile(
-                        holds,
-                        min(TOKENS, heads - head),
-                        vectors,
-                        scores[group // GROUP, head].ctypes.data,
-                        values + (group * width + column) * 2,
-                        width * 2,
-                        min(GROUP, count - group),
-                        part + (head * (width + 2) + column) * 4,
-                        (width + 2) * 4,
-                    )
-            column += vectors * LANES
+    query_item = x_item(holds)
+
+    def attend_block(
+        heads: Any, keys: Any, values: Any, queries: Any, bias: Any, count: Any, width: Any, scale: Any, part: Any
+    ) -> None:
+        used = (count + GROUP - 1) // GROUP
+        scores, added = np.empty(used * heads * GROUP, np.float32), np.empty(used * GROUP, np.float32)
+        fill_floats(address_of(scores), scores.size, 0)
+        fill_floats(address_of(added), count, 0)
+        fill_floats(address_of(added) + count * 4, used * GROUP - count, -np.inf)
+        if bias:
+            for i in range(count):
+                added[i] = float_at(bias + i * 4)
+        position = 0
+        while position < count:
+            taken = ROWS if position + ROWS <= count else 1
+            for line in range(0, taken * width * 2, 64):
+                fetch(keys + position * width * 2 + AHEAD + line)
+            for head in range(0, heads, TOKENS):
+                dot_tile(
+                    holds,
+                    taken,
+                    min(TOKENS, heads - head),
+                    keys + position * width * 2,
+                    width * 2,
+                    queries + head * width * query_item,
+                    width * query_item,
+                    width,
+                    address_of(scores) + ((position // GROUP * heads + head) * GROUP + position % GROUP) * 4,
+                )
+            position += taken
+        fill_floats(part, heads * (width + 2), 0)
+        for head in range(heads):
+            place = part + (head * (width + 2) + width) * 4
+            of_head, step = address_of(scores) + head * GROUP * 4, heads * GROUP * 4
+            softmax(of_head, step, used, float_at(scale), address_of(added), place)
+        for strip in range(0, count, STRIP):
+            column = 0
+            while column < width:
+                vectors = WIDTH if column + WIDTH * LANES <= width else 1
+                for group in range(strip, min(strip + STRIP, count), GROUP):
+                    for head in range(0, heads, TOKENS):
+                        value_tile(
+                            holds,
+                            min(TOKENS, heads - head),
+                            vectors,
+                            address_of(scores) + (group // GROUP * heads + head) * GROUP * 4,
+                            values + (group * width + column) * 2,
+                            width * 2,
+                            min(GROUP, count - group),
+                            part + (head * (width + 2) + column) * 4,
+                            (width + 2) * 4,
+                        )
+                column += vectors * LANES
+
+    return compiled_address(attend_block, BLOCK_SIGNATURE)
 
 
-@njit
-def combine_blocks(of_head: Any, sums: Any) -> None:
-    """Set `sums` [width] to a head's attention, from its blocks' parts [blocks, width + 2]."""
-    width = len(sums)
-    maximum = of_head[:, width + 1].max()
+@compiled_part
+def combine_blocks(first: int, blocks: int, step: int, width: int, sums: Any) -> None:
+    """Set `sums` [width] to a head's attention, from the parts of its blocks, `step` bytes apart from `first` on."""
+    maximum = np.float32(-np.inf)
+    for block in range(blocks):
+        maximum = max(maximum, float_at(first + block * step + (width + 1) * 4))
     if maximum == -np.inf:
         maximum = np.float32(0)
-    sums[:] = 0
+    fill_floats(address_of(sums), width, 0)
     total = np.float32(0)
-    for part in range(len(of_head)):
-        factor = np.exp(of_head[part, width + 1] - maximum)
-        total += factor * of_head[part, width]
+    for block in range(blocks):
+        part = first + block * step
+        factor = np.exp(float_at(part + (width + 1) * 4) - maximum)
+        total += factor * float_at(part + width * 4)
         for column in range(width):
-            sums[column] += factor * of_head[part, column]
+            sums[column] += factor * float_at(part + column * 4)
     share = np.float32(1) / total if total != 0 else np.float32(0)
     for column in range(width):
         sums[column] *= share
 
 
 @cache
-def _attention(holds: int) -> int:
-    query_item = 2 if holds in PAIRED else 4
+def attention_kernel() -> int:
+    """Return the address of the kernel of attention; `block_of` gives it its tiles."""
 
     def kernel(block: Any) -> None:
-        numbers = carray(block, 15)
+        numbers = carray(block, 17)
         tokens, groups, heads, width, blocks = numbers[2:7]
-        query, table, parts, scale_at, key_group, value_group, out, fp16 = numbers[7:15]
-        done, to_combine = numbers[1:].ctypes.data, tokens * groups * blocks
-        scale = float_at(scale_at)
-        scores = np.empty((BLOCK // GROUP, heads, GROUP), np.float32)
-        added, sums = np.empty(BLOCK, np.float32), np.empty(width, np.float32)
+        query, table, parts, scale_at, key_group, value_group, out = numbers[7:14]
+        fp16, query_item, attend_block = numbers[14:17]
+        done, to_combine = address_of(numbers) + 8, tokens * groups * blocks
+        sums = np.empty(width, np.float32)
         piece = next_piece(block)
         while piece < to_combine + tokens * groups * heads:
             if piece < to_combine:
@@ -176,14 +187,14 @@ def _attention(holds: int) -> int:
                     part = parts + piece * heads * (width + 2) * 4
                     bias = bias + first * 4 if bias else 0
                     count = min(BLOCK, positions - first)
-                    attend_block(holds, scores, added, keys, values, queries, bias, count, width, scale, part)
+                    call_at(attend_block, heads, keys, values, queries, bias, count, width, scale_at, part)
             else:
                 wait_for(done, to_combine)
                 row = piece - to_combine
                 positions = carray(integers(table + row // (groups * heads) * 32), 4)[2]
                 used = (positions + BLOCK - 1) // BLOCK
-                of_pair = parts + row // heads * blocks * heads * (width + 2) * 4
-                combine_blocks(carray(pointer(of_pair), (blocks, heads, width + 2))[:used, row % heads], sums)
+                of_head = parts + (row // heads * blocks * heads + row % heads) * (width + 2) * 4
+                combine_blocks(of_head, used, heads * (width + 2) * 4, width, sums)
                 for column in range(width):
                     put_half(sums[column], out + (row * width + column) * 2, fp16)
             finish(done, to_combine)

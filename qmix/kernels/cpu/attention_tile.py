@@ -162,23 +162,3 @@ def value_tile(
         return context.get_dummy_value()
 
     return types.void(holds, *[types.int64] * 8), emit
-
-
-@intrinsic
-def pointer(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return an address as a pointer to fp32."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        return at(b, arguments[0], 0, FLOAT)
-
-    return types.CPointer(types.float32)(types.int64), emit
-
-
-@intrinsic
-def integers(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return an address as a pointer to int64."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        return at(b, arguments[0], 0, ir.IntType(64))
-
-    return types.CPointer(types.int64)(types.int64), emit

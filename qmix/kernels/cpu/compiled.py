@@ -3,53 +3,87 @@
 Numba checks cached machine code against the file of the compiled function alone, but the code also contains helpers,
 tiles and constants of other files. Here all files of `qmix.kernels` count: an edit of any of them compiles anew.
 
+Each function has a file for each set of constants, processor and CPU path. It is replaced in one step and contains its
+own checksum: processes may compile at the same time, and code of which only a part was written is compiled again.
+
 The first compilation takes 100 MB of memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import pickle
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import llvmlite
+import numba
 from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
-from numba.extending import overload
+from numba.core.serialize import dumps
 
+from qmix.files import write_whole
 from qmix.kernels.cpu.paths import current
+from qmix.kernels.sources import source_digest
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_LOG = logging.getLogger(__name__)
 
 KERNEL_SIGNATURE = (types.CPointer(types.int64),), types.void
 
 
-class _CachedFiles(CompileResultCacheImpl):
-    """The files of one function's machine code: one set for each CPU path, valid for one state of the sources."""
+class _CodeFiles:
+    """The files of one function, in place of Numba's, which share an index that is written before the code is."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        self.locator.get_source_stamp = source_digest
+    def __init__(self, directory: str, name: str) -> None:
+        self._directory, self._name = Path(directory), name
 
-    def get_filename_base(self, fullname: str, abiflags: str) -> str:
-        return f"{super().get_filename_base(fullname, abiflags)}-{current().name}"
+    def load(self, key: Any) -> Any:
+        """Return what was saved with a key; None unless it is whole and from the same sources."""
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return None
+        digest, data = content[:32], content[32:]
+        if digest != hashlib.sha256(data).digest():
+            return None
+        stamp, code = pickle.loads(data)
+        return code if stamp == self._stamp(key) else None
+
+    def save(self, key: Any, code: Any) -> None:
+        """Keep code for a key; where it cannot be written, it is compiled again next time."""
+        data = dumps((self._stamp(key), code))
+        try:
+            write_whole(self._path(key), hashlib.sha256(data).digest() + data)
+        except OSError as error:
+            _warn_of(self._directory, error.strerror)
+
+    def _path(self, key: Any) -> Path:
+        signature, processor, (_, constants) = key
+        identity = repr((str(signature), processor, constants, current().name))
+        return self._directory / f"{self._name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.nbc"
+
+    def _stamp(self, key: Any) -> tuple[str, ...]:
+        """Return what compiled code depends on besides what the path is made of."""
+        bytecode = key[2][0]
+        return source_digest(), llvmlite.__version__, numba.__version__, bytecode
 
 
 class _KernelCache(FunctionCache):
-    _impl_class = _CachedFiles
+    _impl_class = CompileResultCacheImpl
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file = _CodeFiles(self.cache_path, self._impl.filename_base)
 
 
 @cache
-def source_digest() -> str:
-    """Return a digest of all files of `qmix.kernels` and of llvmlite's version; Numba checks its own."""
-    digest = hashlib.sha256(llvmlite.__version__.encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+def _warn_of(directory: Path | None, reason: str) -> None:
+    where = f"{directory} cannot be written ({reason})" if directory else "no directory for them can be written"
+    _LOG.warning("kernels are compiled again at the next start, in up to 20 s: %s", where)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,24 +91,24 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _with_cache(njit(nogil=True, error_model="numpy")(function), function)
 
 
-def compiled_address(kernel: Callable[..., None]) -> int:
-    """Return the address of a kernel of one int64 pointer, compiled now or read from the cache."""
-    callback = _with_cache(CFunc(kernel, KERNEL_SIGNATURE, {}, {"error_model": "numpy"}), kernel)
+def compiled_address(kernel: Callable[..., None], signature: Any = KERNEL_SIGNATURE) -> int:
+    """Return the address of a kernel, by default of one int64 pointer, compiled now or read from the cache."""
+    callback = _with_cache(CFunc(kernel, signature, {}, {"error_model": "numpy"}), kernel)
     callback.compile()
     return callback.address
 
 
-def constant_first(function: Function) -> Function:
-    """Let kernels call `function` with a first argument that is a constant of theirs, and a constant inside it too.
+def compiled_part(function: Callable[..., Any]) -> Any:
+    """Return a function for compiled ones, which LLVM inlines into them; Python calls its `py_func`.
 
-    It is compiled once for each such constant, apart from its callers.
+    Each kernel that uses it compiles it again, so large ones, as are the tiles, are called by address instead.
     """
-    options = {"error_model": "numpy"}
-    overload(function, options, strict=False, prefer_literal=True)(lambda *arguments: function)
-    return function
+    return njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def _with_cache(compilable: Any, function: Callable[..., Any]) -> Any:
-    with suppress(RuntimeError):  # neither the function's own directory nor the user's cache is writable
+    try:
         compilable._cache = _KernelCache(function)
+    except RuntimeError:  # neither the function's own directory nor the user's cache is writable
+        _warn_of(None, "")
     return compilable

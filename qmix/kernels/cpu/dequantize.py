@@ -12,9 +12,9 @@ import torch
 from numba import carray
 
 from qmix.kernels.cpu import team
+from qmix.kernels.cpu.addresses import next_piece
 from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.dequantize_tile import flat_block, half_block
-from qmix.kernels.cpu.vectors import next_piece
 from qmix.kernels.packing import BLOCK, PACK_ROWS
 
 PIECE = 512  # blocks of the flat layout that a thread takes at once

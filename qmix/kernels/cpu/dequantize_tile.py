@@ -12,10 +12,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu.blocks import FP4_CODES, VALUES
-from qmix.kernels.cpu.packed_tile import in_order, wide_columns
-from qmix.kernels.cpu.paths import current
+from qmix.kernels.cpu.packed_codes import PARTS, in_order, wide_columns
 from qmix.kernels.cpu.vectors import (
     FLOAT,
+    HALVES,
     I8,
     I16,
     I32,
@@ -30,15 +30,13 @@ from qmix.kernels.cpu.vectors import (
     call,
     equal,
     fill,
+    finite_to_bf16,
     float_to_fp16,
     load,
     spread,
     times,
 )
 from qmix.kernels.packing import BLOCK, PACK_ROWS
-
-HALVES = ir.VectorType(I16, LANES)
-PARTS = PACK_ROWS // LANES
 
 
 def _exact(kind: str) -> list[float]:
@@ -93,21 +91,6 @@ def flat_block(context: object, kind: Any, codes: Any, absmax: Any, out: Any) ->
     return types.void(kind, *[types.int64] * 3), emit
 
 
-def _to_half(b: Builder, value: Value, fp16: bool) -> Value:
-    """Return LANES finite fp32 as bit patterns of fp16 or bf16, rounded half to even."""
-    if not fp16:
-        bits = b.bitcast(value, NUMBERS)
-        odd = b.and_(b.lshr(bits, fill(NUMBERS, 16)), fill(NUMBERS, 1))
-        return b.trunc(b.lshr(b.add(bits, b.add(odd, fill(NUMBERS, 0x7FFF))), fill(NUMBERS, 16)), HALVES)
-    if current().name != "portable":
-        return b.bitcast(b.fptrunc(value, ir.VectorType(ir.HalfType(), LANES)), HALVES)
-    found = ir.Constant(HALVES, ir.Undefined)
-    for lane in range(LANES):
-        number = ir.Constant(I32, lane)
-        found = b.insert_element(found, float_to_fp16(b, b.extract_element(value, number)), number)
-    return found
-
-
 @intrinsic(prefer_literal=True)
 def half_block(
     context: object, kind: Any, codes: Any, absmax: Any, out: Any, out_stride: Any, fp16: Any
@@ -132,7 +115,7 @@ def half_block(
                     to = b.add(out, b.mul(index, out_stride))
                     vectors = in_order(b, [columns[column] for columns in both])
                     for part, (vector, scale) in enumerate(zip(vectors, scales, strict=True)):
-                        half = _to_half(b, b.fmul(vector, scale), fp16)
+                        half = (float_to_fp16 if fp16 else finite_to_bf16)(b, b.fmul(vector, scale))
                         b.store(half, at(b, to, 2 * LANES * part, HALVES), align=2)
 
         with b.if_else(equal(b, fp16, 0)) as (bf16, other):

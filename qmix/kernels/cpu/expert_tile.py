@@ -11,19 +11,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu.attention_tile import exp_of_negative
-from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.vectors import (
-    FLOAT,
-    HALF,
-    I16,
-    I32,
     LANES,
     NUMBERS,
     SUMS,
     Builder,
     Value,
     at,
-    bf16_to_float,
+    bf16_above,
     call,
     equal,
     fill,
@@ -33,27 +28,17 @@ from qmix.kernels.cpu.vectors import (
     times,
 )
 
-HALVES = ir.VectorType(I16, LANES)
-
 
 def _to_bf16(b: Builder, value: Value) -> Value:
     """Return LANES fp32 rounded to bf16, half to even, as fp32."""
-    bits = b.bitcast(value, NUMBERS)
-    odd = b.and_(b.lshr(bits, fill(NUMBERS, 16)), fill(NUMBERS, 1))
-    rounded = b.and_(b.add(bits, b.add(odd, fill(NUMBERS, 0x7FFF))), fill(NUMBERS, 0xFFFF0000))
+    rounded = b.and_(bf16_above(b, value), fill(NUMBERS, 0xFFFF0000))
     is_nan = b.fcmp_unordered("uno", value, value)
     return b.bitcast(b.select(is_nan, fill(NUMBERS, 0x7FC00000), rounded), SUMS)
 
 
 def _to_fp16(b: Builder, value: Value) -> Value:
     """Return LANES fp32 rounded to fp16, half to even, as fp32."""
-    if current().name != "portable":
-        return b.fpext(b.fptrunc(value, ir.VectorType(HALF, LANES)), SUMS)
-    bits = ir.Constant(HALVES, ir.Undefined)
-    for lane in range(LANES):
-        number = b.extract_element(value, ir.Constant(I32, lane))
-        bits = b.insert_element(bits, float_to_fp16(b, number), ir.Constant(I32, lane))
-    return fp16_to_float(b, bits)
+    return fp16_to_float(b, float_to_fp16(b, value))
 
 
 def _silu(b: Builder, x: Value) -> Value:
@@ -92,30 +77,3 @@ def gated_product(
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), emit
-
-
-@intrinsic
-def half_at(context: object, address: Any, fp16: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the bf16 at an address, or with `fp16` the fp16, as fp32."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        address, fp16 = arguments
-        bits = load(b, address, 0, I16)
-        first = ir.Constant(I32, 0)
-        lanes = b.insert_element(ir.Constant(HALVES, None), bits, first)
-        wide = (b.extract_element(widen(b, lanes), first) for widen in (bf16_to_float, fp16_to_float))
-        return b.select(equal(b, fp16, 0), *wide)
-
-    return types.float32(types.int64, types.int64), emit
-
-
-@intrinsic
-def put_float(context: object, value: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """Store an fp32."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        value, address = arguments
-        b.store(value, at(b, address, 0, FLOAT), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64), emit

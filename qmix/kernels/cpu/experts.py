@@ -20,18 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 
 from qmix.kernels.cpu import team
-from qmix.kernels.cpu.attention_tile import integers
+from qmix.kernels.cpu.addresses import address_of, call_at, float_at, half_at, integers, next_piece, put_float, put_half
 from qmix.kernels.cpu.blocks import to_bf16
-from qmix.kernels.cpu.compiled import compiled_address, constant_first
-from qmix.kernels.cpu.expert_tile import gated_product, half_at, put_float
-from qmix.kernels.cpu.products import holds_of
+from qmix.kernels.cpu.compiled import compiled_address, compiled_part
+from qmix.kernels.cpu.expert_tile import gated_product
+from qmix.kernels.cpu.products import holds_in
 from qmix.kernels.cpu.row_tile import GROUP
 from qmix.kernels.cpu.stages import finish, wait_for
-from qmix.kernels.cpu.sums import Holds, blocked, group_sums, groups_together, x_item
-from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
+from qmix.kernels.cpu.sums import blocked, groups_together, sums_of, x_item
 from qmix.kernels.packing import BLOCK
 
 SUMMED = 1024  # columns of a token in a piece of the last stage
@@ -39,9 +38,11 @@ SUMMED = 1024  # columns of a token in a piece of the last stage
 # of the kernel's block, after the counts of pieces drawn and done
 EXPERTS, ROWS, TOKENS, TOP_K, HIDDEN, INNER, FP16, DIRECT = range(2, 10)
 TABLE, X, READ, READ_INNER, OUT, WEIGHTS, RESULT = range(10, 17)  # addresses
+PACKED, ITEM, GROUP_SUMS = range(17, 20)  # what the tiles take: if packed matrices, bytes of a number of x; code
+FIELDS = 20
 # of an expert in the table: addresses, the number of its rows, and the number of the first among all
 GATE, GATE_SCALES, UP, UP_SCALES, DOWN, DOWN_SCALES, PLACES, COUNT, FIRST = range(9)
-FIELDS = 9
+EXPERT_FIELDS = 9
 
 Rows = tuple[Sequence[int], int, int]  # addresses of the three matrices and their scales; address and number of places
 
@@ -62,7 +63,7 @@ def multiply_experts(
     there already; the weighted sum [T, H] is returned. `outputs` and `weights` are contiguous.
     """
     tokens, top_k, hidden = outputs.shape
-    holds = _holds(precision, x.dtype)
+    holds = holds_in(precision, x.dtype)
     fp16, alone = x.dtype == torch.float16, tokens == 1
     numbers, rows = [], 0
     for addresses, places, count in experts:
@@ -78,33 +79,22 @@ def multiply_experts(
     sizes = len(experts), rows, tokens, top_k, hidden, inner, fp16, direct
     inner_at = memory.data_ptr() + x_item(holds) * rows * hidden
     places_of = addressof(table), x.data_ptr(), read, inner_at, outputs.data_ptr(), *summed
-    team.run(_experts(holds), 0, *sizes, *places_of)
+    team.run(experts_kernel(), 0, *sizes, *places_of, isinstance(holds, str), x_item(holds), sums_of(holds))
     return result
 
 
-def prepare(precision: str, dtype: torch.dtype) -> None:
-    """Load the kernel for experts in this precision; compile it if it is not on disk yet."""
-    _experts(_holds(precision, dtype))
-
-
-def _holds(precision: str, dtype: torch.dtype) -> Holds:
-    if precision in ("half", "int8"):
-        return holds_of(torch.int8 if precision == "int8" else dtype)
-    return precision
-
-
-@njit
-def _pieces(packed: bool, table: int, experts: int, rows: int) -> int:
+@compiled_part
+def _pieces(packed: int, table: int, experts: int, rows: int) -> int:
     """Return the number of pieces into which a matrix of each expert is cut."""
-    total = 0
+    numbers, total = carray(integers(table), experts * EXPERT_FIELDS), 0
     for expert in range(experts):
-        large, small = _cut(packed, carray(integers(table), experts * FIELDS)[expert * FIELDS + COUNT], rows)
+        large, small = _cut(packed, numbers[expert * EXPERT_FIELDS + COUNT], rows)
         total += large + small
     return total
 
 
-@njit
-def _cut(packed: bool, count: int, rows: int) -> tuple[int, int]:
+@compiled_part
+def _cut(packed: int, count: int, rows: int) -> tuple[int, int]:
     """Return how many pieces of several groups, and of one, a matrix is cut into for `count` rows of x.
 
     The small ones come last, so that all threads end at about the same time.
@@ -114,19 +104,19 @@ def _cut(packed: bool, count: int, rows: int) -> tuple[int, int]:
     return large, groups - large * together
 
 
-@njit
-def _piece(packed: bool, table: int, experts: int, rows: int, piece: int) -> tuple[int, int, int]:
+@compiled_part
+def _piece(packed: int, table: int, experts: int, rows: int, piece: int) -> tuple[int, int, int]:
     """Return a piece's expert, its first group of rows and its number of groups."""
-    numbers = carray(integers(table), experts * FIELDS)
+    numbers = carray(integers(table), experts * EXPERT_FIELDS)
     for expert in range(experts):
-        count = numbers[expert * FIELDS + COUNT]
+        count = numbers[expert * EXPERT_FIELDS + COUNT]
         large, _ = _cut(packed, count, rows)
         if piece < large:
             together = groups_together(packed, count)
             return expert, piece * together, together
         piece -= large
     for expert in range(experts):
-        count = numbers[expert * FIELDS + COUNT]
+        count = numbers[expert * EXPERT_FIELDS + COUNT]
         large, small = _cut(packed, count, rows)
         if piece < small:
             return expert, large * groups_together(packed, count) + piece, 1
@@ -134,14 +124,15 @@ def _piece(packed: bool, table: int, experts: int, rows: int, piece: int) -> tup
     return 0, 0, 0
 
 
-@njit
+@compiled_part
 def _scale(sums: Any, row_max: int, first: int, last: int) -> None:
     """Multiply the columns of sums by the scales of int8 rows."""
-    for r in range(last - first):
-        sums[:, r] *= float_at(row_max + (first + r) * 4) / np.float32(127)
+    for t in range(len(sums)):
+        for r in range(last - first):
+            sums[t, r] *= float_at(row_max + (first + r) * 4) / np.float32(127)
 
 
-@njit
+@compiled_part
 def put_as_read(item: int, value: np.float32, place: int) -> None:
     """Store a number as the tiles read it: in bf16, which it is already rounded to, or in fp32."""
     if item == 2:
@@ -150,30 +141,32 @@ def put_as_read(item: int, value: np.float32, place: int) -> None:
         put_float(value, place)
 
 
-@njit
-def _row(packed: bool, item: int, at: int, count: int, t: int, columns: int) -> tuple[int, int]:
+@compiled_part
+def _row(packed: int, item: int, at: int, count: int, t: int, columns: int) -> tuple[int, int]:
     """Return the address of the first 64 columns of the t-th of `count` rows as read, and the step to the next 64."""
     if blocked(packed, count):
         return at + t * BLOCK * item, count * BLOCK * item
     return at + t * columns * item, BLOCK * item
 
 
-@njit
+@compiled_part
 def _expert_of(numbers: Any, expert: int) -> Any:
     """Return an expert's fields in the kernel's table."""
-    return carray(integers(numbers[TABLE]), (expert + 1) * FIELDS)[expert * FIELDS :]
+    return carray(integers(numbers[TABLE]), (expert + 1) * EXPERT_FIELDS)[expert * EXPERT_FIELDS :]
 
 
-@njit
-def _read_row(packed: bool, item: int, numbers: Any, piece: int) -> None:
+@compiled_part
+def _read_row(numbers: Any, piece: int) -> None:
     """Put a row of x where the tiles read it."""
-    experts, top_k, hidden, fp16, x, read = (
+    experts, top_k, hidden, fp16, x, read, packed, item = (
         numbers[EXPERTS],
         numbers[TOP_K],
         numbers[HIDDEN],
         numbers[FP16],
         numbers[X],
         numbers[READ],
+        numbers[PACKED],
+        numbers[ITEM],
     )
     expert = 0
     while expert + 1 < experts and _expert_of(numbers, expert + 1)[FIRST] <= piece:
@@ -189,50 +182,60 @@ def _read_row(packed: bool, item: int, numbers: Any, piece: int) -> None:
             put_as_read(item, to_bf16(number) if packed and fp16 else number, place)
 
 
-@constant_first
-def _inner_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) -> None:
+@compiled_part
+def _inner_rows(numbers: Any, piece: int) -> None:
     """Compute silu(gate @ x) * (up @ x) for some rows of an expert's gate and up."""
-    tokens, hidden, inner, fp16, read, inner_at = (
+    tokens, hidden, inner, fp16, read, inner_at, packed, item = (
         numbers[TOKENS],
         numbers[HIDDEN],
         numbers[INNER],
         numbers[FP16],
         numbers[READ],
         numbers[READ_INNER],
+        numbers[PACKED],
+        numbers[ITEM],
     )
     expert, group, groups = _piece(packed, numbers[TABLE], numbers[EXPERTS], inner, piece)
     mine = _expert_of(numbers, expert)
     count, first, row = mine[COUNT], mine[FIRST], group * GROUP
     x = read if tokens == 1 else read + first * hidden * item
     gate, up = (np.empty((count, groups * GROUP), np.float32), np.empty((count, groups * GROUP), np.float32))
-    group_sums(holds, gate, row, groups, inner, hidden, mine[GATE], mine[GATE_SCALES], x)
-    group_sums(holds, up, row, groups, inner, hidden, mine[UP], mine[UP_SCALES], x)
+    code = numbers[GROUP_SUMS]
+    call_at(code, address_of(gate), count, row, groups, inner, hidden, mine[GATE], mine[GATE_SCALES], x)
+    call_at(code, address_of(up), count, row, groups, inner, hidden, mine[UP], mine[UP_SCALES], x)
     last = min(row + groups * GROUP, inner)
     if not packed and mine[GATE_SCALES]:
         _scale(gate, mine[GATE_SCALES], row, last)
         _scale(up, mine[UP_SCALES], row, last)
-    gated_product(gate.ctypes.data, up.ctypes.data, gate.size, fp16, packed or item == 2)
+    gated_product(address_of(gate), address_of(up), gate.size, fp16, packed != 0 or item == 2)
     for t in range(count):
         to, step = _row(packed, item, inner_at + first * inner * item, count, t, inner)
-        for r in range(row, last):
-            put_as_read(item, gate[t, r - row], to + r // BLOCK * step + r % BLOCK * item)
+        if item == 2:  # apart from the other, so that LLVM uses vectors
+            for r in range(row, last):
+                put_half(gate[t, r - row], to + r // BLOCK * step + r % BLOCK * 2, 0)
+        else:
+            for r in range(row, last):
+                put_float(gate[t, r - row], to + r // BLOCK * step + r % BLOCK * 4)
 
 
-@constant_first
-def _outer_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) -> None:
+@compiled_part
+def _outer_rows(numbers: Any, piece: int) -> None:
     """Compute some rows of down @ inner, and put them into their places of the outputs."""
-    hidden, inner, fp16, inner_at, out = (
+    hidden, inner, fp16, inner_at, out, packed, item = (
         numbers[HIDDEN],
         numbers[INNER],
         numbers[FP16],
         numbers[READ_INNER],
         numbers[OUT],
+        numbers[PACKED],
+        numbers[ITEM],
     )
     expert, group, groups = _piece(packed, numbers[TABLE], numbers[EXPERTS], hidden, piece)
     mine = _expert_of(numbers, expert)
     count, first, row = mine[COUNT], mine[FIRST], group * GROUP
     sums = np.empty((count, groups * GROUP), np.float32)
-    group_sums(holds, sums, row, groups, hidden, inner, mine[DOWN], mine[DOWN_SCALES], inner_at + first * inner * item)
+    x, code = inner_at + first * inner * item, numbers[GROUP_SUMS]
+    call_at(code, address_of(sums), count, row, groups, hidden, inner, mine[DOWN], mine[DOWN_SCALES], x)
     last = min(row + groups * GROUP, hidden)
     if not packed and mine[DOWN_SCALES]:
         _scale(sums, mine[DOWN_SCALES], row, last)
@@ -242,7 +245,7 @@ def _outer_rows(holds: Any, packed: Any, item: Any, numbers: Any, piece: Any) ->
             put_half(sums[t, r - row], out + (places[t] * hidden + r) * 2, fp16)
 
 
-@njit
+@compiled_part
 def _sum_columns(numbers: Any, piece: int) -> None:
     """Sum some columns of a token's outputs times the router's weights."""
     top_k, hidden, fp16, out, weights, result = (
@@ -265,15 +268,15 @@ def _sum_columns(numbers: Any, piece: int) -> None:
 
 
 @cache
-def _experts(holds: Holds) -> int:
-    packed, item = isinstance(holds, str), x_item(holds)
+def experts_kernel() -> int:
+    """Return the address of the kernel of experts; `sums_of` gives it its tiles."""
 
     def kernel(block: Any) -> None:
-        numbers = carray(block, 17)
+        numbers = carray(block, FIELDS)
         experts, rows, tokens, hidden, inner, direct = (
             numbers[EXPERTS], numbers[ROWS], numbers[TOKENS], numbers[HIDDEN], numbers[INNER], numbers[DIRECT]
         )  # fmt: skip
-        table, done = numbers[TABLE], numbers[1:].ctypes.data
+        packed, table, done = numbers[PACKED], numbers[TABLE], address_of(numbers) + 8
         to_inner = 0 if direct else 1 if tokens == 1 else rows
         to_outer = to_inner + _pieces(packed, table, experts, inner)
         to_sum = to_outer + _pieces(packed, table, experts, hidden)
@@ -281,15 +284,15 @@ def _experts(holds: Holds) -> int:
         piece = next_piece(block)
         while piece < end:
             if piece < to_inner:
-                _read_row(packed, item, numbers, piece)
+                _read_row(numbers, piece)
                 finish(done, to_inner)
             elif piece < to_outer:
                 wait_for(done, to_inner)
-                _inner_rows(holds, packed, item, numbers, piece - to_inner)
+                _inner_rows(numbers, piece - to_inner)
                 finish(done, to_outer)
             elif piece < to_sum:
                 wait_for(done, to_outer)
-                _outer_rows(holds, packed, item, numbers, piece - to_outer)
+                _outer_rows(numbers, piece - to_outer)
                 finish(done, to_sum)
             else:
                 wait_for(done, to_sum)

@@ -12,20 +12,19 @@ The first product of a kind compiles its kernel, once for an installation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import carray
 
 from qmix.kernels.cpu import team
-from qmix.kernels.cpu.compiled import compiled_address
+from qmix.kernels.cpu.addresses import address_of, call_at, float_at, next_piece, put_half
+from qmix.kernels.cpu.compiled import compiled_address, compiled_part
 from qmix.kernels.cpu.paths import current
 from qmix.kernels.cpu.row_tile import BF16, BF16_WIDE, FP16, GROUP, INT8, INT8_WIDE
-from qmix.kernels.cpu.sums import Holds, blocked, group_sums, groups_together, x_item
-from qmix.kernels.cpu.vectors import float_at, next_piece, put_half
+from qmix.kernels.cpu.sums import Holds, blocked, groups_together, sums_of, x_item
 from qmix.kernels.packing import BLOCK
 
 
@@ -39,7 +38,7 @@ def multiply_rows(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | 
     x_as_read = x.to(torch.bfloat16 if x_item(holds) == 2 else torch.float32).contiguous()
     out = torch.empty((len(x), rows), dtype=x.dtype)
     places = weight.data_ptr(), 0 if scales is None else scales.data_ptr(), x_as_read.data_ptr(), out.data_ptr()
-    team.run(_product(holds), len(x), rows, columns, *places, x.dtype == torch.float16)
+    _multiply(holds, x, rows, columns, *places)
     return out
 
 
@@ -48,24 +47,19 @@ def multiply_packed(x: torch.Tensor, kind: str, codes: int, absmax: int, rows: i
     out = torch.empty((len(x), rows), dtype=x.dtype)
     half = x.to(torch.bfloat16)  # on every path: paths differ only in the order of their sums
     as_read = half if x_item(kind) == 2 else half.float()
-    if blocked(True, len(x)):
+    if blocked.py_func(True, len(x)):
         as_read = as_read.view(len(x), columns // BLOCK, BLOCK).transpose(0, 1)
     as_read = as_read.contiguous()
     places = codes, absmax, as_read.data_ptr(), out.data_ptr()
-    team.run(_product(kind), len(x), rows, columns, *places, x.dtype == torch.float16)
+    _multiply(kind, x, rows, columns, *places)
     return out
 
 
-def prepare(precisions: Iterable[str], dtype: torch.dtype) -> None:
-    """Load the kernels for experts in these precisions and for dense weights of this type.
-
-    Compiles those that are not on disk yet. That takes two seconds a kernel and up to 80 MB more than later runs need,
-    so a process with a memory budget lets another one do it first.
-    """
-    _product(holds_of(dtype))
-    for precision in precisions:
-        if precision != "half":
-            _product(holds_of(torch.int8) if precision == "int8" else precision)
+def holds_in(precision: str, dtype: torch.dtype) -> Holds:
+    """Return what a matrix in a precision is to the tiles; `dtype` is that of half precision."""
+    if precision in ("half", "int8"):
+        return holds_of(torch.int8 if precision == "int8" else dtype)
+    return precision
 
 
 def holds_of(dtype: torch.dtype) -> int:
@@ -77,7 +71,7 @@ def holds_of(dtype: torch.dtype) -> int:
     return BF16 if current().pairs else BF16_WIDE
 
 
-@njit(inline="always")
+@compiled_part
 def _put_sums(sums: Any, rows: int, first: int, last: int, out: int, fp16: int) -> None:
     """Round fp32 sums [T, last - first or more] into columns [first, last) of `out`, [T, rows] in half precision."""
     for t in range(len(sums)):
@@ -85,15 +79,17 @@ def _put_sums(sums: Any, rows: int, first: int, last: int, out: int, fp16: int) 
             put_half(sums[t, r], out + (t * rows + first + r) * 2, fp16)
 
 
-# Numba treats the variables of an enclosing function as constants, which the tiles need.
+def _multiply(holds: Holds, x: torch.Tensor, rows: int, columns: int, *places: int) -> None:
+    sizes = len(x), rows, columns
+    team.run(product_kernel(), *sizes, *places, x.dtype == torch.float16, isinstance(holds, str), sums_of(holds))
 
 
 @cache
-def _product(holds: Holds) -> int:
-    packed = isinstance(holds, str)
+def product_kernel() -> int:
+    """Return the address of the kernel of single products; `sums_of` gives it its tiles."""
 
     def kernel(block: Any) -> None:
-        tokens, rows, columns, weights, scales, x, out, fp16 = carray(block, 9)[1:]
+        tokens, rows, columns, weights, scales, x, out, fp16, packed, sums_at = carray(block, 11)[1:]
         wide = groups_together(packed, tokens)
         piece = next_piece(block) * wide * GROUP
         while piece < rows:
@@ -101,11 +97,12 @@ def _product(holds: Holds) -> int:
             while first < end:
                 groups = wide if first + wide * GROUP <= rows else 1
                 sums = np.empty((tokens, groups * GROUP), np.float32)
-                group_sums(holds, sums, first, groups, rows, columns, weights, scales, x)
+                call_at(sums_at, address_of(sums), tokens, first, groups, rows, columns, weights, scales, x)
                 last = min(first + groups * GROUP, rows)
                 if scales and not packed:
-                    for r in range(last - first):
-                        sums[:, r] *= float_at(scales + (first + r) * 4)
+                    for t in range(tokens):
+                        for r in range(last - first):
+                            sums[t, r] *= float_at(scales + (first + r) * 4)
                 _put_sums(sums, rows, first, last, out, fp16)
                 first += groups * GROUP
             piece = next_piece(block) * wide * GROUP

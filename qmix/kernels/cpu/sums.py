@@ -9,14 +9,14 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
-from numba.extending import overload
+from numba import types
 
-from qmix.kernels.cpu.compiled import constant_first
+from qmix.kernels.cpu.addresses import address_of, fill_floats
+from qmix.kernels.cpu.compiled import compiled_address, compiled_part
 from qmix.kernels.cpu.packed_tile import (
     BLOCK_TOKENS,
     PACKED_GROUPS,
@@ -32,6 +32,8 @@ from qmix.kernels.packing import BLOCK
 STRIP = 2048  # columns at once: six rows of x, 24 kB, stay in the L1 cache
 PACKED_STRIP = 1024  # the same for twelve rows of x
 
+SUMS_SIGNATURE = (types.int64,) * 9, types.void
+
 Holds = int | str  # a row-major matrix's type and step (`row_tile`), or the kind of a packed one
 
 _FEW = tuple(PACKED_GROUPS.get(tokens, 1) for tokens in range(PACKED_TOKENS + 1))
@@ -44,104 +46,101 @@ def x_item(holds: Holds) -> int:
     return 2 if holds in PAIRED else 4
 
 
-@njit
-def blocked(packed: bool, tokens: int) -> bool:
+@compiled_part
+def blocked(packed: Any, tokens: int) -> bool:
     """Return True if x is laid out by blocks of 64 columns."""
-    return packed and tokens > PACKED_TOKENS
+    return packed != 0 and tokens > PACKED_TOKENS
 
 
-@njit
-def groups_together(packed: bool, tokens: int) -> int:
-    """Return how many groups of a matrix one call of `group_sums` takes best; it takes so many, or one."""
+@compiled_part
+def groups_together(packed: Any, tokens: int) -> int:
+    """Return how many groups of a matrix one call of `sums_of` takes best; it takes so many, or one."""
     return _FEW[tokens] if packed and tokens <= PACKED_TOKENS else 1
 
 
-def group_sums(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> None:
-    """Set fp32 `sums` [T, groups * 32] to the products of T rows of x with the matrix's rows from `first` on.
+def sums_of(holds: Holds) -> int:
+    """Return the address of the code that sums products of a matrix; `call_at` calls it.
 
-    `holds` is a literal. The matrix is [rows, columns]; `weights`, `scales` and `x` are addresses. `scales` are a
-    packed matrix's absmax. A row-major one, whose own scales are left to the caller, takes one group.
+    Compiled once for what a matrix holds, apart from the kernels: the tiles are most of their code. Its arguments:
+
+    sums       fp32 [T, groups * 32], to set to the products of T rows of x with the matrix's rows from `first` on
+    tokens     T
+    first, groups, rows, columns   of the matrix [rows, columns]; a row-major one takes one group
+    weights    of the matrix
+    scales     a packed matrix's absmax; a row-major one's own scales are left to the caller
+    x          T rows as `x_item` says, [columns / 64, T, 64] if `blocked`
     """
-    raise NotImplementedError  # one of the two below, compiled
+    return _packed_sums(holds) if isinstance(holds, str) else _row_sums(holds)
 
 
-@constant_first
-def _few_packed_sums(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> None:
-    tokens = len(sums)
-    sums[:] = 0
-    for column in range(0, columns, PACKED_STRIP):
-        for token in range(0, tokens, PACKED_TOKENS):
-            four_bit_tile(
-                holds,
-                min(PACKED_TOKENS, tokens - token),
-                groups,
-                weights + (first * columns + column * GROUP) // 2,
-                columns * GROUP // 2,
-                scales + (column // BLOCK * rows + first) * 2,
-                rows * 2,
-                x + (token * columns + column) * X_ITEM,
-                columns * X_ITEM,
-                min(PACKED_STRIP, columns - column) // BLOCK,
-                sums[token:].ctypes.data,
-            )
+# Numba treats the variables of an enclosing function as constants, which the tiles need.
 
 
-def _packed_sums(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> None:
-    tokens = len(sums)
-    if tokens <= PACKED_TOKENS:
-        _few_packed_sums(holds, sums, first, groups, rows, columns, weights, scales, x)
-        return
-    widened = np.empty((BLOCK, GROUP * X_ITEM), np.uint8)
-    sums[:] = 0
-    for column in range(0, columns, BLOCK):
-        widen_block(holds, weights + (first * columns + column * GROUP) // 2, widened.ctypes.data)
-        for token in range(0, tokens, BLOCK_TOKENS):
-            block_tile(
-                holds,
-                min(BLOCK_TOKENS, tokens - token),
-                widened.ctypes.data,
-                scales + (column // BLOCK * rows + first) * 2,
-                rows * 2,
-                x + (column * tokens + token * BLOCK) * X_ITEM,
-                sums[token:].ctypes.data,
-            )
-
-
-def _row_sums(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> None:
-    tokens, last = len(sums), min(first + GROUP, rows)
-    item = 1 if holds in (INT8, INT8_WIDE) else 2
-    number = 2 if holds in PAIRED else 4
-    sums[:] = 0
-    for column in range(0, columns, STRIP):
-        for token in range(0, tokens, TOKENS):
-            row = first
-            while row < last:
-                taken = ROWS if row + ROWS <= last else 1
-                dot_tile(
-                    holds,
-                    taken,
-                    min(TOKENS, tokens - token),
-                    weights + (row * columns + column) * item,
-                    columns * item,
-                    x + (token * columns + column) * number,
-                    columns * number,
-                    min(STRIP, columns - column),
-                    sums[token:, row - first :].ctypes.data,
+@cache
+def _packed_sums(kind: str) -> int:
+    def packed_sums(
+        sums: Any, tokens: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
+    ) -> None:
+        fill_floats(sums, tokens * groups * GROUP, 0)
+        row_bytes = groups * GROUP * 4
+        if tokens <= PACKED_TOKENS:
+            for column in range(0, columns, PACKED_STRIP):
+                four_bit_tile(
+                    kind,
+                    tokens,
+                    groups,
+                    weights + (first * columns + column * GROUP) // 2,
+                    columns * GROUP // 2,
+                    scales + (column // BLOCK * rows + first) * 2,
+                    rows * 2,
+                    x + column * X_ITEM,
+                    columns * X_ITEM,
+                    min(PACKED_STRIP, columns - column) // BLOCK,
+                    sums,
                 )
-                row += taken
+            return
+        widened = np.empty(BLOCK * GROUP * X_ITEM, np.uint8)
+        for column in range(0, columns, BLOCK):
+            widen_block(kind, weights + (first * columns + column * GROUP) // 2, address_of(widened))
+            for token in range(0, tokens, BLOCK_TOKENS):
+                block_tile(
+                    kind,
+                    min(BLOCK_TOKENS, tokens - token),
+                    address_of(widened),
+                    scales + (column // BLOCK * rows + first) * 2,
+                    rows * 2,
+                    x + (column * tokens + token * BLOCK) * X_ITEM,
+                    sums + token * row_bytes,
+                )
+
+    return compiled_address(packed_sums, SUMS_SIGNATURE)
 
 
-@overload(group_sums, {"error_model": "numpy"}, prefer_literal=True)
-def _compile(
-    holds: Any, sums: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
-) -> Callable[..., None]:
-    """Choose by what the matrix holds."""
-    return _packed_sums if isinstance(holds.literal_value, str) else _row_sums
+@cache
+def _row_sums(holds: int) -> int:
+    item, number = 1 if holds in (INT8, INT8_WIDE) else 2, 2 if holds in PAIRED else 4
+
+    def row_sums(
+        sums: Any, tokens: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
+    ) -> None:
+        last = min(first + GROUP, rows)
+        fill_floats(sums, tokens * GROUP, 0)
+        for column in range(0, columns, STRIP):
+            for token in range(0, tokens, TOKENS):
+                row = first
+                while row < last:
+                    taken = ROWS if row + ROWS <= last else 1
+                    dot_tile(
+                        holds,
+                        taken,
+                        min(TOKENS, tokens - token),
+                        weights + (row * columns + column) * item,
+                        columns * item,
+                        x + (token * columns + column) * number,
+                        columns * number,
+                        min(STRIP, columns - column),
+                        sums + (token * GROUP + row - first) * 4,
+                    )
+                    row += taken
+
+    return compiled_address(row_sums, SUMS_SIGNATURE)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from qmix.kernels.cpu.addresses import call_at
 from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.futex import FUTEX
 from qmix.kernels.cpu.threads import threads
@@ -38,7 +39,6 @@ from qmix.kernels.cpu.workers import (
     SLEEPING,
     TEAM_BYTES,
     add,
-    call,
     cycles,
     pause,
     read,
@@ -63,7 +63,7 @@ def run(kernel: int, *arguments: int) -> None:
 
 
 class Team:
-    """Threads that help the caller of a kernel. Daemon threads: they end with the process."""
+    """Threads that help the caller of a kernel. Daemon threads: they end with the process, and keep its memory."""
 
     def __init__(self) -> None:
         self._memory = np.zeros(TEAM_BYTES + 64, np.uint8)
@@ -80,14 +80,18 @@ class Team:
             return
         try:
             while self._started < helpers:
+                name = f"qmix-team-{self._started + 1}"
+                threading.Thread(target=self._join, name=name, daemon=True).start()
                 self._started += 1
-                name = f"qmix-team-{self._started}"
-                threading.Thread(target=self._help, args=(self._address,), name=name, daemon=True).start()
             self._shared[KERNEL : BLOCK + 8].view(np.int64)[:] = kernel, block
             self._shared[LIMIT : LIMIT + 4].view(np.int32)[0] = helpers
             self._run(self._address)
         finally:
             self._lock.release()
+
+    def _join(self) -> None:
+        """Help until the process ends. A bound method: `self` holds the memory that the thread looks at."""
+        self._help(self._address)
 
 
 @cache
@@ -115,7 +119,7 @@ def _caller() -> int:
         sleeping = min(read(place + SLEEPING), read(place + LIMIT))
         if sleeping > 0:
             wake(place + GATE, sleeping)
-        call(words[KERNEL // 8], words[BLOCK // 8])
+        call_at(words[KERNEL // 8], words[BLOCK // 8])
         add(place + GATE, -OPEN)
         began = cycles()
         while read(place + GATE) & HELPERS:
@@ -147,7 +151,7 @@ def _helper() -> int:
                     done = number
                 elif replace(place + GATE, gate, gate + 1):
                     done = number
-                    call(words[KERNEL // 8], words[BLOCK // 8])
+                    call_at(words[KERNEL // 8], words[BLOCK // 8])
                     if (add(place + GATE, -1) - 1) & (OPEN | HELPERS) == 0:
                         add(place + FINISHED, 1)
                         if read(place + CALLER_SLEEPS):

@@ -7,14 +7,12 @@ that Numba compiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from qmix.kernels.cpu.paths import current
 
@@ -41,7 +39,7 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
 SUMS = ir.VectorType(FLOAT, LANES)
 WORDS, PAIRS = (ir.VectorType(item, 2 * LANES) for item in (I16, BFloat()))
-NUMBERS = ir.VectorType(I32, LANES)
+NUMBERS, HALVES = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
 BYTES = {I8: 1, I16: 2, BFloat(): 2, FLOAT: 4}
 
 
@@ -105,26 +103,45 @@ def fp16_to_float(b: Builder, bits: Value) -> Value:
 
 
 def float_to_fp16(b: Builder, value: Value) -> Value:
-    """Return one fp32 as an fp16 bit pattern, rounded half to even; by integers where there is no instruction."""
+    """Return one fp32, or LANES, as fp16 bit patterns, rounded half to even; by integers without an instruction."""
+    vector = isinstance(value.type, ir.VectorType)
     if current().name != "portable":
-        return b.bitcast(b.fptrunc(value, HALF), I16)
+        return b.bitcast(b.fptrunc(value, ir.VectorType(HALF, LANES) if vector else HALF), HALVES if vector else I16)
 
     def number(value: int) -> ir.Constant:
-        return ir.Constant(I32, value)
+        return fill(NUMBERS, value) if vector else ir.Constant(I32, value)
 
-    bits = b.bitcast(value, I32)
+    integers = NUMBERS if vector else I32
+    bits = b.bitcast(value, integers)
     magnitude = b.and_(bits, number(0x7FFFFFFF))
     odd = b.and_(b.lshr(magnitude, number(13)), number(1))
     normal = b.lshr(b.add(b.add(magnitude, number(((15 - 127) << 23) + 0xFFF)), odd), number(13))
     # 0.5 and a subnormal fp16 both have 2**-24 as their last place: adding 0.5 rounds to it
-    half = ir.Constant(FLOAT, 0.5)
-    subnormal = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, FLOAT), half), I32), number(0x3F000000))
+    half = fill(SUMS, 0.5) if vector else ir.Constant(FLOAT, 0.5)
+    subnormal = b.sub(b.bitcast(b.fadd(b.bitcast(magnitude, value.type), half), integers), number(0x3F000000))
     small = b.icmp_unsigned("<", magnitude, number(113 << 23))
     large = b.icmp_unsigned(">=", magnitude, number(0x477FF000))  # 65520, halfway from 65504 to the number after it
     is_nan = b.fcmp_unordered("uno", value, value)
     finite = b.select(small, subnormal, b.select(large, number(0x7C00), normal))
     sign = b.lshr(b.and_(bits, number(0x80000000)), number(16))
-    return b.trunc(b.or_(b.select(is_nan, number(0x7E00), finite), sign), I16)
+    return b.trunc(b.or_(b.select(is_nan, number(0x7E00), finite), sign), HALVES if vector else I16)
+
+
+def bf16_above(b: Builder, value: Value) -> Value:
+    """Return the bits of one fp32, or LANES, whose upper 16 are its bf16, rounded half to even; not for NaN."""
+    vector = isinstance(value.type, ir.VectorType)
+
+    def number(value: int) -> ir.Constant:
+        return fill(NUMBERS, value) if vector else ir.Constant(I32, value)
+
+    bits = b.bitcast(value, NUMBERS if vector else I32)
+    odd = b.and_(b.lshr(bits, number(16)), number(1))
+    return b.add(bits, b.add(odd, number(0x7FFF)))
+
+
+def finite_to_bf16(b: Builder, value: Value) -> Value:
+    """Return LANES finite fp32 as bf16 bit patterns, rounded half to even."""
+    return b.trunc(b.lshr(bf16_above(b, value), fill(NUMBERS, 16)), HALVES)
 
 
 def spread(b: Builder, number: Value) -> Value:
@@ -141,41 +158,3 @@ def clear(b: Builder, lines: Iterable[Iterable[Value]]) -> None:
 
 def equal(b: Builder, value: Value, number: int) -> Value:
     return b.icmp_unsigned("==", value, ir.Constant(value.type, number))
-
-
-@intrinsic
-def next_piece(context: object, counter: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the int64 that `counter` points to, and increment it atomically."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        return b.atomic_rmw("add", arguments[0], ir.Constant(I64, 1), "monotonic")
-
-    return types.int64(counter), emit
-
-
-@intrinsic
-def float_at(context: object, address: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the fp32 at an address."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        return load(b, arguments[0], 0, FLOAT)
-
-    return types.float32(types.int64), emit
-
-
-@intrinsic
-def put_half(context: object, value: Any, address: Any, fp16: Any) -> tuple[Any, Callable[..., Any]]:
-    """Round an fp32 to fp16 or bf16, half to even, and store it."""
-
-    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
-        value, address, fp16 = arguments
-        bits, sixteen = b.bitcast(value, I32), ir.Constant(I32, 16)
-        odd = b.and_(b.lshr(bits, sixteen), ir.Constant(I32, 1))
-        rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(I32, 0x7FFF))), sixteen)
-        is_nan = b.fcmp_unordered("uno", value, value)
-        bf16 = b.select(is_nan, ir.Constant(I16, 0x7FC0), b.trunc(rounded, I16))
-        half = float_to_fp16(b, value)
-        b.store(b.select(equal(b, fp16, 0), bf16, half), at(b, address, 0, I16), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.float32, types.int64, types.int64), emit

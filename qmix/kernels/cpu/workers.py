@@ -30,7 +30,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qmix.kernels.cpu.futex import WAIT, WAKE, futex, pause_core
-from qmix.kernels.cpu.vectors import I8, I32, I64, VOID, Builder, Value, at
+from qmix.kernels.cpu.vectors import I8, I32, I64, Builder, Value, at
 
 GATE, SLEEPING, FINISHED, CALLER_SLEEPS, KERNEL, BLOCK, LIMIT, TEAM_BYTES = 0, 64, 128, 132, 192, 200, 208, 256
 OPEN, HELPERS, NUMBER = 1 << 15, (1 << 15) - 1, 1 << 16  # of the gate
@@ -104,16 +104,6 @@ def wake(context: object, address: Any, count: Any) -> tuple[Any, Callable[..., 
 
     def emit(b: Builder, place: Value, count: Value) -> None:
         futex(b, place, WAKE, count)
-
-    return _operation(types.void, emit, types.int64, types.int64)
-
-
-@intrinsic
-def call(context: object, kernel: Any, block: Any) -> tuple[Any, Callable[..., Any]]:
-    """Call the kernel at an address with the address of its arguments."""
-
-    def emit(b: Builder, kernel: Value, block: Value) -> None:
-        b.call(b.inttoptr(kernel, ir.FunctionType(VOID, [I64]).as_pointer()), [block])
 
     return _operation(types.void, emit, types.int64, types.int64)
 

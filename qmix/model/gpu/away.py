@@ -20,7 +20,7 @@ from qmix.model.gpu.experts import DeviceExperts
 from qmix.model.gpu.kernels import Kernels
 from qmix.model.gpu.promotion import Promotion
 from qmix.pool.protocol import Pool
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 
 
 @dataclass(frozen=True, slots=True)

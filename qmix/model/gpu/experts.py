@@ -30,7 +30,7 @@ from qmix.plan.memory import PREFILL_CHUNK
 from qmix.pool.eviction import Key
 from qmix.pool.prefetch import Prefetcher
 from qmix.pool.protocol import Pool
-from qmix.precision.matmul import Expert
+from qmix.precision.expert import Expert
 from qmix.store.layout import StoreLayout
 
 MANY = PREFILL_CHUNK // 4  # tokens from which nearly every expert of the next layer will be needed

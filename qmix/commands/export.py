@@ -1,0 +1,34 @@
+"""`qmix export`: write a store as an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qmix.commands.shared import load_libraries
+from qmix.units import format_bytes, plural
+
+SHARD_HELP = "most bytes of a weight file, unless one tensor has more"
+
+
+@click.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help=SHARD_HELP)
+def export(store: Path, directory: Path, max_shard_size: str) -> None:
+    """Write a store as a checkpoint in half precision.
+
+    DIRECTORY gets safetensors files under the published names, the config and the tokenizer, for programs that read
+    Mixtral from Hugging Face. Every quantised weight is rounded to the store's half precision. Memory holds two experts
+    and one other tensor at a time. An earlier checkpoint in DIRECTORY is replaced.
+    """
+    load_libraries()
+    from qmix.model.checkpoint_writer import export_store
+    from qmix.store.opened import open_store
+    from qmix.terminal.progress import ProgressDisplay
+    from qmix.terminal.tables import say
+
+    with ProgressDisplay(f"exporting {store}") as display:
+        files = export_store(open_store(store), directory, max_shard_size, display)
+    say(f"{directory}: {format_bytes(sum(files.values()))} of weights in {plural(len(files), 'file')}")
