@@ -74,7 +74,7 @@ def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool 
     A captured step takes no other memory. Counted are the residual stream, its normed copy and what is added to it;
     queries, keys and values, and the heads' results; attention's partial sums in fp32, each with its largest score and
     its weight; the experts' inner values, their partial sums in fp32, and the results that come from the host; ids,
-    weights and the rotary table; and with `last` the logits.
+    weights and the rotary table; and with `last` the logits. The last two are counted in fp32.
     """
     hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
     q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
@@ -83,8 +83,8 @@ def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool 
     experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES
     experts += down_splits(geometry.intermediate_size) * pairs * hidden * 4
     routing = pairs * (8 + 4) + geometry.num_records * 8  # ids and weights; the records' addresses
-    rotary = context * geometry.head_dim * HALF_BYTES  # cosines and sines of half the width
-    return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * HALF_BYTES if last else 0)
+    rotary = context * geometry.head_dim * 4
+    return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * 4 if last else 0)
 
 
 def pinned_bytes(geometry: Geometry, tokens: int, gpus: int) -> int:
