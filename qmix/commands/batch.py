@@ -145,7 +145,7 @@ def _answer(
     from qmix.engine.resolve import prepare_store
     from qmix.store.sources import open_source
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
     if plan is not None:

@@ -99,7 +99,7 @@ def _session(runner: Any, settings: dict[str, Any], system: str | None, resume: 
     """Return a new session, or the one saved in `resume`, with the settings and the system prompt that were given."""
     from qmix.chat import slash
     from qmix.chat.session import Session
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     session = Session(runner, settings, system or "")
     if resume is not None:
@@ -116,7 +116,7 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool, live: Any) -
     from qmix.chat.loop import Chat, Screen
     from qmix.engine.completion import Result
     from qmix.terminal.progress import ThinkingLine
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     directory = state_directory() / "chats"
     for line in () if no_history else interrupted(directory):
@@ -140,7 +140,7 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool, live: Any) -
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
     """Tell once, at the start, what the model can and cannot do."""
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     if not session.form.takes_roles:
         say(
@@ -156,7 +156,7 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
 def _reader(no_history: bool) -> Any:
     """Return prompt_toolkit's reader where stdin and stdout are terminals, else a reader of plain lines."""
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     if _at_terminal():
         path = state_directory() / "chat-history"

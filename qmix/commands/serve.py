@@ -95,7 +95,7 @@ def serve(model: str | None, host: str, port: int, live: bool, **options: Any) -
         from qmix.engine.batch import BatchRunner
         from qmix.plan.memory import REQUESTS_BYTES
         from qmix.terminal.progress import ProgressDisplay
-        from qmix.terminal.tables import say
+        from qmix.terminal.voice import say
 
         settings = Settings(
             names=frozenset(options["names"] or [store.source_name]),

@@ -282,7 +282,7 @@ def live_screen(live: bool, title: str) -> LiveScreen | None:
     if not live:
         return None
     from qmix.terminal.live import LiveScreen, check_live
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     check_live()
     return LiveScreen(title, out, say)
