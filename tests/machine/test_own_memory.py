@@ -181,7 +181,7 @@ def _often(name: str) -> object:
 
 
 OVER = re.compile(
-    r"peak memory (\d+) MB is above the budget of (\d+) MB: run the command again, it will measure .* again.*"
+    r"peak memory (\d+) MiB is above the budget of (\d+) MiB: run the command again, it will measure .* again.*"
 )
 
 
