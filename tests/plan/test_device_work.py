@@ -182,6 +182,7 @@ def test_a_gpu_that_was_found_has_its_cards_rates(monkeypatch):
 
 
 def test_more_than_is_free_on_a_gpu_is_refused_with_what_is(monkeypatch):
+    monkeypatch.setattr("qmix.units.UnitSystem.binary", True)  # as after a size in GiB on the command line
     monkeypatch.setattr("qmix.plan.here.found_gpus", lambda: (10 * GIB,))
     monkeypatch.setattr("qmix.plan.here.gpu_names", lambda: (("NVIDIA GeForce RTX 3060", 12 * GIB),))
     most = 10 * 1024 + 600
