@@ -38,7 +38,8 @@ from memory_cap import memory_group
 from synthetic_weights import SyntheticModel
 
 from qmix.bench.roofline import dense_read
-from qmix.machine.probes import DiskProbe, probe_in_child
+from qmix.machine.ceilings import probe_in_child
+from qmix.machine.probes import DiskProbe
 from qmix.plan.here import plan_for
 from qmix.store.opened import Store, open_store
 
@@ -60,7 +61,7 @@ class Bench:
 
     @property
     def paths(self) -> dict[str, Path]:
-        """Where each kind of model lies."""
+        """Return the path of each kind of model."""
         store, checkpoint = f"8x7b-{self.layers}", f"8x7b-{self.checkpoint_layers}"
         return {
             "store": self.directory / f"{store}.store",

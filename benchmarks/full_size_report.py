@@ -14,7 +14,7 @@ Result = dict[str, Any]
 
 
 def summary(run: Result, memory_read: float) -> Result:
-    """What the table shows of one run; the bound is the longest of what disk and memory must at least take.
+    """Return the row of one run; the bound is the longest of what disk and memory must at least take.
 
     `memory_read` in bytes/s.
     """

@@ -1,11 +1,12 @@
 """Measure qmix on this machine's GPU within ten minutes: one table, with the plan's prediction and the bound beside it.
 
-    python benchmarks/gpu.py /scratch/qmix-gpu
+    python benchmarks/gpu.py
     python benchmarks/gpu.py /scratch/qmix-gpu --budget 24GiB --budget 12GiB --no-large
 
-Writes a synthetic store of 8x7B's size to DIRECTORY (27 GB), and one of 8x22B's where RAM holds it (29 GB: only 14
-layers' experts differ). Runs `qmix doctor`, the self-test, and `qmix bench` in each budget, one process after the
-other, while nvidia-smi's memory is watched. The text is compared with the known continuation, which is also the CPU's.
+Writes a synthetic store of 8x7B's size to DIRECTORY, by default ./qmix-gpu (27 GB), and one of 8x22B's where RAM holds
+it (29 GB: only 14 layers' experts differ). Runs `qmix doctor`, the self-test, and `qmix bench` in each budget, one
+process after the other, while nvidia-smi's memory is watched. The text is compared with the known continuation, which
+is also the CPU's.
 Needs nothing but qmix, torch for CUDA and the driver. What is left at the time limit is not run and is named.
 """
 
@@ -210,7 +211,7 @@ def table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 @click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("qmix-gpu"))
 @click.option("--budget", "budgets", multiple=True, metavar="SIZE", help=f"of the GPU [{', '.join(BUDGETS)}]")
 @click.option("--no-large", is_flag=True, help="leave 8x22B out")
 @click.option("--no-self-test", is_flag=True, help="leave the self-test out")

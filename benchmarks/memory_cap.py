@@ -46,7 +46,7 @@ class MemoryGroup:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """What to put before a command so that it runs in the group from its start."""
+        """Return the words before a command so that it runs in the group from its start."""
         return ("sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.directory / "cgroup.procs"))
 
     @property

@@ -36,7 +36,7 @@ MOST_MEMORY, MOST_SPEED = 0.03, 0.25  # that a prediction may be off
 def qmix_json(
     *arguments: str, text: str = "", state: Path | None = None, cpu: Mapping[str, str] = NO_LIMITS
 ) -> dict[str, Any]:
-    """What a command with --json answers; `state` is in place of the user's directory of measurements.
+    """Return the answer of a command with --json; `state` is in place of the user's directory of measurements.
 
     `cpu` are variables that choose path and threads.
     """
@@ -56,7 +56,7 @@ def measured(
     state: Path | None,
     cpu: Mapping[str, str],
 ) -> tuple[int, list[float]]:
-    """Peak memory in bytes, and decode in tokens/s of each round."""
+    """Return peak memory in bytes, and decode in tokens/s of each round."""
     greedy = ("--temperature", "0", "--ignore-eos", "--max-new-tokens", str(tokens))
     how: dict[str, Any] = {"text": prompt, "state": state, "cpu": cpu}
     runs = [qmix_json("generate", "-m", store, *limits, *greedy, **how) for _ in range(rounds)]
@@ -95,7 +95,7 @@ def main(
 
 
 def on_path(store: str, context: int, tokens: int, rounds: int, state: Path, path: str, threads: str) -> dict[str, Any]:
-    """Everything in memory on one CPU path, whose rates are measured first."""
+    """Return the row of one CPU path with everything in memory; its rates are measured first."""
     cpu = {"QMIX_CPU": path, "OMP_NUM_THREADS": threads}
     disk = ("--directory", store) if Path(store).is_dir() else ()
     rates = qmix_json("doctor", *disk, state=state, cpu=cpu)["rates"]
@@ -113,7 +113,7 @@ def row(
     state: Path | None,
     cpu: Mapping[str, str] = NO_LIMITS,
 ) -> dict[str, Any]:
-    """One budget, that share of the way from the smallest to what holds everything."""
+    """Return the row of a budget, that share of the way from the smallest to what holds everything."""
     whole = qmix_json("plan", store, "--ram", "4TiB", "--context", str(context), cpu=cpu)
     low, high = whole["smallest"], int(whole["total"] * 1.02) + 2**24
     limits = ("--ram", str(low + int((high - low) * share)), "--context", str(context))
@@ -136,7 +136,7 @@ def row(
 
 
 def table(store: str, context: int, rows: list[dict[str, Any]]) -> Table:
-    """Differences beyond what is promised are marked."""
+    """Return a table in which differences beyond what is promised are marked."""
     found = Table(title=f"{store}, context {context}")
     for column in ("budget", "in memory", "predicted", "measured", "off", "predicted", "measured", "off", "limit"):
         found.add_column(column, justify="right")

@@ -32,8 +32,9 @@ from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.pace import Pace
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
+from qmix.machine.ceilings import probe_in_child
 from qmix.machine.measured import measured_rates
-from qmix.machine.probes import DiskProbe, probe_in_child
+from qmix.machine.probes import DiskProbe
 from qmix.machine.rates import Rates
 from qmix.plan import predict
 from qmix.plan.here import plan_for

@@ -51,7 +51,7 @@ class Clock:
 
 @dataclass
 class Decoded:
-    """What was generated, and the passes: the one that ended the prompts, and those after it that had every sequence
+    """Generated tokens, and the passes: the one that ended the prompts, and those after it that had every sequence
     in them."""
 
     token_ids: list[list[int]]

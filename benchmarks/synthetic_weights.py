@@ -124,7 +124,7 @@ class SyntheticModel:
         return self.tour[np.arange(start, start + count) % len(self.tour)].tolist()
 
     def continuation(self, prompt: list[int], count: int) -> list[int]:
-        """What greedy decoding must give after a prompt that ends on the tour."""
+        """Return the tokens that greedy decoding must give after a prompt that ends on the tour."""
         return self.prompt(int(np.flatnonzero(self.tour == prompt[-1])[0]) + 1, count)
 
     def routing(self, layer: int, tokens: list[int]) -> Array:
@@ -151,7 +151,7 @@ class SyntheticModel:
         return np.full((1, columns), 0x3F80, np.uint16)  # a norm's 1.0
 
     def pattern(self, kind: str) -> Array:
-        """What all matrices of a kind repeat: [pattern rows, columns] of bf16 bit patterns."""
+        """Return the pattern that all matrices of a kind repeat: [pattern rows, columns] of bf16 bit patterns."""
         return _pattern(self, kind)
 
     def roll(self, name: str) -> tuple[int, int]:

@@ -10,10 +10,11 @@ this process may use are left out without --more-than-cores.
 decode      one prompt; the ceiling is reading every active byte once at the rate measured in the same process
 prefill     512 tokens, beside torch's bf16 product with the same threads
 batch       48 prompts, a pass of one token for each; beside the same product
-predicted   decode, from bytes / rate of reading + calls and stages of the thread team + Python of a layer
+predicted   decode, from bytes / rate of products + calls and stages of the thread team + Python of a layer
 
-The last two are measured on their own: a call and a stage with kernels that do nothing, Python with the first number of
-threads, as the time of a token outside the team. So the prediction of the first row is no test, that of others is.
+All are measured apart from decode: products with one token over more weights than caches hold, dense and 4-bit ones; a
+call and a stage with kernels that do nothing; Python with the first number of threads, as the time of a token outside
+the team.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rich.table import Table
 from synthetic import model_from
 from synthetic_store import write_store
 
+from qmix.bench.machine_rates import four_bit_read, half_read
 from qmix.bench.roofline import dense_read, prefill_flops
 from qmix.engine.batch import BatchRequest, BatchRunner
 from qmix.engine.completion import Result
@@ -94,11 +96,11 @@ def team_seconds() -> tuple[float, float]:
     return statistics.median(calls), statistics.median(stages)
 
 
-def active_bytes(store: Store) -> float:
-    """Return the bytes that one token reads of dense weights and of its experts."""
+def active_bytes(store: Store) -> tuple[float, float]:
+    """Return the bytes that one token reads of dense weights, and of its experts."""
     layout, geometry = store.layout, store.geometry
     record = statistics.mean(layout.record(*key).nbytes for key in layout.experts)
-    return dense_read(layout) + geometry.num_layers * geometry.experts_per_token * record
+    return dense_read(layout), geometry.num_layers * geometry.experts_per_token * record
 
 
 def measure_stream(store: Store, found: dict[str, float]) -> None:
@@ -150,6 +152,7 @@ def measure(directory: Path, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     store = open_store(directory)
     found = {"read": memory_read(rounds=3).median, "matmul": matmul(rounds=2, sizes=(1024, 2048)).median}
+    found["half"], found["four_bit"] = half_read(), four_bit_read()
     found["call"], found["stage"] = team_seconds()
     measure_stream(store, found)
     measure_batch(store, found)
@@ -166,22 +169,33 @@ def in_a_process(directory: Path, threads: int) -> dict[str, float]:
 
 
 def predicted_token(row: dict[str, float], python: float, store: Store) -> float:
-    """Return the seconds of a token: bytes, calls and stages of the team, and Python, for every layer."""
-    layers = store.geometry.num_layers
-    reading = active_bytes(store) / row["read"]
-    return reading + layers * (CALLS * row["call"] + STAGES * row["stage"]) + python
+    """Return the seconds of a token: products, calls and stages of the team, and Python, for every layer."""
+    layers, (dense, experts) = store.geometry.num_layers, active_bytes(store)
+    products = dense / row["half"] + experts / row["four_bit"]
+    return products + layers * (CALLS * row["call"] + STAGES * row["stage"]) + python
 
 
 def table_of(store: Store, rows: dict[int, dict[str, float]]) -> tuple[Table, list[dict[str, float]]]:
     """Return the figures as a table and as numbers."""
     layers, python = store.geometry.num_layers, next(iter(rows.values()))["outside"]
     table = Table(title=f"{store.directory.name}, {layers} layers, {len(os.sched_getaffinity(0))} cores")
-    columns = ("threads", "GB/s", "stage", "Python a layer", "decode", "of reading", "predicted", "off", "prefill")
+    columns = (
+        "threads",
+        "GB/s",
+        "dense, 4-bit",
+        "stage",
+        "Python a layer",
+        "decode",
+        "of reading",
+        "predicted",
+        "off",
+        "prefill",
+    )
     for name in (*columns, "of bf16", f"batch of {BATCH}", "of bf16"):
         table.add_column(name, justify="right")
     results = []
     for threads, row in rows.items():
-        guess, ceiling = predicted_token(row, python, store), active_bytes(store) / row["read"]
+        guess, ceiling = predicted_token(row, python, store), sum(active_bytes(store)) / row["read"]
         per_token = prefill_flops(store.geometry, 2) - prefill_flops(store.geometry, 1)
         head = 2 * store.geometry.vocab_size * store.geometry.hidden_size
         prompt = prefill_flops(store.geometry, CHUNK) / row["matmul"] / row["prompt"]
@@ -192,7 +206,8 @@ def table_of(store: Store, rows: dict[int, dict[str, float]]) -> tuple[Table, li
         times = f"{row['stage'] * 1e6:.1f} µs", f"{row['outside'] / layers * 1e3:.2f} ms"
         decode = f"{1 / row['token']:.1f} tok/s", f"{ceiling / row['token']:.0%}", f"{1 / guess:.1f}"
         many = f"{CHUNK / row['prompt']:.0f} tok/s", f"{prompt:.0%}", f"{BATCH / row['pass']:.0f} tok/s", f"{batch:.0%}"
-        table.add_row(str(threads), f"{row['read'] / 1e9:.1f}", *times, *decode, f"{result['off']:+.0%}", *many)
+        rates = f"{row['read'] / 1e9:.1f}", f"{row['half'] / 1e9:.1f}, {row['four_bit'] / 1e9:.1f}"
+        table.add_row(str(threads), *rates, *times, *decode, f"{result['off']:+.0%}", *many)
     return table, results
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from command import Commands, FirstUse, real
 
+from qmix.units import UnitSystem
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("COLUMNS", "LINES"):  # the size of the terminal that runs the tests
     os.environ.pop(name, None)
@@ -22,6 +24,8 @@ def isolated_home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    monkeypatch.setattr(UnitSystem, "binary", False)  # of commands that a test runs in its own process
     return home
 
 

@@ -29,7 +29,7 @@ BLOCK = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 UNITS = r"%|times|nats|tok/s|[kMGT]i?B|GFLOP|ms|seconds|minutes|million"
 FIGURE = re.compile(rf"(?<![\w.,])\d[\d.,]*(?:\s*(?:and|to|or|,)\s*\d[\d.,]*)*\s?(?:{UNITS})(?!\w)")
 NAMES = re.compile(r"\b8x(?:7|22)B\b|\b[48]-bit|`[^`\n]*`|\]\([^)]*\)|\w+-\d+\b")
-MADE = r"[\d.]+ s\b|[\d.]+ tok/s|peak \d+ MB|seed \d+|[\d.]+ MB/s"  # of a run: time, memory, chance
+MADE = r"[\d.]+ s\b|[\d.]+ tok/s|peak \d+ Mi?B|seed \d+|[\d.]+ Mi?B/s"  # of a run: time, memory, chance
 
 
 def prose() -> str:

@@ -15,16 +15,19 @@ class BatchDisplay(JobDisplay):
         self._total = 0
 
     def __call__(self, summary: Summary) -> None:
+        told = self.told(summary)
+        count, rate, left = f"{summary.done}/{summary.lines} lines", told[2], told[3]
+        self.show(summary.done, summary.lines, told, count=count, rate=rate, left=left)
+
+    def told(self, summary: Summary) -> list[str]:
+        """Return the parts of a line: the lines that are done, their share, the speed, and the time left or ""."""
         self._total = max(self._total, summary.tokens_left)  # tokens left at the start
-        count, rate = f"{summary.done}/{summary.lines} lines", f"{summary.rate:.1f} tok/s"
-        left = self._time_left(summary)
-        told = [
+        return [
             f"{summary.done} of {plural(summary.lines, 'line')}",
             f"{100 * summary.done // summary.lines}%",
-            rate,
-            left,
+            f"{summary.rate:.1f} tok/s",
+            self._time_left(summary),
         ]
-        self.show(summary.done, summary.lines, told, count=count, rate=rate, left=left)
 
     def _time_left(self, summary: Summary) -> str:
         """Return the time left, from the tokens that finished lines could have needed; "" until there is one."""

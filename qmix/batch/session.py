@@ -7,6 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +66,17 @@ class Session:
         lines = f"interrupted; {done} of {plural(len(self.requests.entries), 'line')} done"
         return f"{lines}, run the same command again to continue" if self.run.resumable else lines
 
-    def answer(self, on_load: OnProgress, on_pass: Callable[[Summary], None]) -> Summary:
-        """Answer the lines that are left; write those that cannot be answered first."""
+    def answer(
+        self,
+        on_load: OnProgress,
+        on_pass: Callable[[Summary], None],
+        watched: Callable[[BatchRunner], AbstractContextManager[object]] = nullcontext,
+    ) -> Summary:
+        """Answer the lines that are left, with the runner `watched`; write those that cannot be answered first."""
         self.run.refuse()
         if self.plan is None:
             return self.run.summary(None)
-        with BatchRunner(self.store, self.plan, on_load, measured_rates()) as runner:
+        with BatchRunner(self.store, self.plan, on_load, measured_rates()) as runner, watched(runner):
             return self.run.run(runner, on_pass)
 
 

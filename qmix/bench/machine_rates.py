@@ -22,9 +22,10 @@ from qmix.disk.direct import DirectFile, copied
 from qmix.engine.resolve import prepare_store
 from qmix.engine.stream import Runner
 from qmix.files import scratch_file
+from qmix.machine.ceilings import gpu_ceilings
 from qmix.machine.doctor import product_fault
 from qmix.machine.found import available_memory, free_disk
-from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, gpu_ceilings, matmul, memory_read
+from qmix.machine.probes import MEMORY_BYTES, ROUNDS, DiskProbe, Place, matmul, memory_read
 from qmix.machine.rates import Rates
 from qmix.plan import Plan, make_plan
 from qmix.precision.matmul import half_product

@@ -23,8 +23,9 @@ from qmix.engine.load import check_attention
 from qmix.engine.resolve import prepare_store
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError, arg
+from qmix.machine.ceilings import Ceilings
 from qmix.machine.found import cpu_name
-from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, Ceilings, DiskProbe, MatmulProbe, MemoryProbe
+from qmix.machine.probes import MATMUL_SIZES, MEMORY_BYTES, DiskProbe, MatmulProbe, MemoryProbe
 from qmix.plan import Plan
 from qmix.plan.file import PlanFile
 from qmix.plan.here import Gpus, plan_for, run_machine
@@ -101,7 +102,7 @@ def measure(
 ) -> BenchReport:
     """Time each workload after a warm-up.
 
-    `machine` is the result of `qmix.machine.probes.probe_in_child()`, measured before the runner takes its memory. If
+    `machine` is the result of `qmix.machine.ceilings.probe_in_child()`, measured before the runner takes its memory. If
     the plan leaves room, ceilings are measured again before, between and after the repetitions (the disk's only if the
     run reads from it), and the rows are compared with their medians.
     """

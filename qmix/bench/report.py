@@ -10,7 +10,7 @@ from qmix.bench.roofline import Bound, Cost, Workload
 from qmix.plan import Plan
 
 if TYPE_CHECKING:  # it imports torch
-    from qmix.machine.probes import Ceilings
+    from qmix.machine.ceilings import Ceilings
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer"
 class Screen:
     """The output of a chat. `show` takes an answer's text, `say` a line beside it, and `thinking` a function that
     describes the work until the first text. `sum_up` makes a line from a result, None for no line; `explain` makes one
-    from an error. `end` is called after the last text of an answer."""
+    from an error. `live` is entered while an answer is shown; `end` is called after its last text."""
 
     show: Callable[[str], None]
     say: Callable[[str], None]
@@ -31,6 +31,7 @@ class Screen:
     sum_up: Callable[[Result], str] | None
     explain: Callable[[QmixError], str] = str
     end: Callable[[], None] = lambda: None
+    live: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -107,10 +108,13 @@ class Chat:
             if answer.forgotten:
                 self.screen.say(_forgotten(answer.forgotten, self.session.conversation.context))
             try:
-                stopped = self._stream(answer)
+                with self.screen.live():
+                    stopped = self._stream(answer)
             except Exception:
                 self.session.drop(answer)
                 raise
+            finally:
+                self.screen.end()
             said = self.session.keep(answer)
             self._keep()
             self._sum_up(answer, stopped, said)
@@ -131,7 +135,6 @@ class Chat:
         finally:
             if not answer.text.endswith("\n"):
                 self.screen.show("\n")
-            self.screen.end()
         return False
 
     def _interruptible(self) -> AbstractContextManager[None]:

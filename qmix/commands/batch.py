@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
@@ -24,6 +25,8 @@ from qmix.commands.shared import (
     dtype_option,
     hold_to,
     json_schema_option,
+    live_option,
+    live_screen,
     load_libraries,
     max_new_tokens_option,
     model_or_default,
@@ -35,13 +38,16 @@ from qmix.commands.shared import (
     read_plan_option,
     sampling_options,
     warn_of_drive,
+    watched,
 )
 from qmix.errors import QmixError, UsageError
 from qmix.units import plural
 
 if TYPE_CHECKING:
+    from qmix.batch.answering import Summary
     from qmix.batch.shards import Shard
     from qmix.store.layout import StoreLayout
+    from qmix.terminal.live import LiveScreen
 
 OUTPUT_HELP = "answers, one line each, written as they finish; - is stdout"
 BATCH_HELP = "sequences computed together [chosen by the plan]"
@@ -75,7 +81,8 @@ class BatchCommand(click.Command):
 @click.option("--batch", type=click.IntRange(1, 512), metavar="N", help=BATCH_HELP)
 @click.option("--shard", metavar="I/N", help="answer every N-th request, from request I on: the part of one machine")
 @click.option("--json", "as_json", is_flag=True, help="print the summary as one JSON object on stdout")
-def batch(requests: Path, output: Path, model: str | None, as_json: bool, **options: Any) -> None:
+@live_option
+def batch(requests: Path, output: Path, model: str | None, as_json: bool, live: bool, **options: Any) -> None:
     """Answer a file of requests, many at a time.
 
     Each line of IN.jsonl (- is stdin) is a request in OpenAI's batch format (custom_id, method, url, body) or in the
@@ -95,6 +102,9 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
     to_stdout = str(output) == "-"
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers; write them to a file with -o, or leave it out")
+    screen = live_screen(live, f"qmix batch: {requests}")
+    if screen is not None and to_stdout and sys.stdout.isatty():
+        raise UsageError("--live: the answers go to this terminal, too; write them to a file with -o")
     loading = {name: options.pop(name) for name in ("ram", "gpu", "context", "precision", "clip", "dtype", "batch")}
     loading["plan"] = read_plan_option(
         options.pop("plan_path"), **{name: loading[name] or None for name in ("ram", "gpu", "context")}
@@ -108,12 +118,12 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, **opti
         if to_stdout:
             from qmix.batch.output import StreamAnswers
 
-            _answer(checked, StreamAnswers(sys.stdout.buffer), model, defaults, seed, loading, as_json)
+            _answer(checked, StreamAnswers(sys.stdout.buffer), model, defaults, seed, loading, as_json, screen)
         else:
             from qmix.batch.output import FileAnswers
 
             with FileAnswers(output) as answers:
-                _answer(checked, answers, model, defaults, seed, loading, as_json)
+                _answer(checked, answers, model, defaults, seed, loading, as_json, screen)
 
 
 def _answer(
@@ -124,6 +134,7 @@ def _answer(
     seed: int | None,
     loading: dict[str, Any],
     as_json: bool,
+    screen: LiveScreen | None,
 ) -> None:
     name = model_or_default(model)
     load_libraries()
@@ -134,7 +145,7 @@ def _answer(
     from qmix.engine.resolve import prepare_store
     from qmix.store.sources import open_source
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
     if plan is not None:
@@ -161,8 +172,13 @@ def _answer(
     for note in session.notes(name):
         say(note)
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:
+
+        def tell(summary: Summary) -> None:
+            assert screen is not None
+            screen.note(", ".join(filter(None, display.told(summary))))
+
         try:
-            summary = session.answer(load, display)
+            summary = session.answer(load, tell if screen else display, partial(watched, screen))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(session.interrupted()) from None
     if as_json:

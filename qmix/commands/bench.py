@@ -59,8 +59,8 @@ def bench(model: str | None, attn: str, repetitions: int, as_json: bool, **optio
     from qmix.bench.measure import measure, prepare
     from qmix.bench.table import bench_conditions, bench_table
     from qmix.engine.stream import Runner
+    from qmix.machine.ceilings import probe_in_child
     from qmix.machine.measured import measured_rates
-    from qmix.machine.probes import probe_in_child
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from qmix.commands import in_options
 from qmix.commands.shared import (
     draft_option,
     given,
+    live_option,
+    live_screen,
     loaded,
     loading_options,
     model_or_default,
@@ -22,6 +25,7 @@ from qmix.commands.shared import (
     sampling_options,
     system_options,
     system_text,
+    watched,
 )
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
@@ -44,6 +48,7 @@ COLUMNS = 80  # of a terminal that does not say
 @click.option("--max-new-tokens", type=int, help=MAX_HELP)
 @sampling_options
 @draft_option
+@live_option
 def chat(
     model: str | None,
     system: str | None,
@@ -51,6 +56,7 @@ def chat(
     resume: Path | None,
     no_history: bool,
     quiet: bool,
+    live: bool,
     **options: Any,
 ) -> None:
     """Chat with MODEL, in a terminal or through a pipe.
@@ -66,6 +72,7 @@ def chat(
     loading = {option: options.pop(option) for option in names}
     attention, settings, text = options.pop("attn"), given(options), system_text(system, system_file)
     Sampling(**settings)
+    screen = live_screen(live, f"qmix chat: {name}")
     reader, status = _reader(no_history), LoadingStatus(name)
     begin = partial(reader.begin, status.text)
 
@@ -76,7 +83,7 @@ def chat(
     try:
         with loaded(name, attention, begin=begin, on_load=follow if _at_terminal() else None, **loading) as runner:
             session = _session(runner, settings, text, resume)
-            running = _chat(session, reader, no_history, quiet)
+            running = _chat(session, reader, no_history, quiet, screen)
             _introduce(session, name, quiet)
             reader.ready(session.most_bytes)
             running.run()
@@ -92,7 +99,7 @@ def _session(runner: Any, settings: dict[str, Any], system: str | None, resume: 
     """Return a new session, or the one saved in `resume`, with the settings and the system prompt that were given."""
     from qmix.chat import slash
     from qmix.chat.session import Session
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     session = Session(runner, settings, system or "")
     if resume is not None:
@@ -103,13 +110,13 @@ def _session(runner: Any, settings: dict[str, Any], system: str | None, resume: 
     return session
 
 
-def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
+def _chat(session: Any, reader: Any, no_history: bool, quiet: bool, live: Any) -> Any:
     """Return the chat of a session, after the notices about chats that were interrupted."""
     from qmix.chat.kept import KeptChat, interrupted
     from qmix.chat.loop import Chat, Screen
     from qmix.engine.completion import Result
     from qmix.terminal.progress import ThinkingLine
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     directory = state_directory() / "chats"
     for line in () if no_history else interrupted(directory):
@@ -117,13 +124,23 @@ def _chat(session: Any, reader: Any, no_history: bool, quiet: bool) -> Any:
     kept = None if no_history else KeptChat(directory, say)
     show, end = _shower()
     sum_up = None if quiet else lambda result: _folded(Result.summary(result), ", ")
-    screen = Screen(show, lambda line: say(_folded(line)), ThinkingLine, sum_up, in_options, end)
+
+    def tell(line: str) -> None:
+        say(_folded(line))
+
+    screen = Screen(show, tell, ThinkingLine, sum_up, in_options, end)
+    if live is not None:
+        live.write_by(show, tell)
+        sum_up = None if quiet else Result.summary
+        screen = Screen(
+            live.out, live.say, nullcontext, sum_up, in_options, end, partial(watched, live, session.runner)
+        )
     return Chat(session, reader, screen, _is_terminal(sys.stdin), kept)
 
 
 def _introduce(session: Any, name: str, quiet: bool) -> None:
     """Tell once, at the start, what the model can and cannot do."""
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     if not session.form.takes_roles:
         say(
@@ -139,7 +156,7 @@ def _introduce(session: Any, name: str, quiet: bool) -> None:
 def _reader(no_history: bool) -> Any:
     """Return prompt_toolkit's reader where stdin and stdout are terminals, else a reader of plain lines."""
     from qmix.chat.reader import InMemoryHistory, PlainReader, TerminalReader, open_history
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     if _at_terminal():
         path = state_directory() / "chat-history"
@@ -169,7 +186,7 @@ def _folded(line: str, between: str = " ") -> str:
         return line
     from qmix.terminal.wrap import folded
 
-    return folded(line, _columns(sys.stderr), between)
+    return "\n".join(folded(each, _columns(sys.stderr), between) for each in line.splitlines())
 
 
 def _columns(stream: Any) -> int:

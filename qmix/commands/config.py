@@ -109,7 +109,7 @@ def keys() -> None:
     commands = _commands()
     names = {key: [name for name, each in commands.items() if key in keys_of(each)] for key in _keys(commands)}
     for key, users in names.items():
-        shown = "all commands" if len(users) == len(commands) - 1 or key == CACHE else ", ".join(users)
+        shown = "all commands" if len(users) == len(commands) or key == CACHE else ", ".join(users)
         out(f"{key:<20} {variable(key):<26} {shown}\n")
 
 

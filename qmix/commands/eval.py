@@ -156,7 +156,7 @@ def _evaluate(engine: StoreEngine, output: Path, options: dict[str, Any]) -> tup
     The harness is imported here, after the engine has measured this process, so that it counts as memory held beside
     the model.
     """
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
     from qmix.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(engine.store.directory)

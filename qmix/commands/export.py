@@ -27,7 +27,7 @@ def export(store: Path, directory: Path, max_shard_size: str) -> None:
     from qmix.model.checkpoint_writer import export_store
     from qmix.store.opened import open_store
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     with ProgressDisplay(f"exporting {store}") as display:
         files = export_store(open_store(store), directory, max_shard_size, display)

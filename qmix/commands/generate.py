@@ -17,6 +17,8 @@ from qmix.commands.shared import (
     draft_option,
     given,
     json_schema_option,
+    live_option,
+    live_screen,
     loaded,
     loading_options,
     max_new_tokens_option,
@@ -26,9 +28,11 @@ from qmix.commands.shared import (
     sampling_options,
     system_options,
     system_text,
+    watched,
 )
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT, read_text
+from qmix.models import DEFAULT_MODEL
 from qmix.terminal.voice import say
 
 if TYPE_CHECKING:
@@ -57,6 +61,7 @@ LOGPROBS_HELP = "with --json or --jsonl: log-probabilities, and those of the N l
 @click.option("--logprobs", type=int, metavar="N", help=LOGPROBS_HELP)
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object a completion instead of streamed text")
 @click.option("--jsonl", "as_jsonl", is_flag=True, help=JSONL_HELP)
+@live_option
 def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> None:
     """Continue a prompt and stream the text to stdout.
 
@@ -75,6 +80,7 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> No
     system = options.pop("system"), options.pop("system_file")
     if not message:
         refuse({"system": None, "system_file": None}, "only with --chat; give it")
+    screen = live_screen(options.pop("live"), f"qmix generate: {options['model'] or DEFAULT_MODEL}")
     names = ("model", "ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
     loading = {name: options.pop(name) for name in names}
     attention = options.pop("attn")
@@ -87,19 +93,21 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> No
     with loaded(attention=attention, **loading) as runner:
         start = _as_message(runner, text, instructions or "", source) if message else text
         index, began = 0, not message
-        with closing(runner.generate(start, sampling)) as pieces:  # whatever ends the loop ends the computation
+        show, tell = (out, say) if screen is None else (screen.out, screen.say)
+        # whatever ends the loop ends the computation
+        with watched(screen, runner), closing(runner.generate(start, sampling)) as pieces:
             for piece in pieces:
                 if as_jsonl:
-                    out(_line(piece, index))
+                    show(_line(piece, index))
                 elif not as_json:
                     shown = piece.text if began else piece.text.lstrip()  # an answer begins with its first word
                     began = began or bool(shown)
-                    out(shown)
+                    show(shown)
                 if (result := piece.result) is not None:
                     if not as_jsonl:
-                        out(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
+                        show(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
                     index, began = index + 1, not message
-                    say(result.summary())
+                    tell(result.summary())
 
 
 def _line(piece: Piece, index: int) -> str:

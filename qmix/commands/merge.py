@@ -27,7 +27,7 @@ def merge(shards: tuple[Path, ...], output: Path, order: Path | None) -> None:
     """
     from qmix.batch.lines import Requests
     from qmix.batch.merge import merge_shards
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     with ExitStack() as stack:
         requests = None

@@ -143,7 +143,7 @@ def _planned(
 def _verified(planned: Planned) -> Verification:
     """Run the plan on pretend devices, which takes a minute for the largest models."""
     quiet_libraries()
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
     from qmix.verify.rehearsal import verify
 
     say("running the model on pretend devices, at full size ...")
@@ -153,7 +153,8 @@ def _verified(planned: Planned) -> Verification:
 def _show(planned: Planned, title: str) -> None:
     from rich.text import Text
 
-    from qmix.planner.view import ExpertMap, details, device_table
+    from qmix.planner.view import details, device_table
+    from qmix.terminal.expert_map import ExpertMap
     from qmix.terminal.tables import print_table
 
     placed = ExpertMap(planned.plan.placement)
@@ -234,7 +235,7 @@ def _subject(name: str, options: dict[str, Any]) -> tuple[PlanTarget, str | None
 
 def _warn_of_disk(subject: PlanTarget, machine: Machine) -> None:
     """Warn where the store does not fit the disk that was found; the user may have another one."""
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
     from qmix.units import format_bytes
 
     free, needed = machine.disk, subject.layout.total_bytes

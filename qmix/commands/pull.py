@@ -53,7 +53,7 @@ def pull(model: str, precision: str | None, clip: bool, dtype: str | None, keep:
     from qmix.store.opened import is_store
     from qmix.store.sources import named_store, open_source
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     named = named_store(model, precision, dtype, clip)
     if named is not None:

@@ -60,7 +60,7 @@ def quantize(model: str, store: Path | None, source: str | None, **options: Any)
 def _mend(store: Path, source: str | None) -> None:
     from qmix.store.mend import mend
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     with ProgressDisplay(f"verifying {store}") as reading, ProgressDisplay(f"repairing {store}") as mending:
         done = mend(store, source, reading, mending)
@@ -85,7 +85,7 @@ def _make(
     from qmix.store.quantize import quantize as run
     from qmix.store.sources import layout_for, open_source
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)

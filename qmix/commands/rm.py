@@ -23,7 +23,7 @@ def rm(stores: tuple[str, ...], yes: bool) -> None:
     from qmix.disk.places import cache_directory
     from qmix.store.listing import find_store
     from qmix.store.removal import remove_store
-    from qmix.terminal.tables import say
+    from qmix.terminal.voice import say
 
     found = list(
         {entry.directory: entry for name in stores for entry in [find_store(name, cache_directory())]}.values()

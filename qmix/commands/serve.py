@@ -17,6 +17,8 @@ from qmix.commands.shared import (
     context_option,
     dtype_option,
     hold_to,
+    live_option,
+    live_screen,
     load_libraries,
     model_or_default,
     plan_option,
@@ -63,12 +65,14 @@ FOLDER_HELP = "uploaded files and batches [the user's state directory]"
 @dtype_option
 @plan_option
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help=FOLDER_HELP)
-def serve(model: str | None, host: str, port: int, **options: Any) -> None:
+@live_option
+def serve(model: str | None, host: str, port: int, live: bool, **options: Any) -> None:
     """Serve MODEL over HTTP, as OpenAI and Anthropic do.
 
     Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /v1/files, /v1/batches,
-    /health and /metrics. Requests are computed together. Ctrl-C lets running requests end, a second one cuts them; the
-    exit code is 130. Batches continue when the server is started again.
+    /health and /metrics. The page at / tries the model and shows it at work. Requests are computed together. Ctrl-C
+    lets running requests end, a second one cuts them; the exit code is 130. Batches continue when the server is started
+    again.
     """
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
@@ -84,13 +88,14 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
     loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
     with listen(host, port) as listening:
         name = model_or_default(model)
+        screen = live_screen(live, f"qmix serve: {name}")
         store, plan, context = _planned(name, **loading)
         hold_to(plan.ram)
         warn_of_drive(store.directory)
         from qmix.engine.batch import BatchRunner
         from qmix.plan.memory import REQUESTS_BYTES
         from qmix.terminal.progress import ProgressDisplay
-        from qmix.terminal.tables import say
+        from qmix.terminal.voice import say
 
         settings = Settings(
             names=frozenset(options["names"] or [store.source_name]),
@@ -108,7 +113,10 @@ def serve(model: str | None, host: str, port: int, **options: Any) -> None:
                 f"serving {', '.join(sorted(settings.names))} at http://{place}:{listening.getsockname()[1]}: "
                 f"{plan.batch} requests at once, {context} tokens each, {runner.capacity} together"
             )
-            run(runner, settings, listening, ready, say)
+            if screen is None:
+                run(runner, settings, listening, ready, say)
+            else:
+                run(runner, settings, listening, ready, screen.say, lambda watch: screen.showing(watch.figures))
 
 
 def _identity(store: Store) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmix.machine.rates import Machine
     from qmix.plan.file import PlanFile
     from qmix.store.profile import Profile
+    from qmix.terminal.live import LiveScreen
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 EXIT_SOME_REFUSED = 4
@@ -92,6 +93,11 @@ attention_option = click.option(
     default="sdpa",
     show_default=True,
     help="attention implementation",
+)
+
+
+live_option = click.option(
+    "--live", is_flag=True, help="watch experts, reads, speed and memory on the terminal while it runs"
 )
 
 
@@ -231,6 +237,13 @@ def loaded(
         runner = load(name, **following, on_progress=making, on_store=on_store, on_load=on_load or loading, **options)
     hold_to(runner.plan.ram)
     warn_of_drive(runner.store.directory)
+    logging.getLogger(__name__).debug(
+        "store %s; %d of %d experts in memory, context %d",
+        runner.store.directory,
+        runner.plan.num_records - runner.plan.records_on_disk,
+        runner.plan.num_records,
+        runner.plan.context,
+    )
     return runner
 
 
@@ -262,6 +275,26 @@ def _say_overrun(budget: int) -> None:
         f"peak memory {format_bytes(peak)} is above the budget of {format_bytes(budget)}: run the command again, "
         f"it will measure Python's own memory again{otherwise}"
     )
+
+
+def live_screen(live: bool, title: str) -> LiveScreen | None:
+    """Return the screen of `--live`, None without it. Raises UsageError where stderr cannot show one."""
+    if not live:
+        return None
+    from qmix.terminal.live import LiveScreen, check_live
+    from qmix.terminal.voice import say
+
+    check_live()
+    return LiveScreen(title, out, say)
+
+
+def watched(screen: LiveScreen | None, runner: Any) -> AbstractContextManager[None]:
+    """Show the work of a runner while the block runs, where there is a screen."""
+    if screen is None:
+        return nullcontext()
+    from qmix.engine.figures import Watch
+
+    return screen.showing(Watch(runner).figures)
 
 
 def read_profile_option(path: Path | None, precision: str | None, budget: int | None) -> Profile | None:

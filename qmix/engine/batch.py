@@ -21,6 +21,7 @@ import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import BatchOutcome, BatchResult, Failure, GrowingCompletion
+from qmix.engine.figures import Requests, Work
 from qmix.engine.opener import OpenModel
 from qmix.engine.pace import Pace
 from qmix.engine.prefill import read_together
@@ -62,20 +63,6 @@ class BatchRequest:
         return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
 
 
-@dataclass(slots=True)
-class BatchCounters:
-    """The work of a runner so far: passes and the tokens in them, and the tokens of answers that have begun.
-
-    `reused_tokens` of the prompts' were not computed again.
-    """
-
-    passes: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    reused_tokens: int = 0
-
-
 class BatchRunner(OpenModel):
     """A model that continues up to `plan.batch` prompts at once.
 
@@ -88,7 +75,7 @@ class BatchRunner(OpenModel):
         self, store: Store, plan: Plan, on_load: OnProgress = ignore, rates: Rates | None = None, kind: str = "cuda"
     ) -> None:
         """`rates` and `kind` are as Runner takes them. Raises UsageError for a plan with GPUs that no kernels serve."""
-        self.plan, self.work, self._pace = plan, BatchCounters(), Pace(plan.prefill)
+        self.plan, self.work, self._pace = plan, Work(), Pace(plan.prefill)
         dtype, spread = HALF[store.layout.dtype], spread_for(plan, rates or Rates(), kind)
         self._steps: Steps | None = None
         if spread is None:
@@ -117,6 +104,7 @@ class BatchRunner(OpenModel):
             self._scheduler = self._new_scheduler()
         self._scheduler.clear()
         self._running.clear()
+        self.work.prompt = 0
 
     def answer(self, requests: abc.Iterable[BatchRequest]) -> abc.Generator[list[BatchResult], None, None]:
         """Yield after every pass the results that it finished, which may be none.
@@ -159,6 +147,10 @@ class BatchRunner(OpenModel):
             except UsageError as error:
                 failures.append(Failure(each.name, each.index, error))
         return failures
+
+    def requests(self) -> Requests:
+        """Return how many requests have a place."""
+        return Requests(len(self._running), 0, self.plan.batch)
 
     def begin(self, request: BatchRequest, on_token: OnToken = ignore_token) -> Sequence:
         """Take in a request, which joins the passes as there is room, and return what `drop` takes.
@@ -213,6 +205,9 @@ class BatchRunner(OpenModel):
             )
             for sequence, count in chosen
         ]
+        tokens = sum(count for _, count in chosen)
+        continued = sum(bool(self._running[sequence].tokens) for sequence, _ in chosen)
+        self.work.prompt = tokens - continued
         started, waited, reading = time.perf_counter(), self.pool.waited, self.pool.reading
         if self._steps is not None:
             logits = self._steps.chunks(chunks)
@@ -220,14 +215,13 @@ class BatchRunner(OpenModel):
             hidden = self._hidden(chunks)
             self._score_prompts(chosen, hidden)
             logits = self._logits(chunks, hidden)
-        tokens, seconds = sum(count for _, count in chosen), time.perf_counter() - started
+        seconds = time.perf_counter() - started
         self._pace.note(tokens, seconds, self.pool.waited - waited, self.pool.reading - reading)
         for sequence, count in chosen:
             sequence.done += count
         ready = [sequence for sequence, _ in chosen if sequence.done == len(sequence.tokens)]
         outcomes = [self._advance(sequence, scores.float()) for sequence, scores in zip(ready, logits, strict=True)]
-        self.work.tokens += tokens
-        self.work.passes += 1
+        self.work.end_pass(tokens, continued, time.perf_counter() - started)
         return [each for each in outcomes if each is not None]
 
     def forward(self, chunks: abc.Sequence[Chunk]) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -37,13 +39,28 @@ class ComputeThread:
     def __init__(self, pool: ExpertPool) -> None:
         self.pool, self.closed = pool, False
         self.threads = compute_threads(pool.store.geometry)
+        self._worked: tuple[float, float | None] = 0.0, None  # seconds of jobs before, and since when one runs
         self._executor = ThreadPoolExecutor(1, "qmix-compute", _use_threads, (self.threads,))
 
     def start(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:
         """Begin a job when those before it are done. Raises UsageError after `close`."""
         if self.closed:
             raise UsageError("this runner is closed; load the model again")
-        return self._executor.submit(work, *arguments, **options)
+        return self._executor.submit(self._timed, partial(work, *arguments, **options))
+
+    @property
+    def busy(self) -> float:
+        """The seconds in which a job ran."""
+        seconds, since = self._worked
+        return seconds if since is None else seconds + time.perf_counter() - since
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        before, since = self._worked[0], time.perf_counter()
+        self._worked = before, since
+        try:
+            return work()
+        finally:
+            self._worked = before + time.perf_counter() - since, None
 
     def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Return the result of a job. An exception that interrupts the caller stops the job."""

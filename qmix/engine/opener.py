@@ -12,7 +12,7 @@ from qmix.engine.compute import ComputeThread
 from qmix.engine.generation_config import decoding, model_generation_config, with_end_of
 from qmix.engine.sampling import Sampling
 from qmix.machine.found import give_back_freed_memory
-from qmix.machine.measured import widened_from
+from qmix.machine.measured import dense_from, widened_from
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.build import build_model
 from qmix.model.gpu.assemble import make_steps
@@ -67,6 +67,8 @@ class OpenModel:
                 self.tokenizer = load_tokenizer(store.directory)
             elsewhere = spread.residents if spread else frozenset()
             widened = {} if invariant else widened_from(store.layout.dtype)
+            if spread:
+                spread.dense_from = dense_from(store.layout.dtype)
             self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
             self.thread = ComputeThread(self.pool)
             gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []

@@ -21,6 +21,7 @@ from transformers.generation import LogitsProcessorList
 from qmix.checkpoint.torch_dtypes import HALF
 from qmix.engine.completion import GrowingCompletion, Piece, Result
 from qmix.engine.device_choice import plain_temperature
+from qmix.engine.figures import Requests, Work
 from qmix.engine.generation_config import Decoding, decoding
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
@@ -60,7 +61,7 @@ class Runner(OpenModel):
         kind: str = "cuda",
     ) -> None:
         """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs."""
-        self.plan = plan
+        self.plan, self.work = plan, Work()
         self._spread = spread = spread_for(plan, rates or Rates(), kind)
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
@@ -97,6 +98,10 @@ class Runner(OpenModel):
             if piece.result is not None:
                 return piece.result
         raise AssertionError("a generation ended without a result")
+
+    def requests(self) -> Requests:
+        """Return how many prompts are being answered: one."""
+        return Requests()
 
     @property
     def held(self) -> list[int]:
@@ -156,8 +161,10 @@ class Runner(OpenModel):
         config.prefill_chunk_size, config.use_cache = PREFILL_CHUNK, True
         constraint = self.constraint(sampling, self.plan)
         own = own_processors(sampling, len(prompt), constraint)
-        streamer = PieceStreamer(GrowingCompletion(prompt, how, self.decode, constraint), send, sampling.logprobs)
+        completion = GrowingCompletion(prompt, how, self.decode, constraint)
+        streamer = PieceStreamer(completion, send, self.work, sampling.logprobs)
         reused = self._keep(prompt if reuse else [])
+        self.work.begin(len(prompt), reused)
         ids = torch.tensor([prompt])
         self.model.generation_config = config  # transformers fills what is None here from the model's own
         try:
@@ -176,6 +183,7 @@ class Runner(OpenModel):
                     )
         finally:
             self.model.generation_config = defaults
+            self.work.prompt = 0
             self._note_held(prompt + streamer.completion.token_ids)
         streamer.send_text(streamer.completion.finish())
         send(Piece("", [], self._result(streamer, sampling.seed, before, reused)))

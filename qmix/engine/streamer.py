@@ -13,6 +13,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from qmix.engine.completion import GrowingCompletion, Piece
+from qmix.engine.figures import Work
 from qmix.engine.sampler import Chosen, chosen_token
 
 
@@ -20,11 +21,11 @@ class PieceStreamer(BaseStreamer):
     """Takes ids from transformers, a step at a time, notes when they came, and sends pieces of text."""
 
     def __init__(
-        self, completion: GrowingCompletion, send: Callable[[Piece], None], logprobs: int | None = None
+        self, completion: GrowingCompletion, send: Callable[[Piece], None], work: Work, logprobs: int | None = None
     ) -> None:
-        self.completion, self.send, self.logprobs = completion, send, logprobs
+        self.completion, self.send, self.work, self.logprobs = completion, send, work, logprobs
         self.tokens: list[Chosen] | None = None if logprobs is None else []
-        self.started = time.perf_counter()
+        self.started = self._last = time.perf_counter()
         self.times: list[float] = []
         self._prompt_seen = False
         self._sent = 0
@@ -35,6 +36,8 @@ class PieceStreamer(BaseStreamer):
             self._prompt_seen = True
             return
         now = time.perf_counter()
+        self.work.step(value.numel(), now - self._last)
+        self._last = now
         for index, token in enumerate(value.flatten().tolist()):
             if not self.completion.ended:  # a draft may go on behind the end
                 self.times.append(now)

@@ -22,6 +22,7 @@ from qmix.disk.space import existing_parent
 from qmix.files import scratch_file
 from qmix.kernels.cpu.paths import supported
 from qmix.machine.cuda_context import context_bytes
+from qmix.machine.dense_experts import try_dense
 from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
 from qmix.machine.measured import FourBitTrial, MeasuredGpus, versions
 from qmix.machine.rates import RATE_NAMES, Rates
@@ -174,11 +175,15 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def examine_gpus() -> MeasuredGpus:
-    """Return the names of the GPUs that work here, and the bytes of CUDA's context: the most that it takes of one."""
+    """Return the names of the GPUs that work here, and what was measured of the kernels on them.
+
+    CUDA's context is the most that it takes of one of them.
+    """
     gpus = [(index, gpu.name) for index, gpu in enumerate(_gpus()) if not gpu.fault]
     contexts = [context_bytes(index) for index, _ in gpus]
     known = [context for context in contexts if context]
-    return MeasuredGpus(tuple(name for _, name in gpus), max(known, default=None))
+    names = tuple(name for _, name in gpus)
+    return MeasuredGpus(names, max(known, default=None), try_dense([index for index, _ in gpus]))
 
 
 def product_fault(device: str) -> str:

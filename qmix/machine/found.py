@@ -30,7 +30,7 @@ from qmix.version import __version__
 _LOG = logging.getLogger(__name__)
 SHARE_OF_AVAILABLE = 0.9  # of the available memory, where no budget is given; the rest is for other processes
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-SECONDS, KERNELS_SECONDS = 3, 60  # of measuring Python's memory: typical, for the line that announces it
+SECONDS, KERNELS_SECONDS = 3, 20  # of measuring Python's memory: typical, for the line that announces it
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
 

@@ -51,7 +51,7 @@ class FourBitTrial(msgspec.Struct, frozen=True):
 
 
 class CpuProfile(msgspec.Struct, frozen=True):
-    """What was measured on one CPU path with one number of threads, under the versions in `stack`.
+    """Results on one CPU path with one number of threads, under the versions in `stack`.
 
     `widened_from` are numbers of rows of x by precision and type, like "nf4 bf16": from there on it is faster to
     dequantise a matrix and multiply with torch's product.
@@ -64,10 +64,14 @@ class CpuProfile(msgspec.Struct, frozen=True):
 
 
 class MeasuredGpus(msgspec.Struct, frozen=True):
-    """The GPUs whose rates were measured, as the driver names them, and the bytes of CUDA's context on one of them."""
+    """The GPUs whose rates were measured, as the driver names them, and the bytes of CUDA's context on one of them.
+
+    `dense_from` has by precision and type, like "nf4 bf16", the tokens from which on dequantising an expert is faster.
+    """
 
     names: tuple[str, ...] = ()
     context: Annotated[int, msgspec.Meta(ge=1, le=2**40)] | None = None
+    dense_from: dict[str, Rows] = {}
 
 
 class MachineProfile(msgspec.Struct, frozen=True):
@@ -139,12 +143,20 @@ def widened_from(dtype: str, path: Path | None = None) -> dict[str, int]:
 
     `dtype` is "bf16" or "fp16". A precision that is not there has its own product for every number of rows.
     """
-    found = _in_use(_known(path)).widened_from
+    return _of_type(_in_use(_known(path)).widened_from, dtype)
+
+
+def dense_from(dtype: str, path: Path | None = None) -> dict[str, int]:
+    """Return by precision from how many tokens of an expert on a GPU dequantises it, as measured on this one."""
+    return _of_type(measured_gpus(path).dense_from, dtype)
+
+
+def _of_type(found: Mapping[str, int], dtype: str) -> dict[str, int]:
     return {name.split()[0]: rows for name, rows in found.items() if name.endswith(f" {dtype}")}
 
 
 def measured_gpus(path: Path | None = None) -> MeasuredGpus:
-    """Return the GPUs that were measured here; a context of other versions is left out."""
+    """Return the GPUs that were measured here; what depends on other versions is left out."""
     known = _known(path)
     if known is None:
         return MeasuredGpus()

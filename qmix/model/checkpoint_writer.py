@@ -186,7 +186,7 @@ def _pieces(pool: Pool, layer: int, expert: int, matrix: str) -> Iterator[torch.
     coming = [divmod(following, experts)] if following < pool.store.geometry.num_records else []
     for _, found in pool.get(layer, [expert], coming):
         by_name = dict(zip(MATRICES, (found.gate, found.up, found.down), strict=True))
-        yield from by_name[matrix].pieces(HALF[pool.store.layout.dtype])
+        yield from by_name[matrix].widened(HALF[pool.store.layout.dtype])
 
 
 def _config(model: MixtralForCausalLM) -> bytes:

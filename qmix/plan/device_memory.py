@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qmix.geometry import HALF_BYTES, Geometry
-from qmix.kernels.gpu.shapes import FEW_TOKENS, attention_splits, down_splits
+from qmix.kernels.gpu.shapes import FEW_TOKENS, MOST_IN_PLACE, attention_splits, down_splits
 from qmix.plan.memory import PREFILL_CHUNK, prefill_bytes
 from qmix.precision.formats import FOUR_BITS, PRECISIONS
 from qmix.precision.record import record_layout
@@ -74,7 +74,7 @@ def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool 
     A captured step takes no other memory. Counted are the residual stream, its normed copy and what is added to it;
     queries, keys and values, and the heads' results; attention's partial sums in fp32, each with its largest score and
     its weight; the experts' inner values, their partial sums in fp32, and the results that come from the host; ids,
-    weights and the rotary table; and with `last` the logits.
+    weights and the rotary table; and with `last` the logits. The last two are counted in fp32.
     """
     hidden, pairs = geometry.hidden_size, tokens * geometry.experts_per_token
     q_rows, kv_rows = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
@@ -83,8 +83,8 @@ def step_buffer_bytes(geometry: Geometry, tokens: int, context: int, last: bool 
     experts = pairs * (geometry.intermediate_size + hidden) * HALF_BYTES
     experts += down_splits(geometry.intermediate_size) * pairs * hidden * 4
     routing = pairs * (8 + 4) + geometry.num_records * 8  # ids and weights; the records' addresses
-    rotary = context * geometry.head_dim * HALF_BYTES  # cosines and sines of half the width
-    return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * HALF_BYTES if last else 0)
+    rotary = context * geometry.head_dim * 4
+    return rows + sums + experts + routing + rotary + (tokens * geometry.vocab_size * 4 if last else 0)
 
 
 def pinned_bytes(geometry: Geometry, tokens: int, gpus: int) -> int:
@@ -154,7 +154,8 @@ def _device_attention_bytes(geometry: Geometry, tokens: int, context: int, atten
 def _device_expert_bytes(geometry: Geometry, tokens: int, precision: str) -> int:
     """Return the work space of all tokens at one expert.
 
-    Counted are the results of all pairs, the expert's x, two inner values, and for int8 a matrix in half precision.
+    Counted are the results of all pairs, the expert's x, two inner values, and for int8 a matrix in half precision. A
+    few tokens multiply a 4-bit expert in place, which takes partial sums.
     """
     hidden, inner = geometry.hidden_size, geometry.intermediate_size
     pairs = tokens * geometry.experts_per_token * hidden
@@ -162,6 +163,9 @@ def _device_expert_bytes(geometry: Geometry, tokens: int, precision: str) -> int
     widened = inner * hidden * HALF_BYTES if precision == "int8" else 0
     computing = 2 * tokens * hidden * HALF_BYTES + tokens * inner * HALF_BYTES
     computing += max(widened + tokens * inner * HALF_BYTES, product)
-    dequantising = DEQUANTISED_AT_ONCE * DEQUANTISING_BYTES if precision in FOUR_BITS else 0
     adding = pairs * 4 + 2 * tokens * hidden * 4
-    return pairs * HALF_BYTES + max(computing, dequantising, adding)
+    if precision not in FOUR_BITS:
+        return pairs * HALF_BYTES + max(computing, adding)
+    summed = inner * HALF_BYTES + hidden * (2 * HALF_BYTES + (down_splits(inner) + 1) * 4)
+    in_place = min(tokens, MOST_IN_PLACE) * summed
+    return pairs * HALF_BYTES + max(computing, DEQUANTISED_AT_ONCE * DEQUANTISING_BYTES, adding, in_place)

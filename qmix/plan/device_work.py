@@ -55,7 +55,7 @@ class DeviceLayer:
 
 @dataclass(frozen=True, slots=True)
 class HostRates:
-    """What the host reaches for experts: bytes/s of records multiplied, and FLOP/s."""
+    """Rates that the host reaches with experts: bytes/s of records multiplied, and FLOP/s."""
 
     read: float
     flops: float

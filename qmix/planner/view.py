@@ -1,11 +1,9 @@
-"""Show a plan: bytes by device, the map of experts, the speed, and machines side by side."""
+"""Show a plan: bytes by device, the speed, and machines side by side."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
-from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,10 +13,7 @@ from qmix.plan.predict import Speed
 from qmix.planner.planned import Planned
 from qmix.units import UnitSystem, format_bytes, plural, size_option
 
-GPU_COLOURS = ("green", "cyan", "blue", "magenta")
-COLOURS = {"ram": "yellow", "disk": "red"}
 GPU_RATES = ("pcie", "gpu_memory", "gpu_matmul")
-LETTERS = {"ram": "r", "disk": "."}
 
 
 def device_table(plan: Plan) -> Table:
@@ -45,53 +40,6 @@ def device_table(plan: Plan) -> Table:
     row("headroom", plan.headroom, [device.headroom for device in devices])
     row("budget", plan.ram, [device.budget for device in devices])
     return table
-
-
-class ExpertMap:
-    """A map of experts, layers across: cells are coloured if the terminal has colours, and letters if not."""
-
-    def __init__(self, placement: Sequence[Sequence[str]]) -> None:
-        self.placement = placement
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        plain = console.color_system is None or console.no_color
-        experts, margin = len(self.placement[0]), 4
-        width = max(1, options.max_width - margin)
-        for start in range(0, len(self.placement), width):
-            block = self.placement[start : start + width]
-            yield self._scale(start, len(block), margin)
-            for expert in range(experts):
-                line = Text(f"{expert:>{margin - 1}} ", no_wrap=True)
-                for row in block:
-                    line.append(*cell(row[expert], plain))
-                yield line
-        yield self._legend(plain)
-
-    def _scale(self, start: int, count: int, margin: int) -> Text:
-        """Return a line with the number of every tenth layer above its column."""
-        line = [" "] * count
-        for layer in range(start, start + count):
-            name = str(layer)
-            if layer % 10 == 0 and layer - start + len(name) <= count:
-                line[layer - start : layer - start + len(name)] = name
-        return Text(" " * margin + "".join(line), no_wrap=True, style="dim")
-
-    def _legend(self, plain: bool) -> Text:
-        counts = Counter(where for row in self.placement for where in row)
-        line = Text("layers across, experts down:")
-        for where in sorted(counts, key=lambda name: (name == "disk", name == "ram", name)):
-            line.append(" ")
-            line.append(*cell(where, plain))
-            line.append(f" {where} {counts[where]}")
-        return line
-
-
-def cell(where: str, plain: bool) -> tuple[str, str]:
-    """Return a tier's character and its style."""
-    if plain:
-        return LETTERS.get(where) or where.removeprefix("gpu:")[:1], ""
-    colour = COLOURS.get(where) or GPU_COLOURS[int(where.removeprefix("gpu:")) % len(GPU_COLOURS)]
-    return " ", f"on {colour}"
 
 
 def details(planned: Planned) -> Table:

@@ -1,7 +1,8 @@
-"""Counters of a pool's work."""
+"""Counters of a pool's work, as a whole and by expert."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
 
 
@@ -36,3 +37,22 @@ class PoolCounters:
     def copy(self) -> PoolCounters:
         """Return the counts as they are now."""
         return self.since(PoolCounters())
+
+
+class ExpertCounts:
+    """Requests of each expert so far, [layer][expert]: those `asked`, and those `missed`, which had to be read.
+
+    Written by the thread that computes, and read by others as it is.
+    """
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.asked = [[0] * experts for _ in range(layers)]
+        self.missed = [[0] * experts for _ in range(layers)]
+
+    def add(self, keys: Iterable[tuple[int, int]], hits: Collection[tuple[int, int]]) -> None:
+        """Count requests of these experts, (layer, expert), of which `hits` were in memory from earlier use."""
+        for key in keys:
+            layer, expert = key
+            self.asked[layer][expert] += 1
+            if key not in hits:
+                self.missed[layer][expert] += 1

@@ -8,6 +8,7 @@ need are prefetched in the disk's idle time.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -17,6 +18,7 @@ import torch
 
 from qmix.disk.reads import PIECE_BYTES, READ_THREADS, Read
 from qmix.errors import Cancelled, UsageError
+from qmix.pool.counters import ExpertCounts
 from qmix.pool.eviction import Eviction, Key
 from qmix.pool.held import HeldRecords
 from qmix.pool.protocol import refuse_copy
@@ -50,8 +52,10 @@ class ExpertPool(HeldRecords):
         super().__init__(store, slots, policy)
         self.invariant, self.elsewhere = invariant, elsewhere
         self._widened_from = widened_from
+        self.by_expert = ExpertCounts(store.geometry.num_layers, store.geometry.num_experts)
         self.cancelled = False
         self.layer = 0
+        self.computed = 0.0  # seconds that callers have used the experts that they got
         self._views: dict[tuple[int, str], Expert] = {}
         # One whose last pieces are read, and as many as keep all threads busy: each further one takes the slot of a
         # record that a later layer will need.
@@ -170,6 +174,7 @@ class ExpertPool(HeldRecords):
         ahead = len(begun) + len(self._unused.intersection(keys))
         self.counters.ahead += ahead
         self.counters.misses += ahead + len(waiting)
+        self.by_expert.add(keys, [key for key in ready if key not in self._unused])
         self._unused.difference_update(keys)
         return ready, begun, waiting
 
@@ -193,7 +198,10 @@ class ExpertPool(HeldRecords):
                 together = len(ready) if not waiting else min(1, len(ready))
                 keys = [ready.popleft() for _ in range(together)] or [self._finish(reading)]
                 pinned.update(keys)
-                yield [(key[1], self._expert(key)) for key in keys]
+                group = [(key[1], self._expert(key)) for key in keys]
+                given = time.perf_counter()
+                yield group
+                self.computed += time.perf_counter() - given
                 pinned.difference_update(keys)
         finally:
             self._release(reading)

@@ -86,6 +86,10 @@ class HeldRecords:
         """Return whether a record is in memory."""
         return (layer, expert) in self._resident
 
+    def held(self) -> frozenset[Key]:
+        """Return the records that are in memory now. May be called by any thread."""
+        return frozenset(self._resident.copy())  # which no other thread can interrupt
+
     def record(self, layer: int, expert: int) -> torch.Tensor:
         """Return the bytes, uint8, of a record in memory."""
         return self._slots.bytes(self._resident[layer, expert])

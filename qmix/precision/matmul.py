@@ -56,7 +56,7 @@ class Matrix:
             yield self.dequantize(start, min(start + step, self.rows)).to(dtype)
 
     def widened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Yield the same pieces for a product by torch; each may be overwritten by the next."""
+        """Yield the same pieces by the fastest way, rounded as the products round; the next may overwrite one."""
         return self.pieces(dtype, WIDENED_WEIGHTS)
 
     def widens(self, tokens: int) -> bool:

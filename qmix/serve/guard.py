@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qmix.serve.errors import ApiError
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-OPEN_PATHS = ("/health",)  # for probes, which have no key
+OPEN_PATHS = ("/health", "/")  # for probes, which have no key, and the page, which holds no data
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ import uvicorn
 from qmix.batch.forms import told_by
 from qmix.batch.session import asking_for
 from qmix.engine.batch import BatchRunner
+from qmix.engine.figures import Requests, Watch
 from qmix.errors import QmixError, arg
 from qmix.serve.app import Serving, make_app
 from qmix.serve.asked import Asker
@@ -28,6 +29,7 @@ from qmix.serve.events import PING_SECONDS
 from qmix.serve.files import Files
 from qmix.serve.guard import LOCAL_NAMES, Access
 from qmix.serve.metrics import Metrics
+from qmix.serve.page import Page
 from qmix.serve.service import Service
 from qmix.serve.storage import Storage
 
@@ -100,20 +102,33 @@ class _Server(uvicorn.Server):
             self._on_stop()
 
 
+Watching = Callable[[Watch], AbstractContextManager[object]]
+
+
 def serve(
-    runner: BatchRunner, settings: Settings, listening: socket.socket, ready: str, say: Callable[[str], None]
+    runner: BatchRunner,
+    settings: Settings,
+    listening: socket.socket,
+    ready: str,
+    say: Callable[[str], None],
+    watching: Watching = nullcontext,
 ) -> None:
     """Serve until a signal comes, and let running requests end; a second interrupt cuts them.
 
-    `say` tells what happens, and `ready` when clients may come. Raises KeyboardInterrupt at the end; a SIGTERM ends the
-    process.
+    `say` tells what happens, and `ready` when clients may come; `watching` is entered while they do. Raises
+    KeyboardInterrupt at the end; a SIGTERM ends the process.
     """
-    asyncio.run(_serve(runner, settings, listening, ready, say))
+    asyncio.run(_serve(runner, settings, listening, ready, say, watching))
     raise KeyboardInterrupt  # uvicorn raises the signal again, which does nothing where the shell had it ignored
 
 
 async def _serve(
-    runner: BatchRunner, settings: Settings, listening: socket.socket, ready: str, say: Callable[[str], None]
+    runner: BatchRunner,
+    settings: Settings,
+    listening: socket.socket,
+    ready: str,
+    say: Callable[[str], None],
+    watching: Watching,
 ) -> None:
     loop = asyncio.get_running_loop()
 
@@ -124,6 +139,9 @@ async def _serve(
         batches.stop()
         say(f"stopping: {service.running + service.waiting} requests are still answered; Ctrl-C again cuts them")
 
+    def requests() -> Requests:
+        return Requests(service.running, service.waiting, runner.plan.batch)
+
     metrics = Metrics(lambda: service)
     with ExitStack() as opened:
         service = Service(runner, settings.queue, deliver, metrics.on_end)
@@ -133,9 +151,12 @@ async def _serve(
         opened.callback(batches.close)
         serving = _serving(runner, settings, service, metrics)
         opened.callback(serving.asker.close)
-        app = make_app(serving, settings.access, Storage(files, batches, serving.ledger).routes)
+        page = Page(Watch(runner, requests), lambda: server.should_exit)
+        app = make_app(serving, settings.access, [*Storage(files, batches, serving.ledger).routes, *page.routes])
+        server = _Server(_config(app), on_stop)
         say(ready)
-        await _Server(_config(app), on_stop).serve(sockets=[listening])
+        opened.enter_context(watching(Watch(runner, requests)))
+        await server.serve(sockets=[listening])
 
 
 def _serving(runner: BatchRunner, settings: Settings, service: Service, metrics: Metrics) -> Serving:

@@ -1,3 +1,3 @@
-"""Lines, tables, progress and figures for people.
+"""Lines, tables, progress, figures and the live screen for people.
 
-May import only the ground: errors, units, progress and files."""
+May import the ground (errors, units, progress and files), and of the engine only its figures, which load no torch."""

@@ -17,7 +17,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.progress import Progress as Bar
 from rich.table import Column
@@ -25,7 +24,7 @@ from rich.text import Text
 
 from qmix.progress import Progress
 from qmix.terminal.voice import Voice, say
-from qmix.units import format_bytes
+from qmix.units import UnitSystem, format_bytes
 
 LINE_SECONDS = 10.0  # between plain lines where stderr is no terminal
 BAR_COLUMNS = 20  # of a LoadingStatus
@@ -104,9 +103,9 @@ class ProgressDisplay(JobDisplay):
     """
 
     def __init__(self, title: str, patience: float = 0.0) -> None:
-        rich_columns = (DownloadColumn, TransferSpeedColumn, TimeRemainingColumn)
-        numbers = (column(table_column=Column(no_wrap=True)) for column in rich_columns)
-        super().__init__(title, *numbers, _Words("{task.fields[note]}"), whole=True)
+        size = DownloadColumn(binary_units=UnitSystem.binary, table_column=Column(no_wrap=True))
+        left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+        super().__init__(title, size, *_fields("rate"), left, _Words("{task.fields[note]}"), whole=True)
         self._patience = patience
         self._called: float | None = None
         self._first: tuple[float, int] | None = None  # time and bytes when it appeared
@@ -119,7 +118,9 @@ class ProgressDisplay(JobDisplay):
             if now < self._called + self._patience:
                 return
             self._first = now, progress.done
-        self.show(progress.done, progress.total, _told(progress, now, *self._first), note=progress.note)
+        told = _told(progress, now, *self._first)
+        rate = next((part for part in told if part.endswith("/s")), "")
+        self.show(progress.done, progress.total, told, note=progress.note, rate=rate)
 
 
 class LoadingStatus:

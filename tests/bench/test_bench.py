@@ -16,7 +16,8 @@ from qmix.bench.roofline import Workload
 from qmix.engine.stream import Runner
 from qmix.errors import UsageError
 from qmix.machine import probes
-from qmix.machine.probes import Ceilings, Rate
+from qmix.machine.ceilings import Ceilings
+from qmix.machine.probes import Rate
 
 MEASURING = "measuring the memory and cores of this machine\n"
 FIELDS = {

@@ -189,7 +189,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_quantized(qmix
     before = listing(first_use.cache)
     done = qmix("generate", "x", "-m", "other", "--ram", "1MB", cwd=stage)
     assert (done.status, done.out) == (3, "")
-    assert re.fullmatch(r"qmix: does not fit 1 MB of RAM: needs .* --ram \d+MiB\n", done.err), done.err
+    assert re.fullmatch(r"qmix: does not fit 1 MB of RAM: needs .* --ram \d+MB\n", done.err), done.err
     assert listing(first_use.cache) == before
 
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 from checkpoints import make_checkpoint
 
-from qmix.units import format_bytes
+from qmix.units import UnitSystem, format_bytes
 
 NOTICE = "no model given: using the embedded tiny, a toy model\n"
 MEASURING = "measuring the memory of Python: once, about 3 s\n"
@@ -251,11 +251,12 @@ def test_the_smallest_budget_gives_the_same_text(qmix, greedy):
     assert found["cache"]["bytes_read"] == found["cache"]["misses"] * RECORD_BYTES
 
 
-def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
+def test_plan_shows_what_lies_where_and_it_adds_up(qmix, monkeypatch):
+    monkeypatch.setattr(UnitSystem, "binary", True)  # as --ram is typed
     options = ("plan", "tiny", "--ram", "2GiB", "--context", "512")
     table, found = qmix(*options, FORCE_COLOR="1"), json.loads(qmix(*options, "--json").out)
     assert (table.status, table.err) == (0, "")
-    rows = dict(re.findall(r"^│ (.+?) +│ +([\d.]+ [kMG]?B) │", table.out, re.MULTILINE))
+    rows = dict(re.findall(r"^│ (.+?) +│ +([\d.]+ [KMG]iB) │", table.out, re.MULTILINE))
     assert rows == {
         "Python with its imports": format_bytes(found["interpreter"]),
         "dense weights": format_bytes(found["dense"]),
@@ -275,9 +276,9 @@ def test_plan_shows_what_lies_where_and_it_adds_up(qmix):
 
 
 def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
-    refused = qmix("plan", "tiny", "--ram", "100MB", "--context", "64")
+    refused = qmix("plan", "tiny", "--ram", "100MiB", "--context", "64")
     assert refused.status == 3
-    told = re.fullmatch(r"qmix: does not fit 100 MB of RAM: needs .* --ram (\d+)MiB\n", refused.err)
+    told = re.fullmatch(r"qmix: does not fit 100 MiB of RAM: needs .* --ram (\d+)MiB\n", refused.err)
     assert told, refused.err
     assert refused.out.startswith("tiny: the nearest plan that fits")
     assert refused.out.endswith(f"  qmix generate -m tiny --ram {told[1]}MiB --context 64\n")
@@ -293,7 +294,7 @@ def test_plan_refuses_what_does_not_fit_and_its_smallest_budget_is_exact(qmix):
     assert nearest["ram"] == int(told[1]) * 2**20
     assert nearest["fits"]
     assert math.ceil(answer["smallest"] / 2**20) == int(told[1])
-    assert qmix(*SEEDED, "--context", "64", "--ram", "100MB").err == refused.err
+    assert qmix(*SEEDED, "--context", "64", "--ram", "100MiB").err == refused.err
 
 
 def test_quantizing_shows_plain_lines_and_again_it_is_already_there(qmix, tmp_path):

@@ -41,7 +41,7 @@ def test_a_card_is_planned_with_its_published_figures(qmix):
     assert found["devices"][0]["budget"] == int(24 * 2**30 * 0.98)
     shown = qmix("plan", "mixtral-8x7b", "--gpu", "24GiB", "--ram", "32GiB").out
     assert re.search(r"typical of RTX 3090: memory to GPU", " ".join(shown.split()))
-    assert re.search(r"CUDA's context +│ +│ +629 MB", shown)
+    assert re.search(r"CUDA's context +│ +│ +600 MiB", shown)
 
 
 def test_cards_are_compared(qmix):
@@ -77,7 +77,7 @@ def test_the_map_shows_every_expert_by_letters_without_colours(qmix):
 
 
 def test_a_store_larger_than_the_stated_disk_is_refused(qmix):
-    done = qmix("plan", "mixtral-8x22b", "--ram", "64GiB", "--disk", "50GB")
+    done = qmix("plan", "mixtral-8x22b", "--ram", "64GB", "--disk", "50GB")
     assert done.status == 3
     assert done.err.startswith("qmix: does not fit 50 GB of disk: the store takes 82.5 GB")
 
@@ -93,7 +93,7 @@ def test_a_store_larger_than_the_disk_that_was_found_is_warned_of(monkeypatch):
     monkeypatch.setattr("qmix.plan.here.interpreter_memory", lambda kernels: 5 * 10**8)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(qmix.machine.found.shutil, "disk_usage", lambda path: usage(10**12, 0, 50 * 10**9))
-    of_this = ("mixtral-8x22b", "--ram", "64GiB", "--gpu", "none")
+    of_this = ("mixtral-8x22b", "--ram", "64GB", "--gpu", "none")
     done = CliRunner().invoke(plan, of_this)
     assert done.exit_code == 0
     assert "the store takes 82.5 GB, 50 GB are free at " in done.stderr
@@ -109,7 +109,7 @@ def test_a_store_larger_than_the_disk_that_was_found_is_warned_of(monkeypatch):
 
 
 def test_a_stated_disk_counts_for_machines_that_are_compared(qmix):
-    done = qmix("plan", "mixtral-8x22b", "--compare", "64GiB", "--disk", "50GB")
+    done = qmix("plan", "mixtral-8x22b", "--compare", "64GB", "--disk", "50GB")
     assert done.status == 3
     assert done.err.startswith("qmix: does not fit 50 GB of disk: the store takes 82.5 GB")
 

@@ -11,7 +11,7 @@ import torch
 
 from qmix.bench import machine_rates
 from qmix.kernels.cpu.paths import PATHS
-from qmix.machine import doctor, probes
+from qmix.machine import ceilings, doctor
 from qmix.machine import found as machine
 from qmix.machine import measured as machine_profile
 from qmix.machine.cuda_context import taken_by
@@ -170,21 +170,23 @@ def test_a_context_is_what_is_no_longer_free_besides_what_torch_counts():
 def test_the_gpus_that_were_measured_are_kept(tmp_path, monkeypatch):
     path = tmp_path / "machine.json"
     assert machine_profile.measured_gpus(path) == MeasuredGpus()
-    known = MeasuredGpus(("NVIDIA GeForce RTX 4090",), 450 * 2**20)
+    known = MeasuredGpus(("NVIDIA GeForce RTX 4090",), 450 * 2**20, {"nf4 bf16": 32, "fp4 fp16": 128})
     machine_profile.keep({"pcie": 2e10}, path=path, gpus=known)
     assert machine_profile.measured_gpus(path) == known
+    assert machine_profile.dense_from("bf16", path) == {"nf4": 32}
     machine_profile.keep(four_bit=machine_profile.FourBitTrial("avx2", "qmix", "qmix", True, 1e9, 9.0), path=path)
     assert machine_profile.measured_gpus(path) == known
     monkeypatch.setattr(machine_profile, "_stack", lambda: {"torch": "another"})
-    assert machine_profile.measured_gpus(path) == MeasuredGpus(known.names)  # its context was another torch's
+    assert machine_profile.measured_gpus(path) == MeasuredGpus(known.names)  # the rest was another torch's
+    assert machine_profile.dense_from("bf16", path) == {}
 
 
 def test_a_gpus_ceilings_are_measured_with_the_cpu_in_its_place(monkeypatch):
-    monkeypatch.setattr(probes, "GPU_BYTES", 2**22)
-    monkeypatch.setattr(probes, "GPU_SIZE", 64)
-    found = probes.gpu_ceilings(torch.device("cpu"))
+    monkeypatch.setattr(ceilings, "GPU_BYTES", 2**22)
+    monkeypatch.setattr(ceilings, "GPU_SIZE", 64)
+    found = ceilings.gpu_ceilings(torch.device("cpu"))
     assert set(found) == {"gpu_memory", "gpu_matmul", "pcie"}
-    assert all(len(rate.rounds) == probes.ROUNDS for rate in found.values())
+    assert all(len(rate.rounds) == ceilings.ROUNDS for rate in found.values())
 
 
 def test_a_card_is_named_for_measured_rates(monkeypatch, tmp_path):
@@ -192,7 +194,9 @@ def test_a_card_is_named_for_measured_rates(monkeypatch, tmp_path):
     cards = (doctor.Gpu("A", 2, 1), doctor.Gpu("Old", 2, 1, "no kernel image"), doctor.Gpu("B", 2, 1))
     monkeypatch.setattr(doctor, "_gpus", lambda: cards)
     monkeypatch.setattr(doctor, "context_bytes", {0: 5, 2: 7}.get)
-    assert doctor.examine_gpus() == MeasuredGpus(("A", "B"), 7)
+    monkeypatch.setattr(doctor, "try_dense", lambda gpus: {"nf4 bf16": 8 * len(gpus)})
+    assert doctor.examine_gpus() == MeasuredGpus(("A", "B"), 7, {"nf4 bf16": 16})
+    monkeypatch.undo()
     monkeypatch.setattr(doctor, "_gpus", tuple)
     assert doctor.examine_gpus() == MeasuredGpus()
 

@@ -10,7 +10,7 @@ from checkpoints import make_checkpoint
 from stores import make_store
 
 from qmix.disk.reads import Reader
-from qmix.machine import probes
+from qmix.machine import ceilings, probes
 from qmix.machine.probes import DiskProbe, MemoryProbe, Rate
 
 
@@ -97,15 +97,15 @@ class Done:
 
 def test_all_three_in_one_call(store, monkeypatch):
     memory_read, matmul = probes.memory_read, probes.matmul
-    monkeypatch.setattr(probes, "memory_read", lambda: memory_read(2**22))
-    monkeypatch.setattr(probes, "matmul", lambda: matmul(sizes=(64,)))
-    found = probes.probe(store)
+    monkeypatch.setattr(ceilings, "memory_read", lambda: memory_read(2**22))
+    monkeypatch.setattr(ceilings, "matmul", lambda: matmul(sizes=(64,)))
+    found = ceilings.probe(store)
     assert found.disk_read is not None
     assert all(map(sane, (found.memory_read, found.disk_read, found.matmul)))
 
 
 def test_a_process_of_its_own_gives_what_needs_no_store():
-    found = probes.probe_in_child()
+    found = ceilings.probe_in_child()
     assert found.disk_read is None
     assert sane(found.memory_read)
     assert sane(found.matmul)

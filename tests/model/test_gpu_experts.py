@@ -12,9 +12,10 @@ from stores import make_model, make_pool, make_store
 
 from qmix.engine.stream import Runner
 from qmix.errors import StoreError, UsageError
+from qmix.kernels.gpu.shapes import DENSE_FROM
 from qmix.machine.rates import Rates
 from qmix.model.build import build_model
-from qmix.model.gpu.experts import DeviceExperts, TokensByExpert
+from qmix.model.gpu.experts import DeviceExperts, KernelExpert, TokensByExpert
 from qmix.model.gpu.spread import spread_for
 from qmix.model.kv import KVCache
 
@@ -155,6 +156,37 @@ def test_the_way_is_chosen_by_tokens_and_rates(tmp_path, ids):
         assert ways == ["_on_device"] * 2
         model(ids[:, :1])
     assert ways[2:] == ["_on_host"] * 2
+
+
+@pytest.mark.parametrize(("dense_from", "ways"), [(33, "iiddd"), (8, "ddddd"), (1000, "iiiid")])
+def test_few_tokens_multiply_a_record_in_place_and_many_by_way_of_a_buffer(dense_from, ways):
+    """Never in place beyond the tokens that the plan has counted work space for."""
+    taken = []
+
+    class Kernels:
+        def in_place(self, shape, record, x):
+            taken.append("i")
+            return x
+
+        def dense(self, shape, record, x, buffer):
+            taken.append("d")
+            return x
+
+    expert = KernelExpert(Kernels(), None, torch.zeros(1), torch.zeros(1), dense_from)
+    for tokens in (8, 32, 33, 256, 257):
+        assert len(expert(torch.zeros(tokens, 2), torch.nn.functional.silu)) == tokens
+    assert "".join(taken) == ways
+
+
+def test_the_measured_choice_reaches_the_experts_of_each_precision(tmp_path):
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store", "nf4,*.1=fp4")
+    spread = spread_for(spread_plan(store.layout, TWO, {0, 1}), COMPUTES, "cpu")
+    spread.dense_from = {"nf4": 16}
+    model = build_model(store, make_pool(store, 2, elsewhere=spread.residents), "sdpa", spread)
+    loader = model.model.layers[0].mlp.experts.loader
+    loader.kernels = object()
+    record = torch.zeros(1)
+    assert [loader.expert(kind, record).dense_from for kind in ("nf4", "fp4")] == [16, DENSE_FROM]
 
 
 @pytest.fixture

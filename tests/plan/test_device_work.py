@@ -172,7 +172,7 @@ def test_a_named_cards_rates_are_published_unless_it_was_measured_here():
 
 
 def test_a_gpu_that_was_found_has_its_cards_rates(monkeypatch):
-    """Of two GPUs here the table has one: its published rates count for both, as no other is known to be slower."""
+    """The table has one of two GPUs here: its published rates count for both, as no other is known to be slower."""
     found = [("NVIDIA GeForce RTX 4090", 25_393_692_672), ("NVIDIA Something", 2**34)]
     monkeypatch.setattr("qmix.plan.here.found_gpus", lambda: tuple(nbytes for _, nbytes in found))
     monkeypatch.setattr("qmix.plan.here.gpu_names", lambda: tuple(found))

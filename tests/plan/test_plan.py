@@ -47,7 +47,7 @@ def test_8x22b_in_24_gib_holds_a_few_experts_of_each_layer():
 
 
 def test_a_budget_too_small_is_refused_with_one_that_works():
-    with pytest.raises(DoesNotFitError, match=r"needs 12\.6 GB .* ram='\d+MiB'") as refused:
+    with pytest.raises(DoesNotFitError, match=r"needs 12\.6 GB .* ram='\d+MB'") as refused:
         make_plan(layout(BIG), 8 * GIB, 4096, 400 * MIB)
     assert make_plan(layout(BIG), refused.value.smallest, 4096, 400 * MIB).slots == 2
     with pytest.raises(DoesNotFitError):

@@ -11,7 +11,7 @@ from qmix.precision import matmul, quantised
 from qmix.precision.matmul import Matrix
 from qmix.precision.quantised import FourBitMatrix, Int8Matrix
 
-ROWS, COLS = 416, 1088  # thirteen groups of rows, seventeen blocks
+ROWS, COLS = 416, 1344  # thirteen groups of rows, 21 blocks; large enough for qmix's own kernels
 
 
 def matrix(precision: str, rows: int = ROWS, cols: int = COLS, **how: object) -> FourBitMatrix | Int8Matrix:

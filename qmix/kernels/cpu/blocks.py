@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from qmix.kernels.packing import BLOCK
+from qmix.kernels.packing import BLOCK, NF4_VALUES
 
 Array = npt.NDArray[Any]
 Midpoints = tuple[np.float32, ...]
@@ -37,14 +37,9 @@ Steps = tuple[tuple[np.float32, np.uint32], ...]
 
 # The values of each kind, ascending; the last one divides them.
 VALUES = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
+    "nf4": NF4_VALUES,
     "fp4": (-12, -8, -6, -4, -3, -2, -0.0625, 0, 0, 0.0625, 2, 3, 4, 6, 8, 12),
-}  # fmt: skip
+}
 # Codes by rank (NF4 codes are ranks), in the order of bitsandbytes' sort: 0.0 gets code 0, and 0.001 the zero 8.
 FP4_CODES = np.array([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8)
 

@@ -35,12 +35,12 @@ from qmix.kernels.packing import BLOCK
 
 SUMMED = 1024  # columns of a token in a piece of the last stage
 
-# of the kernel's block, after the counts of pieces drawn and done
+# the kernel's block, after the counts of pieces drawn and done
 EXPERTS, ROWS, TOKENS, TOP_K, HIDDEN, INNER, FP16, DIRECT = range(2, 10)
 TABLE, X, READ, READ_INNER, OUT, WEIGHTS, RESULT = range(10, 17)  # addresses
 PACKED, ITEM, GROUP_SUMS = range(17, 20)  # what the tiles take: if packed matrices, bytes of a number of x; code
 FIELDS = 20
-# of an expert in the table: addresses, the number of its rows, and the number of the first among all
+# an expert in the table: addresses, the number of its rows, and the number of the first among all
 GATE, GATE_SCALES, UP, UP_SCALES, DOWN, DOWN_SCALES, PLACES, COUNT, FIRST = range(9)
 EXPERT_FIELDS = 9
 

@@ -15,7 +15,7 @@ from qmix.kernels.cpu.row_tile import GROUP
 
 PARTIAL = 16  # sums of squares side by side
 
-# of the kernel's block, after the counts of pieces drawn and done
+# the kernel's block, after the counts of pieces drawn and done
 SIZE, HEADS, GROUPS, WIDTH, POSITIONS, EXPERTS = range(2, 8)
 HIDDEN, COS, SIN, CONSTANTS, WORK = range(8, 13)  # addresses, as are the following
 KEYS, VALUES, KEY_GROUP, VALUE_GROUP = range(13, 17)  # the last two are strides in bytes

@@ -47,8 +47,7 @@ def group(ids: torch.Tensor, experts: int, tile: int | None = None) -> Groups:
 
     The number of chunks is the most that T * k pairs can need.
     """
-    if tile is None:
-        tile = MANY if tensor_cores(ids.device) else 4
+    tile = tile or _tile(ids.device)
     flat = ids.flatten()
     flat = torch.where(flat < 0, experts, flat)
     order = torch.argsort(flat, stable=True)
@@ -62,6 +61,18 @@ def group(ids: torch.Tensor, experts: int, tile: int | None = None) -> Groups:
     count = (counts[real] - within).clamp(0, tile)
     chunks = torch.stack((torch.where(expert < experts, real, -1), starts[real] + within, count), 1)
     return Groups(order.int(), chunks.int(), tile)
+
+
+def one_group(tokens: int, device: torch.device) -> Groups:
+    """Return the groups of tokens that all have expert 0."""
+    tile = _tile(device)
+    order = torch.arange(tokens, dtype=torch.int32, device=device)
+    first = order[::tile]
+    return Groups(order, torch.stack((torch.zeros_like(first), first, (tokens - first).clamp(max=tile)), 1), tile)
+
+
+def _tile(device: torch.device) -> int:
+    return MANY if tensor_cores(device) else 4
 
 
 def gate_up(

@@ -2,7 +2,8 @@
 
     dequantize    a matrix of a record to [rows, columns] in half precision, one launch, no reordering
     forward       an expert's forward with a buffer for one matrix
-    dense_from    the tokens of an expert from which `forward` is faster than `moe`'s kernels, measured on the card
+    in_place      the same by `moe`'s kernels
+    dense_from    the tokens of an expert from which `forward` is the faster one, measured on the card
 
 `moe.gate_up` and `moe.down` with groups keep one order of sums whatever the number of tokens; torch.mm does not.
 """
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -19,10 +21,11 @@ from qmix.kernels.gpu import moe
 from qmix.kernels.gpu.common import INTERPRETED, TYPES, to_half
 from qmix.kernels.gpu.fourbit import both_scales
 from qmix.kernels.gpu.lookup import WIDE_OPERANDS, eight_wide
-from qmix.kernels.gpu.shapes import DENSE_FROM, FOUR_BITS, ExpertShape, down_splits
+from qmix.kernels.gpu.shapes import DENSE_FROM, FEW_TOKENS, FOUR_BITS, MOST_IN_PLACE, ExpertShape, down_splits
 
 PAIRS = 64  # of columns, in a program: two blocks
-MEASURED = (8, 16, 32, 64, 128, 256, 512)  # tokens of an expert
+MEASURED = (8, 16, 32, 64, 128, MOST_IN_PLACE)  # tokens of an expert
+CLEARLY = 0.95  # of the other way's time: noise of the measurement makes no choice
 GATED = 1024  # numbers of a program of `gate_kernel`
 
 
@@ -138,25 +141,26 @@ def dense_from(shape: ExpertShape, record: torch.Tensor, dtype: torch.dtype, buf
         return DENSE_FROM
     for tokens in MEASURED:
         x = torch.randn(tokens, shape.hidden, dtype=dtype, device=record.device)
-        in_place = _seconds(in_place_run(shape, record, x))
-        if _seconds(lambda x=x: forward(shape, record, x, buffer)) < in_place:  # type: ignore[misc]
+        if _seconds(partial(forward, shape, record, x, buffer)) < CLEARLY * _seconds(
+            partial(in_place, shape, record, x)
+        ):
             return tokens
     return 2 * MEASURED[-1]
 
 
-def in_place_run(shape: ExpertShape, record: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
-    """Return a function that gives one expert x [T, H] through `moe`'s kernels, with groups."""
+def in_place(shape: ExpertShape, record: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the same of `moe`'s kernels, which read the record where it lies: [T, H] of x [T, H].
+
+    The work space of a token are its inner values and `down_splits` partial results in fp32.
+    """
     ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
-    addresses = torch.tensor([record.data_ptr()], device=x.device)
-    groups = moe.group(ids, 1)
+    addresses = torch.full((1,), record.data_ptr(), dtype=torch.int64, device=x.device)
+    groups = moe.one_group(len(x), x.device) if len(x) > FEW_TOKENS else None
     inner = x.new_empty(len(x), shape.inner)
     parts = x.new_empty(down_splits(shape.inner), len(x), shape.hidden, dtype=torch.float32)
-
-    def run() -> None:
-        moe.gate_up(shape, addresses, ids, x, inner, groups)
-        moe.down(shape, addresses, ids, inner, parts, groups)
-
-    return run
+    moe.gate_up(shape, addresses, ids, x, inner, groups)
+    moe.down(shape, addresses, ids, inner, parts, groups)
+    return parts.sum(0).to(x.dtype)
 
 
 def _multiply(

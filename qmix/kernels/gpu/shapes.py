@@ -1,4 +1,4 @@
-"""What the kernels take, how they cut their sums, and the work space that follows. Loads neither torch nor Triton.
+"""Shapes that the kernels take, the cuts of their sums, and the work space that follows. Loads no torch, no Triton.
 
 The cuts depend on the shapes of weights alone, never on the number of tokens, so a token's sums have one order.
 """
@@ -14,7 +14,8 @@ FOUR_BITS = ("nf4", "fp4")
 DTYPES = ("bf16", "fp16")
 FEW_TOKENS = 32  # tokens up to which `moe` finds an expert's tokens without a table
 DENSE_FROM = 64  # tokens of an expert from which dequantising it pays, where nothing was measured
-ATTENTION_SPLIT = 128  # positions that one program of attention reads
+MOST_IN_PLACE = 256  # tokens of an expert up to which it may be multiplied in place: its sums take memory
+ATTENTION_SPLIT = 128  # positions of a part of attention, which one program reads
 SAMPLE_BLOCK = 1024  # logits that one program of sampling compares
 OLDEST = (7, 5)  # compute capability of Turing; it has no products in bf16
 OLDEST_BF16 = (8, 0)  # Ampere
@@ -22,7 +23,7 @@ OLDEST_BF16 = (8, 0)  # Ampere
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Where the parts of an expert record lie. All offsets are in bytes, in the order w1, w3, w2.
+    """The places of an expert record's parts. All offsets are in bytes, in the order w1, w3, w2.
 
     `codes` are the weights or their codes, `scales` absmax (nf4, fp4) or row_max (int8); `half` has no scales. w1 and
     w3 are [inner, hidden], w2 is [hidden, inner]. Records begin at multiples of 64 bytes, and so does every part.

@@ -10,13 +10,14 @@ on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from qmix.checkpoint.torch_dtypes import HALF
-from qmix.kernels.gpu.shapes import ExpertShape
+from qmix.kernels.gpu.shapes import DENSE_FROM, MOST_IN_PLACE, ExpertShape
 from qmix.machine.rates import Rates
 from qmix.model.gpu.copy_or_compute import ExpertSize, copying_pays
 from qmix.model.gpu.devices import HOST, Device, Staged, Staging, download
@@ -88,24 +89,45 @@ class Rows:
 
 
 class KernelExpert:
-    """An expert on a GPU whose matrices are dequantised one after another by a kernel, into `buffer`."""
+    """An expert on a GPU in 4 bits: few tokens multiply it in place, many by way of `buffer`.
 
-    def __init__(self, kernels: Any, shape: ExpertShape, record: torch.Tensor, buffer: torch.Tensor) -> None:
+    From `dense_from` tokens on its matrices are dequantised there, one after another, and torch multiplies.
+    """
+
+    def __init__(
+        self, kernels: Any, shape: ExpertShape, record: torch.Tensor, buffer: torch.Tensor, dense_from: int
+    ) -> None:
         self.kernels, self.shape, self.record, self.buffer = kernels, shape, record, buffer
+        self.dense_from = min(dense_from, MOST_IN_PLACE + 1)
 
     def __call__(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """Return the expert's output [T, H] for x [T, H]; `activation` is SiLU wherever there are kernels."""
+        x = x.contiguous()
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            found: torch.Tensor = self.kernels.expert(self.shape, self.record, x.contiguous(), self.buffer)
+            found: torch.Tensor
+            if len(x) < self.dense_from:
+                found = self.kernels.in_place(self.shape, self.record, x)
+            else:
+                found = self.kernels.dense(self.shape, self.record, x, self.buffer)
         return found
 
 
 class Loader:
     """A device's memory to multiply records with, which its layers share, and where needed staging buffers."""
 
-    def __init__(self, device: Device, pool: Pool, uploads: bool, kernels: Any = None) -> None:
-        """With `uploads` some experts of the device's layers lie elsewhere. `kernels` are the GPU's, if it has any."""
-        self.pool, self.layout, self.kernels = pool, pool.store.layout, kernels
+    def __init__(
+        self,
+        device: Device,
+        pool: Pool,
+        uploads: bool,
+        kernels: Any = None,
+        dense_from: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """With `uploads` some experts of the device's layers lie elsewhere. `kernels` are the GPU's, if it has any.
+
+        `dense_from` has by precision the tokens from which on dequantising was measured to be faster.
+        """
+        self.pool, self.layout, self.kernels, self.dense_from = pool, pool.store.layout, kernels, dense_from
         self.shapes = expert_shapes(self.layout)
         self.ahead: dict[Key, Staged] = {}  # copies that a coming layer will use, in the buffers' order
         geometry, half = self.layout.geometry, HALF[self.layout.dtype]
@@ -131,7 +153,8 @@ class Loader:
     def expert(self, precision: str, record: torch.Tensor) -> Forward:
         """Return the expert of a record's bytes on the device; valid until the next call."""
         if self.kernels is not None and is_dequantised(precision):
-            return KernelExpert(self.kernels, self.shapes[precision], record, self.memory)
+            tokens = self.dense_from.get(precision, DENSE_FROM)
+            return KernelExpert(self.kernels, self.shapes[precision], record, self.memory, tokens)
         layout, shapes = self.layout.records[precision], self.layout.geometry.expert_matrices
         return device_expert(record, layout, shapes, self.memory, self.values.get(precision))
 

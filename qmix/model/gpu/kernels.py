@@ -28,7 +28,7 @@ class TritonKernels:
         self.linear, self.rotate, self.attend = dense.linear, attention.rotate, attention.attend
         self.norm, self.Router, self.Mixture = norms.norm, norms.Router, norms.Mixture
         self.gate_up, self.down, self.sample = moe.gate_up, moe.down, sample.sample
-        self.expert = prefill.forward
+        self.dense, self.in_place = prefill.forward, prefill.in_place
 
     def address(self, tensor: torch.Tensor) -> int:
         """Return where a tensor lies on its device."""

@@ -7,7 +7,7 @@ states cross where the device changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +41,7 @@ class Spread:
     ) -> None:
         self.plan, self.devices, self.rates, self.read_routing = plan, devices, rates, read_routing
         self.kernels: Kernels | None = None  # those of the GPUs, once the model is known
+        self.dense_from: Mapping[str, int] = {}  # as measured, see `Loader`
         _check(plan)
 
     @property
@@ -71,7 +72,8 @@ class Spread:
             if device.name == HOST:
                 continue
             if device.name not in loaders:
-                loaders[device.name] = Loader(device, pool, self._uploads(device), self.kernels)
+                uploads = self._uploads(device)
+                loaders[device.name] = Loader(device, pool, uploads, self.kernels, self.dense_from)
             layer.mlp.experts = DeviceExperts(
                 index,
                 device,

@@ -1,4 +1,4 @@
-"""What fits the kernels, how sums are cut, and that nothing else needs Triton."""
+"""Shapes that fit the kernels, the cuts of sums, and modules that do without Triton."""
 
 from __future__ import annotations
 

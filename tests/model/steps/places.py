@@ -1,4 +1,4 @@
-"""Where captured steps run in these tests."""
+"""The device of captured steps in these tests."""
 
 from __future__ import annotations
 
