@@ -2,8 +2,9 @@
 
     python benchmarks/watching.py [--tokens 400] [--rounds 5]
 
-The three alternate in one process. The embedded model is the worst case: it has the most tokens a second, and Python,
-which the watcher shares, takes most of a token's time.
+The three alternate in one process. A look's own time on a core, times the looks a second, is the share of a core that
+watching takes. The embedded model is the worst case: it has the most tokens a second, and Python, which the watcher
+shares, takes most of a token's time.
 """
 
 from __future__ import annotations
@@ -61,8 +62,21 @@ def rate(runner: Runner, tokens: int) -> float:
     return tokens / (time.perf_counter() - started)
 
 
-def measure(runner: Runner, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Return the rates of each way, round by round; the order turns so that each way is first in its turn."""
+def core_seconds(look: Callable[[], object], looks: int = 40) -> float:
+    """Return the median time that a look takes of a core."""
+    times = []
+    for _ in range(looks):
+        started = time.thread_time()
+        look()
+        times.append(time.thread_time() - started)
+    return statistics.median(times)
+
+
+Ways = dict[str, tuple[Callable[[], object], float]]
+
+
+def ways_of(runner: Runner) -> Ways:
+    """Return what is done again and again beside the runner, and after how many seconds."""
     screen, page = Watch(runner), Watch(runner)
     console = Console(file=io.StringIO(), width=80, height=24, force_terminal=True)
 
@@ -72,11 +86,11 @@ def measure(runner: Runner, tokens: int, rounds: int) -> dict[str, list[float]]:
     def event() -> bytes:
         return msgspec.json.encode(page.figures().to_json())
 
-    ways: dict[str, tuple[Callable[[], object], float]] = {
-        "alone": (lambda: None, 3600.0),
-        "screen": (draw, 1 / REFRESHES),
-        "page": (event, PERIOD),
-    }
+    return {"alone": (lambda: None, 3600.0), "screen": (draw, 1 / REFRESHES), "page": (event, PERIOD)}
+
+
+def measure(runner: Runner, ways: Ways, tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Return the rates of each way, round by round; the order turns so that each way is first in its turn."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     rate(runner, tokens)
     for turn in range(rounds):
@@ -97,15 +111,19 @@ def main() -> None:
         store = quantize(opened, Path(directory) / "store", layout_for(opened, "nf4", None, False))
         plan = make_plan(store.layout, 2**40, 1024, 2**28)
         with Runner(store, plan) as runner:
-            found = measure(runner, options.tokens, options.rounds)
+            ways = ways_of(runner)
+            found = measure(runner, ways, options.tokens, options.rounds)
+            shares = {name: core_seconds(look) / seconds for name, (look, seconds) in ways.items()}
     alone = found["alone"]
     ratios = {name: [one / other for one, other in zip(rates, alone, strict=True)] for name, rates in found.items()}
     for name, rates in found.items():
+        of = ratios[name]
         print(
             f"{name:8} {statistics.median(rates):7.1f} tok/s ({min(rates):.1f} to {max(rates):.1f}), "
-            f"ratio to alone {statistics.median(ratios[name]):.3f} ({min(ratios[name]):.3f} to {max(ratios[name]):.3f})"
+            f"ratio to alone {statistics.median(of):.3f} ({min(of):.3f} to {max(of):.3f}), "
+            f"{100 * shares[name]:.2f}% of a core"
         )
-    print(json.dumps({"tokens": options.tokens, "rates": found, "ratios": ratios}))
+    print(json.dumps({"tokens": options.tokens, "rates": found, "ratios": ratios, "shares": shares}))
 
 
 if __name__ == "__main__":
