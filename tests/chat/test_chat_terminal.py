@@ -18,7 +18,7 @@ ENDLESS = ("chat", "tiny", "--temperature", "1", "--seed", "1", "--ignore-eos")
 READY = r"\x1b\[\?2004h.*?>>>.*?\x1b\[\?25h"  # prompt_toolkit reads pastes as such from here on, and shows the cursor
 ENTERED = r"\x1b\[\?2004l"  # and from here on it does not read
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
-STATISTICS = r"\d+ (?:new )?prompt tokens?.*seed \d+\r\n"
+STATISTICS = r"\d+ (?:new )?prompt tokens?[\s\S]*?seed \d+\r\n"  # folded where the terminal is narrow
 LOADED = "Ctrl-D leaves\r\n"
 HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer\r\n"
 

@@ -114,7 +114,7 @@ def test_a_plan_stays_within_a_narrow_terminal(qmix, columns):
     shown, _, command = ESCAPES.sub("", end(terminal)).partition("run it:")
     lines = shown.splitlines()
     assert terminal.exitstatus == 0
-    assert re.match(r"\s+qmix generate -m tiny --ram \d+MiB", command)  # in one piece, however narrow
+    assert re.match(r"\s+qmix generate -m tiny --ram \d+MB", command)  # in one piece, however narrow
     assert len(lines) > 15
     assert max(map(len, lines)) <= columns
 
