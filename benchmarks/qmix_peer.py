@@ -38,7 +38,7 @@ from qmix.units import parse_bytes
 
 
 class Clock:
-    """When each pass of the model ended, what the pool had counted and how many layers had asked by then."""
+    """The times at which passes ended, with the pool's counters and the layers that had asked by then."""
 
     def __init__(self, pool: ExpertPool) -> None:
         self.pool = pool

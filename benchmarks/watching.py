@@ -1,4 +1,4 @@
-"""What watching costs: tokens/s on `tiny` alone, beside the terminal's live screen, and beside a watcher of the page.
+"""The cost of watching: tokens/s on `tiny` alone, beside the terminal's live screen, and beside a watcher of the page.
 
     python benchmarks/watching.py [--tokens 400] [--rounds 5]
 

@@ -38,7 +38,7 @@ class Choices(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What answers belong to. `lines` is the number of requests, 0 in files of older versions."""
+    """The run that answers belong to. `lines` is the number of requests, 0 in files of older versions."""
 
     subject: dict[str, Any]
     chosen: Choices

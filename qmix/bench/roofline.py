@@ -105,7 +105,7 @@ def bound(cost: Cost, memory_read: float, disk_read: float | None, matmul: float
 
 @dataclass(frozen=True, slots=True)
 class OnGpus:
-    """What a plan has on GPUs, by layer: whether the layer is there, and the least bytes of its residents' records."""
+    """A plan's GPUs, by layer: whether the layer is there, and the least bytes of its residents' records."""
 
     layers: tuple[bool, ...]
     residents: tuple[int, ...]

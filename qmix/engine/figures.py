@@ -1,4 +1,4 @@
-"""What a running model does, as figures for people: where experts lie, how fast tokens come, what limits them now.
+"""A running model in figures for people: where experts lie, how fast tokens come, what limits them now.
 
 The thread that computes only adds to counters. A Watch reads them from another thread, without a lock: a figure may be
 one token old. While nobody watches, nothing else is done. Loads no torch.

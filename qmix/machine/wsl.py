@@ -24,7 +24,7 @@ MOVE = "keep stores in Linux's own filesystem, such as ~/.cache/qmix"
 
 @dataclass(frozen=True, slots=True)
 class Wsl:
-    """What WSL decides here. `drive` is the mount point of the Windows drive that the stores lie on, None for none.
+    """The settings of WSL here. `drive` is the mount point of the Windows drive that the stores lie on, None for none.
 
     `config` is the .wslconfig that was found, `memory` its limit as written. `device` and `library` tell whether the
     GPU's device and CUDA's library of the Windows driver are there.

@@ -9,7 +9,7 @@ import click
 
 
 class Voice:
-    """Whether lines and progress for people are shown; `logger` is the log's name of what is said."""
+    """The lines and progress for people, shown or not; `logger` is the log's name of what is said."""
 
     quiet: ClassVar[bool] = False
     logger: ClassVar[str] = "qmix.terminal"

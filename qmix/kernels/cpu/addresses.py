@@ -1,4 +1,4 @@
-"""What lies at an address, for functions that Numba compiles: numbers, arrays, and code to call."""
+"""Numbers, arrays and code at an address, for functions that Numba compiles."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Exchanges:
     """Makes the exchanges of a run's steps."""
 
     def __init__(self, pool: Pool, parts: Sequence[OnDevice]) -> None:
-        """Where a record may move out of its slot; elsewhere nothing is exchanged."""
+        """Exchange records of `parts` if the pool's may move out of their slots, else none."""
         self.pool = pool
         layers = [(part.layers[index], away) for part in parts for index, away in enumerate(part.away)]
         self._layers: dict[int, tuple[StepLayer, AwayExperts]] = {
