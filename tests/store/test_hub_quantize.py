@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import TINY_CONFIG, make_checkpoint, random_weights, write_checkpoint
 from command import LIMIT_SECONDS
 from hub_server import HubServer
 
@@ -84,3 +85,28 @@ def test_a_plan_of_a_hub_model_reads_headers_only(hub, tmp_path):
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
     weights = [f"model-{index:05d}-of-00004.safetensors" for index in range(1, 5)]
     assert all(0 < sum(request.sent for request in hub.gets(name)) <= 100_100 for name in weights)
+
+
+def test_pull_says_what_it_takes_and_leaves_the_store_alone(tiny, tmp_path):
+    write_checkpoint(tmp_path / "mix", random_weights(TINY_CONFIG), TINY_CONFIG, 3, tokenizer=tiny)
+    with HubServer(tmp_path / "mix") as hub:
+        made = run_qmix("pull", "org/mix", "--ram", "1GiB", home=tmp_path, endpoint=hub.url)
+        assert made.returncode == 0, made.stderr
+        told = made.stderr.splitlines()
+        assert any(
+            re.match(r"org/mix: [\d.]+ \w+ to fetch, the store takes [\d.]+ \w+ \(experts in nf4", line)
+            for line in told
+        )
+        assert any(line.startswith("disk: ") for line in told)
+        assert any(line.startswith("here: ") for line in told)
+        assert told[-1].endswith("run it with `qmix chat org/mix`")
+        assert not list((tmp_path / "hf").rglob("*.safetensors"))
+        (store,) = (tmp_path / "cache" / "qmix").glob("org--mix-nf4-half-*")
+        assert open_store(store).source_name == "mix"
+        again = run_qmix("pull", "org/mix", "--ram", "1GiB", home=tmp_path, endpoint=hub.url)
+        assert again.returncode == 0, again.stderr
+        assert ": already there, " in again.stderr
+        small = ("--precision", "int8", "--ram", "100MiB")
+        assert run_qmix("pull", "org/mix", *small, home=tmp_path, endpoint=hub.url).returncode == 3
+    listed = run_qmix("ls", "--json", home=tmp_path, endpoint="http://127.0.0.1:9")
+    assert "org/mix" in listed.stdout
