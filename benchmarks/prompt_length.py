@@ -28,8 +28,9 @@ from rich.table import Table
 from slow_disk import limited
 
 from qmix.commands.parameters import Size
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.pace import Pace
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.machine.ceilings import probe_in_child

@@ -24,7 +24,8 @@ from synthetic_weights import SyntheticModel
 
 import qmix
 from qmix.bench.roofline import least_read_bytes
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.machine.found import peak_memory

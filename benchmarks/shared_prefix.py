@@ -18,7 +18,8 @@ import click
 
 from qmix.checkpoint import open_checkpoint
 from qmix.checkpoint.source import LocalSource
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.models import EMBEDDED
 from qmix.plan import make_plan

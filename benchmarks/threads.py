@@ -40,8 +40,9 @@ from synthetic_store import write_store
 
 from qmix.bench.machine_rates import four_bit_read, half_read
 from qmix.bench.roofline import dense_read, prefill_flops
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.completion import Result
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.kernels.cpu import team

@@ -12,8 +12,9 @@ from qmix.batch.forms import Forms
 from qmix.batch.lines import Entry, Requests
 from qmix.batch.output import SCHEMA, Answers
 from qmix.batch.prompts import Asking, LineRefused
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.completion import BatchOutcome, BatchResult, Failure
+from qmix.engine.running import BatchRequest
 from qmix.errors import UsageError
 from qmix.machine.found import peak_memory
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmix.batch.request import Line
-from qmix.engine.batch import BatchRequest
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling, stream_seed
 from qmix.errors import UsageError
 from qmix.geometry import Geometry

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections import abc
 from contextlib import closing
-from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +24,8 @@ from qmix.engine.figures import Requests, Work
 from qmix.engine.opener import OpenModel
 from qmix.engine.pace import Pace
 from qmix.engine.prefill import read_together
-from qmix.engine.running import OnToken, RunningRequest, ignore_token
+from qmix.engine.running import BatchRequest, OnToken, RunningRequest, ignore_token
 from qmix.engine.sampler import Chosen, Sampler, chosen_tokens
-from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Scheduler, Sequence, Slots
 from qmix.errors import UsageError
 from qmix.machine.rates import Rates
@@ -40,27 +38,6 @@ from qmix.plan.device_memory import captured_tokens
 from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
 from qmix.progress import OnProgress, ignore
 from qmix.store.opened import Store
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRequest:
-    """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
-
-    `index` is the number of the completion where a prompt has several. With `echo` log-probabilities are told for the
-    prompt's own tokens as well, if they are requested.
-    """
-
-    name: str
-    prompt: abc.Sequence[int]
-    sampling: Sampling
-    index: int = 0
-    echo: bool = False
-
-    def completions(self) -> list[BatchRequest]:
-        """Return a request for each of the `sampling.n` completions, which share the prompt's keys and values."""
-        if self.sampling.n == 1:
-            return [self]
-        return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
 
 
 class BatchRunner(OpenModel):

@@ -1,16 +1,35 @@
-"""A request while it is answered together with others."""
+"""A request that is answered together with others, and its state meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from qmix.engine.completion import BatchResult, GrowingCompletion
 from qmix.engine.sampler import Chosen, Sampler
+from qmix.engine.sampling import Sampling
 
-if TYPE_CHECKING:
-    from qmix.engine.batch import BatchRequest
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """A prompt as ids, under a name of the caller's; `sampling.seed` fixes its draws.
+
+    `index` is the number of the completion where a prompt has several. With `echo` log-probabilities are told for the
+    prompt's own tokens as well, if they are requested.
+    """
+
+    name: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    index: int = 0
+    echo: bool = False
+
+    def completions(self) -> list[BatchRequest]:
+        """Return a request for each of the `sampling.n` completions, which share the prompt's keys and values."""
+        if self.sampling.n == 1:
+            return [self]
+        return [replace(self, sampling=one, index=index) for index, one in enumerate(self.sampling.completions())]
+
 
 OnToken = Callable[[Chosen, str], None]
 

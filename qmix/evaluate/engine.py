@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.gpu_scoring import GpuScorer
 from qmix.engine.passes import Query, make_pass, spans
+from qmix.engine.running import BatchRequest
 from qmix.engine.scoring import Score, Scorer
 from qmix.evaluate.budget import Budget
 from qmix.evaluate.prompt import Prompt

@@ -18,7 +18,7 @@ import msgspec
 from qmix.batch.prompts import Asking, LineRefused, LineTooLong
 from qmix.batch.request import CHAT, COMPLETION, Line, LineError, parse_body
 from qmix.batch.schema import Fields
-from qmix.engine.batch import BatchRequest
+from qmix.engine.running import BatchRequest
 from qmix.errors import QmixError
 from qmix.files import decode_json
 from qmix.serve.errors import ApiError, invalid, too_long

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qmix.engine.batch import BatchRequest
 from qmix.engine.completion import BatchResult
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Chosen
 from qmix.serve.errors import ApiError
 from qmix.serve.service import Outcome, Service, Ticket

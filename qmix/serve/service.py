@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.completion import BatchResult, Failure
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Chosen
 from qmix.engine.scheduler import Sequence as Place
 from qmix.errors import Cancelled

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from qmix.engine.batch import BatchRequest
 from qmix.engine.completion import BatchOutcome, Failure
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Chosen
 from qmix.errors import QmixError, UsageError
 from qmix.serve.errors import ApiError

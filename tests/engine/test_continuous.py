@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from stores import make_store
 from transformers import MixtralForCausalLM
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.completion import Failure
 from qmix.engine.pace import Pace
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from stores import make_store
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.figures import EXPERTS, IDLE, ON_DISK, REST_CPU, REST_GPU, Requests, Watch, Work
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner
 from qmix.plan import make_plan

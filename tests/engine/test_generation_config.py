@@ -13,8 +13,9 @@ from stores import make_store
 from transformers import GenerationConfig, MixtralForCausalLM
 
 from qmix.chat.session import Session
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.generation_config import IGNORED, REFUSED, Honoured, parse_generation_config
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
 from qmix.engine.stream import Runner

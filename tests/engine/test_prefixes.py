@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from stores import make_store
 
 from qmix.engine import prefixes
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.prefixes import Copy, common_prefix
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Scheduler, Sequence
 from qmix.errors import Cancelled

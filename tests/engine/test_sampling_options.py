@@ -16,7 +16,7 @@ from transformers.generation import (
     TemperatureLogitsWarper,
 )
 
-from qmix.engine.batch import BatchRequest
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Sampler, chosen_token
 from qmix.engine.sampling import Sampling, stream_seed
 from qmix.errors import UsageError

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sentencepiece_models import write_tokenizer_model
 from stores import make_store, many_prompts, one_prompt
 
-from qmix.engine.batch import BatchRequest
 from qmix.engine.processors import GrammarMask
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.errors import UsageError
 from qmix.plan import make_plan

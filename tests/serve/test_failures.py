@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 from stores import make_store, many_prompts
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampler import Sampler
 from qmix.engine.sampling import Sampling
 from qmix.serve import batches

@@ -11,9 +11,10 @@ from places import KIND
 from spreads import spread_plan
 from stores import make_store
 
-from qmix.engine.batch import BatchRequest, BatchRunner
+from qmix.engine.batch import BatchRunner
 from qmix.engine.gpu_scoring import GpuScorer
 from qmix.engine.passes import Query, make_pass
+from qmix.engine.running import BatchRequest
 from qmix.engine.sampling import Sampling
 from qmix.engine.scheduler import Sequence, Slots
 from qmix.engine.scoring import Scorer
