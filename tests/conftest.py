@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from qmix.units import UnitSystem
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("COLUMNS", "LINES"):  # the size of the terminal that runs the tests
     os.environ.pop(name, None)
+STORE = re.compile(r"-[0-9a-f]{12}(\.partial)?$")  # the end of the name of a store in the cache
 TINY = Path(__file__).parent.parent / "qmix" / "models" / "tiny"
 
 
@@ -58,3 +61,15 @@ def qmix(commands, first_use, monkeypatch) -> Commands:
     """`qmix` commands of a user who has used it before: the embedded model lies ready in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(first_use.cache))
     return commands
+
+
+@pytest.fixture
+def cache(first_use, tmp_path, monkeypatch) -> Path:
+    """A cache with the embedded model's store alone, and Python's memory measured."""
+
+    def others(directory: str, names: list[str]) -> list[str]:
+        return [name for name in names if STORE.search(name) and not name.startswith("tiny-nf4-half-")]
+
+    shutil.copytree(first_use.cache, tmp_path / "cache", ignore=others)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "qmix"

@@ -232,7 +232,7 @@ def of_batches(room: Room) -> list[Parser]:
     manifest = room.place / "manifest.jsonl"
     manifest.write_bytes(lines(answers))
     with FileAnswers(room.place / "first.jsonl") as first:
-        first.begin(BATCH, {"created": 4, "seed": 1})
+        first.begin(BATCH, {"created": 4, "seed": 1}, 2)
         begun = first.manifest.read_bytes()
 
     def outputs(path: Path) -> None:
@@ -241,7 +241,7 @@ def of_batches(room: Room) -> list[Parser]:
 
     def resumed(path: Path) -> None:
         with FileAnswers(manifest) as found:
-            found.begin(BATCH, {"created": 4, "seed": 1})
+            found.begin(BATCH, {"created": 4, "seed": 1}, 2)
 
     key = {"key": "0123456789abcdef" * 2}
     results = lines([key | {"result": [-1.5, True]}, {"key": "f" * 32, "result": [3, 4, 5]}])

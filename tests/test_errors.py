@@ -74,8 +74,8 @@ ERRORS = {
     "ram": (
         lambda: check_memory(2**30, 2**20, 7),
         "7 tokens take 1.07 GB of memory, the budget is 1.05 MB; take fewer {}, or {}",
-        ("tokens", "ram='1024MiB'"),
-        ("--tokens", "--ram 1024MiB"),
+        ("tokens", "ram='1074MB'"),
+        ("--tokens", "--ram 1074MB"),
     ),
     "context": (
         lambda: qmix.load("tiny", context=99999),

@@ -42,7 +42,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     subject: dict[str, Any]
     chosen: Choices
-    lines: int = 0
+    lines: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Answers(Protocol):

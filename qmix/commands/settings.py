@@ -24,7 +24,7 @@ PREFIX = "QMIX_"
 CACHE = "cache"  # a setting of no command: the directory of the stores
 ONCE = {  # parameters that say what one command does, not how commands run
     *("help", "version", "as_json", "yes", "output", "resume", "plot", "compare", "verify", "self_test", "no_measure"),
-    *("source", "prompt_file", "directories", "keep", "full"),
+    *("source", "prompt_file", "directories", "keep", "full", "shard", "order", "max_shard_size"),
 }
 SECRET = ("api-key",)
 EXCLUDED = {  # an option of a higher source takes the place of these

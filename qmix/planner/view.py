@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from qmix.errors import QmixError, arg
 from qmix.machine.rates import RATE_LABELS, Machine, Rates, rate_text
 from qmix.plan import Plan
 from qmix.plan.predict import Speed
@@ -59,7 +60,8 @@ def details(planned: Planned) -> Table:
     row("rates", rates_text(machine.speeds, bool(plan.devices)))
     free = "" if machine.disk is None else f", which has {format_bytes(machine.disk)} free"
     row("store", f"{format_bytes(plan.store_bytes)} on disk{free}; {format_bytes(plan.on_disk)} of experts only there")
-    row("runs from", f"--ram {_enough(plan.smallest)}; all experts fit in RAM with --ram {_enough(plan.roomy)} or more")
+    smallest, roomy = arg("ram", _enough(plan.smallest)), arg("ram", _enough(plan.roomy))
+    row("runs from", QmixError(f"{smallest}; all experts fit in RAM with {roomy} or more").for_command({}))
     return table
 
 

@@ -22,7 +22,7 @@ from qmix.kernels.cpu.paths import current
 SUMMARY = (
     r"{done} of {lines} lines?(, \d+ errors?)?(, \d+ from earlier runs)?, "
     r"\d+ new tokens? in [\d.]+ s \([\d.]+ tok/s\), \d+ prompt tokens?, batch {batch}, "
-    r"[\d.]+% of experts in memory, [\d.]+ [kMG]?B read, peak \d+ MB of [\d.]+ [MGT]B, seed \d+"
+    r"[\d.]+% of experts in memory, [\d.]+ ([kMG]i)?B read, peak \d+ MiB of [\d.]+ [MGT]iB, seed \d+"
 )
 GREEDY = ("-m", "tiny", "--temperature", "0", "--ram", "1GiB")
 LINES = [{"id": f"line-{index}", "prompt": f"To install a package, {index}", "max_tokens": 6} for index in range(5)]
@@ -286,7 +286,7 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path, content, told):
     output.write_text('{"custom_id": "a", "error": null}\n')
     (tmp_path / "out.jsonl.qmix.json").write_text(content)
     with FileAnswers(output) as answers, pytest.raises(UsageError) as raised:
-        answers.begin({"input": "a"}, {"seed": 3, "created": 4})
+        answers.begin({"input": "a"}, {"seed": 3, "created": 4}, 1)
     assert str(raised.value) == f"{output}.qmix.json: {told}; choose another name for the answers"
 
 

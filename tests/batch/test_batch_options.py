@@ -83,7 +83,7 @@ def test_generate_takes_the_same_options(qmix, tmp_path):
     [
         (["--json-schema", "FILE"], "--json-schema: Unsatisfiable schema: minimum (5) is greater than maximum (3)"),
         (["--json-schema", "none.json"], "--json-schema none.json: "),
-        (["--logprobs", "3"], "--logprobs: only with --json; give it, or leave --logprobs out"),
+        (["--logprobs", "3"], "--logprobs: only with --json or --jsonl; give one of them, or leave --logprobs out"),
         (["--presence-penalty", "3"], "--presence-penalty 3.0: must be -2 to 2"),
         (["--logit-bias", "x"], "Invalid value for '--logit-bias': 'x': give a token id and a number"),
         (["--logit-bias", "5=200"], "--logit-bias 200.0 of token 5: must be -100 to 100"),

@@ -142,7 +142,7 @@ def test_the_table_shows_rows_and_conditions(qmix):
     assert [name for name, *_ in rows] == ["pp8", "tg4"]
     names = [line.split("  ")[0] for line in done.out.splitlines()]
     assert names[:7] == ["model", "memory", "experts", "machine", "versions", "memory read", "matmul"]  # no disk
-    assert re.search(r"^memory +1.07 GB budget, peak \d+ MB *$", done.out, re.MULTILINE)
+    assert re.search(r"^memory +1 GiB budget, peak \d+ MiB *$", done.out, re.MULTILINE)
     assert re.search(r"^experts +48 of 48 fit in memory; context 21 *$", done.out, re.MULTILINE)
     assert re.search(r"^bound +tg4 after a prompt of 16: [\d.]+ tok/s, set by memory *$", done.out, re.MULTILINE)
 

@@ -150,7 +150,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The quantiser runs here, which is sooner; the stores that it makes."""
     made = []
 
-    def here(opened, model, precision, dtype, clip, directory, on_progress) -> None:
+    def here(opened, model, precision, dtype, clip, directory, on_progress, evict) -> None:
         made.append(directory)
         quantize(opened, directory, layout_for(opened, precision, dtype, clip), on_progress)
 

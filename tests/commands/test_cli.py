@@ -107,6 +107,7 @@ def test_help_names_every_command(qmix):
         "show",
         "rm",
         "verify",
+        "export",
         "plan",
         "compare",
         "calibrate",

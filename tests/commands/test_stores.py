@@ -21,14 +21,6 @@ from qmix.store.use import LAST_USE, StoreUse
 
 
 @pytest.fixture
-def cache(first_use, tmp_path, monkeypatch) -> Path:
-    """A cache with the embedded model's store, and Python's memory measured."""
-    shutil.copytree(first_use.cache, tmp_path / "cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "qmix"
-
-
-@pytest.fixture
 def store(cache) -> Path:
     (found,) = cache.glob("tiny-*/")
     return found

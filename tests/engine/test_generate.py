@@ -182,7 +182,7 @@ def test_the_model_can_be_used_as_any_of_transformers(runner):
 
 
 def test_load_takes_a_budget_in_words_and_refuses_one_too_small():
-    with pytest.raises(DoesNotFitError, match=r"smallest budget that works is ram='\d+MiB'") as refused:
+    with pytest.raises(DoesNotFitError, match=r"smallest budget that works is ram='\d+MB'") as refused:
         qmix.load("tiny", ram="100MB")
     with qmix.load("tiny", ram=refused.value.smallest) as runner:
         assert runner.plan.slots >= 2

@@ -161,7 +161,7 @@ def test_no_plan_exceeds_its_budget_and_the_smallest_does(precision, gib, longes
         with pytest.raises(DoesNotFitError) as refused:
             plan_scoring(layout, longest, max(rows, longest), 10 * GIB)
         smallest = refused.value.smallest
-        assert f"ram='{-(-smallest // 2**20)}MiB'" in str(refused.value)
+        assert f"ram='{-(-smallest // 10**6)}MB'" in str(refused.value)
         assert plan_scoring(layout, longest, max(rows, longest), smallest).slots == least_slots(layout)
         plan = plan_scoring(layout, longest, max(rows, longest), max(smallest, gib * GIB))
         assert plan.total < plan.ram

@@ -13,6 +13,7 @@ from qmix.serve.app import make_app
 from qmix.serve.errors import ApiError
 from qmix.serve.guard import Access
 from qmix.serve.metrics import Metrics
+from qmix.serve.page import Page
 from qmix.serve.server import is_local, listen, local_hosts
 from qmix.serve.storage import Storage
 
@@ -41,21 +42,20 @@ def test_a_key_is_wanted_everywhere_but_for_health():
 def test_every_route_wants_the_key():
     """Whatever the method: nothing behind the guard is reached, not even an error about the path."""
     serving = SimpleNamespace(metrics=Metrics(None))
-    routes = Storage(None, None, None).routes
+    routes = [*Storage(None, None, None).routes, *Page(None, lambda: True).routes]
     app = make_app(serving, Access(key="secret", hosts=None), routes)
     client = TestClient(app, raise_server_exceptions=False)
-    paths = [route.path for route in routes]
+    paths = [route.path for route in routes if route.path != "/"]
     paths += ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"]
     paths += [
         "/v1/models",
         "/v1/models/tiny",
         "/metrics",
-        "/",
         "/v1/nothing",
-        "//health",
         "/health/",
         "/health/../metrics",
     ]
+    assert client.get("/").status_code == 200  # the page, which holds no data
     for path in paths:
         for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT"):
             assert client.request(method, path).status_code == 401, (method, path)
