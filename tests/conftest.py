@@ -64,7 +64,7 @@ def qmix(commands, first_use, monkeypatch) -> Commands:
 
 
 @pytest.fixture
-def cache(first_use, tmp_path, monkeypatch) -> Path:
+def tiny_cache(first_use, tmp_path, monkeypatch) -> Path:
     """A cache with the embedded model's store alone, and Python's memory measured."""
 
     def others(directory: str, names: list[str]) -> list[str]:

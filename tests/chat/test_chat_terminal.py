@@ -169,7 +169,8 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_session(sit_down, tmp_path):
     for _ in range(3):  # an impatient one
         typist.terminal.sendintr()
     shown = typist.ready()
-    assert re.search(r"\^C\r\nstopped after \d+ tokens\r\n$", shown), shown
+    # the terminal's own ^C may come before a word that was on its way
+    assert re.search(r"\^C[^\r\n]*\r\nstopped after \d+ tokens\r\n$", shown), shown
     assert "Traceback" not in shown
     assert len(typist.enter("/set max_new_tokens 8")) > 10
     assert re.search(r"\d+ new prompt tokens \([1-9]\d+ cached\)", typist.enter("And then?"))

@@ -40,7 +40,7 @@ def screen(*argv: str, **environment: str) -> tuple[list[str], int]:
     return terminal.before.splitlines(), terminal.exitstatus
 
 
-def test_without_arguments_five_lines_tell_what_runs_here(cache):
+def test_without_arguments_five_lines_tell_what_runs_here(tiny_cache):
     lines, status = screen()
     assert (len(lines), status) == (5, 0)
     assert " of RAM to use, " in lines[0]
@@ -106,7 +106,7 @@ def completed(shell_line: str, **environment: str) -> list[str]:
     return run.stdout.split()
 
 
-def test_bash_completes_commands_options_models_and_stores(cache, first_use):
+def test_bash_completes_commands_options_models_and_stores(tiny_cache, first_use):
     (identity,) = re.findall(r"-([0-9a-f]{12})$", first_use.store.name)
     assert completed("qmix pu") == ["pull"]
     assert completed("qmix chat --tempera") == ["--temperature"]

@@ -21,8 +21,8 @@ from qmix.store.use import LAST_USE, StoreUse
 
 
 @pytest.fixture
-def store(cache) -> Path:
-    (found,) = cache.glob("tiny-*/")
+def store(tiny_cache) -> Path:
+    (found,) = tiny_cache.glob("tiny-*/")
     return found
 
 
@@ -56,8 +56,8 @@ def test_last_use_is_the_time_of_the_last_run_and_not_of_the_weights(commands, s
     assert commands("verify", "tiny").status == 0
 
 
-def test_an_unfinished_store_is_marked_and_removed(commands, cache, tiny):
-    interrupt_store(tiny, cache / "half", "int8", 3)
+def test_an_unfinished_store_is_marked_and_removed(commands, tiny_cache, tiny):
+    interrupt_store(tiny, tiny_cache / "half", "int8", 3)
     entry = next(entry for entry in listed(commands) if entry["state"] == "partial")
     assert (entry["model"], entry["precision"], entry["id"]) == ("tiny", "int8", "half")
     assert "int8, partial" in commands("ls").out
@@ -65,7 +65,7 @@ def test_an_unfinished_store_is_marked_and_removed(commands, cache, tiny):
     assert (refused.status, refused.out) == (1, "")
     assert "unfinished" in refused.err
     assert commands("rm", "half", "--yes").status == 0
-    assert not (cache / "half.partial").exists()
+    assert not (tiny_cache / "half.partial").exists()
 
 
 def test_show_tells_what_is_known_without_reading_weights(commands, store):
@@ -84,11 +84,11 @@ def test_show_tells_what_is_known_without_reading_weights(commands, store):
     assert "chat template  yes" in table.out
 
 
-def test_names_that_are_no_store_or_several(commands, cache, store, tmp_path):
+def test_names_that_are_no_store_or_several(commands, tiny_cache, store, tmp_path):
     missing = commands("show", "nothing")
     assert (missing.status, missing.out) == (2, "")
-    assert missing.err == f"qmix: nothing: not a store, nor the name of one in {cache}; `qmix ls` lists them\n"
-    shutil.copytree(store, cache / "tiny-other")
+    assert missing.err == f"qmix: nothing: not a store, nor the name of one in {tiny_cache}; `qmix ls` lists them\n"
+    shutil.copytree(store, tiny_cache / "tiny-other")
     several = commands("rm", "tiny", "--yes")
     assert several.status == 2
     assert "tiny: names 2 stores; give one of " in several.err
@@ -147,13 +147,13 @@ def test_a_running_chat_keeps_its_store(commands, store):
     assert not store.exists()
 
 
-def test_pull_tells_what_it_takes_then_makes_the_store_once(commands, cache, tiny, tmp_path):
+def test_pull_tells_what_it_takes_then_makes_the_store_once(commands, tiny_cache, tiny, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "model", random_weights(TINY_CONFIG), TINY_CONFIG, tokenizer=tiny)
     done = commands("pull", checkpoint, "--precision", "int8", "--ram", "2GiB")
     assert done.status == 0, done.err
     lines = [line for line in done.lines if not line.startswith("pulling")]
     assert re.fullmatch(rf"{checkpoint}: [\d.]+ KiB to read, the store takes [\d.]+ KiB \(.*int8.*\)", lines[0])
-    assert re.fullmatch(rf"disk: [\d.]+ KiB needed while it is made, [\d.]+ [GT]iB free in {cache}", lines[1])
+    assert re.fullmatch(rf"disk: [\d.]+ KiB needed while it is made, [\d.]+ [GT]iB free in {tiny_cache}", lines[1])
     assert re.match(r"here: [\d.e+]+ tok/s \(.*\), prompts .*; of \d+ experts \d+ in 2 GiB of RAM", lines[2])
     assert lines[3].endswith(f"; run it with `qmix chat {checkpoint} --precision int8`")
     again = commands("pull", checkpoint, "--precision", "int8")
@@ -163,7 +163,7 @@ def test_pull_tells_what_it_takes_then_makes_the_store_once(commands, cache, tin
     assert found["model"] == str(checkpoint)
 
 
-def test_pull_refuses_what_cannot_run_here_before_any_work(commands, cache, tiny, tmp_path):
+def test_pull_refuses_what_cannot_run_here_before_any_work(commands, tiny_cache, tiny, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "model", random_weights(TINY_CONFIG), TINY_CONFIG, tokenizer=tiny)
     refused = commands("pull", checkpoint, "--ram", "10MB")
     assert refused.status == 3
@@ -203,12 +203,12 @@ def test_a_removal_that_was_killed_goes_on(commands, store):
 
 
 @pytest.mark.slow
-def test_pull_goes_on_after_it_was_stopped(commands, cache, tiny, tmp_path):
+def test_pull_goes_on_after_it_was_stopped(commands, tiny_cache, tiny, tmp_path):
     checkpoint = tmp_path / "copy"
     shutil.copytree(tiny, checkpoint)
-    shutil.rmtree(next(cache.glob("tiny-*/")))
+    shutil.rmtree(next(tiny_cache.glob("tiny-*/")))
     process = subprocess.Popen([*COMMAND, "pull", str(checkpoint), "--precision", "int8"], stderr=subprocess.PIPE)
-    while not list(cache.glob("copy-*.partial/journal.jsonl")):
+    while not list(tiny_cache.glob("copy-*.partial/journal.jsonl")):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=LIMIT_SECONDS)
@@ -217,4 +217,4 @@ def test_pull_goes_on_after_it_was_stopped(commands, cache, tiny, tmp_path):
         assert err.decode().endswith("interrupted; run the same command again to continue\n")
     assert commands("pull", checkpoint, "--precision", "int8").status == 0
     assert commands("verify", "copy").status == 0
-    assert not list(cache.glob("*.partial"))
+    assert not list(tiny_cache.glob("*.partial"))
