@@ -45,7 +45,7 @@ def _write(data: Path, path: str, folder: str, **splits: Any) -> None:
 
 
 def _question(index: int) -> dict[str, Any]:
-    """How to do something with a thing; which of four answers is right follows from the index."""
+    """Return a question about a thing; which of four answers is right follows from the index."""
     action, thing = ACTIONS[index % 8], THINGS[index * 3 % 8]
     right = index % 4
     answers = [f"{action} the {THINGS[(index + place) % 8]}" for place in range(4)]

@@ -1,4 +1,4 @@
-"""What the hub tests look for: names of the model that the stand-in serves, what is told, what is left."""
+"""Expectations of the Hub tests: names of the model that the stand-in serves, what is told, what is left."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests whose method and path match."""
+    """An action on the next `times` requests whose method and path match."""
 
     path: str  # a pattern, as for fnmatch
     method: str = "*"

@@ -14,29 +14,31 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 import click
 
 from qmix.commands.merge import merge
-from qmix.commands.shared import (
-    EXIT_SOME_REFUSED,
-    LOADING_PATIENCE,
+from qmix.commands.options import (
     MODEL_HELP,
     batch_gpu_option,
-    batch_gpus,
     clip_option,
     context_option,
     dtype_option,
-    hold_to,
     json_schema_option,
     live_option,
-    live_screen,
-    load_libraries,
     max_new_tokens_option,
-    model_or_default,
-    out,
     plan_option,
     precision_option,
     ram_option,
+    sampling_options,
+)
+from qmix.commands.shared import (
+    EXIT_SOME_REFUSED,
+    LOADING_PATIENCE,
+    batch_gpus,
+    hold_to,
+    live_screen,
+    load_libraries,
+    model_or_default,
+    out,
     read_json_schema,
     read_plan_option,
-    sampling_options,
     warn_of_drive,
     watched,
 )

@@ -7,19 +7,21 @@ from typing import Any
 
 import click
 
-from qmix.commands.shared import (
-    LOADING_PATIENCE,
+from qmix.commands.options import (
     attention_option,
     clip_option,
     dtype_option,
     gpu_option,
+    plan_option,
+    precision_option,
+    ram_option,
+)
+from qmix.commands.shared import (
+    LOADING_PATIENCE,
     hold_to,
     load_libraries,
     model_or_default,
     out,
-    plan_option,
-    precision_option,
-    ram_option,
     read_plan_option,
     warn_of_drive,
 )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.options import dtype_option, ram_option
 from qmix.commands.parameters import Size
-from qmix.commands.shared import dtype_option, hold_to, load_libraries, ram_option
+from qmix.commands.shared import hold_to, load_libraries
 from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import DoesNotFitError, UsageError
 

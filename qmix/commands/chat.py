@@ -13,20 +13,8 @@ from typing import Any
 import click
 
 from qmix.commands import in_options
-from qmix.commands.shared import (
-    draft_option,
-    given,
-    live_option,
-    live_screen,
-    loaded,
-    loading_options,
-    model_or_default,
-    out,
-    sampling_options,
-    system_options,
-    system_text,
-    watched,
-)
+from qmix.commands.options import draft_option, live_option, loading_options, sampling_options, system_options
+from qmix.commands.shared import given, live_screen, loaded, model_or_default, out, system_text, watched
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError
 from qmix.progress import Progress

@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.options import PRECISION_HELP, dtype_option, profile_option, ram_option
 from qmix.commands.parameters import Size
-from qmix.commands.shared import (
-    PRECISION_HELP,
-    dtype_option,
-    hold_to,
-    load_libraries,
-    model_or_default,
-    out,
-    profile_option,
-    ram_option,
-    read_profile_option,
-)
+from qmix.commands.shared import hold_to, load_libraries, model_or_default, out, read_profile_option
 from qmix.commands.texts import passages_of, text_options, window_of
 from qmix.errors import UsageError
 from qmix.units import format_bytes

@@ -13,19 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmix.commands.options import batch_gpu_option, clip_option, dtype_option, plan_option, precision_option, ram_option
 from qmix.commands.shared import (
     LOADING_PATIENCE,
-    batch_gpu_option,
     batch_gpus,
-    clip_option,
-    dtype_option,
     hold_to,
     load_libraries,
     model_or_default,
     out,
-    plan_option,
-    precision_option,
-    ram_option,
     read_plan_option,
     warn_of_drive,
 )

@@ -12,24 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.shared import (
+from qmix.commands.options import (
     MODEL_HELP,
     draft_option,
-    given,
     json_schema_option,
     live_option,
-    live_screen,
-    loaded,
     loading_options,
     max_new_tokens_option,
-    out,
-    read_json_schema,
-    refuse,
     sampling_options,
     system_options,
-    system_text,
-    watched,
 )
+from qmix.commands.shared import given, live_screen, loaded, out, read_json_schema, refuse, system_text, watched
 from qmix.errors import UsageError
 from qmix.files import TEXT_LIMIT, read_text
 from qmix.models import DEFAULT_MODEL

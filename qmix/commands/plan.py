@@ -9,22 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.parameters import Rate, Size, speak_as
-from qmix.commands.shared import (
+from qmix.commands.options import (
     attention_option,
     budget_option,
     context_option,
     dtype_option,
     gpu_option,
-    model_or_default,
-    out,
     profile_option,
-    quiet_libraries,
     ram_option,
-    read_profile_option,
-    refuse,
-    warn_of_drive,
 )
+from qmix.commands.parameters import Rate, Size, speak_as
+from qmix.commands.shared import model_or_default, out, quiet_libraries, read_profile_option, refuse, warn_of_drive
 from qmix.disk.places import cache_directory
 from qmix.errors import DoesNotFitError, UsageError, arg
 from qmix.units import parse_bytes, size_option

@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.shared import (
+from qmix.commands.options import (
     MODEL_HELP,
     clip_option,
     context_option,
     dtype_option,
     gpu_option,
-    load_libraries,
     precision_option,
-    quiet_libraries,
     ram_option,
-    warn_of_drive,
 )
+from qmix.commands.shared import load_libraries, quiet_libraries, warn_of_drive
 from qmix.errors import DoesNotFitError, UsageError
 from qmix.units import format_bytes
 

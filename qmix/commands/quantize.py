@@ -7,18 +7,8 @@ from typing import Any
 
 import click
 
-from qmix.commands.shared import (
-    budget_option,
-    clip_option,
-    dtype_option,
-    load_libraries,
-    precision_option,
-    profile_option,
-    quiet_libraries,
-    read_profile_option,
-    refuse,
-    warn_of_drive,
-)
+from qmix.commands.options import budget_option, clip_option, dtype_option, precision_option, profile_option
+from qmix.commands.shared import load_libraries, quiet_libraries, read_profile_option, refuse, warn_of_drive
 from qmix.errors import UsageError
 from qmix.units import format_bytes, plural
 

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmix.commands.shared import (
-    LOADING_PATIENCE,
+from qmix.commands.options import (
     clip_option,
     context_option,
     dtype_option,
-    hold_to,
     live_option,
-    live_screen,
-    load_libraries,
-    model_or_default,
     plan_option,
     precision_option,
     ram_option,
+)
+from qmix.commands.shared import (
+    LOADING_PATIENCE,
+    hold_to,
+    live_screen,
+    load_libraries,
+    model_or_default,
     read_plan_option,
     warn_of_drive,
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmix.commands.shared import together
+from qmix.commands.options import together
 from qmix.errors import UsageError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What is said of a file of requests before anything is computed."""
+"""Messages about a file of requests, before anything is computed."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_a_gpu_adds_its_memory_its_link_and_its_arithmetic_to_the_bound():
 
 
 def test_cost_of_a_decoded_token_whose_second_layer_is_on_a_gpu():
-    """Of that layer's two experts a token, the host was asked for one in the second step only."""
+    """The host was asked for one of that layer's two experts a token, in the second step only."""
     layout, there = layout_of(GEOMETRY), OnGpus((False, True), (0, RECORD))
     asked = np.array([[0, 1], [-1, -1], [0, 2], [0, -1]])
     found = decode_cost(Workload(1, 2), layout, asked, {RECORD: 8}, there)

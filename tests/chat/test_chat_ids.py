@@ -255,7 +255,7 @@ def with_template(tiny, tmp_path, template: str | None):
 @pytest.mark.parametrize("template", [None, "tiny", INSTRUCT, WITH_SYSTEM, SYSTEM_LAST, WITHOUT_SYSTEM])
 @pytest.mark.parametrize("system", ["", "Answer in one word."])
 def test_a_turn_added_is_what_the_whole_would_be(tiny, tmp_path, template, system):
-    """Where an answer's ids are what its text is encoded to, and the model has ended it or not."""
+    """Holds where an answer's ids are those of its text, and the model has ended it or not."""
     text = (tiny / "chat_template.jinja").read_text() if template == "tiny" else template
     tokenizer = with_template(tiny, tmp_path, text)
     form, said = format_of(tokenizer), []

@@ -1,4 +1,4 @@
-"""What a chat says and does, its lines from a pipe: commands, options, base models, errors that keep the session."""
+"""A chat whose lines come from a pipe: commands, options, base models, errors that keep the session."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_a_head_that_is_there_is_used_whatever_the_flag_says(tmp_path: Path, wri
 
 
 def left_over_index(directory: Path, weights: dict, config: dict) -> Path:
-    """Of the 19 shards that there were before they were joined."""
+    """Write the index of 19 shards that were joined since."""
     write_checkpoint(directory, weights, config)
     index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00019.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))

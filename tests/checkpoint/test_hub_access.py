@@ -1,4 +1,4 @@
-"""Who may read from the hub, what is not there, and what a user sets in the environment."""
+"""Access to the Hub: tokens, missing files, and what a user sets in the environment."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def write(path: Path, header: Any, payload: bytes) -> Path:
 
 
 def tensors_or_refusal(read: Callable[[], dict[str, TensorInfo]], named: str) -> dict[str, TensorInfo] | None:
-    """What `read` gives; None where it refuses, in words that name the file."""
+    """Return what `read` gives; None where it refuses, in words that name the file."""
     try:
         return read()
     except CheckpointError as refusal:

@@ -146,7 +146,7 @@ def test_a_chat_generates_as_a_batch_does(own, batch, name):
 @pytest.mark.parametrize("name", [*GREEDY, *SAMPLED])
 @pytest.mark.parametrize("options", [{}, {"ignore_eos": True}, {"temperature": 0.5}])
 def test_one_prompt_and_many_are_put_through_the_same_processors(own, name, options):
-    """Those of `generate`, caught in the act, and those of a batch, with all that they hold."""
+    """Compare the processors of `generate`, caught in the act, and those of a batch, with all that they hold."""
     own.model.generation_config = parsed({"eos_token_id": 2, "do_sample": True} | {name: (GREEDY | SAMPLED)[name]})
     seen = []
 

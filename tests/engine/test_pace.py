@@ -1,4 +1,4 @@
-"""How many tokens a pass takes, by hand."""
+"""Tokens of a pass, computed by hand."""
 
 from __future__ import annotations
 

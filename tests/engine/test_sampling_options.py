@@ -108,7 +108,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_one_prompt_and_many_go_through_the_same_processors(one, options, monkeypatch):
-    """Those of `generate`, caught in the act, and those of a batch, in their order, with all that they hold."""
+    """Compare the processors of `generate`, caught in the act, with those of a batch: order and content."""
     seen = []
 
     def caught(*arguments, **given):

@@ -1,4 +1,4 @@
-"""What only transformers can refuse is refused before the first byte is quantised, and names the checkpoint's file."""
+"""Checkpoints that only transformers can refuse: before the first byte is quantised, and by the name of their file."""
 
 from __future__ import annotations
 

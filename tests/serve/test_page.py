@@ -292,7 +292,7 @@ def test_errors_of_the_server_are_shown_as_they_are(browser, server):
 
 @IN_BROWSER
 def test_text_of_a_model_is_never_markup(browser):
-    """What the user typed, the answer and an error: each is put in as text, whatever it holds."""
+    """A typed turn, an answer and an error are put into the page as text, whatever they hold."""
     evil = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script><b>x</b>"
     event = json.dumps({"choices": [{"delta": {"content": evil}, "finish_reason": None}]})
     for stream in (f"data: {event}\n\ndata: [DONE]\n\n", f"data: {json.dumps({'error': {'message': evil}})}\n\n"):

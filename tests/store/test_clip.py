@@ -48,7 +48,7 @@ def spread(*shape: int, seed: int, exponents: float) -> torch.Tensor:
 
 
 def bits(weights: torch.Tensor) -> np.ndarray:
-    """What the kernels take."""
+    """Return weights as the kernels take them."""
     return weights.view(torch.uint16).numpy() if weights.dtype == torch.bfloat16 else weights.numpy()
 
 

@@ -1,4 +1,4 @@
-"""Where every byte of a store lies: small cases by hand, alignment as a property, precision specs."""
+"""The place of every byte of a store: small cases by hand, alignment as a property, precision specs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store holds: bit for bit bitsandbytes' codes and scales, read back with the safetensors library."""
+"""The content of a store: bit for bit bitsandbytes' codes and scales, read back with the safetensors library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def expected_parts(matrix: torch.Tensor, precision: str, half: torch.dtype) -> dict[str, torch.Tensor]:
-    """What bitsandbytes makes of a matrix, absmax rounded to bf16."""
+    """Return what bitsandbytes makes of a matrix, absmax rounded to bf16."""
     rows, cols = matrix.shape
     if precision == "half":
         return {"weight": matrix.to(half)}

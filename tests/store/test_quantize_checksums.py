@@ -66,7 +66,7 @@ def read_back(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def check_checksums(store: Store) -> None:
-    """Those of the manifest are those of the files' bytes."""
+    """Compare the manifest's checksums with those of the files' bytes."""
     layout = store.layout
     dense = store.path(layout.dense).read_bytes()
     for name, info in layout.dense.tensors.items():

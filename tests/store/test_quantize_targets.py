@@ -1,4 +1,4 @@
-"""Where a store may be written: not over something else, not by two at once, not on a disk that is too small."""
+"""Places where a store may be written: not over something else, not by two at once, not on a disk that is too small."""
 
 from __future__ import annotations
 

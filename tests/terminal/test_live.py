@@ -118,7 +118,7 @@ def open_screen(qmix) -> Iterator:
 
 
 def outside(written: bytes) -> str:
-    """What was written outside of the second screen."""
+    """Return what was written outside of the second screen."""
     kept = re.sub(re.escape(ENTER) + b".*?" + re.escape(LEAVE), b"", written, flags=re.DOTALL)
     return re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", kept).decode().replace("\r\n", "\n")
 

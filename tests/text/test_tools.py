@@ -53,7 +53,7 @@ def form_of(tokenizer, template: str, special: bool = False) -> tuple[ToolForm, 
 
 
 def takes(tokenizer, grammar: str, text: str) -> bool:
-    """Whether a text, cut into characters and special tokens, is all of an answer under a grammar."""
+    """Return True if a text, cut into characters and special tokens, is all of an answer under a grammar."""
     constraint = GrammarCompiler(tokenizer, len(tokenizer), [2]).constraint(grammar_source(grammar))
     ids = ids_of(tokenizer, text)
     allowed = constraint.allowed(ids)
