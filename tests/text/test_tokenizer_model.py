@@ -29,7 +29,7 @@ def release(tmp_path_factory, tiny) -> Path:
 
 @pytest.fixture(scope="module")
 def both(release, tiny) -> tuple[Any, Any, Any]:
-    """Return qmix's tokenizer of tokenizer.model, sentencepiece's own, and that of a tokenizer.json with the vocabulary."""
+    """Return qmix's tokenizer of tokenizer.model, sentencepiece's own, and that of a tokenizer.json alike."""
     from sentencepiece import SentencePieceProcessor
 
     theirs = SentencePieceProcessor(str(release / "tokenizer.model"))
