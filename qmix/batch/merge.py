@@ -57,6 +57,7 @@ def merge_shards(paths: Sequence[Path], output: Path, requests: Requests | None 
                 for data in _copies(shards) if requests is None else _in_order(shards, requests):
                     file.write(data)
         except OSError as error:
+            manifest_path(output).unlink(missing_ok=True)
             raise DiskError(f"{output}: {error.strerror}; {disk_advice(error)}") from None
         return Merged(len(shards), whole.lines, sum(shard.refused for shard in shards))
 

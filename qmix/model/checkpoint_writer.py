@@ -34,6 +34,7 @@ from qmix.pool.experts import ExpertPool
 from qmix.pool.protocol import Pool
 from qmix.progress import OnProgress, counted, ignore
 from qmix.store.opened import Store, is_store
+from qmix.store.use import StoreUse
 from qmix.units import parse_bytes
 
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.partial)?")
@@ -78,7 +79,8 @@ def export_store(
     files = {name: read_bounded(path, JSON_LIMIT, StoreError, mending(store.directory)) for name, path in small.items()}
     files |= {CONFIG: _as_json(store.config, HALF[store.layout.dtype])}
     slots = dict.fromkeys(store.layout.record_counts, EXPORT_SLOTS)
-    with closing(DenseWeights(store)) as dense, closing(ExpertPool(store, slots)) as pool:
+    use = closing(StoreUse(store.directory))  # nobody removes it meanwhile
+    with use, closing(DenseWeights(store)) as dense, closing(ExpertPool(store, slots)) as pool:
         return _write(directory, dense, pool, files, max_shard_size, on_progress)
 
 

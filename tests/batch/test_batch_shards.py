@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
 
 import pytest
+from command import COMMAND
 
 from qmix.batch.lines import Requests
 from qmix.batch.shards import Shard
@@ -143,6 +146,20 @@ def test_what_is_not_the_whole_of_one_run_is_refused(qmix, source, shards, tmp_p
     assert qmix("batch", source, "-o", hot, *OPTIONS, "--shard", "2/3", "--temperature", "2").status == 0
     differs = f"{hot}: is of another run than the first file (--temperature null, now 2.0); answer its shard again"
     assert differs in refusal(one, hot, three)
+
+
+def test_a_full_disk_leaves_no_merged_file_and_nothing_beside_it(shards, tmp_path):
+    merged = tmp_path / "merged.jsonl"
+    size = sum(path.stat().st_size for path in shards)
+    full = subprocess.run(
+        [*COMMAND, "batch", "merge", *shards, "-o", merged],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (full.returncode, full.stderr.startswith(f"qmix: {merged}: File too large")) == (1, True), full.stderr
+    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
 def test_the_output_of_a_shard_is_not_that_of_another(qmix, source, shards):

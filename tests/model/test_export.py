@@ -35,6 +35,8 @@ def test_it_is_what_the_loaded_model_saves(tmp_path, changes):
 
 def test_transformers_loads_it_and_continues_as_the_store_does(qmix, tiny, tmp_path):
     store = make_store(tiny, tmp_path / "store")
+    assert qmix("export", "nothing", tmp_path / "out").status == 2
+    assert qmix("export", "tiny", tmp_path / "by name").status == 0
     done = qmix("export", store.directory, tmp_path / "out", "--max-shard-size", "1MB")
     assert (done.status, done.out) == (0, ""), done.err
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
