@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from qmix.errors import StoreError
 
 LAST_USE = "last-use"
+LOOK_SECONDS = 0.5  # at most, for a look at the lock
 
 
 class StoreUse:
@@ -23,7 +25,7 @@ class StoreUse:
         self._fd: int | None = None
         try:
             self._fd = os.open(directory / LAST_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            _share(self._fd)
             os.utime(self._fd)
         except BlockingIOError:
             self.close()
@@ -36,6 +38,18 @@ class StoreUse:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+def _share(fd: int) -> None:
+    """Take a shared lock; wait a moment for one that `in_use` takes to look. Raises BlockingIOError."""
+    end = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(LOOK_SECONDS / 50)
 
 
 class StoreRemoval:
