@@ -41,8 +41,12 @@ def _run() -> Any:
     if "_QMIX_COMPLETE" in os.environ:  # shell completion
         return qmix.main()
     if not sys.argv[1:] and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        from qmix.commands.names import use_configured_cache
+        from qmix.commands.settings import read_config
         from qmix.commands.welcome import welcome
+        from qmix.disk.places import config_file
 
+        use_configured_cache(read_config(config_file()))
         click.echo("\n".join(welcome()))
         return None
     with qmix.make_context("qmix", sys.argv[1:]) as context:
@@ -59,7 +63,7 @@ def main(run: Callable[[], Any] = _run) -> None:
         status = run()
     except click.exceptions.Exit as done:
         status = done.exit_code
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, click.Abort) as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends it at once, without a traceback
         if sys.stderr is not None and sys.stderr.isatty():
             click.echo(err=True)  # after the text, and the ^C that the terminal shows

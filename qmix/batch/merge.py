@@ -48,6 +48,8 @@ def merge_shards(paths: Sequence[Path], output: Path, requests: Requests | None 
     """
     if output.exists() and (not output.is_file() or output.stat().st_size):
         raise UsageError(f"{output}: is there already; choose another name, or delete it")
+    if twice := [path for index, path in enumerate(paths) if path.resolve() in {p.resolve() for p in paths[:index]}]:
+        raise UsageError(f"{twice[0]}: is given twice; leave one out")
     with ExitStack() as stack:
         shards = [stack.enter_context(_opened(path)) for path in paths]
         whole = _checked(shards, requests)
@@ -65,6 +67,8 @@ def merge_shards(paths: Sequence[Path], output: Path, requests: Requests | None 
 def _opened(path: Path) -> FileAnswers:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; {NOT_A_SHARD}")
+    if not manifest_path(path).is_file():
+        raise UsageError(f"{path}: not the answers of a shard; {NOT_A_SHARD}")
     return FileAnswers(path)
 
 

@@ -7,6 +7,7 @@ answers belong to: input, model, options. It is written before the first answer.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Protocol
@@ -98,6 +99,8 @@ class FileAnswers:
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, manifest_path(path)
+        if not self.manifest.exists() and _is_cut(path):  # opening would drop its last line
+            raise self._strange()
         self._file = LineFile(path, "choose another place for the answers")
         try:
             self.done, self.refused = self._read()
@@ -119,7 +122,7 @@ class FileAnswers:
         """
         known = self.known()
         if known is None and self.done:
-            raise UsageError(f"{self.path}: exists without its {self.manifest.name}; choose another name, or delete it")
+            raise self._strange()
         if known is not None and self.done:
             if differs := differences(known.subject, subject):
                 raise UsageError(
@@ -141,6 +144,9 @@ class FileAnswers:
         self.done.update(new)
         self.refused += sum(answer_of(line, str(self.path)).error is not None for line in new.values())
 
+    def _strange(self) -> UsageError:
+        return UsageError(f"{self.path}: exists without its {self.manifest.name}; choose another name, or delete it")
+
     def _read(self) -> tuple[set[str], int]:
         """Return the ids that have a line, and the number of errors among them."""
         done: set[str] = set()
@@ -159,6 +165,15 @@ class FileAnswers:
         if content.get("schema") != SCHEMA:
             raise UsageError(f"{self.manifest}: from another version of qmix; {ELSEWHERE}")
         return convert_json(content, Manifest, str(self.manifest), UsageError, ELSEWHERE)
+
+
+def _is_cut(path: Path) -> bool:
+    """Return True if a regular file's last line has no end."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def answer_of(raw: bytes, where: str) -> AnswerLine:

@@ -82,6 +82,7 @@ class Answerer:
         from qmix.machine.measured import measured_rates
         from qmix.plan.batching import plan_lines
         from qmix.plan.here import run_machine
+        from qmix.plan.memory import STRUCTURED_BYTES, bias_bytes
 
         asked = Sampling(**options)
         always = {name: getattr(asked, name) for name in ALWAYS}
@@ -92,7 +93,8 @@ class Answerer:
         self._limit = context_limit(store.geometry, context)
         budget = None if ram is None else parse_bytes(ram)
         gpus = run_machine(budget, gpu) if gpu else None
-        plan = plan_lines(store.layout, [self._limit] * block, budget, None, others, store.use, gpus)
+        held = others + STRUCTURED_BYTES + bias_bytes(store.layout.geometry, block)  # any line may have a grammar
+        plan = plan_lines(store.layout, [self._limit] * block, budget, None, held, store.use, gpus)
         self._runner = BatchRunner(store, plan, rates=measured_rates())
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -149,6 +151,8 @@ def answer_file(
         if requests.bad or not requests.count:
             raise UsageError(f"{source}: {requests.problems[0] if requests.bad else 'has no requests'}")
         known = answers.known() if answers.done else None
+        if answers.done and (known is None or known.subject.get("input") != requests.digest):
+            raise UsageError(f"{output}: has answers to another input; choose another name, or delete it")
         chosen = {"seed": seed_for(requests, seed), "created": int(time.time())}
         if known is not None:
             chosen = {"seed": known.chosen.seed, "created": known.chosen.created}
@@ -199,6 +203,6 @@ def _answered(
         yield from answered.iter_batches(batch_size=None, batch_format="numpy")
     except ray.exceptions.RayError as error:
         found: BaseException | None = error
-        while found is not None and not isinstance(found, QmixError):
+        while found is not None and (isinstance(found, ray.exceptions.RayError) or not isinstance(found, QmixError)):
             found = getattr(found, "cause", None) or found.__cause__
         raise (found or QmixError(f"Ray: {str(error).splitlines()[0]}; look at `ray status` and the logs")) from None

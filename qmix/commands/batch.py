@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import click
 
+from qmix.commands.general import with_general_options
 from qmix.commands.merge import merge
 from qmix.commands.options import (
     MODEL_HELP,
@@ -28,6 +29,7 @@ from qmix.commands.options import (
     ram_option,
     sampling_options,
 )
+from qmix.commands.settings import SettingsContext
 from qmix.commands.shared import (
     EXIT_SOME_REFUSED,
     LOADING_PATIENCE,
@@ -62,7 +64,9 @@ class BatchCommand(click.Command):
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
         if args and args[0] in self.commands:
-            return self.commands[args[0]].make_context(f"{info_name} {args[0]}", args[1:], *rest, **extra)
+            inner = with_general_options(self.commands[args[0]])
+            inner.context_class = SettingsContext
+            return inner.make_context(f"{info_name} {args[0]}", args[1:], *rest, **extra)
         return super().make_context(info_name, args, *rest, **extra)
 
 

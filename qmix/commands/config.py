@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def set_(key: str, values: tuple[str, ...]) -> None:
         import tomlkit
 
         command, _, name = key.rpartition(".")
+        _check_kind(document, command, name)
         if command and command not in document:
             document[command] = tomlkit.table()
         (document[command] if command else document)[name] = value
@@ -87,6 +88,7 @@ def unset(key: str) -> None:
 
     def change(document: Any) -> None:
         command, _, name = key.rpartition(".")
+        _check_kind(document, command, name)
         table = document.get(command, {}) if command else document
         if name not in table:
             raise UsageError(f"{config_file()}: has no {key}; `qmix config` shows what it has")
@@ -111,6 +113,14 @@ def keys() -> None:
     for key, users in names.items():
         shown = "all commands" if len(users) == len(commands) or key == CACHE else ", ".join(users)
         out(f"{key:<20} {variable(key):<26} {shown}\n")
+
+
+def _check_kind(document: Any, command: str, name: str) -> None:
+    """Raise UsageError where the file has an option's value in the place of a command's table, or the reverse."""
+    if command and not isinstance(document.get(command, {}), Mapping):
+        raise UsageError(f"{config_file()}: {command} is an option there, not a command; `qmix config unset {command}`")
+    if not command and isinstance(document.get(name), Mapping):
+        raise UsageError(f"{config_file()}: [{name}] is the table of a command there; unset its keys first")
 
 
 def _commands() -> dict[str, click.Command]:

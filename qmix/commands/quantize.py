@@ -71,7 +71,7 @@ def _make(
     from qmix.checkpoint.source import LocalSource
     from qmix.engine.resolve import fingerprint_of
     from qmix.store.child import INTERRUPTED
-    from qmix.store.opened import is_store, partial_directory
+    from qmix.store.opened import SHARDS, is_store, partial_directory
     from qmix.store.quantize import quantize as run
     from qmix.store.sources import layout_for, open_source
     from qmix.terminal.progress import ProgressDisplay
@@ -80,7 +80,7 @@ def _make(
     profile = read_profile_option(options["profile"], precision, options["budget"])
     there = is_store(store)
     warn_of_drive(store)
-    scratch = partial_directory(store) / "shards" if evict else None
+    scratch = partial_directory(store) / SHARDS if evict else None
     source = open_source(model, scratch)
     if evict and isinstance(source, LocalSource):
         raise UsageError(f"--evict: {model} is not on the hub; your own files are never deleted")

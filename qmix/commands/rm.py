@@ -26,7 +26,9 @@ def rm(stores: tuple[str, ...], yes: bool) -> None:
     from qmix.terminal.voice import say
 
     found = list(
-        {entry.directory: entry for name in stores for entry in [find_store(name, cache_directory())]}.values()
+        {
+            entry.directory.resolve(): entry for name in stores for entry in [find_store(name, cache_directory())]
+        }.values()
     )
     if not yes:
         if not (sys.stdin is not None and sys.stdin.isatty()):

@@ -24,7 +24,7 @@ PREFIX = "QMIX_"
 CACHE = "cache"  # a setting of no command: the directory of the stores
 ONCE = {  # parameters that say what one command does, not how commands run
     *("help", "version", "as_json", "yes", "output", "resume", "plot", "compare", "verify", "self_test", "no_measure"),
-    *("source", "prompt_file", "directories", "keep", "full", "shard", "order", "max_shard_size"),
+    *("source", "prompt_file", "directories", "keep", "full", "as_jsonl", "shard", "order", "max_shard_size"),
 }
 SECRET = ("api-key",)
 EXCLUDED = {  # an option of a higher source takes the place of these
@@ -132,7 +132,8 @@ def settings_of(
 ) -> dict[str, Setting]:
     """Return what environment and file set for a command's parameters, by key."""
     found: dict[str, Setting] = {}
-    table = config.content.get(name, {})
+    table = config.content.get(name)
+    table = table if isinstance(table, Mapping) else {}  # `batch` is a command, and an option of others
     for key, parameter in keys_of(command).items():
         text = environment.get(variable(key), "")
         if text:
@@ -141,7 +142,7 @@ def settings_of(
             found[key] = Setting(value, variable(key), ENVIRONMENT)
         elif key in table:
             found[key] = Setting(_typed(table[key], parameter), f"{config.path}, key {name}.{key}", TABLE)
-        elif key in config.content:
+        elif key in config.content and not isinstance(config.content[key], Mapping):
             found[key] = Setting(_typed(config.content[key], parameter), f"{config.path}, key {key}", TOP)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 from qmix.errors import DoesNotFitError
 from qmix.units import format_bytes, plural
@@ -68,7 +69,8 @@ def _next(measured: bool) -> str:
     from qmix.disk.places import cache_directory
     from qmix.store.listing import stores_in
 
-    ready = [entry.model for entry in stores_in(cache_directory()) if entry.state == "whole" and entry.model != "tiny"]
+    whole = [entry for entry in stores_in(cache_directory()) if entry.state == "whole" and entry.precision == "nf4"]
+    ready = [entry.model for entry in whole if entry.model != "tiny"]
     if ready:
-        return f"qmix chat {ready[0]}"
+        return f"qmix chat {shlex.quote(ready[0])}"
     return f"qmix pull {FIRST}" if measured else "qmix doctor"

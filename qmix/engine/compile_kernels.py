@@ -20,6 +20,12 @@ def _layer() -> None:
     attention_half.half_layer_kernel()
 
 
+def _team() -> None:
+    from qmix.kernels.cpu import team
+
+    team.Team()  # starts no thread
+
+
 def _experts() -> None:
     from qmix.kernels.cpu import experts
 
@@ -68,6 +74,7 @@ PARTS: tuple[Callable[[], None], ...] = (
     *(partial(_sums, precision) for precision in reversed(PRECISIONS)),
     _product,
     _attention,
+    _team,
     *(partial(_dequantize, kind) for kind in FOUR_BITS),
 )
 

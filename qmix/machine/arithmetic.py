@@ -12,5 +12,5 @@ from qmix.machine.found import gpu_names
 
 def computed_on(gpus: bool) -> str:
     """Return the CPU path, as in `CPU (avx2)`, behind the names of the GPUs if `gpus` take part."""
-    cards = sorted({name for name, _ in gpu_names()}) or ["GPU"]
-    return ", ".join([*(cards if gpus else ()), f"CPU ({current().name})"])
+    cards = (sorted({name for name, _ in gpu_names()}) or ["GPU"]) if gpus else []  # asking opens every GPU
+    return ", ".join([*cards, f"CPU ({current().name})"])

@@ -108,6 +108,9 @@ class ExpertPool(HeldRecords):
 
     def exchange(self, layer: int, arriving: int, leaving: int) -> None:
         """Note that the slot of an expert has got the record, of the same size, of one that was elsewhere."""
+        if (copy := self._resident.pop((layer, arriving), None)) is not None:  # read here as well, by somebody else
+            self._slots.give(copy)
+            self._unused.discard((layer, arriving))
         self._resident[layer, arriving] = self._resident.pop((layer, leaving))
         self._unused.discard((layer, leaving))
         self.elsewhere = self.elsewhere - {(layer, arriving)} | {(layer, leaving)}

@@ -33,7 +33,6 @@ class Int8Matrix(Matrix):
     ) -> None:
         super().__init__(rows, cols, invariant, widened_from)
         self.codes, self.row_max = codes, row_max
-        self._ones = torch.ones(rows, dtype=torch.bfloat16)
 
     @property
     def places(self) -> tuple[int, int]:
@@ -52,7 +51,8 @@ class Int8Matrix(Matrix):
         if not fits_kernels(self.rows, self.cols):
             return super().multiply(x)
         # the kernel is fast only in bf16, with bf16 scales: ours stay in fp32 and are applied after it
-        sums = torch._weight_int8pack_mm(x.bfloat16(), self.codes, self._ones)
+        ones = torch.ones(self.rows, dtype=torch.bfloat16)
+        sums = torch._weight_int8pack_mm(x.bfloat16(), self.codes, ones)
         return (sums * (self.row_max / 127)).to(x.dtype)
 
 

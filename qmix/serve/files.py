@@ -160,5 +160,8 @@ class Files:
 
 
 def is_error(line: bytes) -> bool:
-    """Return whether a line of a batch's output is an error."""
-    return decode_json(line, _Answered, "output", QmixError).error is not None
+    """Return whether a line of a batch's output is an error, damaged, or cut off by a kill."""
+    try:
+        return decode_json(line, _Answered, "output", QmixError).error is not None
+    except QmixError:
+        return True

@@ -228,6 +228,9 @@ class Service:
 
 
 def hand_out(events: Iterable[Event]) -> None:
-    """Give events to their followers."""
+    """Give events to their followers. A failure of one is the end of its request alone."""
     for ticket, text, chosen, outcome in events:
-        ticket.follower.take(ticket, text, chosen, outcome)
+        try:
+            ticket.follower.take(ticket, text, chosen, outcome)
+        except Exception as error:
+            ticket.follower.take(ticket, "", None, told(error))

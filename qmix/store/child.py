@@ -19,7 +19,7 @@ from qmix.disk.places import cache_directory, use_cache_directory
 from qmix.errors import CheckpointError, QmixError
 from qmix.files import decode_json
 from qmix.progress import OnProgress, Progress
-from qmix.store.opened import partial_directory
+from qmix.store.opened import SHARDS, partial_directory
 from qmix.store.sources import layout_for, open_source
 from qmix.units import UnitSystem
 
@@ -111,7 +111,7 @@ def main() -> None:
     request = decode_json(sys.argv[1].encode(), Request, "the request", QmixError)
     use_cache_directory(Path(request.cache))
     UnitSystem.binary = request.binary
-    scratch = partial_directory(Path(request.directory)) / "shards" if request.evict else None
+    scratch = partial_directory(Path(request.directory)) / SHARDS if request.evict else None
     try:
         checkpoint = open_checkpoint(open_source(request.model, scratch))
         if checkpoint.identity != request.identity:

@@ -71,9 +71,14 @@ class StoreEntry:
 
 def stores_in(directory: Path) -> list[StoreEntry]:
     """Return the stores directly in a directory, whole or not, those used last first."""
-    found = []
+    paths: list[Path] = []
+    found: list[StoreEntry] = []
     with suppress(OSError):
-        found = [entry for path in sorted(directory.iterdir()) if (entry := entry_of(path)) is not None]
+        paths = sorted(directory.iterdir())
+    for path in paths:
+        with suppress(OSError):  # of a directory that cannot be looked into
+            if (entry := entry_of(path)) is not None:
+                found.append(entry)
     return sorted(found, key=lambda entry: -(entry.last_use or 0))
 
 
@@ -81,6 +86,8 @@ def entry_of(directory: Path) -> StoreEntry | None:
     """Return the entry of a directory, None where it is not a store."""
     if directory.name.endswith(PARTIAL) and (directory / JOURNAL).is_file():
         subject = read_subject(directory / JOURNAL)
+        if subject is None and not any(directory.glob("*.safetensors")):
+            return None  # anything else may have a file of this name
         precision, dtype = ("?", "?") if subject is None else (precision_name(subject.precision), subject.dtype)
         return _entry(directory, "", precision, dtype, "partial")
     if not is_store(directory):

@@ -77,7 +77,7 @@ def mend(
 def _held(directory: Path) -> Iterator[None]:
     """Keep other processes from mending the same store."""
     try:
-        file = (directory / MANIFEST).open("rb")
+        file = (directory / MANIFEST).open("r+b")
     except OSError as error:
         raise StoreError(f"{directory / MANIFEST}: {error.strerror}; {disk_advice(error)}") from None
     with file:

@@ -42,6 +42,7 @@ from qmix.store.profile import Profile, Table, check_profile, read_profile, writ
 
 PROFILE = "profile.json"
 ORIGIN = "source.json"
+SHARDS = "shards"  # in an unfinished store: weight files from the Hub, on their way
 WEIGHTS = "weights"  # the part of a store's digest that is not a small file
 RESTORE = "run `qmix quantize` on its checkpoint and this store to restore it"
 WITHOUT = "delete this file, the store works without it"

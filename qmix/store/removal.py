@@ -1,4 +1,4 @@
-"""Remove a store from the disk: its own files only, the manifest last, so that a removal that was killed can go on."""
+"""Remove a store from the disk: its own files only, the manifest or journal last, so that a killed one can go on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from qmix.disk.faults import disk_advice
 from qmix.errors import StoreError
+from qmix.files import leads_to
 from qmix.store.journal import JOURNAL
 from qmix.store.layout import DENSE_FILE
 from qmix.store.listing import StoreEntry
 from qmix.store.manifest import MANIFEST, SMALL_FILES
-from qmix.store.opened import ORIGIN, PROFILE
+from qmix.store.opened import ORIGIN, PROFILE, SHARDS
 from qmix.store.use import LAST_USE, StoreRemoval
 
 OWN = re.compile(r"experts-\d{5}\.safetensors|.*\.aside|\..*\.new")  # layers, and what repairs and writes leave
@@ -37,19 +38,21 @@ def remove_store(entry: StoreEntry) -> list[str]:
 
 
 def _remove_partial(directory: Path) -> list[str]:
-    with (directory / JOURNAL).open("rb") as journal:
+    with (directory / JOURNAL).open("r+b") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(f"{directory}: another qmix process is making it; end that first") from None
-        shutil.rmtree(directory)
-    return []
+        if not leads_to(directory / JOURNAL, journal):
+            raise StoreError(f"{directory}: another qmix process has finished it; `qmix ls` shows it")
+        shutil.rmtree(directory / SHARDS, ignore_errors=True)
+        return _remove_files(directory, last=JOURNAL)
 
 
-def _remove_files(directory: Path) -> list[str]:
+def _remove_files(directory: Path, last: str = MANIFEST) -> list[str]:
     there = directory.resolve()
     own = [path for path in there.iterdir() if path.is_file() and (path.name in NAMES or OWN.fullmatch(path.name))]
-    for path in sorted(own, key=lambda path: (path.name == MANIFEST, path.name)):
+    for path in sorted(own, key=lambda path: (path.name == last, path.name)):
         path.unlink()
     left = sorted(path.name for path in there.iterdir())
     if not left:

@@ -61,7 +61,7 @@ class StoreRemoval:
         repaired = "another qmix process is repairing it; wait until it ends"
         for name, reason in ((LAST_USE, used), (manifest, repaired)):
             with suppress(FileNotFoundError):
-                self._fds.append(os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC))
+                self._fds.append(os.open(directory / name, os.O_RDWR | os.O_CLOEXEC))
                 try:
                     fcntl.flock(self._fds[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -85,7 +85,7 @@ def last_use(directory: Path) -> float | None:
 def in_use(directory: Path) -> bool:
     """Return True if a model is running from a store now."""
     try:
-        fd = os.open(directory / LAST_USE, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(directory / LAST_USE, os.O_RDWR | os.O_CLOEXEC)  # NFS locks only what can be written
     except OSError:
         return False
     try:

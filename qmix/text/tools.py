@@ -67,7 +67,7 @@ class ToolForm:
         text, calls = self._split(ids, decode)
         try:
             found = [ToolCall(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in _read(calls)]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return decode(ids), []
         return text, found
 

@@ -78,6 +78,12 @@ def test_lines_that_are_no_requests_are_refused(tmp_path, qmix):
         answer_file(written(tmp_path / "in.jsonl", [LINES[0], LINES[1] | {"temprature": 1}]), tmp_path / "out.jsonl")
     with pytest.raises(UsageError, match="has no requests"):
         answer_file(written(tmp_path / "in.jsonl", []), tmp_path / "out.jsonl")
+    other = written(tmp_path / "other.jsonl", LINES[:1])
+    assert qmix("batch", other, "-o", tmp_path / "kept.jsonl", "-m", "tiny", "--ram", "1GiB").status == 0
+    with pytest.raises(UsageError, match="has answers to another input"):
+        answer_file(written(tmp_path / "in.jsonl", [LINES[0] | {"prompt": "y"}]), tmp_path / "kept.jsonl")
+    with pytest.raises(UsageError, match="line 1 is not an answer"):
+        answer_file(tmp_path / "in.jsonl", tmp_path / "in.jsonl")
     with pytest.raises(UsageError, match="No such file"):
         answer_file(tmp_path / "none", tmp_path / "out.jsonl")
 

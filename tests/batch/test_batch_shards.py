@@ -134,7 +134,11 @@ def test_what_is_not_the_whole_of_one_run_is_refused(qmix, source, shards, tmp_p
     copy.write_bytes(one.read_bytes())
     (tmp_path / "copy.jsonl.qmix.json").write_bytes((tmp_path / "out-1.jsonl.qmix.json").read_bytes())
     assert f"{copy}: shard 1/3 is also in {one}; leave one out" in refusal(one, copy, two, three)
-    assert f"{source}: line 1 is not an answer of a batch" in refusal(source, two, three)
+    assert f"{source}: not the answers of a shard" in refusal(source, two, three)
+    assert f"{two}: is given twice" in refusal(one, two, two)
+    manifests = {path: path.read_bytes() for path in tmp_path.glob("out-*.qmix.json")}
+    assert "not the answers of a shard" in refusal(one, *manifests)  # as a pattern of the shell gives them
+    assert manifests == {path: path.read_bytes() for path in manifests}
     assert f"{tmp_path / 'none'}: no such file" in refusal(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     other = tmp_path / "other.jsonl"

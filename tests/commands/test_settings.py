@@ -242,3 +242,23 @@ def test_two_edits_at_once_are_both_kept(qmix, file):
     running = [subprocess.Popen([*COMMAND, "config", "set", *edit], env=os.environ) for edit in edits]
     assert [process.wait() for process in running] == [0] * len(edits)
     assert set(qmix("config").out.splitlines()) == {'ram = "2GiB"', "context = 128", "chat.seed = 7", 'model = "tiny"'}
+
+
+@pytest.mark.parametrize("command", ["chat", "batch", "plan"])
+def test_the_table_of_a_command_is_not_the_option_of_its_name(qmix, file, command):
+    write(file, f'[{command}]\nram = "1GiB"\n')
+    assert qmix(*HELLO).status == 0
+    assert qmix("config").status == 0
+
+
+def test_a_value_and_a_table_of_one_name_are_told_apart(qmix, file, tmp_path):
+    write(file, "batch = 2\n")
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "x", "max_tokens": 1}\n')
+    done = qmix("batch", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "-m", "tiny")
+    assert done.status == 0, done.err
+    refused = qmix("config", "set", "batch.ram", "8GiB")
+    assert (refused.status, "batch is an option there, not a command" in refused.err) == (2, True)
+    write(file, '[batch]\nram = "1GiB"\n')
+    refused = qmix("config", "set", "batch", "2")
+    assert (refused.status, "[batch] is the table of a command there" in refused.err) == (2, True)
+    assert file.read_text() == '[batch]\nram = "1GiB"\n'

@@ -218,3 +218,20 @@ def test_pull_goes_on_after_it_was_stopped(commands, tiny_cache, tiny, tmp_path)
     assert commands("pull", checkpoint, "--precision", "int8").status == 0
     assert commands("verify", "copy").status == 0
     assert not list(tiny_cache.glob("*.partial"))
+
+
+def test_a_directory_that_only_looks_partial_is_not_a_store(commands, tiny_cache, tmp_path):
+    photos = tmp_path / "photos.partial"
+    photos.mkdir()
+    for name in ("journal.jsonl", "thesis.txt"):
+        (photos / name).write_text("mine")
+    refused = commands("rm", "--yes", tmp_path / "photos")
+    assert (refused.status, sorted(path.name for path in photos.iterdir())) == (2, ["journal.jsonl", "thesis.txt"])
+
+
+def test_rm_of_an_unfinished_store_leaves_other_files(commands, tiny, tiny_cache):
+    interrupt_store(tiny, tiny_cache / "half", "int8", 3)
+    (tiny_cache / "half.partial" / "notes.txt").write_text("mine")
+    done = commands("rm", "--yes", "half")
+    assert (done.status, "with notes.txt in it" in done.err) == (0, True)
+    assert [path.name for path in (tiny_cache / "half.partial").iterdir()] == ["notes.txt"]

@@ -96,6 +96,15 @@ def test_code_is_kept_apart_for_constants_processors_and_paths(tmp_path, monkeyp
     assert files.load(others[0]) is None
 
 
+def test_code_of_another_numba_is_not_even_unpickled(tmp_path, monkeypatch):
+    """Its classes may be gone."""
+    files, key = _CodeFiles(str(tmp_path), "kernel"), ("(int64,)", ("x86", "zen4", "+avx2"), ("bytecode", "nf4"))
+    files.save(key, 1)
+    monkeypatch.setattr(compiled_module.numba, "__version__", "another")
+    monkeypatch.setattr(compiled_module.pickle, "loads", None)
+    assert files.load(key) is None
+
+
 def test_a_directory_that_cannot_be_written_is_named_once(tmp_path, caplog):
     files = _CodeFiles(str(tmp_path / "missing"), "kernel")
     for number in range(2):

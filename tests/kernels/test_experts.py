@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,3 +137,25 @@ def test_what_is_not_finite_stays_so():
     for x, want in (([torch.nan, 1.0], "nan"), ([3e38, 3e38], "inf")):
         outputs, _ = together("half", made, torch.tensor([x]).bfloat16(), torch.tensor([[0]]), None)
         assert {str(number) for number in outputs.flatten().tolist()} == {want}
+
+
+FREED_MEMORY = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_experts import experts, one_by_one, routed, together
+
+made, x, chosen = experts("half", 64, 96, 1), torch.randn(64, 64).bfloat16(), routed(64, 1, 1)
+got, _ = together("half", made, x, chosen, None)
+print(float((got.float() - one_by_one(made, x, chosen).float()).abs().max()))
+"""
+
+
+def test_no_memory_is_read_after_it_was_freed():
+    """In a process whose allocator fills what is freed."""
+    script = [sys.executable, "-c", FREED_MEMORY, str(Path(__file__).parent)]
+    environment = os.environ | {"MALLOC_PERTURB_": "165"}
+    run = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 0.1

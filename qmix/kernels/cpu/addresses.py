@@ -32,7 +32,10 @@ from qmix.kernels.cpu.vectors import (
 
 @intrinsic
 def address_of(context: object, array: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the address of an array's first number. Numba frees the array after its last use, not the address's."""
+    """Return the address of an array's first number.
+
+    The caller must use the array itself after the last use of the address: Numba frees it after its own last use.
+    """
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         data = context.make_array(array)(context, b, arguments[0]).data

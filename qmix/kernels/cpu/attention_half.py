@@ -21,14 +21,9 @@ from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.half_layer_pieces import (
     CONSTANTS,
     FIELDS,
-    GROUPS,
-    HEADS,
     HIDDEN,
     ITEM,
     NORM,
-    POSITIONS,
-    SIZE,
-    WIDTH,
     add_output,
     attend,
     combine,
@@ -38,6 +33,7 @@ from qmix.kernels.cpu.half_layer_pieces import (
     project,
     route,
     row_groups,
+    sizes_of,
 )
 from qmix.kernels.cpu.products import holds_of
 from qmix.kernels.cpu.stages import finish, wait_for
@@ -102,13 +98,7 @@ def half_layer_kernel() -> int:
 
     def kernel(block: Any) -> None:
         numbers = carray(block, FIELDS)
-        size, heads, groups, width, positions = (
-            numbers[SIZE],
-            numbers[HEADS],
-            numbers[GROUPS],
-            numbers[WIDTH],
-            numbers[POSITIONS],
-        )
+        size, heads, groups, width, positions = sizes_of(numbers)
         done = address_of(numbers) + 8
         to_place = 1 + row_groups(heads * width) + 2 * row_groups(groups * width)
         to_attend = to_place + heads + 2 * groups

@@ -47,17 +47,16 @@ class _CodeFiles:
             content = self._path(key).read_bytes()
         except OSError:
             return None
-        digest, data = content[:32], content[32:]
-        if digest != hashlib.sha256(data).digest():
-            return None
-        stamp, code = pickle.loads(data)
-        return code if stamp == self._stamp(key) else None
+        digest, stamped = content[:32], content[32:]
+        if digest != hashlib.sha256(stamped).digest() or stamped[:32] != self._stamp(key):
+            return None  # before anything is unpickled: another Numba's classes may be gone
+        return pickle.loads(stamped[32:])
 
     def save(self, key: Any, code: Any) -> None:
         """Keep code for a key; where it cannot be written, it is compiled again next time."""
-        data = dumps((self._stamp(key), code))
+        stamped = self._stamp(key) + dumps(code)
         try:
-            write_whole(self._path(key), hashlib.sha256(data).digest() + data)
+            write_whole(self._path(key), hashlib.sha256(stamped).digest() + stamped)
         except OSError as error:
             _warn_of(self._directory, error.strerror)
 
@@ -66,10 +65,11 @@ class _CodeFiles:
         identity = repr((str(signature), processor, constants, current().name))
         return self._directory / f"{self._name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.nbc"
 
-    def _stamp(self, key: Any) -> tuple[str, ...]:
-        """Return what compiled code depends on besides what the path is made of."""
+    def _stamp(self, key: Any) -> bytes:
+        """Return the digest of what compiled code depends on besides what the path is made of."""
         bytecode = key[2][0]
-        return source_digest(), llvmlite.__version__, numba.__version__, bytecode
+        depends = source_digest(), llvmlite.__version__, numba.__version__, bytecode
+        return hashlib.sha256(repr(depends).encode()).digest()
 
 
 class _KernelCache(FunctionCache):

@@ -1,4 +1,4 @@
-"""Pieces of the experts' kernel in LLVM: the gated product in vectors, rounded as torch rounds it; single numbers."""
+"""Pieces of the experts' kernel in LLVM: the gated product in vectors, rounded as torch rounds it."""
 
 from __future__ import annotations
 

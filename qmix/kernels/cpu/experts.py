@@ -199,7 +199,8 @@ def _inner_rows(numbers: Any, piece: int) -> None:
     mine = _expert_of(numbers, expert)
     count, first, row = mine[COUNT], mine[FIRST], group * GROUP
     x = read if tokens == 1 else read + first * hidden * item
-    gate, up = (np.empty((count, groups * GROUP), np.float32), np.empty((count, groups * GROUP), np.float32))
+    both = np.empty((2, count, groups * GROUP), np.float32)  # one array: `gate`, used to the end, keeps that of `up`
+    gate, up = both[0], both[1]
     code = numbers[GROUP_SUMS]
     call_at(code, address_of(gate), count, row, groups, inner, hidden, mine[GATE], mine[GATE_SCALES], x)
     call_at(code, address_of(up), count, row, groups, inner, hidden, mine[UP], mine[UP_SCALES], x)

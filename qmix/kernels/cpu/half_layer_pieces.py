@@ -64,15 +64,15 @@ def row_groups(rows: int) -> int:
 
 
 @compiled_part
+def sizes_of(numbers: Any) -> tuple[int, int, int, int, int]:
+    """Return the hidden size, heads, groups of heads, a head's width, and positions."""
+    return numbers[SIZE], numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
+
+
+@compiled_part
 def layout(numbers: Any) -> tuple[int, int, int, int, int]:
     """Return addresses in the work memory: what is projected, parts of attention, x, queries and results as read."""
-    size, heads, groups, width, positions = (
-        numbers[SIZE],
-        numbers[HEADS],
-        numbers[GROUPS],
-        numbers[WIDTH],
-        numbers[POSITIONS],
-    )
+    size, heads, groups, width, positions = sizes_of(numbers)
     projected, item = numbers[WORK], numbers[ITEM]
     parts = projected + 4 * (heads + 2 * groups) * width
     read = parts + 4 * ((positions + BLOCK - 1) // BLOCK) * heads * (width + 2)

@@ -42,6 +42,8 @@ class Exchanges:
         (layer, away), arriving, leaving = self._layers[exchange.layer], exchange.arriving, exchange.leaving
         experts, staging = away.experts, away.staging
         assert staging is not None
+        if not self.pool.holds(exchange.layer, arriving):  # something else has taken its slot
+            next(iter(self.pool.get(exchange.layer, [arriving])))
         place, record = experts.residents[leaving], self.pool.record(exchange.layer, arriving)
         staged = staging.copy(record)
         staged.wait()

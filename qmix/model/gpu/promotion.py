@@ -89,7 +89,7 @@ class Promotion:
                 self._followed += weight * group.computed * (expert not in group.imagined)
 
     def exchanges(self, tokens: int) -> list[Exchange]:
-        """Return the exchanges to make after a step of so many tokens, mostly none."""
+        """Return the exchanges to make before a step of so many tokens, mostly none."""
         self._tokens, self._since = self._tokens + tokens, self._since + tokens
         if self._since < PERIOD:
             return []
