@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -156,14 +156,18 @@ def letter(tier: str) -> str:
 
 
 class _Recent:
-    """Sums in which the last seconds count most."""
+    """Sums in which the last `span` seconds count most."""
 
-    def __init__(self, first: npt.NDArray[np.float64]) -> None:
-        self._last, self.sums = first, np.zeros_like(first)
+    def __init__(self, first: npt.NDArray[np.float64], span: float) -> None:
+        self._last, self._span, self.sums = first, span, np.zeros_like(first)
 
-    def add(self, now: npt.NDArray[np.float64], fade: float) -> npt.NDArray[np.float64]:
-        """Take counts as they are now, and return the sums."""
-        self.sums = self.sums * fade + np.maximum(now - self._last, 0.0)
+    def add(self, now: npt.NDArray[np.float64], since: float) -> npt.NDArray[np.float64]:
+        """Take counts as they are now, `since` seconds after the last ones, and return the sums.
+
+        Of a longer time in which nobody looked, only `span` seconds' share is taken.
+        """
+        share = min(1.0, self._span / since) if since > 0 else 1.0
+        self.sums = self.sums * math.exp(-since / self._span) + share * np.maximum(now - self._last, 0.0)
         self._last = now
         return self.sums
 
@@ -180,20 +184,17 @@ class Watch:
         self._runner, self._requests, self._clock = runner, requests or runner.requests, clock
         self._placement = runner.plan.placement
         self._begun = self._now = clock()
-        self._counts = _Recent(self._read_counts())
-        self._times, self._limiting = _Recent(self._read_times()), _Recent(self._read_times())
+        self._counts = _Recent(self._read_counts(), RECENT)
+        self._times, self._limiting = _Recent(self._read_times(), RECENT), _Recent(self._read_times(), NOW)
         self._rates = {"prefill": 0.0, "decode": 0.0}
 
     def figures(self) -> Figures:
         """Return the figures of now."""
         runner, now = self._runner, self._clock()
         since, self._now = now - self._now, now
-        asked, missed = self._counts.add(self._read_counts(), math.exp(-since / RECENT))
+        asked, missed = self._counts.add(self._read_counts(), since)
         read = self._read_times()
-        times, limiting = (
-            self._times.add(read, math.exp(-since / RECENT)),
-            self._limiting.add(read, math.exp(-since / NOW)),
-        )
+        times, limiting = self._times.add(read, since), self._limiting.add(read, since)
         wall, nbytes = times[0], times[4]
         for name, (tokens, seconds) in zip(self._rates, times[5:].reshape(2, 2), strict=True):
             if seconds > 1e-9:
@@ -226,14 +227,16 @@ class Watch:
         return np.array([*times, *work.prefill, *work.decode], np.float64)
 
     def _tiers(self) -> tuple[tuple[str, ...], ...]:
-        held = self._runner.pool.held()
-        return tuple(
-            tuple(
-                tier if tier not in (RAM, DISK) else RAM if (layer, expert) in held else DISK
-                for expert, tier in enumerate(row)
-            )
-            for layer, row in enumerate(self._placement)
-        )
+        """Return where records lie now: those outside of the pool on the GPU that the plan names for their layer."""
+        held, elsewhere = self._runner.pool.held(), self._runner.pool.elsewhere
+
+        def tiers(layer: int, row: Sequence[str]) -> Iterator[str]:
+            gpu = next((tier for tier in row if tier not in (RAM, DISK)), DISK)
+            for expert in range(len(row)):
+                key = layer, expert
+                yield gpu if key in elsewhere else RAM if key in held else DISK
+
+        return tuple(tuple(tiers(layer, row)) for layer, row in enumerate(self._placement))
 
     def _memory(self) -> tuple[Memory, ...]:
         plan = self._runner.plan

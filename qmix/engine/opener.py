@@ -70,6 +70,7 @@ class OpenModel:
             if spread:
                 spread.dense_from = dense_from(store.layout.dtype)
             self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
+            opened.callback(self.pool.close)
             self.thread = ComputeThread(self.pool)
             gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []
             if gpus and (unpin := pin(self.pool.memory, gpus)) is not None:

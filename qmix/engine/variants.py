@@ -77,6 +77,7 @@ class Stored:
         if store.fingerprint != checkpoint_fingerprint(checkpoint):
             raise StoreError(f"{store.directory}: was made from other weights ({store.source_name}); compare its own")
         self.name, self.store = name, store
+        self._use: StoreUse | None = None
         self._pool: ExpertPool | None = None  # made on first use, after the budget was checked
 
     @property
@@ -89,11 +90,12 @@ class Stored:
 
     def expert(self, layer: int, index: int, matrices: Mapping[str, torch.Tensor]) -> Expert:
         if self._pool is None:
-            self._use = StoreUse(self.store.directory)
+            self._use = self._use or StoreUse(self.store.directory)
             self._pool = ExpertPool(self.store, dict.fromkeys(self.store.layout.record_counts, 1))
         return next(expert for _, expert in self._pool.get(layer, [index]))
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
+        if self._use is not None:
             self._use.close()

@@ -27,6 +27,7 @@ from qmix.serve.files import PART, File, Files, Records, is_error, new_id
 from qmix.serve.service import Service
 from qmix.serve.shared_engine import EngineFailed, SharedEngine
 
+LINES = (".out.jsonl", ".out.jsonl.qmix.json")  # the files of a batch's lines
 MOST_LINES = 20_000  # of a batch: their places are in memory while it runs
 MOST_BATCHES = 1000
 MOST_LABELS, LONGEST_LABEL = 16, 512  # of a batch's metadata, as OpenAI has it
@@ -102,6 +103,7 @@ class Batches:
         self._known = {batch.id: batch for batch in self.records.all(Batch)}
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._changing = threading.Lock()
         for batch in sorted(self._known.values(), key=lambda batch: (batch.created_at, batch.id)):
             if batch.status in ("in_progress", "cancelling"):
                 self._queue.put(batch.id)
@@ -140,11 +142,12 @@ class Batches:
 
     def cancel(self, name: str) -> Batch:
         """Stop a batch before its next line; what it has answered stays."""
-        batch = self.get(name)
-        if batch.status == "in_progress":
-            batch.status, batch.cancelling_at = "cancelling", int(time.time())
-            self.records.write(batch.id, batch)
-        return batch
+        with self._changing:
+            batch = self.get(name)
+            if batch.status == "in_progress":
+                batch.status, batch.cancelling_at = "cancelling", int(time.time())
+                self.records.write(batch.id, batch)
+            return batch
 
     def output(self, name: str) -> Path:
         """Return the file with all lines that a batch has written."""
@@ -165,7 +168,7 @@ class Batches:
         """Delete the lines of a batch whose last file was deleted."""
         batch = self._known.get(file.lines_of or "")
         if batch is not None and batch.status in ENDED and not self._files_of(batch):
-            for suffix in (".out.jsonl", ".out.jsonl.qmix.json"):
+            for suffix in LINES:
                 self.records.path(batch.id, suffix).unlink(missing_ok=True)
 
     def _files_of(self, batch: Batch) -> list[File]:
@@ -180,7 +183,8 @@ class Batches:
         for batch in reversed(self.all()):
             if batch.status in ENDED and batch.id not in held:
                 del self._known[batch.id]
-                self.records.path(batch.id).unlink(missing_ok=True)
+                for suffix in (".json", *LINES):
+                    self.records.path(batch.id, suffix).unlink(missing_ok=True)
                 return
         raise ApiError(400, f"there are {MOST_BATCHES} batches; delete the output files of some that have ended")
 
@@ -269,13 +273,14 @@ class Batches:
             batch.output_file_id = self.files.add_view(batch.id, sizes[False], errors=False).id
         if sizes[True] and batch.error_file_id is None:
             batch.error_file_id = self.files.add_view(batch.id, sizes[True], errors=True).id
-        if errors:
-            changes: dict[str, Any] = {"status": "failed", "failed_at": now}
-        elif batch.status == "cancelling":
-            changes = {"status": "cancelled", "cancelled_at": now}
-        else:
-            changes = {"status": "completed", "completed_at": now}
-        self._keep(msgspec.structs.replace(batch, errors=errors, **changes))
+        with self._changing:  # the status may change to "cancelling" until this one is on the disk
+            if errors:
+                changes: dict[str, Any] = {"status": "failed", "failed_at": now}
+            elif batch.status == "cancelling":
+                changes = {"status": "cancelled", "cancelled_at": now}
+            else:
+                changes = {"status": "completed", "completed_at": now}
+            self._keep(msgspec.structs.replace(batch, errors=errors, **changes))
 
 
 def _may_pass(error: Exception) -> bool:

@@ -174,6 +174,9 @@ class Service:
             return self._waiting
         if not self._bulk:
             return None
+        taken = sum(ticket.most_tokens for ticket in self._running.values())
+        if self._running and taken + self._bulk[0].most_tokens > capacity:
+            return None  # it would wait in the scheduler, before requests that have room
         bulk = [ticket.most_tokens for ticket in self._running.values() if ticket.bulk]
         tokens = sum(bulk) + self._bulk[0].most_tokens
         fits = len(bulk) < batch - max(1, batch // 4) and tokens <= capacity - capacity // 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,6 +23,7 @@ from qmix.serve.files import FILE_LIMIT, PART, Files
 
 FORM_BYTES = 2**16  # of an upload besides its file
 UPLOAD_BYTES = 3 * 2**20  # of memory: the beginning of a file, fields, and a part that is copied
+UPLOAD_SECONDS = 600.0  # for one file to come: 0.35 MB/s for the largest
 PAGE, LONGEST_PAGE = 20, 100
 T = TypeVar("T", bound=Any)
 
@@ -54,12 +56,18 @@ class Storage:
             raise ApiError(415, "send the file as multipart/form-data, with the fields 'purpose' and 'file'")
         try:
             with self._ledger.hold(UPLOAD_BYTES):
-                async with bounded.form(max_files=1, max_fields=8, max_part_size=FORM_BYTES) as form:
+                reading = bounded.form(max_files=1, max_fields=8, max_part_size=FORM_BYTES)
+                form = await asyncio.wait_for(reading, UPLOAD_SECONDS)
+                try:
                     file, purpose = form.get("file"), form.get("purpose")
                     if not isinstance(file, UploadFile) or not isinstance(purpose, str):
                         raise invalid("the form must have the fields 'purpose' and 'file'", "file")
                     parts = _parts(file.file)
                     found = await run_in_threadpool(self._files.add, parts, file.filename or "upload", purpose)
+                finally:
+                    await form.close()
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the file did not come within {UPLOAD_SECONDS:.0f} s") from None
         except MultiPartException as error:
             raise invalid(f"the form cannot be read: {error.message}", "file") from None
         return JSONResponse(found.to_json())

@@ -82,13 +82,16 @@ class LiveScreen:
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        self._note = ""
         before = signal.signal(signal.SIGTERM, self._terminate)
         try:
             live.start(refresh=True)
             yield
         finally:
-            self._end()
-            signal.signal(signal.SIGTERM, before)
+            try:
+                self._end()
+            finally:
+                signal.signal(signal.SIGTERM, before)
 
     def _write(self, write: Callable[[str], None], text: str, held: bool) -> None:
         if held and self._live is not None:

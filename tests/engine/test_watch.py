@@ -31,6 +31,7 @@ class Pool:
     waited: float = 0.0
     computed: float = 0.0
     layer: int = 0
+    elsewhere: frozenset[tuple[int, int]] = frozenset({(0, 0)})
 
     def held(self) -> frozenset[tuple[int, int]]:
         return frozenset({(0, 0), (1, 0)})
@@ -92,6 +93,26 @@ def test_what_is_past_fades_and_speeds_stay_as_they_last_were(running):
     assert late.use[0][1] < 1e-6
     assert (late.decode, late.prefill) == (pytest.approx(4), 0)
     assert late.limits[0] == (IDLE, pytest.approx(1))
+
+
+def test_of_an_hour_without_a_look_only_seconds_count(running):
+    """At 900 uses a second the sums have those of four seconds, and the disk's rate is that of the hour."""
+    now = [0.0]
+    watch = Watch(running, clock=lambda: now[0])
+    running.pool.by_expert.asked = [[0, 3600 * 900], [0, 0]]
+    running.pool.counters.bytes_read = 3600
+    now[0] = 3600.0
+    got = watch.figures()
+    assert got.use[0][1] == pytest.approx(4 * 900)
+    assert got.read_rate == pytest.approx(1)
+    running.pool.counters.bytes_read += 5000
+    now[0] = 3605.0
+    assert watch.figures().read_rate > 600  # of the last seconds, and not of the hour
+
+
+def test_experts_that_changed_places_are_where_they_are_now(running):
+    running.pool.elsewhere = frozenset({(0, 1)})
+    assert Watch(running).figures().tiers == (("ram", "gpu:0"), ("ram", "disk"))
 
 
 def test_a_prompt_under_way_is_told_and_a_gpu_is_what_is_left(running):

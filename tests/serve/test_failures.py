@@ -6,6 +6,7 @@ import json
 import queue
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from stores import make_store, many_prompts
@@ -18,7 +19,7 @@ from qmix.serve import batches
 from qmix.serve.batches import Batches, Wanted
 from qmix.serve.errors import ApiError
 from qmix.serve.files import Files
-from qmix.serve.service import Service, Ticket
+from qmix.serve.service import Service, Ticket, hand_out
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0, ignore_eos=True)
 URL = "/v1/completions"
@@ -116,3 +117,20 @@ def test_a_batch_answers_the_lines_of_a_failed_pass_again(
     batch = found.get(name)
     assert (batch.status, batch.completed) == (status, completed)
     assert batch.errors == ([] if status == "completed" else ["a bug in qmix: ZeroDivisionError: by hand"])
+
+
+def test_a_follower_that_fails_takes_nothing_from_the_others():
+    taken = []
+
+    class Follower:
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def take(self, ticket, text, chosen, outcome) -> None:
+            if self.fails and outcome is None:
+                raise RecursionError
+            taken.append((text, type(outcome).__name__))
+
+    tickets = [SimpleNamespace(follower=Follower(fails)) for fails in (True, False)]
+    hand_out([(tickets[0], "a", None, None), (tickets[1], "b", None, None)])
+    assert taken == [("", "ApiError"), ("b", "NoneType")]
