@@ -82,7 +82,6 @@ class LiveScreen:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._note = ""
         before = signal.signal(signal.SIGTERM, self._terminate)
         try:
             live.start(refresh=True)
@@ -110,6 +109,7 @@ class LiveScreen:
         if live is not None:
             live.stop()
         held, self._held = self._held, []
+        self._note = ""  # the next screen begins without it
         for write, text in held:
             write(text)
 
