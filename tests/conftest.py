@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import Commands, FirstUse, real
+from command import Commands, FirstUse
 
 from qmix.units import UnitSystem
 
@@ -47,13 +48,30 @@ def commands(tmp_path_factory) -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="session")
-def first_use(tmp_path_factory) -> FirstUse:
-    """The first command on a new machine."""
-    argv = ("generate", "To install a package,", "--seed", "1", "--max-new-tokens", "24")
-    used = FirstUse.of(tmp_path_factory.mktemp("first-use"), *argv)
-    for model in ("tiny", "mixtral-8x7b"):  # measures Python's own memory, without and with kernels
-        assert real("plan", model, "--ram", "64GiB", XDG_CACHE_HOME=str(used.cache)).status == 0
-    return used
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Returns a directory of this name that one worker fills, by `make`, and all only read."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made_once(name: str, make: Callable[[Path], object]) -> Path:
+        directory, complete = shared / name, shared / f"{name}.complete"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a worker that was killed
+                directory.mkdir()
+                make(directory)
+                complete.touch()
+        return directory
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
+def first_use(made_once, tmp_path_factory) -> FirstUse:
+    """The first command on a new machine; what it left is this worker's own copy."""
+    made = made_once("first-use", FirstUse.make)
+    return FirstUse.read(shutil.copytree(made, tmp_path_factory.mktemp("used") / "first-use"))
 
 
 @pytest.fixture
