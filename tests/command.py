@@ -2,22 +2,26 @@
 
 Starting Python with torch takes seconds, so one process imports everything once and forks for every command. A fork of
 that process imports numba as well, for the commands that use it: in the others' memory it would count against budgets.
-A command's process has streams, environment and working directory of its own, and shows no progress that only slow work
-has; `real` starts a fresh Python, for what a fork cannot show: what the imports say, and how it all ends.
+A command's process has streams (or a terminal), environment and working directory of its own. Without a terminal it
+shows no progress that only slow work has. `real` starts a fresh Python, for what a fork cannot show: what the imports
+say, and how it all ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 COMMAND = [sys.executable, "-m", "cli"]
 USUAL = ("qmix.engine.load", "qmix.engine.stream", "qmix.engine.batch", "qmix.planner.view", "qmix.terminal.progress")
@@ -89,20 +93,33 @@ class Commands:
 
     def __call__(self, *argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Finished:
         """`environment` is on top of the test's own."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
         streams = [self.scratch / name for name in ("stdin", "stdout", "stderr")]
         for stream, content in zip(streams, (stdin, b"", b""), strict=True):
             stream.write_bytes(content)
-        request = {
-            "argv": [os.fspath(argument) for argument in argv],
-            "cwd": str(cwd or self.scratch),
-            "environment": os.environ | environment,
-            "streams": [str(stream) for stream in streams],
-        }
-        self._server.stdin.write(json.dumps(request) + "\n")
-        status, peak = map(int, self._server.stdout.readline().split())
+        status, peak = self._ask(argv, streams, cwd, environment)
         return Finished(status, streams[1].read_text("utf-8"), streams[2].read_text("utf-8"), peak)
+
+    def begin(self, terminal: str, *argv: str | Path, **environment: str) -> int:
+        """Begin a command on the terminal with this path; return its process, which `wait` is to be called for."""
+        (pid,) = self._ask(argv, [terminal], None, environment)
+        return pid
+
+    def wait(self, pid: int, options: int = 0) -> int | None:
+        """Return the exit code of a process that `begin` returned, None where it goes on (with os.WNOHANG)."""
+        code = self._answer({"wait": [pid, options]})
+        return code[0] if code else None
+
+    def _ask(
+        self, argv: Sequence[str | Path], streams: Sequence[str | Path], cwd: Path | None, environment: dict[str, str]
+    ) -> list[int]:
+        request = {"argv": [os.fspath(argument) for argument in argv], "streams": list(map(str, streams))}
+        return self._answer(request | {"cwd": str(cwd or self.scratch), "environment": os.environ | environment})
+
+    def _answer(self, request: dict[str, Any]) -> list[int]:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        return list(map(int, self._server.stdout.readline().split()))
 
 
 def real(*argv: str | Path, stdin: bytes = b"", cwd: Path | None = None, **environment: str) -> Finished:
@@ -179,37 +196,50 @@ def _prepare() -> None:
     shared.load_libraries()  # which a command calls before it imports them
     from transformers import MixtralForCausalLM  # noqa: F401
 
-    from qmix.terminal import progress
-
-    never = float("inf")  # lines that a slow machine would show besides
-    shared.LOADING_PATIENCE = progress.LINE_SECONDS = never
     for name in (*USUAL, *sys.argv[1:]):
         import_module(name)
 
 
 def _serve(requests: TextIO, answers: TextIO) -> None:
-    """Run the command of each line; answer with its exit code and its peak of memory."""
-    import cli
-
+    """Answer each line: a command to run, or a process to wait for."""
     compiling = None
     gc.freeze()  # or each command's first collection would touch, and so copy, every object
     for line in requests:
         request = json.loads(line)
-        if request["argv"][:1] and request["argv"][0] in COMPILING and "numba" not in sys.modules:
+        if "wait" in request:
+            ended, status = os.waitpid(*request["wait"])
+            answer = [os.waitstatus_to_exitcode(status)] if ended else []
+        elif request["argv"][:1] and request["argv"][0] in COMPILING and "numba" not in sys.modules:
             compiling = compiling or _fork_with_compiler()
             print(line, end="", file=compiling[0], flush=True)
-            print(compiling[1].readline(), end="", file=answers, flush=True)
-            continue
-        child = os.fork()
-        if child == 0:
-            _become(**request)
-            try:
-                cli.main()
-            except SystemExit as end:
-                sys.stdout.flush()
-                os._exit(end.code)  # Python's own end takes longer than most commands
-        _, status, used = os.wait4(child, 0)
-        print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024, file=answers, flush=True)
+            answer = compiling[1].readline().split()
+        else:
+            answer = _run(**request)
+        print(*answer, file=answers, flush=True)
+
+
+def _run(argv: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> list[int]:
+    """Return a command's exit code and its peak of memory; where its one stream is a terminal, its process at once."""
+    import cli
+
+    opened = [os.open(stream, os.O_RDWR | os.O_NOCTTY) for stream in streams]
+    child = os.fork()
+    if child == 0:
+        if len(opened) == 1:
+            os.setsid()
+            fcntl.ioctl(opened[0], termios.TIOCSCTTY, 0)
+        _become(argv, cwd, environment, opened if len(opened) == 3 else opened * 3)
+        try:
+            cli.main()
+        except SystemExit as end:
+            sys.stdout.flush()
+            os._exit(end.code)  # Python's own end takes longer than most commands
+    for stream in opened:
+        os.close(stream)
+    if len(opened) == 1:
+        return [child]
+    _, status, used = os.wait4(child, 0)
+    return [os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024]
 
 
 def _fork_with_compiler() -> tuple[TextIO, TextIO]:
@@ -227,10 +257,15 @@ def _fork_with_compiler() -> tuple[TextIO, TextIO]:
     return os.fdopen(asking, "w"), os.fdopen(answering)
 
 
-def _become(argv: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:
+def _become(argv: list[str], cwd: str, environment: dict[str, str], streams: list[int]) -> None:
+    from qmix.commands import shared
+    from qmix.terminal import progress
+
+    if not os.isatty(streams[2]):
+        shared.LOADING_PATIENCE = progress.LINE_SECONDS = float("inf")  # lines that a slow machine would show besides
     signal.alarm(LIMIT_SECONDS)
     for target, stream in enumerate(streams):
-        os.dup2(os.open(stream, os.O_RDWR), target)
+        os.dup2(stream, target)
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # noqa: SIM115
     sys.argv = ["qmix", *argv]

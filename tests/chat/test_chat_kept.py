@@ -46,10 +46,10 @@ def test_a_chat_whose_process_ends_is_there_at_the_next_start(qmix, isolated_hom
 
 
 def test_a_chat_whose_terminal_is_closed_is_there_at_the_next_start(qmix):
-    first = Typist(*GREEDY)
+    first = Typist(qmix, *GREEDY)
     first.enter(ASK)
     first.terminal.close()
-    second = Typist(*GREEDY)
+    second = Typist(qmix, *GREEDY)
     try:
         kept = TOLD.search(second.greeting)[1]
         assert [user for user, _ in turns_of(Path(kept))] == [ASK]
@@ -130,7 +130,7 @@ def test_bytes_that_are_not_utf_8_are_an_error_line(qmix):
 
 
 def test_a_latin_1_byte_on_a_terminal_is_an_error_line(qmix):
-    typist = Typist(*GREEDY)
+    typist = Typist(qmix, *GREEDY)
     try:
         os.write(typist.terminal.child_fd, b"caf\xe9 ")
         assert "qmix: this turn: not UTF-8 text (character 4)\r\n" in typist.enter("again")

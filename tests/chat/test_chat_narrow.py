@@ -42,7 +42,7 @@ class Screen:
 @pytest.mark.parametrize("columns", [80, 30])
 def test_words_are_whole_and_statistics_folded(qmix, columns):
     piped = qmix(*LONG, stdin=ASK.encode()).out
-    typist = Typist(*LONG, columns=columns)
+    typist = Typist(qmix, *LONG, columns=columns)
     try:
         typist.terminal.send(f"{ASK}\r")
         typist.terminal.expect_exact("\x1b[?2004l")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pexpect
 import pytest
 from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
-from command import COMMAND, LIMIT_SECONDS
+from command import COMMAND, LIMIT_SECONDS, Commands
+from terminals import Terminal
 
 ASK = "How do I install a package?"
 GREEDY = ("chat", "tiny", "--temperature", "0", "--max-new-tokens", "24")
@@ -26,15 +27,8 @@ HINT = "Ctrl-D or /exit leaves; Ctrl-C stops an answer\r\n"
 class Typist:
     """Somebody at a terminal with a chat, who waits until the model is loaded; `greeting` is what was shown by then."""
 
-    def __init__(self, *argv: str | Path, columns: int = 160, **environment: str) -> None:
-        self.terminal = pexpect.spawn(
-            COMMAND[0],
-            [*COMMAND[1:], *map(str, argv)],
-            dimensions=(24, columns),
-            env=os.environ | {"PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm-256color"} | environment,
-            encoding="utf-8",
-            timeout=LIMIT_SECONDS,
-        )
+    def __init__(self, commands: Commands, *argv: str | Path, columns: int = 160, **environment: str) -> None:
+        self.terminal = Terminal(commands, *argv, columns=columns, environment=environment, encoding="utf-8")
         self.greeting = ESCAPES.sub(
             "", self.ready()
         )  # before the prompt of the first turn, which comes before the model
@@ -68,7 +62,7 @@ def sit_down(qmix):
     there = []
 
     def begin(*argv, **options):
-        there.append(Typist(*argv, **options))
+        there.append(Typist(qmix, *argv, **options))
         return there[-1]
 
     yield begin

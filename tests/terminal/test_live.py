@@ -15,8 +15,9 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
-from command import COMMAND, LIMIT_SECONDS
+from command import COMMAND, LIMIT_SECONDS, Commands
 from rich.console import Console
+from terminals import Terminal
 
 from qmix.engine.figures import Figures, Memory, Requests
 from qmix.terminal.expert_map import ExpertMap
@@ -32,18 +33,18 @@ HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"  # the cursor
 class Screen:
     """A command on a terminal, whose screen can be read."""
 
-    def __init__(self, *argv: str | Path, columns: int = 80, rows: int = 24, **options) -> None:
+    def __init__(self, qmix: Commands, *argv: str | Path, columns: int = 80, rows: int = 24, **options) -> None:
         self._size, self.written, self._rest = (columns, rows), b"", b""
         self.first = self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         environment = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"} | options.pop("environment", {})
-        self.terminal = pexpect.spawn(
-            options.pop("shell", COMMAND[0]),
-            [*([] if options.pop("raw", False) else COMMAND[1:]), *map(str, argv)],
-            dimensions=(rows, columns),
-            env=os.environ | environment,
-            timeout=LIMIT_SECONDS,
-        )
+        if "shell" in options:
+            size, environment = (rows, columns), os.environ | environment
+            self.terminal = pexpect.spawn(
+                options.pop("shell"), [*argv], dimensions=size, env=environment, timeout=LIMIT_SECONDS
+            )
+        else:
+            self.terminal = Terminal(qmix, *argv, rows=rows, columns=columns, environment=environment)
         self.before = termios.tcgetattr(self.terminal.child_fd)
 
     @property
@@ -109,7 +110,7 @@ def open_screen(qmix) -> Iterator:
     there = []
 
     def begin(*argv, **options) -> Screen:
-        there.append(Screen(*argv, **options))
+        there.append(Screen(qmix, *argv, **options))
         return there[-1]
 
     yield begin
