@@ -21,7 +21,6 @@ def run_qmix(*arguments: str, home: Path, endpoint: str) -> subprocess.Completed
     environment |= {
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home / "hf"),
-        "XDG_CACHE_HOME": str(home / "cache"),
     }
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-m", "cli", *arguments]
@@ -79,7 +78,7 @@ def test_a_broken_off_run_fetches_only_the_shards_that_it_still_needs(hub, tmp_p
     open_store(tmp_path / "store")
 
 
-def test_a_plan_of_a_hub_model_reads_headers_only(hub, tmp_path):
+def test_a_plan_of_a_hub_model_reads_headers_only(measured, hub, tmp_path):
     planned = run_qmix("plan", "org/mix", "--json", home=tmp_path, endpoint=hub.url)
     assert planned.returncode == 0, planned.stderr
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
@@ -87,7 +86,7 @@ def test_a_plan_of_a_hub_model_reads_headers_only(hub, tmp_path):
     assert all(0 < sum(request.sent for request in hub.gets(name)) <= 100_100 for name in weights)
 
 
-def test_pull_says_what_it_takes_and_leaves_the_store_alone(tiny, tmp_path):
+def test_pull_says_what_it_takes_and_leaves_the_store_alone(measured, tiny, tmp_path):
     write_checkpoint(tmp_path / "mix", random_weights(TINY_CONFIG), TINY_CONFIG, 3, tokenizer=tiny)
     with HubServer(tmp_path / "mix") as hub:
         made = run_qmix("pull", "org/mix", "--ram", "1GiB", home=tmp_path, endpoint=hub.url)
@@ -101,7 +100,7 @@ def test_pull_says_what_it_takes_and_leaves_the_store_alone(tiny, tmp_path):
         assert any(line.startswith("here: ") for line in told)
         assert told[-1].endswith("run it with `qmix chat org/mix`")
         assert not list((tmp_path / "hf").rglob("*.safetensors"))
-        (store,) = (tmp_path / "cache" / "qmix").glob("org--mix-nf4-half-*")
+        (store,) = measured.glob("org--mix-nf4-half-*")
         assert open_store(store).source_name == "mix"
         again = run_qmix("pull", "org/mix", "--ram", "1GiB", home=tmp_path, endpoint=hub.url)
         assert again.returncode == 0, again.stderr
