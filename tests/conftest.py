@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,10 +68,16 @@ def python_once(made_once) -> Callable[..., str]:
     return python_once
 
 
+@pytest.fixture(scope="session")
+def homes(tmp_path_factory) -> Path:
+    """Contains the homes of thousands of tests: beside the tests' own directories each would take longer to number."""
+    return tmp_path_factory.mktemp("homes")
+
+
 @pytest.fixture(autouse=True)
-def isolated_home(tmp_path_factory, monkeypatch, python_once):
+def isolated_home(homes, monkeypatch, python_once):
     """The user's cache directory is a fresh one; what Python itself takes is measured once for all tests."""
-    home = tmp_path_factory.mktemp("home")
+    home = Path(tempfile.mkdtemp(dir=homes))
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("HF_HOME", str(home / "hf"))

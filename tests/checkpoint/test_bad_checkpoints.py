@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import TINY_CONFIG, make_checkpoint, random_weights, write_checkpoint, write_fused, write_mistral
+from command import LIMIT_SECONDS
 from safetensors.torch import load_file, save_file
 
 from qmix.checkpoint import open_checkpoint
@@ -369,9 +370,8 @@ def test_sizes_that_no_checkpoint_has_cost_nothing(tmp_path: Path) -> None:
             file.unlink()
             (directory / "config.json").write_text(json.dumps(config | {key: HUGE} | together))
             directories.append(directory)
-    ran = subprocess.run(
-        [sys.executable, "-c", IN_LITTLE, *directories], capture_output=True, text=True, check=False, timeout=60
-    )
+    command = [sys.executable, "-c", IN_LITTLE, *directories]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
     assert (ran.returncode, ran.stderr) == (0, "")
     lines = ran.stdout.splitlines()
     assert len(lines) == len(directories)

@@ -18,6 +18,7 @@ import anthropic
 import httpx
 import openai
 import pytest
+from command import LIMIT_SECONDS
 
 BATCH, QUEUE, RAM = 8, 64, 1100
 TEMPLATE = (
@@ -54,7 +55,7 @@ class Running:
         """Send a signal and return the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(sent)
-        return self.process.wait(120)
+        return self.process.wait(LIMIT_SECONDS)
 
     @property
     def peak(self) -> int:
@@ -64,7 +65,7 @@ class Running:
 
     def figure(self, name: str) -> float:
         """A figure of /metrics."""
-        text = httpx.get(f"{self.url}/metrics").text
+        text = httpx.get(f"{self.url}/metrics", timeout=LIMIT_SECONDS).text
         return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
 
     @property

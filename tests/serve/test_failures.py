@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from command import LIMIT_SECONDS
 from stores import make_store, many_prompts
 
 from qmix.engine.batch import BatchRunner
@@ -36,7 +37,7 @@ class Outcomes:
             self.news.put((ticket.request.name, outcome))
 
     def take_all(self, count: int) -> dict:
-        return dict(self.news.get(timeout=60) for _ in range(count))
+        return dict(self.news.get(timeout=LIMIT_SECONDS) for _ in range(count))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import time
 import httpx
 import openai
 import pytest
+from command import LIMIT_SECONDS
 from conftest import BATCH, QUEUE, Running
 
 from qmix.serve.events import events
@@ -63,7 +64,7 @@ def test_a_full_queue_says_when_to_come_again(server: Running):
 
     async def ask() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=LIMIT_SECONDS, limits=limits) as client:
             body = {"prompt": ["The file"] * 24, "max_tokens": 20, "ignore_eos": True}
             return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(5)))
 
@@ -109,7 +110,7 @@ def test_64_clients_get_what_each_gets_alone(server: Running, batch):
             base_url=f"{server.url}/v1",
             api_key="none",
             max_retries=20,
-            http_client=httpx.AsyncClient(limits=limits, timeout=120),
+            http_client=httpx.AsyncClient(limits=limits, timeout=LIMIT_SECONDS),
         ) as client:
             kinds = (patient, slow, leaving, wrong)
             return await asyncio.gather(*(kinds[index % 4](client, index) for index in range(64)))

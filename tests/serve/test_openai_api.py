@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import httpx
 import openai
 import pytest
+from command import LIMIT_SECONDS
 from conftest import Running
+
+get, post = (partial(ask, timeout=LIMIT_SECONDS) for ask in (httpx.get, httpx.post))
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do I install a package?"}]
 GREEDY = {"max_tokens": 12, "temperature": 0}
@@ -145,15 +150,20 @@ def test_other_models_paths_methods_and_bodies(server: Running, client):
     with pytest.raises(openai.NotFoundError, match="use tiny") as caught:
         client.chat.completions.create(model="gpt-5", messages=ONE)
     assert caught.value.code == "model_not_found"
-    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: not found"
-    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert get(f"{server.url}/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: not found"
+    assert get(f"{server.url}/v1/completions").status_code == 405
     url = f"{server.url}/v1/completions"
-    assert httpx.post(url, content=b'{"prompt": "a"}').status_code == 415
-    broken = httpx.post(url, content=b"{", headers={"Content-Type": "application/json"})
+    assert post(url, content=b'{"prompt": "a"}').status_code == 415
+    broken = post(url, content=b"{", headers={"Content-Type": "application/json"})
     assert (broken.status_code, "invalid JSON" in broken.text) == (400, True)
-    large = httpx.post(url, content=b" " * (5 * 2**20), headers={"Content-Type": "application/json"})
+    large = post(url, content=b" " * (5 * 2**20), headers={"Content-Type": "application/json"})
     assert large.status_code == 413
-    pieces = httpx.post(url, content=(b" " * 2**20 for _ in range(6)), headers={"Content-Type": "application/json"})
+    pieces = post(
+        url,
+        timeout=LIMIT_SECONDS,
+        content=(b" " * 2**20 for _ in range(6)),
+        headers={"Content-Type": "application/json"},
+    )
     assert pieces.status_code == 413
 
 
@@ -163,7 +173,11 @@ def test_metrics_count_what_was_asked(server: Running, client):
     client.completions.create(model="tiny", prompt="The file", max_tokens=5)
     assert [server.figure(name) - old for name, old in zip(names, before, strict=True)] == [5, 1, 1, 5]
     assert server.figure("qmix_memory_peak_bytes") <= server.figure("qmix_memory_budget_bytes")
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+    assert get(f"{server.url}/health").json() == {
+        "status": "ok",
+        "running": 0,
+        "waiting": 0,
+    }
 
 
 def test_responses_whole_and_streamed(client):

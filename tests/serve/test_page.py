@@ -40,7 +40,7 @@ IN_BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: a
 
 def live(url: str, **headers: str) -> Iterator[dict]:
     """The figures that a server streams."""
-    with httpx.stream("GET", f"{url}/live", headers=headers, timeout=60) as response:
+    with httpx.stream("GET", f"{url}/live", headers=headers, timeout=LIMIT_SECONDS) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
             if line.startswith("data: "):
@@ -51,7 +51,7 @@ def live(url: str, **headers: str) -> Iterator[dict]:
 
 
 def test_the_page_is_one_file_that_asks_nobody_else(server: Running):
-    got = httpx.get(server.url)
+    got = httpx.get(server.url, timeout=LIMIT_SECONDS)
     assert (got.status_code, got.text) == (200, read_page())
     assert got.headers["content-type"] == "text/html; charset=utf-8"
     policy = got.headers["content-security-policy"]
@@ -61,7 +61,7 @@ def test_the_page_is_one_file_that_asks_nobody_else(server: Running):
     assert not re.findall(
         r"(?:src|href)=\"(?!data:)|url\(|@import|https?://|innerHTML|insertAdjacent|\bon\w+=", got.text
     )
-    assert httpx.post(server.url).status_code == 405
+    assert httpx.post(server.url, timeout=LIMIT_SECONDS).status_code == 405
 
 
 def test_figures_follow_the_work(server: Running, client):
@@ -122,8 +122,8 @@ def test_a_key_is_wanted_for_figures_and_not_for_the_page(tmp_path):
     """And who still watches does not keep the server from its end."""
     stopping = threading.Event()
     with guarded(Page(Fixed(), stopping.is_set), stopping) as url:
-        assert httpx.get(url).text == read_page()
-        assert httpx.get(f"{url}/live").status_code == 401
+        assert httpx.get(url, timeout=LIMIT_SECONDS).text == read_page()
+        assert httpx.get(f"{url}/live", timeout=LIMIT_SECONDS).status_code == 401
         if CHROMIUM is not None:
             with Browser(tmp_path / "profile") as browser:
                 a_user_types_the_key(browser, url)
@@ -284,6 +284,7 @@ def test_errors_of_the_server_are_shown_as_they_are(browser, server):
     said = httpx.post(
         f"{server.url}/v1/chat/completions",
         json={"messages": [{"role": "user", "content": "Too long"}], "max_tokens": 99999},
+        timeout=LIMIT_SECONDS,
     )
     assert answered(browser)[-1] == f"400: {said.json()['error']['message']}"
     assert browser.ask("document.querySelector('#log .bad').getAttribute('role')") == "alert"
