@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 COMMAND = [sys.executable, "-m", "cli"]
 USUAL = ("qmix.engine.load", "qmix.engine.stream", "qmix.engine.batch", "qmix.planner.view", "qmix.terminal.progress")
-COMPILING = frozenset(("quantize", "compare", "calibrate"))  # the commands that import numba at once
+COMPILING = frozenset(("quantize", "compare", "calibrate", "doctor"))  # the commands that import numba
 COMPILER = ("qmix.store.quantize", "qmix.compare.fidelity", "qmix.engine.usable", "numba.np.ufunc")
 LIMIT_SECONDS = 600  # a command that hangs is killed, and fails its test by its status; a slow machine is waited for
 

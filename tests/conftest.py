@@ -33,10 +33,10 @@ TINY = Path(__file__).parent.parent / "qmix" / "models" / "tiny"
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+def made_once(tmp_path_factory, pytestconfig) -> Callable[[str, Callable[[Path], object]], Path]:
     """Returns a directory of this name that one worker fills, by `make`, and all only read."""
     own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    shared = own.parent if hasattr(pytestconfig, "workerinput") else own  # a pytest in a test is no worker
 
     def made_once(name: str, make: Callable[[Path], object]) -> Path:
         directory, complete = shared / name, shared / f"{name}.complete"
