@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from command import LIMIT_SECONDS
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -63,7 +62,7 @@ def test_the_peak_is_above_what_was_in_use_before(nvidia_smi, monkeypatch):
     monkeypatch.setattr(gpu, "WATCH_SECONDS", 0.01)
     with gpu.Peak() as peak:
         nvidia_smi.write_text("12500\n")
-        until = time.monotonic() + LIMIT_SECONDS
+        until = time.monotonic() + 10
         while peak.nbytes != 12000 * 2**20 and time.monotonic() < until:
             time.sleep(0.01)
         nvidia_smi.write_text("600\n")
