@@ -20,6 +20,7 @@ from qmix.kernels.cpu.threads import one_for_torch
 from qmix.model.continued import continues
 from qmix.model.decoder_layer import OneTokenLayer, kernel_reads
 from qmix.model.kv import KVCache
+from qmix.pool.experts import ExpertPool
 from qmix.precision.expert import Expert
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ class ResidentSteps:
 
     launched = 0  # no graphs
 
-    def __init__(self, model: MixtralForCausalLM) -> None:
-        """`model` has layers with a short way for one token, over a pool that holds all experts."""
+    def __init__(self, model: MixtralForCausalLM, pool: ExpertPool) -> None:
+        """`model` has layers with a short way for one token, and `pool` a slot for every expert."""
         inner = model.model
-        self.model, self.config = model, model.config
+        self.model, self.pool, self.config = model, pool, model.config
         self._modules = [inner, inner.layers, *(part for layer in inner.layers for part in layer.modules())]
         self._kinds = [type(part) for part in self._modules]
         self._hooks = [hooks for part in self._modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -42,6 +43,7 @@ class ResidentSteps:
         self._weights = [part._parameters for layer in inner.layers for part in layer.parts()[2:]]
         self._places: list[int] = []
         self._layers: ResidentLayers | None = None
+        self._share = _expert_share(model)  # of a step's time
 
     def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Return what the model's forward would for these arguments; None where a step does not serve them."""
@@ -53,7 +55,7 @@ class ResidentSteps:
         layers = self._resident_layers()
         if layers is None:
             return None
-        self.model.pool.check_running()
+        self.pool.check_running()
         self.model.model.layers[0].mlp.experts.check_caller()
         with one_for_torch(self.config.hidden_size):
             inner, position = self.model.model, cache.get_seq_length()
@@ -74,7 +76,7 @@ class ResidentSteps:
         chosen = layers.run(stream, rotary, keys, values, strides, cache.get_seq_length() + 1)
         for layer in kept:
             layer.length += 1
-        self.model.pool.used(chosen, time.perf_counter() - started)
+        self.pool.used(chosen, self._share * (time.perf_counter() - started))
 
     def _sees_all(self, cache: KVCache) -> bool:
         """Return whether the next token of a cache sees all of its positions, which every layer has."""
@@ -96,7 +98,7 @@ class ResidentSteps:
         weights = [parameters["weight"] for parameters in self._weights]
         places = [weight.data_ptr() for weight in weights]
         if places != self._places:
-            experts = self.model.pool.whole()
+            experts = self.pool.whole()
             if experts is None:
                 return None
             self._places = places
@@ -135,7 +137,15 @@ def _resident_layers(model: MixtralForCausalLM, experts: list[list[Expert]]) -> 
     return ResidentLayers(sizes, experts[0][0].gate.rows, halves, known, constants)
 
 
-def use_resident_steps(model: MixtralForCausalLM) -> None:
+def _expert_share(model: MixtralForCausalLM) -> float:
+    """Return the share of experts in the bytes that a token reads in the layers, and so in its time."""
+    layout, geometry = model.pool.store.layout, model.pool.store.geometry
+    experts = sum(layout.expert_bytes.values()) * geometry.experts_per_token / geometry.num_experts
+    dense = sum(weight.nbytes for layer in model.model.layers for weight in layer.parameters())
+    return experts / (experts + dense)
+
+
+def use_resident_steps(model: MixtralForCausalLM, pool: ExpertPool) -> None:
     """Let a model take steps of one token in one call, if all of its layers have the short way for one."""
     if all(type(layer) is OneTokenLayer for layer in model.model.layers):
-        model.steps = ResidentSteps(model)
+        model.steps = ResidentSteps(model, pool)

@@ -39,12 +39,6 @@ class Pool(Protocol):
     ) -> Iterator[list[tuple[int, Expert]]]:
         """Yield the same experts as `get`, in lists of those that are in memory together."""
 
-    def whole(self) -> list[list[Expert]] | None:
-        """Return every expert, [layer][expert], if all are in memory, where they stay then; None otherwise."""
-
-    def used(self, chosen: Sequence[Sequence[int]], seconds: float) -> None:
-        """Count a token's experts of every layer, all in memory, which took some seconds to compute."""
-
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read experts that later layers will probably need, soonest first."""
 
