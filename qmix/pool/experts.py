@@ -141,6 +141,22 @@ class ExpertPool(HeldRecords):
         self.policy.used(layer, experts)
         return self._stream(layer, ready, begun, waiting, coming)
 
+    def whole(self) -> list[list[Expert]] | None:
+        """Return every expert, [layer][expert], if all are in memory, where they stay then; None otherwise."""
+        layers, experts = range(self.store.geometry.num_layers), range(self.store.geometry.num_experts)
+        if len(self._resident) < len(self._nbytes):
+            return None
+        return [[self._expert((layer, expert)) for expert in experts] for layer in layers]
+
+    def used(self, chosen: Sequence[Sequence[int]], seconds: float) -> None:
+        """Count a token's experts of every layer, all in memory, which took some seconds to compute."""
+        for layer, experts in enumerate(chosen):
+            self.by_expert.found(layer, experts)
+            self.policy.used(layer, experts)
+            self.counters.hits += len(experts)
+        self.layer = len(chosen) - 1
+        self.computed += seconds
+
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read, while `layer` computes, experts that later layers will probably need, soonest first."""
         self.check_running()
