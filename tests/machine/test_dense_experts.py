@@ -40,6 +40,7 @@ def test_the_slowest_gpu_decides_and_cards_without_a_type_are_left_out(monkeypat
     tried, full, empty = [], torch.full, torch.empty
     monkeypatch.setattr(torch.cuda, "get_device_capability", {0: (8, 9), 1: (7, 5), 2: (6, 1)}.get)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr("qmix.kernels.gpu.launching.launch_fault", lambda: "")
     monkeypatch.setattr(torch, "full", lambda shape, value, dtype, device: full((1,), value, dtype=dtype))
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(1, dtype=dtype))
     answers = iter([32, 128])

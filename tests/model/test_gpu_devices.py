@@ -12,7 +12,7 @@ from stores import make_pool, make_store
 from qmix.machine.rates import Rates
 from qmix.model.build import build_model
 from qmix.model.gpu.away import AwayExperts, Exchange
-from qmix.model.gpu.devices import pin
+from qmix.model.gpu.devices import Device, Mark, pin
 from qmix.model.gpu.kernels import expert_shapes
 from qmix.model.gpu.spread import spread_for
 
@@ -67,3 +67,32 @@ def test_guesses_are_made_from_the_rows_with_a_token(tmp_path, monkeypatch):
     AwayExperts(experts, expert_shapes(store.layout), Rates(), None).compute(Exchange(ids, x, results, {}), 4)
     assert seen == [([0, 2, 3], [2, 3], 2)]
     assert [bool(row.any()) for row in results] == [False, True, True, True, False, False, False, False]
+
+
+def test_a_mark_is_polled_at_first_and_then_waited_for_without_pythons_lock(monkeypatch):
+    """A short piece of work is found by queries; for a long one other threads run."""
+    calls, clock = [], iter(range(10))
+
+    class Event:
+        def __init__(self, queries):
+            self.left = queries
+
+        def query(self):
+            calls.append("query")
+            self.left -= 1
+            return self.left < 0
+
+        def synchronize(self):
+            calls.append("synchronize")
+
+    def wait(queries):
+        calls.clear()
+        mark = Mark(Device("gpu:0", torch.device("cpu")))
+        mark._event = Event(queries)
+        mark.wait()
+        return calls
+
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) * 1e-4)
+    assert wait(2) == ["query"] * 3
+    assert wait(9) == [*["query"] * 4, "synchronize"]
+    Mark(Device("gpu:0", torch.device("cpu"))).wait()  # nothing is queued
