@@ -68,6 +68,7 @@ class OpenModel:
             elsewhere = spread.residents if spread else frozenset()
             widened = {} if invariant else widened_from(store.layout.dtype)
             if spread:
+                opened.callback(spread.let_go)
                 spread.dense_from = dense_from(store.layout.dtype)
             self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
             opened.callback(self.pool.close)

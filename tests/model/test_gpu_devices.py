@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -96,3 +97,29 @@ def test_a_mark_is_polled_at_first_and_then_waited_for_without_pythons_lock(monk
     assert wait(2) == ["query"] * 3
     assert wait(9) == [*["query"] * 4, "synchronize"]
     Mark(Device("gpu:0", torch.device("cpu"))).wait()  # nothing is queued
+
+
+def test_torch_is_held_to_a_plans_budget_beside_what_it_holds(monkeypatch):
+    """A card of 1000 bytes, 100 of them taken before: 300 more may be taken, and all of them once the run has ended."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: given.append(share))
+    gpu, host = Device("gpu:0", torch.device("cpu")), Device("cpu", torch.device("cpu"))
+    gpu.copies = object()  # as on CUDA
+    for nbytes in (300, 5000, None):
+        gpu.limit(nbytes)
+        host.limit(nbytes)
+    assert given == [0.4, 1.0, 1.0]
+
+
+def test_a_spread_limits_each_gpu_to_what_the_context_and_the_driver_leave(tmp_path, monkeypatch):
+    store = make_store(make_checkpoint(tmp_path / "checkpoint"), tmp_path / "store")
+    limits = []
+    monkeypatch.setattr(Device, "limit", lambda self, nbytes: limits.append((self.name, nbytes)))
+    plan = spread_plan(store.layout, ["gpu:0", "gpu:1"], {0})
+    plan = replace(plan, devices=tuple(replace(gpu, budget=2**30, cuda=2**29) for gpu in plan.devices))
+    spread = spread_for(plan, Rates(), "cpu")
+    assert limits == [(name, 2**29 - 64 * 2**20) for name in ("gpu:0", "gpu:1")]
+    spread.let_go()
+    assert limits[2:] == [(name, None) for name in ("cpu", "gpu:0", "gpu:1")]

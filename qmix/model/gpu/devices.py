@@ -71,6 +71,17 @@ class Device:
         """Return the most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
         return int(torch.cuda.max_memory_allocated(self.device)) if self.copies is not None else 0
 
+    def limit(self, nbytes: int | None) -> None:
+        """Let this process's torch take no more than `nbytes` beside what it holds already; None takes the limit away.
+
+        At the limit torch's allocator gives back the freed blocks that it keeps, and then raises.
+        """
+        if self.copies is None:
+            return
+        total = torch.cuda.mem_get_info(self.device)[1]
+        most = total if nbytes is None else min(total, torch.cuda.memory_reserved(self.device) + nbytes)
+        torch.cuda.set_per_process_memory_fraction(most / total, self.device)
+
     def forget_peak(self) -> None:
         """Start a new peak from the bytes allocated now."""
         if self.copies is not None:
