@@ -51,6 +51,12 @@ class Spread:
         return [self.devices[name] for name in self.plan.layer_devices]
 
     @property
+    def cards(self) -> list[str]:
+        """The GPUs' names as their driver gives them; empty where the CPU stands in for them."""
+        gpus = [device.device for device in self.devices.values() if device.device.type == "cuda"]
+        return [torch.cuda.get_device_name(gpu) for gpu in gpus]
+
+    @property
     def residents(self) -> frozenset[Key]:
         """(layer, expert) of all residents of GPUs."""
         return frozenset(residents(self.plan))
