@@ -74,8 +74,12 @@ class OpenModel:
             opened.callback(self.pool.close)
             self.thread = ComputeThread(self.pool)
             gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []
-            if gpus and (unpin := pin(self.pool.memory, gpus)) is not None:
-                opened.callback(unpin)
+            if spread and gpus:
+                unpin = pin(self.pool.memory, gpus)
+                if unpin is None:
+                    spread.copy_unpinned()
+                else:
+                    opened.callback(unpin)
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
             if generates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from checkpoints import make_checkpoint
 from spreads import spread_plan
 from stores import make_pool, make_store
+from torch.nn.functional import silu
 
 from qmix.machine.rates import Rates
 from qmix.model.build import build_model
@@ -16,6 +18,7 @@ from qmix.model.gpu.away import AwayExperts, Exchange
 from qmix.model.gpu.devices import Device, Mark, pin
 from qmix.model.gpu.kernels import expert_shapes
 from qmix.model.gpu.spread import spread_for
+from qmix.pool.experts import ExpertPool
 
 
 class Cuda:
@@ -59,9 +62,9 @@ def test_guesses_are_made_from_the_rows_with_a_token(tmp_path, monkeypatch):
         build_model(store, make_pool(store, 2, elsewhere=spread.residents), "sdpa", spread).model.layers[0].mlp.experts
     )
     seen = []
-    records = experts.records
+    groups = experts.groups
     monkeypatch.setattr(
-        experts, "records", lambda chosen, away, x: (seen.append((chosen, away, len(x))), records(chosen, away, x))[1]
+        experts, "groups", lambda chosen, away, x: (seen.append((chosen, away, len(x))), groups(chosen, away, x))[1]
     )
     x, results = torch.randn(4, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
     ids = torch.tensor([[0, 2], [3, 2], [-1, -1], [-1, -1]])
@@ -123,3 +126,23 @@ def test_a_spread_limits_each_gpu_to_what_the_context_and_the_driver_leave(tmp_p
     assert limits == [(name, 2**29 - 64 * 2**20) for name in ("gpu:0", "gpu:1")]
     spread.let_go()
     assert limits[2:] == [(name, None) for name in ("cpu", "gpu:0", "gpu:1")]
+
+
+def test_experts_in_memory_are_computed_together_as_one_by_one(tmp_path):
+    """Three precisions, of which the kernel takes two together; four tokens, the last of them without experts here."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    store = make_store(checkpoint, tmp_path / "store", "nf4,*.1=int8,*.2=half,*.3=nf4")
+    spread = spread_for(spread_plan(store.layout, ["gpu:0"] * 2, {0}), Rates(), "cpu")
+    slots = dict.fromkeys(store.layout.record_counts, 8)
+    with closing(ExpertPool(store, slots, invariant=True, elsewhere=spread.residents)) as pool:
+        pool.fill()
+        experts = build_model(store, pool, "sdpa", spread).model.layers[0].mlp.experts
+        x, results = torch.randn(4, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
+        ids = torch.tensor([[1, 2], [3, 1], [0, 3], [0, 0]])
+        AwayExperts(experts, expert_shapes(store.layout), Rates(), None).compute(Exchange(ids, x, results, {}), 4)
+        alone = dict(pool.get(0, [1, 2, 3]))
+        assert alone[3].takes_ours(2)
+        for pair, expert in enumerate(ids.flatten().tolist()):
+            row = x[pair // 2 : pair // 2 + 1]
+            want = alone[expert](row, silu)[0] if expert else torch.zeros(64).bfloat16()
+            assert torch.equal(results[pair], want)

@@ -8,6 +8,7 @@ states cross where the device changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,7 @@ from qmix.plan.device_memory import torch_bytes
 from qmix.pool.eviction import Key
 from qmix.pool.protocol import Pool
 
+UNPINNED_SHARE = 0.35  # of a link's rate from pinned memory, where the driver copies by way of its own buffer
 SHARED = ("attention_mask", "position_ids", "position_embeddings")  # transformers gives these to every layer
 
 
@@ -70,6 +72,10 @@ class Spread:
         """Take the limits of `hold_to_budgets` away."""
         for device in self.devices.values():
             device.limit(None)
+
+    def copy_unpinned(self) -> None:
+        """Count with slower copies, because the system refuses to pin the pool."""
+        self.rates = replace(self.rates, pcie=UNPINNED_SHARE * self.rates.pcie)
 
     def of_tensor(self, name: str) -> Device:
         """Return the device of a dense weight by its published name: the ends lie with the first and the last layer."""
