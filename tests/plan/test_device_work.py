@@ -11,6 +11,7 @@ from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
 from qmix.plan.device_memory import CUDA_CONTEXT_BYTES
 from qmix.plan.device_work import (
+    HOST_SECONDS,
     LAYER_SECONDS,
     ROUND_TRIP,
     DeviceLayer,
@@ -52,7 +53,7 @@ def test_a_resident_layer_is_read_by_the_gpu_alone():
 def test_a_layer_with_experts_on_the_host_takes_the_longer_of_both():
     """None of two experts is there with 1/4, one with 1/2 and two with 1/4; 2 s each on the CPU, 4 s to copy."""
     found = decode_parts([layer()] * 3, RATES, HOST, NAME)
-    assert found[NAME] == pytest.approx(3 * (2 / 2 + 4 / 4))
+    assert found[NAME] == pytest.approx(3 * (2 / 2 + 4 / 4 + 3 / 4 * HOST_SECONDS), rel=1e-9)
     assert found["GPU memory"] == pytest.approx(3 * 95 / 950)  # the residents are ready before
     assert found["GPU launches"] == pytest.approx(3 * (LAYER_SECONDS + ROUND_TRIP))
 
