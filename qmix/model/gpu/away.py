@@ -107,8 +107,8 @@ class AwayExperts:
         order = torch.tensor([pair for _, places in together for pair in places])
         rows: dict[str, list[Rows]] = {}
         first = order.data_ptr()
-        for expert, places in together:
-            rows.setdefault(expert.precision, []).append((expert.places, first, len(places)))
+        for forward, places in together:
+            rows.setdefault(forward.precision, []).append((forward.places, first, len(places)))
             first += order.itemsize * len(places)
         outputs = exchange.results.view(-1, top_k, exchange.x.shape[1])[:tokens]
         for precision, mine in rows.items():
