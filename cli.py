@@ -87,6 +87,9 @@ def main(run: Callable[[], Any] = _run) -> None:
     except Exception as error:
         if os.environ.get("QMIX_DEBUG"):
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            advice = "give a smaller --gpu or --context, or close other programs that use it"
+            sys.exit(_fail(f"out of memory on a GPU; {advice}", 1))
         status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows the traceback", 1)
     sys.exit(status or 0)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmix.commands.options import (
+    batch_gpu_option,
     clip_option,
     context_option,
     dtype_option,
@@ -22,6 +23,7 @@ from qmix.commands.options import (
 )
 from qmix.commands.shared import (
     LOADING_PATIENCE,
+    batch_gpus,
     hold_to,
     live_screen,
     load_libraries,
@@ -60,6 +62,7 @@ FOLDER_HELP = "uploaded files and batches [the user's state directory]"
 @click.option("--batch", type=click.IntRange(1, 256), default=32, show_default=True, metavar="N", help=BATCH_HELP)
 @click.option("--queue", type=click.IntRange(0, 4096), default=128, show_default=True, help="requests that may wait")
 @ram_option
+@batch_gpu_option
 @context_option
 @click.option("--kv-cache", type=click.IntRange(min=1), metavar="TOKENS", help=KV_HELP)
 @precision_option
@@ -91,7 +94,7 @@ def serve(model: str | None, host: str, port: int, live: bool, **options: Any) -
     with listen(host, port) as listening:
         name = model_or_default(model)
         screen = live_screen(live, f"qmix serve: {name}")
-        store, plan, context = _planned(name, **loading)
+        store, plan, context = _planned(name, gpu=options["gpu"], **loading)
         hold_to(plan.ram)
         warn_of_drive(store.directory)
         from qmix.engine.batch import BatchRunner
@@ -146,6 +149,7 @@ def _access(host: str, key: str | None, insecure: bool, origins: tuple[str, ...]
 
 def _planned(
     name: str,
+    gpu: tuple[str, ...],
     ram: int | None,
     context: int | None,
     kv_cache: int | None,
@@ -156,6 +160,9 @@ def _planned(
     plan: Any,
 ) -> tuple[Store, Any, int]:
     """Return the store, its plan, and the context of a request."""
+    if plan is not None and gpu:
+        raise UsageError("--plan and --gpu: the plan sets it already; leave one of them out")
+    gpus = batch_gpus(plan, gpu, ram)
     load_libraries()
     from qmix.engine.resolve import prepare_store
     from qmix.plan.batching import plan_server
@@ -166,15 +173,15 @@ def _planned(
         ram, context, precision = plan.plan.ram, plan.plan.context, precision or plan.precision
 
     def planned(layout: StoreLayout, fingerprint: str | None = None, use: Any = None) -> tuple[Any, int]:
-        if plan is not None and plan.plan_of(layout, fingerprint).devices:
-            raise UsageError(f"{plan.path}: uses GPUs, and the server runs on the CPU; make a plan without GPUs")
+        if plan is not None:
+            plan.plan_of(layout, fingerprint)
         longest = layout.geometry.max_position
         if context is not None and context > longest:
             raise UsageError(f"{arg('context')} {context}: must be 1 to {longest}, the model's longest")
         tokens = context or default_context(layout.geometry)
         if kv_cache is not None and kv_cache < tokens:
             raise UsageError(f"{arg('kv_cache')} {kv_cache}: must be at least the {arg('context')}, {tokens}")
-        return plan_server(layout, tokens, ram, batch, kv_cache, use), tokens
+        return plan_server(layout, tokens, ram, batch, kv_cache, use, gpus), tokens
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
         store = prepare_store(name, precision, dtype, making, planned, clip)

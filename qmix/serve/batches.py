@@ -236,7 +236,14 @@ class Batches:
                 most = batch.context if batch.endpoint == CHAT else COMPLETION_TOKENS
                 options = {"max_new_tokens": most}
                 run, _, _ = begin_run(
-                    runner.store, requests, answers, options, None, batch.context, runner.tokenizer, computed_on(False)
+                    runner.store,
+                    requests,
+                    answers,
+                    options,
+                    None,
+                    batch.context,
+                    runner.tokenizer,
+                    computed_on(bool(runner.plan.devices)),
                 )
                 run.refuse()
                 shared = SharedEngine(self._service, lambda: not self._stop.is_set() and batch.status == "in_progress")
