@@ -90,6 +90,7 @@ class TerminalReader:
             completer=SlashCompleter(),
             complete_while_typing=False,
             multiline=True,
+            enable_suspend=True,
             prompt_continuation=CONTINUED,
             key_bindings=_key_bindings(lambda: self._limit),
         )

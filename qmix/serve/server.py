@@ -30,6 +30,7 @@ from qmix.serve.files import Files
 from qmix.serve.guard import LOCAL_NAMES, Access
 from qmix.serve.metrics import Metrics
 from qmix.serve.page import Page
+from qmix.serve.protocol import Http
 from qmix.serve.service import Service
 from qmix.serve.storage import Storage
 
@@ -178,6 +179,7 @@ def _serving(runner: BatchRunner, settings: Settings, service: Service, metrics:
 def _config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=Http,
         log_config=None,
         log_level="critical",
         access_log=False,

@@ -119,6 +119,16 @@ def test_a_batch_answers_the_lines_of_a_failed_pass_again(
     assert batch.errors == ([] if status == "completed" else ["a bug in qmix: ZeroDivisionError: by hand"])
 
 
+def test_a_directory_that_cannot_be_read_is_not_held(service, tmp_path, monkeypatch):
+    def failing(self):
+        raise PermissionError("by hand")
+
+    with monkeypatch.context() as broken, pytest.raises(PermissionError):
+        broken.setattr(Files, "sweep", failing)
+        Batches(tmp_path, Files(tmp_path), service, 256)
+    Batches(tmp_path, Files(tmp_path), service, 256).close()
+
+
 def test_a_follower_that_fails_takes_nothing_from_the_others():
     taken = []
 
