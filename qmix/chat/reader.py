@@ -202,7 +202,7 @@ class PlainReader:
 
 
 class SlashCompleter(Completer):
-    """Completes commands, files after those that take one, and settings after /set."""
+    """Completes commands, files after a command that takes one, and settings after /set."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)

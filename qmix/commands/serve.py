@@ -33,6 +33,7 @@ from qmix.commands.shared import (
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError, arg
 from qmix.terminal.voice import say
+from qmix.units import plural
 
 if TYPE_CHECKING:
     from socket import socket
@@ -122,7 +123,7 @@ def _run(
     with runner:
         ready = (
             f"serving {', '.join(sorted(settings.names))} at http://{host}:{listening.getsockname()[1]}: "
-            f"{plan.batch} requests at once, {settings.context} tokens each, {runner.capacity} together"
+            f"{plural(plan.batch, 'request')} at once, {settings.context} tokens each, {runner.capacity} together"
         )
         if screen is None:
             run(runner, settings, listening, ready, say)

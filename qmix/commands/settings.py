@@ -168,7 +168,7 @@ class SettingsContext(click.Context):
     """
 
     def lookup_default(self, name: str, call: bool = True) -> Any:
-        """Return the value of a parameter that was not typed; click has processed those that were."""
+        """Return the value of a parameter that was not typed; click has processed the typed ones."""
         keys, settings = keys_of(self.command), self.obj
         key = next((key for key in settings if key in keys and keys[key].name == name), None)
         if key is None:

@@ -99,7 +99,9 @@ def test_the_variable_of_a_kubernetes_service_is_no_port(qmix, file):
     link = "tcp://10.0.0.1:80"
     write(file, "[serve]\nport = 0\n")
     done = qmix("serve", "tiny", "--context", "100000", QMIX_PORT=link)
-    assert done.lines[0] == f"QMIX_PORT is {link}, which Kubernetes sets for a service called qmix: not used, give --port"
+    assert (
+        done.lines[0] == f"QMIX_PORT is {link}, which Kubernetes sets for a service called qmix: not used, give --port"
+    )
     assert done.lines[-1].startswith("qmix: --context 100000: ")
     assert "QMIX_PORT" not in qmix("serve", "tiny", "--port", "0", "--context", "100000", QMIX_PORT=link).err
     assert link not in qmix("config", QMIX_PORT=link).out

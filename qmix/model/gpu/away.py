@@ -85,7 +85,7 @@ class AwayExperts:
         return copies
 
     def _copied(self, pairs: dict[int, list[int]], exchange: Exchange) -> frozenset[int]:
-        """Return the experts to copy, of those that the captured step can receive: the ones with the most tokens."""
+        """Return the experts to copy: the ones with the most tokens that the captured step can receive."""
         shapes = {expert: self.shapes[self.experts.precisions[expert]] for expert in pairs}
         if self.staging is None or not all(shape in exchange.staged for shape in shapes.values()):
             return frozenset()
