@@ -126,7 +126,7 @@ class ExpertPool(HeldRecords):
     def groups(
         self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()
     ) -> Iterator[list[tuple[int, Expert]]]:
-        """Yield the same experts as `get`, in lists of those that are in memory together; each until the next list.
+        """Yield the same experts as `get`, in lists of experts that are in memory together; each until the next list.
 
         Experts in memory come one by one as long as others wait for a slot: a slot that is done with takes the next.
         """
