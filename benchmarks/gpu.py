@@ -1,273 +1,332 @@
-"""Measure qmix on this machine's GPU within ten minutes: one table, with the plan's prediction and the bound beside it.
+"""Measure qmix on this machine's GPUs within ten minutes: a table, with predictions, bounds and llama.cpp beside it.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py /scratch/qmix-gpu --budget 24GiB --budget 12GiB --no-large
+    python benchmarks/gpu.py /scratch/qmix-gpu --budget 24GiB --budget 12GiB+12GiB --no-large
+    python benchmarks/gpu.py --llama-bench build/bin/llama-bench --peer PEER/bin/python
 
-Writes a synthetic store of 8x7B's size to DIRECTORY, by default ./qmix-gpu (27 GB), and one of 8x22B's where RAM holds
-it (29 GB: only 14 layers' experts differ). Runs `qmix doctor`, the self-test, and `qmix bench` in each budget, one
-process after the other, while nvidia-smi's memory is watched. The text is compared with the known continuation, which
-is also the CPU's.
-Needs nothing but qmix, torch for CUDA and the driver. What is left at the time limit is not run and is named.
+Writes a synthetic store of 8x7B's size to DIRECTORY, by default ./qmix-gpu (27 GB), and one of 8x22B's where RAM and
+disk hold it (29 GB: only 14 layers' experts differ). Runs `qmix doctor`, the self-test, `qmix bench`, a text and 64
+prompts together in each budget ("12GiB+12GiB" are two GPUs), one process after the other, while nvidia-smi's memory is
+watched. The text is compared with the known continuation, which is also the CPU's. Where there is a llama-bench,
+llama.cpp runs the same model in Q4_0 in the same memory; PEER, which writes it, is an environment with gguf and
+llama-cpp-python.
+
+Each step has a limit, and its result is saved at once to DIRECTORY/results.json. A step that fails loses nothing else.
+What the time limit left, or failed, is run by the same command again; `--again` begins anew. Needs nothing but qmix,
+torch for CUDA and the driver.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-import psutil
-from rich.console import Console
-from rich.table import Table
-from synthetic_store import write_store
-from synthetic_weights import PRESETS, SyntheticModel
+import gpu_llamacpp
+from gpu_needs import about, needed, unmet
+from gpu_steps import GIB, ROOT, Peak, StepError, Steps, gpus, python, run
 
-from qmix.machine.found import gpu_driver
-from qmix.units import format_bytes, parse_bytes
-
-GIB = 2**30
 BUDGETS = ("40GiB", "24GiB", "12GiB")  # for 8x7B
-LARGE = "24GiB"  # for 8x22B
+LARGE = 24 * GIB  # for 8x22B
 LARGE_RAM = 80 * GIB  # all of its experts that are not on the GPU, and the rest
 LARGE_LAYERS = 14  # whose experts differ
+DISK = {"8x7b": 28e9, "8x22b": 30e9, "gguf": 28e9}  # bytes to write
 PROMPT, NEW, TEXT = 512, 64, 48  # tokens
 TOGETHER = 64  # prompts of a batch
-LIMIT = 600.0  # seconds
-WATCH_SECONDS = 0.1
+SECONDS = 570.0  # of a run
+MOST = {  # seconds of a step
+    "doctor": 150,
+    "self-test": 180,
+    "store": 240,
+    "plan": 60,
+    "bench": 150,
+    "text": 100,
+    "batch": 150,
+    "kernels": 150,
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A store in a GPU's budget; None is the CPU alone."""
+    """A store in budgets of GPUs, in bytes; without any it is the CPU alone."""
 
     model: str
-    budget: str | None
+    budgets: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.model}, {self.budget or 'CPU alone'}"
+        return f"{self.model}, {' + '.join(map(size, self.budgets)) or 'CPU alone'}"
 
     @property
     def options(self) -> list[str]:
-        return ["--gpu", self.budget or "none"]
+        given = [part for budget in self.budgets for part in ("--gpu", size(budget))]
+        return given or ["--gpu", "none"]
 
 
-class Peak:
-    """The most memory in use on a GPU, in bytes, as nvidia-smi counts it, less what was in use before."""
+def size(nbytes: int) -> str:
+    """Return bytes as a size for qmix: in GiB where that is exact, otherwise in MiB."""
+    return f"{nbytes // GIB}GiB" if nbytes % GIB == 0 else f"{nbytes // 2**20}MiB"
 
-    def __init__(self) -> None:
-        self.before = used_memory()
-        self.most = self.before
 
-    def __enter__(self) -> Peak:
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
+def parsed(text: str) -> tuple[int, ...]:
+    """Return the bytes of a size, or of several joined by "+"."""
+    from qmix.units import parse_bytes
 
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        self._thread.join()
+    return tuple(parse_bytes(part) for part in text.split("+"))
 
-    def _watch(self) -> None:
-        while not self._ended.wait(WATCH_SECONDS):
-            self.most = max(self.most, used_memory())
+
+def cases(wanted: Sequence[str], free: Sequence[int], ram: int, large: bool) -> list[Case]:
+    """Return what is run on GPUs with `free` bytes beside `ram` bytes.
+
+    Budgets that the GPUs have not are left out. Without a wish, the first GPU's own size takes the place of those, and
+    two GPUs share what two of the smallest budgets hold.
+    """
+    from qmix.units import parse_bytes
+
+    found = [Case("8x7b", parsed(each)) for each in wanted or BUDGETS]
+    found = [case for case in found if fits(case.budgets, free)]
+    whole = free[0] // (GIB // 2) * (GIB // 2)
+    if not wanted and whole < parse_bytes(BUDGETS[0]) and Case("8x7b", (whole,)) not in found:
+        found.insert(0, Case("8x7b", (whole,)))
+    both = (parse_bytes(BUDGETS[-1]),) * 2
+    if not wanted and fits(both, free):
+        found.append(Case("8x7b", both))
+    if large and ram >= LARGE_RAM and min(LARGE, whole) >= 0.9 * LARGE:
+        found.append(Case("8x22b", (min(LARGE, whole),)))
+    return [*found, Case("8x7b", ())]
+
+
+def fits(budgets: Sequence[int], free: Sequence[int]) -> bool:
+    return len(budgets) <= len(free) and all(budget <= most for budget, most in zip(budgets, free, strict=False))
+
+
+class Machine:
+    """This machine, the directory of stores, and the steps of a measurement on it."""
+
+    def __init__(self, directory: Path, steps: Steps, given: argparse.Namespace) -> None:
+        self.directory, self.steps, self.given = directory, steps, given
+        self.environment = {"XDG_STATE_HOME": str(directory / "state"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+    def qmix(self, *arguments: str, limit: float) -> str:
+        return python("-m", "cli", *arguments, limit=limit, environment=self.environment)
+
+    def store(self, model: str) -> Path | None:
+        """Return the store of a model, written if it is not there; None where it could not be."""
+        path = self.directory / model
+        made = path.is_dir() or self.steps.take(f"store of {model}", MOST["store"], partial(self._write, model, path))
+        return path if made else None
+
+    def _write(self, model: str, path: Path, limit: float) -> bool:
+        self.require(DISK[model])
+        part = path.with_name(f"{model}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        python(__file__, "--write", model, str(part), limit=limit, environment=self.environment)
+        part.rename(path)
+        return True
+
+    def require(self, nbytes: float) -> None:
+        """Raise StepError where the disk has less than `nbytes` free."""
+        free = shutil.disk_usage(self.directory).free
+        if free < nbytes:
+            raise StepError(f"{self.directory}: {free / 1e9:.0f} GB free, {nbytes / 1e9:.0f} GB needed")
+
+    def planned(self, case: Case, store: Path, limit: float) -> Any:
+        return json.loads(self.qmix("plan", str(store), *case.options, *self.context, "--json", limit=limit))
 
     @property
-    def nbytes(self) -> int:
-        return self.most - self.before
+    def context(self) -> list[str]:
+        return ["--context", str(PROMPT + NEW + 1)]
+
+    def benched(self, case: Case, store: Path, limit: float) -> Any:
+        """Return bench's report with nvidia-smi's peaks, in bytes above what was in use before."""
+        tests = ["-p", str(PROMPT), "-n", str(NEW), "-r", "2", "--json"]
+        with Peak() as peak:
+            report = json.loads(self.qmix("bench", str(store), *case.options, *self.context, *tests, limit=limit))
+        return {"rows": report["rows"], "ceilings": report["ceilings"], "peak": peak.nbytes if case.budgets else []}
+
+    def text(self, case: Case, store: Path, limit: float) -> Any:
+        """Return how many greedy tokens are the known ones."""
+        budgets = [part for budget in case.budgets for part in ("--budget", size(budget))]
+        out = python(__file__, "--text", str(store), *budgets, limit=limit, environment=self.environment)
+        return json.loads(out.strip().splitlines()[-1])
+
+    def batched(self, case: Case, store: Path, limit: float) -> Any:
+        """Return the summary of many short prompts answered together."""
+        with tempfile.TemporaryDirectory() as scratch:
+            asked, answers = Path(scratch) / "in.jsonl", Path(scratch) / "out.jsonl"
+            lines = [{"id": str(index), "prompt": f"To print page {index}, click"} for index in range(TOGETHER)]
+            asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            greedy = ["--temperature", "0", "--ignore-eos", "--max-new-tokens", str(NEW), "--json"]
+            command = ["batch", str(asked), "-o", str(answers), "-m", str(store), *case.options, *greedy]
+            return json.loads(self.qmix(*command, limit=limit))
+
+    def self_tested(self, limit: float) -> Any:
+        """Return the lines of the self-test, whether it passes or not."""
+        command = [sys.executable, "-m", "cli", "doctor", "--self-test"]
+        status, out, err = run(command, limit, self.environment)
+        return {"passed": status == 0, "lines": out.strip().splitlines(), "error": "" if status == 0 else err[-2000:]}
+
+    def kernels(self, limit: float) -> Any:
+        script = str(ROOT / "benchmarks/gpu_kernels.py")
+        out = python(script, "--model", "8x7b", "--tokens", "1,8,32", limit=limit, environment=self.environment)
+        return json.loads(out.strip().splitlines()[-1])
 
 
-def used_memory() -> int:
-    """Return the bytes in use on the first GPU."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[0]) * 2**20
+def measure(machine: Machine, wanted: list[Case]) -> None:
+    """Take all steps, those first that say most."""
+    take, given = machine.steps.take, machine.given
+    doctor = ["doctor", "--directory", str(machine.directory), "--json"]
+    take("doctor", MOST["doctor"], lambda limit: json.loads(machine.qmix(*doctor, limit=limit)))
+    if not given.no_self_test:
+        tested = take("self-test", MOST["self-test"], machine.self_tested)
+        for line in (tested or {}).get("lines", []):
+            machine.steps.say(f"  {line}")
+    on_gpu = [case for case in wanted if case.budgets and case.model == "8x7b"]
+    others = [case for case in wanted if case not in on_gpu]
+    for group in (on_gpu, others):
+        for step in ("plan", "bench", "text", "batch"):
+            for case in group:
+                one(machine, step, case)
+        if group is on_gpu:
+            llamacpp(machine, group)
+    take("kernels", MOST["kernels"], machine.kernels)
 
 
-def cases(budgets: Sequence[str], memory: int, ram: int, large: bool) -> list[Case]:
-    """Return what is run on a GPU with `memory` bytes beside `ram` bytes: budgets that it has not are left out."""
-    found = [Case("8x7b", budget) for budget in budgets if parse_bytes(budget) <= memory]
-    found += [Case("8x22b", LARGE)] if large and ram >= LARGE_RAM and parse_bytes(LARGE) <= memory else []
-    return [*found, Case("8x7b", None)]
-
-
-def qmix(*arguments: str, state: Path, limit: float) -> str:
-    """Return the stdout of a qmix command. Raises RuntimeError with its last line where it fails."""
-    environment = os.environ | {"XDG_STATE_HOME": str(state)}
-    command = [sys.executable, "-m", "cli", *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=limit)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or done.stdout.strip().splitlines()[-1:] or ["no message"]
-        raise RuntimeError(f"qmix {' '.join(arguments)}: {last[0]}")
-    return done.stdout
-
-
-def made_store(directory: Path, name: str) -> Path:
-    """Write the store of a model unless it is there."""
-    path = directory / name
-    if not path.exists():
-        distinct = LARGE_LAYERS if name == "8x22b" else 0
-        part = path.with_name(f"{name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        write_store(part, SyntheticModel(PRESETS[name], 0, distinct))
-        part.rename(path)
-    return path
-
-
-def measured(case: Case, store: Path, state: Path, limit: float) -> dict[str, Any]:
-    """Return the figures of a case: bench's report, the plan's prediction, the peak of GPU memory, and the text."""
-    context = ["--context", str(PROMPT + TEXT + 1)]
-    planned = json.loads(qmix("plan", str(store), *case.options, *context, "--json", state=state, limit=limit))
-    tests = ["-p", str(PROMPT), "-n", str(NEW), "-r", "2"]
-    with watched(case) as peak:
-        report = json.loads(
-            qmix("bench", str(store), *case.options, *context, *tests, "--json", state=state, limit=limit)
-        )
-    command = [sys.executable, __file__, "--text", str(store), *(["--budget", case.budget] if case.budget else [])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=limit)
-    right = json.loads(done.stdout)["right"]
-    found = {"report": report, "planned": planned, "peak": peak.nbytes if peak else None, "right": right, "batch": None}
-    if case.budget:
-        try:
-            found["batch"] = batched(case, store, state, limit)
-        except RuntimeError as error:  # the other figures are worth having
-            found["batch_error"] = str(error)
-    return found
-
-
-def batched(case: Case, store: Path, state: Path, limit: float) -> dict[str, Any]:
-    """Return the summary of many short prompts answered together."""
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answers = Path(scratch) / "in.jsonl", Path(scratch) / "out.jsonl"
-        lines = [{"id": str(index), "prompt": f"To print page {index}, click"} for index in range(TOGETHER)]
-        asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        greedy = ["--temperature", "0", "--ignore-eos", "--max-new-tokens", str(NEW), "--json"]
-        command = ["batch", str(asked), "-o", str(answers), "-m", str(store), *case.options, *greedy]
-        found: dict[str, Any] = json.loads(qmix(*command, state=state, limit=limit))
-    return found
-
-
-@contextmanager
-def watched(case: Case) -> Iterator[Peak | None]:
-    """Watch the GPU's memory while a case runs on it."""
-    if case.budget is None:
-        yield None
+def one(machine: Machine, step: str, case: Case) -> None:
+    """Take one step of a case."""
+    works = {"plan": machine.planned, "bench": machine.benched, "text": machine.text, "batch": machine.batched}
+    if step == "batch" and not case.budgets:
         return
-    with Peak() as peak:
-        yield peak
+    store = machine.store(case.model)
+    if store is not None:
+        machine.steps.take(f"{step} of {case.name}", MOST[step], partial(works[step], case, store))
 
 
-def text(store: Path, budget: str | None) -> dict[str, Any]:
+def llamacpp(machine: Machine, wanted: list[Case]) -> None:
+    """Time llama.cpp in the budgets of one GPU, if it is there."""
+    program, store = gpu_llamacpp.found_program(machine.given.llama_bench), machine.directory / "8x7b"
+    gguf = machine.given.gguf or machine.directory / "8x7b.gguf"
+    if program is None or not store.is_dir():
+        return
+    if not gguf.is_file() and machine.given.peer:
+
+        def write(limit: float) -> bool:
+            machine.require(DISK["gguf"])
+            gpu_llamacpp.write_gguf(str(machine.given.peer), store, gguf, limit)
+            return True
+
+        machine.steps.take("GGUF of 8x7b", MOST["store"], write)
+    if not gguf.is_file():
+        machine.steps.say(f"no llama.cpp: {gguf} is not there, and no --peer to write it")
+        return
+    for case in (case for case in wanted if len(case.budgets) == 1):
+        plan = machine.steps.results.get(f"plan of {case.name}")
+        if plan is not None:
+            work = partial(llamacpp_of, program, gguf, case.budgets[0], plan)
+            machine.steps.take(f"llama.cpp of {case.name}", MOST["bench"], work)
+
+
+def llamacpp_of(program: str, gguf: Path, budget: int, plan: dict[str, Any], limit: float) -> Any:
+    from synthetic_weights import PRESETS
+
+    device = plan["devices"][0]
+    layers = gpu_llamacpp.layers_on_host(budget, PRESETS["8x7b"], device["dense"], device["kv_cache"])
+    return gpu_llamacpp.timed(program, gguf, PROMPT, NEW, layers, budget, limit)
+
+
+def text(store: Path, budgets: Sequence[str]) -> dict[str, Any]:
     """Return how many greedy tokens are the known ones, of those of a prompt."""
-    import qmix as library
+    from synthetic_weights import SyntheticModel
+
+    import qmix
 
     model = SyntheticModel.of(store)
     ids = model.prompt(700, PROMPT)
-    with library.load(store, gpu=[budget] if budget else [], context=PROMPT + TEXT + 1) as runner:
+    with qmix.load(store, gpu=list(budgets), context=PROMPT + TEXT + 1) as runner:
         found = runner.complete(ids, temperature=0, max_new_tokens=TEXT, ignore_eos=True).token_ids
     want = model.continuation(ids, TEXT)
     return {"right": sum(one == other for one, other in zip(found, want, strict=True))}
 
 
-def row(case: Case, found: dict[str, Any]) -> list[str]:
-    """Return the cells of a case: decode and prefill with prediction and share of the bound, memory, text."""
-    rows = {each["test"]: each for each in found["report"]["rows"]}
-    cells = [case.name]
-    for kind, test in (("decode", f"tg{NEW}"), ("prefill", f"pp{PROMPT}")):
-        each, predicted = rows[test], found["planned"]["predicted"][kind]["tokens_per_s"]
-        cells += [f"{each['rate']:.4g}", f"{predicted:.4g}", f"{each['bound_rate']:.4g}"]
-        cells += [f"{100 * each['share_of_bound']:.0f}%"]
-    peak = "" if found["peak"] is None else f"{found['peak'] / 2**20:.0f} MiB"
-    placed = found["planned"]
-    on_gpu = f"{placed['num_records'] - placed['host_records']} of {placed['num_records']}"
-    batch = f"{found['batch']['tok_s']:.4g}" if found["batch"] else ""
-    return [*cells, batch, on_gpu if placed["devices"] else "", peak, f"{found['right']} of {TEXT}"]
+def write(model: str, directory: Path) -> None:
+    """Write the synthetic store of a model."""
+    from synthetic_store import write_store
+    from synthetic_weights import PRESETS, SyntheticModel
+
+    write_store(directory, SyntheticModel(PRESETS[model], 0, LARGE_LAYERS if model == "8x22b" else 0))
 
 
-def table(rows: Sequence[Sequence[str]]) -> Table:
-    """Return the table of all cases."""
-    made = Table()
-    made.add_column("case", no_wrap=True)
-    for kind in ("decode", "prefill"):
-        for what in (f"{kind}\ntok/s", "predicted", "bound", "of bound"):
-            made.add_column(what, justify="right")
-    for what in (f"{TOGETHER} prompts\ntok/s", "experts\non the GPU", "nvidia-smi's\npeak", "tokens\nas known"):
-        made.add_column(what, justify="right")
-    for cells in rows:
-        made.add_row(*cells)
-    return made
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("qmix-gpu"))
+    parser.add_argument("--budget", action="append", default=[], metavar="SIZE", help="of the GPU, or of several: A+B")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no step is begun")
+    parser.add_argument("--no-large", action="store_true", help="leave 8x22B out")
+    parser.add_argument("--no-self-test", action="store_true", help="leave the self-test out")
+    parser.add_argument("--again", action="store_true", help="keep no result of a run before")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's [the one on the PATH]")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="8x7B for it [DIRECTORY/8x7b.gguf]")
+    parser.add_argument("--peer", type=Path, metavar="PYTHON", help="with gguf and llama-cpp-python, to write it")
+    parser.add_argument("--text", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--write", metavar="MODEL", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
-@click.command()
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("qmix-gpu"))
-@click.option("--budget", "budgets", multiple=True, metavar="SIZE", help=f"of the GPU [{', '.join(BUDGETS)}]")
-@click.option("--no-large", is_flag=True, help="leave 8x22B out")
-@click.option("--no-self-test", is_flag=True, help="leave the self-test out")
-@click.option("--text", "text_only", is_flag=True, hidden=True)
-def main(directory: Path, budgets: tuple[str, ...], no_large: bool, no_self_test: bool, text_only: bool) -> None:
-    """Print the table, then one JSON line."""
-    if text_only:
-        click.echo(json.dumps(text(directory, budgets[0] if budgets else None)))
-        return
-    memory = gpu_memory()
-    if memory is None:
-        raise click.ClickException("needs an NVIDIA GPU with its driver, and torch for CUDA; there is none here")
-    started, console = time.monotonic(), Console()
-    say = Console(stderr=True).print
-    state = directory / "state"
-    found, left = {}, []
-    say("qmix doctor ...")
-    qmix("doctor", "--directory", str(directory), state=state, limit=LIMIT)
-    if not no_self_test:
-        say(qmix("doctor", "--self-test", state=state, limit=LIMIT))
-    for case in cases(budgets or BUDGETS, memory, psutil.virtual_memory().total, not no_large):
-        limit = LIMIT - (time.monotonic() - started)
-        if limit < 0:
-            left.append(case.name)
-            continue
-        say(f"{case.name} ...")
-        try:
-            found[case] = measured(case, made_store(directory, case.model), state, limit)
-        except (RuntimeError, subprocess.SubprocessError) as error:
-            say(f"{case.name}: {error}")
-            left.append(case.name)
-    console.print(table([row(case, each) for case, each in found.items()]))
-    for case, each in found.items():
-        if "batch_error" in each:
-            console.print(f"{case.name}: no batch: {each['batch_error']}")
-    if left:
-        console.print(f"not run, or failed: {'; '.join(left)}")
-    console.print(f"{gpu_name()}, {format_bytes(memory)}; {time.strftime('%Y-%m-%d')}")
-    click.echo(json.dumps({case.name: each for case, each in found.items()}))
+def main() -> int:
+    """Take the steps that are not done yet, then print what all runs found, and one JSON line."""
+    given = options()
+    directory = given.directory.absolute()
+    if given.text:
+        print(json.dumps(text(directory, given.budget)))
+        return 0
+    if given.write:
+        write(given.write, directory)
+        return 0
+    return measured(given, directory)
 
 
-def gpu_memory() -> int | None:
-    """Return the bytes that a program can take on the first GPU; None without one that torch can use."""
-    if not gpu_driver() or shutil.which("nvidia-smi") is None:
-        return None
-    import torch
+def measured(given: argparse.Namespace, directory: Path) -> int:
+    found = [gpu for gpu in gpus() if gpu["free"]]
+    if not found:
+        print("Error: needs an NVIDIA GPU with its driver, and torch for CUDA; there is none here", file=sys.stderr)
+        return 1
+    missing, others = unmet(needed())
+    if missing:
+        print(f"Error: not installed: {', '.join(missing)}; see pyproject.toml", file=sys.stderr)
+        return 1
+    import psutil
 
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
+    for each in others:
+        say(f"not a version that qmix is tested with: {each}")
+    directory.mkdir(parents=True, exist_ok=True)
+    if given.again:
+        (directory / "results.json").unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    steps = Steps(directory / "results.json", about(found), given.seconds, say)
+    wanted = cases(given.budget, [gpu["free"] for gpu in found], psutil.virtual_memory().total, not given.no_large)
+    try:
+        measure(Machine(directory, steps, given), wanted)
+    finally:  # also where the run is ended from outside
+        steps.save()
+        from gpu_report import report
 
-def gpu_name() -> str:
-    """Return the name of the first GPU."""
-    import torch
-
-    return str(torch.cuda.get_device_name(0))
+        report(steps, wanted)
+        print(f"{', '.join(gpu['name'] for gpu in found)}; {time.strftime('%Y-%m-%d')}; saved in {steps.path}")
+        print(json.dumps({"about": steps.about, "results": steps.results, "errors": steps.errors}))
+    return 1 if steps.errors else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,11 +21,12 @@ from rich.table import Table
 
 from qmix.checkpoint.safetensors_header import aligned
 from qmix.kernels.gpu import dense, moe, prefill
-from qmix.kernels.gpu.shapes import FEW_TOKENS, FOUR_BITS, ExpertShape, down_splits
+from qmix.kernels.gpu.shapes import FEW_TOKENS, FOUR_BITS, OLDEST_BF16, ExpertShape, down_splits
 
 SIZES = {"8x7b": (4096, 14336), "8x22b": (6144, 16384)}
 EXPERTS, TOP_K, LAYERS, REPLAYS = 8, 2, 4, 20
-DTYPE = torch.bfloat16
+TURING = torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_BF16
+DTYPE = torch.float16 if TURING else torch.bfloat16
 ITEMS = {"nf4": 0.53125, "fp4": 0.53125, "int8": 1, "half": 2}  # bytes of a weight with its scales
 
 

@@ -12,6 +12,9 @@ alone, and synthetic routing of 8x7B's 32 layers whose favourite experts change 
     hindsight   the most used of this very trace stay
     optimum     Belady's cache with free exchanges: nothing is better, and no program can know it
 
+A second table has runs of --run tokens one after another, which begin with the residents of the profile, or with those
+that the run before ended with.
+
 An expert that is not resident is computed by the CPU. Its seconds and those of an exchange (a record over the link
 and another one back) follow from a record of 8x7B and the rates of the card and of a typical CPU.
 """
@@ -94,17 +97,30 @@ def promoted(
 ) -> Outcome:
     """Return what a run's promotion does, with another decay and period."""
     promotion.DECAY, promotion.PERIOD = decay, period
+    groups = grouped(profile, layers, planned(profile, layers, residents), costs)
+    return run(trace, groups, costs)
+
+
+def planned(profile: np.ndarray, layers: int, residents: int) -> list[frozenset[int]]:
+    """Return each layer's residents: the most used of all layers by the profile."""
     held = np.argsort(-profile, kind="stable")[:residents]
+    return [frozenset(int(each) % EXPERTS for each in held if each // EXPERTS == layer) for layer in range(layers)]
+
+
+def grouped(profile: np.ndarray, layers: int, starts: list[frozenset[int]], costs: Costs) -> list[promotion.Group]:
+    """Return the groups of a run that begins with some residents of each layer."""
     shares = (profile / profile.sum() * layers * TOP_K).reshape(layers, EXPERTS)
-    groups = []
-    for layer, row in enumerate(shares):
-        start = frozenset(int(each) % EXPERTS for each in held if each // EXPERTS == layer)
-        groups.append(
-            promotion.Group(
-                layer, start, dict(enumerate(promotion.long_used(row.tolist()))), costs.computed, costs.exchanged
-            )
+    return [
+        promotion.Group(
+            layer, start, dict(enumerate(promotion.long_used(row.tolist()))), costs.computed, costs.exchanged
         )
-    made = promotion.Promotion(groups)
+        for layer, (start, row) in enumerate(zip(starts, shares, strict=True))
+    ]
+
+
+def run(trace: Array, groups: list[promotion.Group], costs: Costs) -> Outcome:
+    """Return what a run computes on the CPU and exchanges."""
+    layers, made = len(groups), promotion.Promotion(groups)
     computed = exchanged = 0
     for token in used(trace, layers):
         for record in token.tolist():
@@ -113,6 +129,21 @@ def promoted(
             made.used(layer, [[expert]])
         exchanged += len(made.exchanges(1))
     return outcome(computed, exchanged, len(trace) // layers, costs)
+
+
+def in_runs(
+    trace: Array, layers: int, profile: np.ndarray, share: float, costs: Costs, length: int, kept: bool
+) -> float:
+    """Return the seconds of a trace in runs of `length` tokens, each of which begins anew, or where the last ended."""
+    promotion.DECAY, promotion.PERIOD = IN_USE
+    starts = first = planned(profile, layers, round(share * layers * EXPERTS))
+    seconds = 0.0
+    for at in range(0, len(trace), length * layers):
+        part = trace[at : at + length * layers]
+        groups = grouped(profile, layers, starts, costs)
+        seconds += run(part, groups, costs).seconds * (len(part) // layers)
+        starts = [frozenset(group.real) for group in groups] if kept else first
+    return seconds
 
 
 def optimum(trace: Array, layers: int, residents: int, costs: Costs) -> Outcome:
@@ -204,8 +235,9 @@ def compared(name: str, trace: Array, layers: int, profile: np.ndarray, share: f
 
 @click.command()
 @click.option("--tokens", default=400, show_default=True, help="of each trace and language")
+@click.option("--run", "length", default=128, show_default=True, help="tokens of a run in the second table")
 @click.option("--card", "named", default="RTX 4090", show_default=True, help="whose link exchanges records")
-def main(tokens: int, named: str) -> None:
+def main(tokens: int, length: int, named: str) -> None:
     """Print a row for each trace and share of residents."""
     card = card_named(named)
     rates = Rates().with_card(card.rates, card.name, named=True)
@@ -233,6 +265,12 @@ def main(tokens: int, named: str) -> None:
     for way in rows[0]["gains"]:
         real = [row["gains"][way] for row in rows if row["trace"].startswith("tiny")]
         console.print(f"{way}: {min(real):+.1%} to {max(real):+.1%} on the embedded model's text")
+    again = Table("trace", "resident", "seconds that keeping saves", title=f"runs of {length} tokens")
+    for case in cases:
+        for share in RESIDENT:
+            anew, kept = (in_runs(*case[1:], share, costs, length, each) for each in (False, True))
+            again.add_row(case[0], f"{share:.0%}", f"{1 - kept / anew:+.1%}")
+    console.print(again)
     console.print(f"in use: decay {IN_USE[0]}, every {IN_USE[1]}")
     print(json.dumps(rows))
 

@@ -1,7 +1,7 @@
 """Many prompts together: continuous batching, a pass at a time.
 
-A pass is one flat row of tokens: the next one of every sequence that is being continued, and pieces of the prompts of
-those that have just come, as far as there is room. One read of an expert serves them all, so that where experts come
+A pass is one flat row of tokens: the next one of every sequence that is being continued, and pieces of the prompts
+of new ones, as far as there is room. One read of an expert serves them all, so that where experts come
 from disk, taking in a prompt costs no pass of its own. A pass of several chunks goes layer by layer, where that costs
 the sequences that are being continued no time (`qmix.engine.pace`). A sequence that ends makes room for one that waits.
 
@@ -55,12 +55,13 @@ class BatchRunner(OpenModel):
         self.plan, self.work, self._pace = plan, Work(), Pace(plan.prefill)
         dtype, spread = HALF[store.layout.dtype], spread_for(plan, rates or Rates(), kind)
         self._steps: Steps | None = None
+        self.capacity = plan.batch * plan.context
+        self._longest = self.capacity if spread is None else plan.context  # tokens of a sequence
         if spread is None:
-            self.capacity = plan.batch * plan.context
             self._cache = KVCache(store.geometry, self.capacity, dtype, aligned=True)
             super().__init__(store, plan.slots_by_size, ROW_ATTENTION, invariant=True, on_load=on_load)
         else:
-            self.capacity, homes = plan.context, [device.device for device in spread.layers]
+            homes = [device.device for device in spread.layers]
             self._cache = KVCache(store.geometry, plan.context, dtype, plan.batch, homes)
             super().__init__(store, plan.slots_by_size, "sdpa", spread=spread, invariant=True, on_load=on_load)
             self._steps = self.capture(spread, self._cache, captured_tokens(store.geometry, plan.context, plan.batch))
@@ -72,8 +73,8 @@ class BatchRunner(OpenModel):
 
     def _new_scheduler(self) -> Scheduler:
         if self._steps is None:
-            return Scheduler(self.capacity, self.plan.batch, PREFILL_CHUNK)
-        return Scheduler(self.capacity, self.plan.batch, self._steps.rows, Slots(self.plan.batch, self.plan.context))
+            return Scheduler(self._longest, self.plan.batch, PREFILL_CHUNK)
+        return Scheduler(self._longest, self.plan.batch, self._steps.rows, Slots(self.plan.batch, self.plan.context))
 
     def start_over(self) -> None:
         """Forget all requests. Prefixes are kept, unless a pass was stopped before their rows were copied."""
@@ -116,7 +117,7 @@ class BatchRunner(OpenModel):
             self.start_over()
 
     def _begin_all(self, request: BatchRequest) -> list[Failure]:
-        """Begin the completions of a request; return the failures of those that cannot be answered."""
+        """Begin the completions of a request; return the failures of the ones that cannot be answered."""
         failures = []
         for each in request.completions():
             try:
@@ -135,9 +136,9 @@ class BatchRunner(OpenModel):
         `on_token` receives each token in the compute thread. Raises UsageError where the prompt leaves no room.
         """
         prompt = list(request.prompt)
-        limit = min(len(prompt) + request.sampling.max_new_tokens, self.capacity + 1)
+        limit = min(len(prompt) + request.sampling.max_new_tokens, self._longest + 1)
         if not prompt or limit <= len(prompt):
-            raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self.capacity}")
+            raise UsageError(f"{request.name}: a prompt of {len(prompt)} tokens, planned for 1 to {self._longest}")
         request.sampling.check_vocabulary(self.store.geometry.vocab_size)
         echo = request.echo and request.sampling.logprobs is not None
         if echo and self._steps is not None:

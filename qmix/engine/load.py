@@ -82,7 +82,7 @@ def load(
         import_libraries()
     from qmix.engine.stream import Runner
 
-    return Runner(store, made, attention, on_load, machine.rates)
+    return Runner(store, made, attention, on_load, machine.rates, keeps=True)
 
 
 def check_attention(name: str) -> None:

@@ -68,13 +68,18 @@ class OpenModel:
             elsewhere = spread.residents if spread else frozenset()
             widened = {} if invariant else widened_from(store.layout.dtype)
             if spread:
+                opened.callback(spread.let_go)
                 spread.dense_from = dense_from(store.layout.dtype)
             self.pool = ExpertPool(store, slots, invariant=invariant, elsewhere=elsewhere, widened_from=widened)
             opened.callback(self.pool.close)
             self.thread = ComputeThread(self.pool)
             gpus = [each for each in spread.devices.values() if each.device.type == "cuda"] if spread else []
-            if gpus and (unpin := pin(self.pool.memory, gpus)) is not None:
-                opened.callback(unpin)
+            if spread and gpus:
+                unpin = pin(self.pool.memory, gpus)
+                if unpin is None:
+                    spread.copy_unpinned()
+                else:
+                    opened.callback(unpin)
             opened.callback(self.thread.close)
             self.model = build_model(store, self.pool, attention, spread)
             if generates:

@@ -23,6 +23,7 @@ from qmix.engine.completion import GrowingCompletion, Piece, Result
 from qmix.engine.device_choice import plain_temperature
 from qmix.engine.figures import Requests, Work
 from qmix.engine.generation_config import Decoding, decoding
+from qmix.engine.kept_placement import keep, with_kept
 from qmix.engine.opener import OpenModel
 from qmix.engine.prefill import known_chunk, read_prompt
 from qmix.engine.prefixes import common_prefix
@@ -33,7 +34,7 @@ from qmix.errors import UsageError, arg
 from qmix.machine.found import peak_memory
 from qmix.machine.rates import Rates
 from qmix.model.gpu.prompt import read_on_gpus
-from qmix.model.gpu.spread import spread_for
+from qmix.model.gpu.spread import residents, spread_for
 from qmix.model.kv import KVCache
 from qmix.model.kv_file import kv_identity, read_kv, write_kv
 from qmix.plan import Plan
@@ -59,15 +60,24 @@ class Runner(OpenModel):
         on_load: OnProgress = ignore,
         rates: Rates | None = None,
         kind: str = "cuda",
+        keeps: bool = False,
     ) -> None:
-        """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs."""
-        self.plan, self.work = plan, Work()
+        """`rates` say how fast the machine is. `kind` is torch's name for what stands behind the plan's GPUs.
+
+        With `keeps` the run begins with the residents that the last one by this plan ended with, and keeps its own.
+        """
         self._spread = spread = spread_for(plan, rates or Rates(), kind)
+        asked = plan
+        if keeps and spread:
+            spread.plan = plan = with_kept(store, plan, spread.cards)
+        self.plan, self.work = plan, Work()
         devices = [device.device for device in spread.layers] if spread else None
         self.cache = KVCache(store.geometry, plan.context, HALF[store.layout.dtype], layer_devices=devices)
         super().__init__(store, plan.slots_by_size, attention, spread=spread, on_load=on_load)
         rows = captured_tokens(store.geometry, plan.context, plan.batch)
         self._steps = self.capture(spread, self.cache, rows) if spread else None
+        if keeps and spread:
+            self._opened.callback(self._keep_residents, asked, spread.cards)
         self.encoder = PromptEncoder(self.tokenizer, plan.context, store.geometry.max_position)
         self._held: list[int] = []
 
@@ -98,6 +108,13 @@ class Runner(OpenModel):
             if piece.result is not None:
                 return piece.result
         raise AssertionError("a generation ended without a result")
+
+    def _keep_residents(self, plan: Plan, cards: list[str]) -> None:
+        """Keep the residents that are there now for the next run by `plan`, where experts were exchanged."""
+        moved = self._steps.exchanges.moved if self._steps is not None else {}
+        if moved:
+            others = [key for key in residents(self.plan) if key[0] not in moved]
+            keep(self.store, plan, cards, [*others, *((layer, each) for layer, row in moved.items() for each in row)])
 
     def requests(self) -> Requests:
         """Return how many prompts are being answered: one."""

@@ -29,6 +29,10 @@ def try_dense(gpus: Sequence[int]) -> dict[str, int]:
     """
     if not gpus or not available():
         return {}
+    from qmix.kernels.gpu.launching import launch_fault
+
+    if launch_fault():
+        return {}
     import torch
 
     from qmix.checkpoint.torch_dtypes import HALF

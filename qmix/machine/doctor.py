@@ -21,6 +21,7 @@ from qmix.disk import PAGE
 from qmix.disk.space import existing_parent
 from qmix.files import scratch_file
 from qmix.kernels.cpu.paths import supported
+from qmix.kernels.gpu.shapes import available, fits_card
 from qmix.machine.cuda_context import context_bytes
 from qmix.machine.dense_experts import try_dense
 from qmix.machine.found import available_memory, cpu_name, free_disk, gpu_driver
@@ -37,12 +38,16 @@ HUGE_TRIAL = 32 * 2**20  # bytes allocated to see whether they are on huge pages
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU as torch sees it; sizes in bytes. `fault` is why a product on it failed, empty if it did not."""
+    """A GPU as torch sees it; sizes in bytes.
+
+    `fault` is why a product on it failed, empty if it did not; `kernels` why qmix's own cannot be launched.
+    """
 
     name: str
     total: int
     free: int
     fault: str = ""
+    kernels: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +175,22 @@ def _gpus() -> tuple[Gpu, ...]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         fault = product_fault(f"cuda:{index}")
-        found.append(Gpu(torch.cuda.get_device_name(index), total, free, fault))
+        kernels = "" if fault else kernels_fault(torch.cuda.get_device_capability(index))
+        found.append(Gpu(torch.cuda.get_device_name(index), total, free, fault, kernels))
     return tuple(found)
+
+
+def kernels_fault(capability: tuple[int, int]) -> str:
+    """Return in a line why a card of this compute capability has not all of qmix's kernels; empty if it has."""
+    if not available():
+        return "Triton is not installed"
+    from qmix.kernels.gpu.launching import launch_fault
+
+    if fault := launch_fault():
+        return fault
+    if not fits_card("fp16", capability):
+        return f"they need a card of compute capability 7.5 or later, this one has {'.'.join(map(str, capability))}"
+    return "" if fits_card("bf16", capability) else "it has none for bf16; quantise the model with --dtype fp16"
 
 
 def examine_gpus() -> MeasuredGpus:

@@ -32,6 +32,7 @@ def report_table(report: MachineReport) -> Table:
     row("disk", f"{format_bytes(report.disk_free)} free at {report.directory}, {how}")
     for index, gpu in enumerate(report.gpus):
         fault = f"; does not work: {gpu.fault}" if gpu.fault else ", a matmul on it tested"
+        fault += f"; slow without its kernels: {gpu.kernels}" if gpu.kernels else ""
         row(f"gpu:{index}", f"{gpu.name}, {format_bytes(gpu.free)} of {format_bytes(gpu.total)} free{fault}")
     if report.gpus:
         known = report.cuda_context

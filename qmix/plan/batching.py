@@ -75,21 +75,34 @@ def plan_lines(
 
 
 def plan_server(
-    layout: StoreLayout, context: int, ram: int | None, batch: int, tokens: int | None, use: ExpertFrequency | None
+    layout: StoreLayout,
+    context: int,
+    ram: int | None,
+    batch: int,
+    tokens: int | None,
+    use: ExpertFrequency | None,
+    gpus: Machine | None = None,
 ) -> Plan:
     """Return the plan of a server on this machine for `batch` requests at once, each of at most `context` tokens.
 
-    They share a KV cache of `tokens` tokens; without a number, of four contexts, or of as many as fit. Raises
-    DoesNotFitError.
+    They share a KV cache of `tokens` tokens; without a number, of four contexts, or of as many as fit. On the GPUs of
+    `gpus` each request has a whole context, so there may be fewer than `batch`. Raises DoesNotFitError.
     """
     for contexts in (CONTEXTS, CONTEXTS // 2, 1):
         together = tokens or contexts * context
-        held = serving_bytes(layout.geometry, together, batch)
+        at_once, needs = batch, math.ceil(together / batch)
+        if gpus is not None:
+            at_once, needs = max(1, min(batch, together // context, FEW_TOKENS)), context
+        held = serving_bytes(layout.geometry, together, at_once)
+        last = tokens is not None or contexts == 1
         try:
-            return plan_lines(layout, [math.ceil(together / batch)] * batch, ram, batch, held, use)
+            plan = plan_lines(layout, [needs] * at_once, ram, at_once, held, use, gpus)
         except DoesNotFitError:
-            if tokens is not None or contexts == 1:
+            if last:
                 raise
+        else:
+            if last or gpus is None or "cpu" not in plan.layer_devices:  # layers beside a large cache fit no GPU
+                return plan
     raise AssertionError
 
 

@@ -18,19 +18,25 @@ DEQUANTISED_AT_ONCE = 2**21  # weights that are dequantised by torch's own opera
 ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
 CUDA_HOST_BYTES = 2**30  # CUDA's libraries in main memory; stated, not measured
 CUDA_CONTEXT_BYTES = 600 * 2**20  # on a GPU where `qmix doctor` did not measure it
-# Share of torch's allocations for freed blocks that its allocator keeps, and the driver's code and graphs.
-GPU_SLACK_SHARE = 0.02
+GPU_DRIVER_BYTES = (
+    64 * 2**20
+)  # what the driver takes beside the context as it was measured: graphs, and code loaded later
+GPU_SLACK_SHARE = 0.0075  # of torch's allocations, for freed blocks that its allocator keeps
 LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the first product
 DEQUANTISING_BYTES = 14  # a weight: its code, as an index, and its value in fp32 before and after scaling
 
 
 def usable_device_bytes(budget: int, context: int = CUDA_CONTEXT_BYTES) -> int:
-    """Return what a GPU's budget leaves for torch's allocations beside CUDA's context of `context` bytes.
+    """Return what a GPU's budget leaves for torch's allocations beside CUDA's context of `context` bytes."""
+    return int(torch_bytes(budget, context) / (1 + GPU_SLACK_SHARE))
 
-    Under this margin nvidia-smi's peak stayed 173 MiB below a budget of 24 GiB and 319 MiB below one of 12 GiB, with
-    8x7B's geometry on an H100 (docs/gpus.md).
+
+def torch_bytes(budget: int, context: int = CUDA_CONTEXT_BYTES) -> int:
+    """Return the most that torch may take of a GPU's budget, with the blocks that its allocator keeps.
+
+    A run holds torch to it: at this limit the allocator gives freed blocks back before it takes more.
     """
-    return int((budget - context) / (1 + GPU_SLACK_SHARE))
+    return budget - context - GPU_DRIVER_BYTES
 
 
 def device_record_bytes(geometry: Geometry, precision: str, dtype: str) -> int:

@@ -3,7 +3,7 @@
 A layer begins with its dense part on the GPU. In decode its residents are then computed there while the experts that
 lie on the host are computed by the CPU, and some of them copied to the GPU and computed there, whichever way ends
 first. In prefill every host expert is copied once while the GPU computes, or computed by the CPU where that is faster.
-No Python stands between: a step is one captured graph, or two a layer where experts lie on the host. Loads no torch.
+A step is one captured graph, or two a layer where experts lie on the host: then Python stands between. Loads no torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ EXPERT_SHARE = 0.85  # the same of 4-bit records, besides LAYER_SECONDS
 MATMUL_SHARE = 0.6  # of the rate of large products, reached by a prompt's
 LAYER_SECONDS = 40e-6  # of a layer in decode, on any GPU: nine kernels that begin and end
 ROUND_TRIP = 25e-6  # ids and x to the host, the wait for them, and the results back
+HOST_SECONDS = 60e-6  # of Python in a layer whose experts the host computes or copies (AMD EPYC, one or two experts)
 BOTH_SHARE = 0.85  # of its own rate, reached by the CPU and by the copies while both read main memory
 OVERLAP = 3.0  # work side by side: 1 would be one after the other, infinity perfectly side by side
 
@@ -121,7 +122,10 @@ def _host_decode(layer: DeviceLayer, rates: Rates, host: HostRates) -> float:
     on_cpu, copying = each / host.read + more, each / rates.pcie
     most, chance = max(1, round(layer.used)), min(1.0, layer.away / layer.used)
     return sum(
-        comb(most, count) * chance**count * (1 - chance) ** (most - count) * shared_seconds(count, on_cpu, copying)
+        comb(most, count)
+        * chance**count
+        * (1 - chance) ** (most - count)
+        * (HOST_SECONDS + shared_seconds(count, on_cpu, copying))
         for count in range(1, most + 1)
     )
 

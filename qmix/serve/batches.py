@@ -10,6 +10,7 @@ import fcntl
 import queue
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -98,9 +99,11 @@ class Batches:
     def __init__(self, directory: Path, files: Files, service: Service, context: int) -> None:
         self.files, self._service, self._context = files, service, context
         self.records = Records(directory, "batch")
-        self._lock = _locked(directory)
-        files.sweep()
-        self._known = {batch.id: batch for batch in self.records.all(Batch)}
+        with ExitStack() as held:
+            self._lock = held.enter_context(_locked(directory))
+            files.sweep()
+            self._known = {batch.id: batch for batch in self.records.all(Batch)}
+            held.pop_all()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._changing = threading.Lock()
@@ -236,7 +239,14 @@ class Batches:
                 most = batch.context if batch.endpoint == CHAT else COMPLETION_TOKENS
                 options = {"max_new_tokens": most}
                 run, _, _ = begin_run(
-                    runner.store, requests, answers, options, None, batch.context, runner.tokenizer, computed_on(False)
+                    runner.store,
+                    requests,
+                    answers,
+                    options,
+                    None,
+                    batch.context,
+                    runner.tokenizer,
+                    computed_on(bool(runner.plan.devices)),
                 )
                 run.refuse()
                 shared = SharedEngine(self._service, lambda: not self._stop.is_set() and batch.status == "in_progress")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ def test_the_slowest_gpu_decides_and_cards_without_a_type_are_left_out(monkeypat
     tried, full, empty = [], torch.full, torch.empty
     monkeypatch.setattr(torch.cuda, "get_device_capability", {0: (8, 9), 1: (7, 5), 2: (6, 1)}.get)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr("qmix.kernels.gpu.launching.launch_fault", lambda: "")
     monkeypatch.setattr(torch, "full", lambda shape, value, dtype, device: full((1,), value, dtype=dtype))
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: empty(1, dtype=dtype))
     answers = iter([32, 128])
@@ -50,3 +52,25 @@ def test_the_slowest_gpu_decides_and_cards_without_a_type_are_left_out(monkeypat
     assert tried == [torch.bfloat16, torch.float16]
     assert found == dict.fromkeys(("nf4 bf16", "nf4 fp16", "fp4 bf16", "fp4 fp16"), 128)
     assert try_dense([2]) == {}
+
+
+@pytest.mark.parametrize(
+    ("in_place", "dense", "fewest"),
+    [
+        (lambda tokens: tokens, lambda tokens: 30.0, 32),  # as fast as the buffer at 30 tokens
+        (lambda tokens: tokens, lambda tokens: 31.9, 64),  # at 32 by less than the measurement's noise
+        (lambda tokens: 1.0, lambda tokens: 2.0, 512),  # never
+        (lambda tokens: 2.0, lambda tokens: 1.0, 8),  # always
+    ],
+)
+def test_dequantising_begins_where_it_is_clearly_faster(monkeypatch, in_place, dense, fewest):
+    pytest.importorskip("triton")
+    from qmix.kernels.gpu import prefill
+
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, dtype, device: randn(*shape, dtype=dtype))
+    times = {prefill.in_place: in_place, prefill.forward: dense}
+    monkeypatch.setattr(prefill, "_seconds", lambda run: times[run.func](len(run.args[2])))
+    record = SimpleNamespace(device=torch.device("cuda"))
+    shape, _ = expert("nf4", 64, 64)
+    assert prefill.dense_from(shape, record, torch.float32, torch.zeros(1)) == fewest

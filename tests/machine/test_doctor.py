@@ -201,6 +201,23 @@ def test_a_card_is_named_for_measured_rates(monkeypatch, tmp_path):
     assert doctor.examine_gpus() == MeasuredGpus()
 
 
+@pytest.mark.parametrize(
+    ("capability", "fault"),
+    [
+        ((8, 6), ""),
+        ((12, 0), ""),
+        ((7, 5), "it has none for bf16; quantise the model with --dtype fp16"),
+        ((6, 1), "they need a card of compute capability 7.5 or later, this one has 6.1"),
+    ],
+)
+def test_why_a_card_has_not_all_kernels(monkeypatch, capability, fault):
+    monkeypatch.setattr(doctor, "available", lambda: True)
+    monkeypatch.setattr("qmix.kernels.gpu.launching.launch_fault", lambda: "")
+    assert doctor.kernels_fault(capability) == fault
+    monkeypatch.setattr("qmix.kernels.gpu.launching.launch_fault", lambda: "no compiler")
+    assert doctor.kernels_fault(capability) == "no compiler"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_rates_are_measured():

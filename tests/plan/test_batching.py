@@ -7,8 +7,9 @@ from checkpoints import TINY_CONFIG
 
 from qmix.errors import DoesNotFitError
 from qmix.geometry import Geometry
+from qmix.machine.rates import Machine
 from qmix.plan import Plan, make_plan
-from qmix.plan.batching import choose_plan, context_of, token_cost
+from qmix.plan.batching import choose_plan, context_of, plan_server, token_cost
 from qmix.plan.memory import MAX_BATCH
 from qmix.store.layout import StoreLayout, parse_precisions
 
@@ -71,3 +72,31 @@ def test_a_line_that_does_not_fit_by_itself_is_refused_with_the_budget_that_work
     with pytest.raises(DoesNotFitError) as caught:
         chosen(5 * GIB, [32000, 10, 10])
     assert chosen(caught.value.smallest, [32000, 10, 10]).batch >= 1
+
+
+@pytest.fixture
+def known_python(monkeypatch):
+    """Python's own memory is not measured."""
+    monkeypatch.setattr("qmix.plan.batching.interpreter_memory", lambda kernels: GIB // 2)
+
+
+def served(gpu: int, tokens: int | None = None, batch: int = 32, context: int = 4096) -> Plan:
+    machine = Machine(ram=64 * GIB, gpus=(gpu,), disk=None)
+    return plan_server(LAYOUT, context, 64 * GIB, batch, tokens, None, machine)
+
+
+@pytest.mark.usefixtures("known_python")
+def test_a_server_on_a_gpu_has_a_whole_context_for_each_request():
+    plan = served(24 * GIB)
+    assert (plan.batch, plan.context, set(plan.layer_devices)) == (4, 4096, {"gpu:0"})
+    assert plan.devices[0].kv_cache == 4 * 4096 * GEOMETRY.kv_bytes_per_token
+    assert served(24 * GIB, tokens=10 * 4096).batch == 10
+    assert served(24 * GIB, tokens=2**20, context=128).batch == 32  # a step has no more tokens
+    assert served(24 * GIB, batch=3).batch == 3
+
+
+@pytest.mark.usefixtures("known_python")
+def test_a_server_on_a_small_gpu_has_fewer_requests_rather_than_layers_on_the_cpu():
+    plan = served(6 * GIB)
+    assert plan.batch < 4
+    assert set(plan.layer_devices) == {"gpu:0"}

@@ -11,6 +11,7 @@ from qmix.models.published import PUBLISHED
 from qmix.plan import make_plan, predict
 from qmix.plan.device_memory import CUDA_CONTEXT_BYTES
 from qmix.plan.device_work import (
+    HOST_SECONDS,
     LAYER_SECONDS,
     ROUND_TRIP,
     DeviceLayer,
@@ -52,7 +53,7 @@ def test_a_resident_layer_is_read_by_the_gpu_alone():
 def test_a_layer_with_experts_on_the_host_takes_the_longer_of_both():
     """None of two experts is there with 1/4, one with 1/2 and two with 1/4; 2 s each on the CPU, 4 s to copy."""
     found = decode_parts([layer()] * 3, RATES, HOST, NAME)
-    assert found[NAME] == pytest.approx(3 * (2 / 2 + 4 / 4))
+    assert found[NAME] == pytest.approx(3 * (2 / 2 + 4 / 4 + 3 / 4 * HOST_SECONDS), rel=1e-9)
     assert found["GPU memory"] == pytest.approx(3 * 95 / 950)  # the residents are ready before
     assert found["GPU launches"] == pytest.approx(3 * (LAYER_SECONDS + ROUND_TRIP))
 
@@ -133,14 +134,14 @@ def test_8x22b_on_an_h100_is_between_what_ran_and_its_bound():
 
 
 def test_residents_of_common_budgets():
-    """4.25 bits instead of 4.5 and no memory to reorder: 216 experts of 8x7B in 24 GiB, where 205 were before."""
+    """4.25 bits instead of 4.5 and no memory to reorder: 219 experts of 8x7B in 24 GiB, where 205 were before."""
     found = {}
     for gpu in (12, 24, 40):
         plan = make_plan(store("mixtral-8x7b"), 64 * GIB, 4096, GIB, gpus=[gpu * GIB])
         found[gpu] = plan.num_records - plan.host_records
         (device,) = plan.devices
-        assert device.total * 1.02 + device.cuda <= device.budget
-    assert found == {12: 82, 24: 216, 40: 256}
+        assert device.total * 1.0075 + device.cuda + 64 * 2**20 <= device.budget
+    assert found == {12: 82, 24: 219, 40: 256}
 
 
 def test_a_typical_24_gib_card_runs_8x22b_faster_than_the_cpu_alone():

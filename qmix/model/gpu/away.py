@@ -71,23 +71,55 @@ class AwayExperts:
             addresses.zero_()
         copies = ExitStack()
         copied = self._copied(pairs, exchange)
-        top_k = exchange.ids.shape[1]
-        for expert, forward in self._records(chosen, sorted(pairs, key=lambda each: each not in copied), exchange.x):
-            if expert in copied:
-                assert self.staging is not None
-                staged = self.staging.copy(self.pool.record(self.layer, expert))
-                address = self.kernels.address(staged.bytes)
-                exchange.staged[self.shapes[self.experts.precisions[expert]]][expert] = address
-                copies.enter_context(staged.in_use())
-            else:
-                x = exchange.x[[pair // top_k for pair in pairs[expert]]]
-                exchange.results[pairs[expert]] = forward(x, self.experts.activation)
+        for group in self._groups(chosen, sorted(pairs, key=lambda each: each not in copied), exchange.x):
+            for expert, _ in group:
+                if expert in copied:
+                    self._begin_copy(expert, exchange, copies)
+            self._on_cpu([each for each in group if each[0] not in copied], pairs, exchange, len(chosen))
         return copies
 
+    def _begin_copy(self, expert: int, exchange: Exchange, copies: ExitStack) -> None:
+        """Begin to copy an expert that has a slot to a staging buffer, which is in use until `copies` ends."""
+        assert self.staging is not None
+        staged = self.staging.copy(self.pool.record(self.layer, expert))
+        exchange.staged[self.shapes[self.experts.precisions[expert]]][expert] = self.kernels.address(staged.bytes)
+        copies.enter_context(staged.in_use())
+
+    def _on_cpu(
+        self, group: list[tuple[int, Expert]], pairs: dict[int, list[int]], exchange: Exchange, tokens: int
+    ) -> None:
+        """Put the results of experts that are in memory together to their places among the exchange's.
+
+        What qmix's kernel takes is one piece of work for the cores; the activation is SiLU where steps are captured.
+        """
+        top_k, together = exchange.ids.shape[1], []
+        for expert, forward in group:
+            places = pairs[expert]
+            if isinstance(forward, Expert) and type(exchange.x) is torch.Tensor and forward.takes_ours(len(places)):
+                together.append((forward, places))
+            else:
+                x = exchange.x[[pair // top_k for pair in places]]
+                exchange.results[places] = forward(x, self.experts.activation)
+        if not together:
+            return
+        from qmix.kernels.cpu.experts import Rows, multiply_experts
+
+        order = torch.tensor([pair for _, places in together for pair in places])
+        rows: dict[str, list[Rows]] = {}
+        first = order.data_ptr()
+        for forward, places in together:
+            rows.setdefault(forward.precision, []).append((forward.places, first, len(places)))
+            first += order.itemsize * len(places)
+        outputs = exchange.results.view(-1, top_k, exchange.x.shape[1])[:tokens]
+        for precision, mine in rows.items():
+            multiply_experts(precision, mine, exchange.x[:tokens], outputs, together[0][0].gate.rows)
+
     def _copied(self, pairs: dict[int, list[int]], exchange: Exchange) -> frozenset[int]:
-        """Return the experts to copy, of those that the captured step can receive: the ones with the most tokens."""
+        """Return the experts to copy: the ones with the most tokens that the captured step can receive."""
+        if self.staging is None or not exchange.staged:
+            return frozenset()
         shapes = {expert: self.shapes[self.experts.precisions[expert]] for expert in pairs}
-        if self.staging is None or not all(shape in exchange.staged for shape in shapes.values()):
+        if not all(shape in exchange.staged for shape in shapes.values()):
             return frozenset()
         order = sorted(pairs, key=lambda expert: -len(pairs[expert]))
         sizes = [self.experts.loader.sizes[self.experts.precisions[expert]] for expert in order]
@@ -97,6 +129,6 @@ class AwayExperts:
         counts = [len(pairs[expert]) for expert in order]
         return frozenset(order[: copied_share(largest, counts, self.rates, len(self.staging.buffers))])
 
-    def _records(self, chosen: list[list[int]], away: list[int], x: torch.Tensor) -> Iterator[tuple[int, Expert]]:
+    def _groups(self, chosen: list[list[int]], away: list[int], x: torch.Tensor) -> Iterator[list[tuple[int, Expert]]]:
         """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
-        return self.experts.records(sorted({expert for row in chosen for expert in row}), away, x[: len(chosen)])
+        return self.experts.groups(sorted({expert for row in chosen for expert in row}), away, x[: len(chosen)])

@@ -7,6 +7,7 @@ a copy is done when the call returns.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from qmix.precision.memory import anonymous_memory
 from qmix.units import plural
 
 HOST = "cpu"
+POLLED_SECONDS = 300e-6  # longer than a GPU takes to a layer's routing
 PORTABLE = 1  # of CUDA's driver_types.h, cudaHostRegisterPortable: pinned for every GPU
 
 
@@ -69,6 +71,17 @@ class Device:
         """Return the most bytes allocated here since `forget_peak`; 0 where CUDA does not count them."""
         return int(torch.cuda.max_memory_allocated(self.device)) if self.copies is not None else 0
 
+    def limit(self, nbytes: int | None) -> None:
+        """Let this process's torch take no more than `nbytes` beside what it holds already; None takes the limit away.
+
+        At the limit torch's allocator gives back the freed blocks that it keeps, and then raises.
+        """
+        if self.copies is None:
+            return
+        total = torch.cuda.mem_get_info(self.device)[1]
+        most = total if nbytes is None else min(total, torch.cuda.memory_reserved(self.device) + nbytes)
+        torch.cuda.set_per_process_memory_fraction(most / total, self.device)
+
     def forget_peak(self) -> None:
         """Start a new peak from the bytes allocated now."""
         if self.copies is not None:
@@ -84,9 +97,17 @@ class Mark:
             self._event = torch.cuda.current_stream(device.device).record_event()
 
     def wait(self) -> None:
-        """Wait until the device gets there. It polls: blocking costs tens of microseconds more."""
-        while self._event is not None and not self._event.query():
-            pass
+        """Wait until the device gets there: at first it polls, because blocking costs tens of microseconds more.
+
+        A query does not let go of Python's lock. Other threads, those of a server, must not wait for a whole token.
+        """
+        if self._event is None:
+            return
+        until = time.perf_counter() + POLLED_SECONDS
+        while not self._event.query():
+            if time.perf_counter() > until:
+                self._event.synchronize()
+                return
 
 
 def reach_each_other(first: Device, second: Device) -> bool:

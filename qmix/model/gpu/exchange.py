@@ -33,6 +33,12 @@ class Exchanges:
         for _, away in moving:
             away.promotion = self.promotion
 
+    @property
+    def moved(self) -> dict[int, list[int]]:
+        """The residents of each layer that has others than at the start."""
+        layers = {group.layer for group in self.promotion.groups if group.real != group.start}
+        return {layer: list(self._layers[layer][1].experts.residents) for layer in layers}
+
     def make(self, tokens: int) -> None:
         """Make the exchanges that are due before a step of so many tokens."""
         for exchange in self.promotion.exchanges(tokens):

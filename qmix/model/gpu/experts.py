@@ -244,12 +244,16 @@ class DeviceExperts(PoolExperts):
         """Return the experts of `away` from the pool, and begin to read what later layers will probably need."""
         if hidden.requires_grad:
             return one_by_one(self.pool, self.layer, away)
+        return (one for group in self.groups(chosen, away, hidden) for one in group)
+
+    def groups(self, chosen: list[int], away: list[int], hidden: torch.Tensor) -> Iterator[list[tuple[int, Expert]]]:
+        """Return the same without gradients, in lists of those that are in memory together."""
         coming: list[Key] = []
         if self.prefetcher is not None:
             self.prefetcher.chosen(self.layer, chosen)
             coming = self.prefetcher.coming(self.layer, hidden)
         if away:
-            return self.pool.get(self.layer, away, coming)
+            return self.pool.groups(self.layer, away, coming)
         self.pool.prefetch(self.layer, coming)
         return iter(())
 

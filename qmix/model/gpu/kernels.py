@@ -5,12 +5,13 @@ Triton is imported only where a model may run with them: on CUDA, or in Triton's
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import MixtralConfig
 
+from qmix.errors import QmixError, arg
 from qmix.kernels.gpu.shapes import ExpertShape, available, fits, fits_attention
 from qmix.precision.record import RecordLayout
 from qmix.store.layout import StoreLayout
@@ -58,9 +59,13 @@ def expert_shapes(layout: StoreLayout) -> dict[str, ExpertShape]:
 
 
 def find_kernels(
-    layout: StoreLayout, context: int, config: MixtralConfig, devices: Iterable[torch.device]
+    layout: StoreLayout, context: int, config: MixtralConfig, devices: Sequence[torch.device]
 ) -> Kernels | None:
-    """Return the kernels for a model whose GPUs are `devices`; None where they do not take it."""
+    """Return the kernels for a model whose GPUs are `devices`; None where they do not take it.
+
+    Raises QmixError where Triton lacks something to launch them that can be installed: without them a GPU is several
+    times slower.
+    """
     if not takes(layout, context, config) or not available():
         return None
     for device in devices:
@@ -71,6 +76,11 @@ def find_kernels(
                 return None
         elif device.type != "cuda" or not _fits_card(layout, torch.cuda.get_device_capability(device)):
             return None
+    if any(device.type == "cuda" for device in devices):
+        from qmix.kernels.gpu.launching import launch_fault
+
+        if fault := launch_fault():
+            raise QmixError(f"{fault}, or give {arg('gpu', 'none')} to run on the CPU")
     return TritonKernels()
 
 

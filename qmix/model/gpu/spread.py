@@ -8,6 +8,7 @@ states cross where the device changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,9 +24,11 @@ from qmix.model.gpu.devices import HOST, Device, open_devices
 from qmix.model.gpu.experts import DeviceExperts, Loader, read_numbers
 from qmix.model.gpu.kernels import Kernels, find_kernels
 from qmix.plan import Plan
+from qmix.plan.device_memory import torch_bytes
 from qmix.pool.eviction import Key
 from qmix.pool.protocol import Pool
 
+UNPINNED_SHARE = 0.35  # of a link's rate from pinned memory, where the driver copies by way of its own buffer
 SHARED = ("attention_mask", "position_ids", "position_embeddings")  # transformers gives these to every layer
 
 
@@ -40,7 +43,7 @@ class Spread:
         read_routing: Callable[[torch.Tensor], list[list[int]]] = read_numbers,
     ) -> None:
         self.plan, self.devices, self.rates, self.read_routing = plan, devices, rates, read_routing
-        self.kernels: Kernels | None = None  # those of the GPUs, once the model is known
+        self.kernels: Kernels | None = None  # of the GPUs, once the model is known
         self.dense_from: Mapping[str, int] = {}  # as measured, see `Loader`
         _check(plan)
 
@@ -50,9 +53,29 @@ class Spread:
         return [self.devices[name] for name in self.plan.layer_devices]
 
     @property
+    def cards(self) -> list[str]:
+        """The GPUs' names as their driver gives them; empty where the CPU stands in for them."""
+        gpus = [device.device for device in self.devices.values() if device.device.type == "cuda"]
+        return [torch.cuda.get_device_name(gpu) for gpu in gpus]
+
+    @property
     def residents(self) -> frozenset[Key]:
         """(layer, expert) of all residents of GPUs."""
         return frozenset(residents(self.plan))
+
+    def hold_to_budgets(self) -> None:
+        """Hold torch to the plan's budgets on its GPUs, until `let_go`."""
+        for gpu in self.plan.devices:
+            self.devices[gpu.name].limit(torch_bytes(gpu.budget, gpu.cuda))
+
+    def let_go(self) -> None:
+        """Take the limits of `hold_to_budgets` away."""
+        for device in self.devices.values():
+            device.limit(None)
+
+    def copy_unpinned(self) -> None:
+        """Count with slower copies, because the system refuses to pin the pool."""
+        self.rates = replace(self.rates, pcie=UNPINNED_SHARE * self.rates.pcie)
 
     def of_tensor(self, name: str) -> Device:
         """Return the device of a dense weight by its published name: the ends lie with the first and the last layer."""
@@ -164,8 +187,15 @@ def _crossing(device: Device, copies: StepCopies) -> Callable[..., tuple[tuple[A
 
 
 def spread_for(plan: Plan, rates: Rates, kind: str) -> Spread | None:
-    """Return the spread of a plan with GPUs; None for the host alone. Raises UsageError where a GPU is missing."""
-    return Spread(plan, open_devices([gpu.name for gpu in plan.devices], kind), rates) if plan.devices else None
+    """Return the spread of a plan with GPUs, torch held to its budgets; None for the host alone.
+
+    Raises UsageError where a GPU is missing.
+    """
+    if not plan.devices:
+        return None
+    spread = Spread(plan, open_devices([gpu.name for gpu in plan.devices], kind), rates)
+    spread.hold_to_budgets()
+    return spread
 
 
 def residents(plan: Plan) -> list[Key]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,3 +58,35 @@ def test_qmix_runs_without_triton():
         "from qmix.kernels.gpu import shapes; assert not shapes.available()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def launch_fault(monkeypatch, act) -> str:
+    """Return the fault where `act` is what Triton's driver does at its first use."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    from qmix.kernels.gpu import launching
+
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_target=act))
+    return launching.launch_fault.__wrapped__()
+
+
+def test_what_triton_lacks_to_launch_kernels_is_told(monkeypatch, tmp_path):
+    """It builds a C module; here with a compiler that is not there, and then with one that fails."""
+    advice = "install a C compiler and Python's headers (on Debian and Ubuntu: apt install gcc python3-dev)"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    def build():
+        from triton.runtime.build import compile_module_from_src
+
+        compile_module_from_src("int one(void) { return 1; }", "one")
+
+    missing = launch_fault(monkeypatch, build)
+    assert missing == f"Triton cannot launch kernels: Failed to find C compiler; {advice}"
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    assert launch_fault(monkeypatch, build) == f"Triton's C module does not compile; {advice}"
+    assert launch_fault(monkeypatch, lambda: None) == ""

@@ -13,7 +13,7 @@ from stores import make_store
 
 from qmix.engine.stream import Runner
 from qmix.machine.rates import Rates
-from qmix.model.gpu.promotion import Exchange
+from qmix.model.gpu.promotion import Exchange, Promotion
 
 PROMPT = torch.randint(3, 96, (12,), generator=torch.Generator().manual_seed(1)).tolist()
 COPIES = Rates(pcie=1e15)  # by these copying pays for every expert
@@ -36,12 +36,12 @@ def store(checkpoint, tmp_path_factory):
     return make_store(checkpoint, tmp_path_factory.mktemp("store") / "store", "nf4")
 
 
-def runner(store, homes, residents=frozenset(), slots=8, rates=None):
+def runner(store, homes, residents=frozenset(), slots=8, rates=None, keeps=False):
     """Return a runner by a plan with `residents` of every layer on its GPU; without homes on the CPU alone."""
     plan = spread_plan(store.layout, homes or TWO, residents, slots)
     if not homes:
         plan = replace(plan, devices=(), layer_devices=("cpu",) * 2, placement=(("disk",) * 4,) * 2)
-    return Runner(store, plan, kind=KIND, rates=rates or Rates())
+    return Runner(store, plan, kind=KIND, rates=rates or Rates(), keeps=keeps)
 
 
 def answer(runner, tokens=2, prompt=PROMPT, **options):
@@ -132,6 +132,29 @@ def test_experts_change_places_between_steps_and_the_text_and_the_memory_stay(st
         assert pool.counters.bytes_read == read
         assert steps.captured(1) is graphs
         assert pool.elsewhere == {(0, 0), (0, 2), (1, 0), (1, 3)}
+
+
+def test_a_run_begins_with_the_residents_that_the_last_one_ended_with(store, wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    where = []
+    for turns in (1, 0):
+        with runner(store, ONE, frozenset({0, 2}), rates=Rates(pcie=1.0), keeps=True) as gpu:
+            where.append([set(layer.mlp.experts.residents) for layer in gpu.model.model.layers])
+            if turns:
+                monkeypatch.setattr(Promotion, "exchanges", once_exchanged)
+            assert answer(gpu) == wanted[0]
+            monkeypatch.undo()
+            monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert where == [[{0, 2}, {0, 2}], [{1, 2}, {0, 2}]]
+
+
+def once_exchanged(promotion, tokens):
+    """Exchange expert 0 of the first layer for expert 1, as `Promotion.exchanges` decides it."""
+    (group,) = (group for group in promotion.groups if group.layer == 0)
+    if group.real != group.start:
+        return []
+    group.imagined = {1, 2}
+    return group.follow()
 
 
 @pytest.mark.slow

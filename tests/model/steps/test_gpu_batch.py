@@ -63,7 +63,11 @@ def test_answers_of_a_batch_on_a_gpu_are_the_cpus_and_each_lines_own(store, resi
         want = answers(host, lines)
     with BatchRunner(store, plan(store, residents), kind=KIND) as gpu:
         assert answers(gpu, lines) == want
-        assert answers(gpu, lines[1:2]) == want[1:2]
+        gpu.begin(BatchRequest("served", lines[1], GREEDY))  # as a server does
+        assert [each.token_ids for _ in range(2) for each in gpu.step()] == want[1:2]
+        assert gpu.capacity == 2 * 32
+        with pytest.raises(UsageError, match="a prompt of 33 tokens, planned for 1 to 32"):
+            gpu.begin(BatchRequest("long", [5] * 33, GREEDY))
         assert gpu.work.passes < sum(map(len, lines))  # prompts go several tokens a pass
 
 
