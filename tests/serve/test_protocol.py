@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from command import LIMIT_SECONDS
 
 from qmix.serve.protocol import HEAD_LIMIT, MOST_HEADERS
 
@@ -19,7 +20,7 @@ PART = b"a" * 65536
 def sent(url: str, head: bytes, part: bytes, most: int) -> tuple[int, bytes]:
     """Send a head, then a part again and again until the server answers; return the bytes of parts, and the answer."""
     address, count = urlsplit(url), 0
-    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=LIMIT_SECONDS) as connection:
         try:
             connection.sendall(head)
             while count < most:
@@ -53,8 +54,9 @@ def test_an_endless_head_is_cut_off(server, head, part):
 
 def test_headers_have_a_number_and_large_ones_pass(server):
     headers = {f"x-{index}": "a" * 300 for index in range(MOST_HEADERS - 10)}
-    assert httpx.get(f"{server.url}/health", headers=headers).status_code == 200
-    assert httpx.get(f"{server.url}/health", headers=headers | {f"y-{index}": "" for index in range(20)}).is_error
+    assert httpx.get(f"{server.url}/health", headers=headers, timeout=LIMIT_SECONDS).status_code == 200
+    headers |= {f"y-{index}": "" for index in range(20)}
+    assert httpx.get(f"{server.url}/health", headers=headers, timeout=LIMIT_SECONDS).is_error
 
 
 def test_a_body_in_small_chunks_passes(server):
@@ -62,14 +64,19 @@ def test_a_body_in_small_chunks_passes(server):
     body = b'{"prompt": "Click", "max_tokens": 1, "user": "' + b"u" * 30_000 + b'"}'
     parts = (body[start : start + 1] for start in range(len(body)))
     answer = httpx.post(
-        f"{server.url}/v1/completions", content=parts, headers={"Content-Type": "application/json"}, timeout=60
+        f"{server.url}/v1/completions",
+        content=parts,
+        headers={"Content-Type": "application/json"},
+        timeout=LIMIT_SECONDS,
     )
     assert answer.status_code == 200, answer.text
 
 
 def test_two_requests_on_one_connection_are_both_answered(server):
     """The second one comes before the first is answered."""
-    with socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port), timeout=60) as connection:
+    with socket.create_connection(
+        (urlsplit(server.url).hostname, urlsplit(server.url).port), timeout=LIMIT_SECONDS
+    ) as connection:
         connection.sendall((GET + b"\r\n") * 2)
         answer = b""
         while answer.count(b"HTTP/1.1 200 OK") < 2 or not answer.endswith(b"}"):
