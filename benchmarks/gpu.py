@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_llamacpp
-from gpu_needs import about, needed, unmet
+from gpu_needs import about, needed, torch_gpus, unmet
 from gpu_steps import GIB, NEW, PROMPT, ROOT, TEXT, TOGETHER, Peak, StepError, Steps, gpus, python, run
 
 BUDGETS = ("40GiB", "24GiB", "12GiB")  # for 8x7B
@@ -298,6 +298,8 @@ def measured(given: argparse.Namespace, directory: Path) -> int:
 
     for each in others:
         say(f"not a version that qmix is tested with: {each}")
+    if (count := torch_gpus()) < len(found):
+        say(f"torch finds {count} of {len(found)} GPUs: is it a build for CUDA, and the driver new enough for it?")
     directory.mkdir(parents=True, exist_ok=True)
     if given.again:
         (directory / "results.json").unlink(missing_ok=True)

@@ -249,6 +249,7 @@ def test_a_run_whose_gpu_fails_has_the_cpus_row_and_llama_cpps(nvidia_smi, tmp_p
     found = json.loads((there / "results.json").read_text())
     assert done.returncode == 1
     assert "bench of 8x7b, 12GiB: failed: " in done.stderr
+    assert "torch finds 0 of 1 GPUs" in done.stderr
     assert "torch finds no GPU here" in found["errors"]["bench of 8x7b, 12GiB"]
     assert found["results"]["text of 8x7b, CPU alone"] == {"right": gpu_steps.TEXT}
     assert {row["test"] for row in found["results"]["bench of 8x7b, CPU alone"]["rows"]} == {"tg64", "pp512"}
