@@ -87,11 +87,15 @@ def main(run: Callable[[], Any] = _run) -> None:
     except Exception as error:
         if os.environ.get("QMIX_DEBUG"):
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            advice = "give a smaller --gpu or --context, or close other programs that use it"
-            sys.exit(_fail(f"out of memory on a GPU; {advice}", 1))
-        status = _fail(f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows the traceback", 1)
+        status = _fail(_unexpected(error), 1)
     sys.exit(status or 0)
+
+
+def _unexpected(error: Exception) -> str:
+    """Return what to say of an exception that no other handler takes."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return "out of memory on a GPU; give a smaller --gpu or --context, or close other programs that use it"
+    return f"a bug in qmix: {type(error).__name__}: {error}; QMIX_DEBUG=1 shows the traceback"
 
 
 def _set_environment() -> None:

@@ -31,7 +31,7 @@ TOKENS = 8192
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """The median, after a first round that compiles."""
+    """Return the median, after a first round that compiles."""
     work()
     times = []
     for _ in range(rounds):
@@ -42,7 +42,7 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def measuring(hidden: int, inner: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """One expert in every format; and its products alone, as often."""
+    """Time one expert in every format, and its products alone, as often."""
     rng = torch.Generator().manual_seed(0)
     shapes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
     matrices = {

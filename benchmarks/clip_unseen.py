@@ -46,7 +46,7 @@ def relative(plain: torch.Tensor, clipped: torch.Tensor) -> tuple[float, float]:
 
 
 def perplexity_change(plain: torch.Tensor, clipped: torch.Tensor) -> tuple[float, float]:
-    """The perplexities' ratio - 1, and its standard error."""
+    """Return the perplexities' ratio - 1, and its standard error."""
     difference = clipped - plain
     ratio = math.exp(difference.mean().item())
     each = blocks(difference) / BLOCK

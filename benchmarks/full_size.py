@@ -87,7 +87,7 @@ class Bench:
         return self._written("checkpoint", "synthetic.py", "--layers", self.checkpoint_layers)
 
     def quantized(self) -> Store:
-        """The checkpoint's store, as the command makes it."""
+        """Return the checkpoint's store, as the command makes it."""
         path, checkpoint = self.paths["quantized"], self.checkpoint()
         if not path.is_dir():
             command = [sys.executable, "-m", "cli", "quantize", str(checkpoint), str(path)]
@@ -137,13 +137,13 @@ class Bench:
             return found | {"limit": limit, "group_peak": group.peak}
 
     def slice(self, store: Store) -> float:
-        """One more measurement of the disk's rate."""
+        """Measure the disk's rate once more."""
         with DiskProbe.of_store(store) as probe:
             self.disk.append(probe.slice(SLICE))
         return self.disk[-1]
 
     def between_slices(self, store: Store, ram: int, limit: int, **options: object) -> Result:
-        """A run of qmix, with the disk's rate just before and just after it."""
+        """Run qmix, with the disk's rate measured just before and just after it."""
         before = self.slice(store)
         mine = self.qmix(store, ram, limit, **options)
         return mine | {"disk_read": statistics.mean((before, self.slice(store)))}
@@ -154,7 +154,7 @@ def _flags(options: dict[str, object]) -> list[str]:
 
 
 def _active_bytes(store: Store, experts: float) -> float:
-    """Bytes of weights that a step with so many expert requests reads from memory."""
+    """Return the bytes of weights that a step with so many expert requests reads from memory."""
     return experts * store.layout.record(0, 0).nbytes + dense_read(store.layout)
 
 

@@ -75,7 +75,7 @@ class Encoder:
         self.pattern = cache(self._pattern)  # by kind and type
 
     def type_of(self, name: str) -> Type:
-        """The type of a dense weight."""
+        """Return the type of a dense weight."""
         kind = name.split(".")[-2]
         if kind == "gate" or "norm" in kind:
             return Type.F32
@@ -86,7 +86,7 @@ class Encoder:
         return self.dense
 
     def encode(self, name: str, kind: Type) -> Array:
-        """A weight's bytes, [rows, bytes of a row]."""
+        """Return a weight's bytes, [rows, bytes of a row]."""
         matrix = name.split(".")[-2]
         if matrix not in MATRICES:
             return quantize(self.model.rows(name), kind)

@@ -34,7 +34,7 @@ Product = Callable[[torch.Tensor, int], object]
 
 
 def matrices(kind: str, rows: int, columns: int) -> list[list[torch.Tensor]]:
-    """The parts of enough matrices, on huge pages as a pool has them; random codes, scales of one."""
+    """Return the parts of enough matrices, on huge pages as a pool has them; random codes, scales of one."""
     wanted = parts("half" if kind in ("bf16", "fp16") else kind, "fp16" if kind == "fp16" else "bf16", rows, columns)
     made = []
     for _ in range(max(2, round(SET_BYTES / sum(part.nbytes for part in wanted)))):

@@ -60,7 +60,7 @@ class Session:
 
 
 def peak_memory() -> int:
-    """The most memory this process held, mapped pages of the file included."""
+    """Return the most memory this process held, mapped pages of the file included."""
     return int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 

@@ -65,7 +65,7 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(limit: int | None, drop_cache: bool = True) -> Iterator[MemoryGroup]:
-    """A new group held to `limit` bytes (None: counted only), the machine's page cache dropped before.
+    """Make a group held to `limit` bytes (None: counted only), the machine's page cache dropped before.
 
     What still runs in it at the end is killed, and the group removed. Raises CapError without the rights to do this.
     """

@@ -63,7 +63,7 @@ class Decoded:
 
 
 def alone(runner: Runner, prompt: list[int], tokens: int) -> Decoded:
-    """One prompt: its last chunk is a pass, and each further token."""
+    """Compute one prompt: its last chunk is a pass, and each further token."""
     clock = Clock(runner.pool)
     runner.model.register_forward_hook(lambda *_: clock.note())
     with recorded(runner.pool) as clock.steps:
@@ -93,7 +93,7 @@ def together(runner: BatchRunner, prompts: list[list[int]], tokens: int) -> Deco
 def run(
     model: SyntheticModel, path: Path, prompts: list[list[int]], tokens: int, ram: str, context: int
 ) -> dict[str, Any]:
-    """One measured run, as a JSON object."""
+    """Return one measured run as a JSON object."""
     started = time.perf_counter()
     runner: Runner | BatchRunner
     if len(prompts) == 1:

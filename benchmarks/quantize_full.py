@@ -188,7 +188,7 @@ def measure(path: Path, scratch: Path, precision: str, rounds: int) -> tuple[dic
 
 
 def report(conditions: dict[str, Any], rounds: list[dict[str, float]]) -> dict[str, Any]:
-    """The table; returns what the JSON line says. Ratios are those within a round."""
+    """Print the table; return what the JSON line says. Ratios are those within a round."""
     read, nbytes = conditions["checkpoint_bytes"], conditions["store_bytes"]
     moved = {"read": read, "write": nbytes, "read and write": read + nbytes, "quantise": read, "qmix": read}
     table = Table(title=f"{read / 1e9:.1f} GB of checkpoint, {nbytes / 1e9:.1f} GB of {conditions['precision']} store")
@@ -196,7 +196,7 @@ def report(conditions: dict[str, Any], rounds: list[dict[str, float]]) -> dict[s
         table.add_column(column, justify="right")
 
     def row(name: str, seconds: list[float], count: int | None = None) -> float:
-        """One line; the median of the seconds' shares of what qmix took."""
+        """Print one line; return the median of the seconds' shares of what qmix took."""
         share = statistics.median(s / each["qmix"] for s, each in zip(seconds, rounds, strict=True))
         median = statistics.median(seconds)
         rate = f"{count / median / 1e9:.2f}" if count else ""

@@ -24,7 +24,7 @@ LOOK_SECONDS = 0.01
 
 
 def peak_anonymous(*arguments: str) -> int:
-    """The most anonymous memory that a Python held, in bytes, looked at every ten milliseconds."""
+    """Return the most anonymous memory that a Python held, in bytes, looked at every ten milliseconds."""
     peak = 0
     with subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:

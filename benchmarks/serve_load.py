@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import re
 import signal
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,11 +36,16 @@ COMMAND = [sys.executable, "-m", "cli"]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Answered requests: seconds in all, new tokens, and the sorted times to the first token of streams."""
+    """Answered requests: seconds in all, new tokens, and the sorted times to the first token of streams.
+
+    `server` and `clients` are the seconds of the processor that either took.
+    """
 
     seconds: float
     tokens: int
     first: list[float]
+    server: float = 0.0
+    clients: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -101,6 +107,22 @@ async def load(url: str, bodies: Sequence[dict[str, Any]], clients: int, stream:
     return Load(time.perf_counter() - started, sum(body["max_tokens"] for body in bodies), sorted(first))
 
 
+def measured(
+    server: subprocess.Popen[str], url: str, bodies: Sequence[dict[str, Any]], clients: int, stream: bool
+) -> Load:
+    """Return a load with the seconds of the processor that it took."""
+    before = processor_seconds(server.pid), time.process_time()
+    found = asyncio.run(load(url, bodies, clients, stream))
+    own = time.process_time() - before[1]
+    return replace(found, server=processor_seconds(server.pid) - before[0], clients=own)
+
+
+def processor_seconds(process: int) -> float:
+    """Return the seconds that a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def peak(process: subprocess.Popen[str]) -> int:
     """Return the most resident bytes of a process."""
     match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
@@ -126,12 +148,20 @@ class Round:
     peak: int
 
 
+def thousand(loads: Sequence[Load], who: str) -> float:
+    """Return the seconds of the processor that 1000 new tokens took."""
+    return float(1000 * sum(getattr(each, who) for each in loads) / sum(each.tokens for each in loads))
+
+
 def table(rounds: Sequence[Round], budget: float, hit_rate: float) -> str:
     """Return a table in Markdown."""
     lines = ["| | `qmix batch` | server, answers as a whole | server, streams |", "|---|---:|---:|---:|"]
     for number, each in enumerate(rounds, 1):
         rates = [f"{load.rate:.4g} ({load.rate / each.batch['tok_s']:.0%})" for load in (each.whole, each.streams)]
         lines.append(f"| new tokens/s, round {number} | {each.batch['tok_s']:.4g} | {rates[0]} | {rates[1]} |")
+    for who in ("server", "clients"):
+        used = [thousand([each.whole for each in rounds], who), thousand([each.streams for each in rounds], who)]
+        lines.append(f"| processor seconds of the {who} for 1000 new tokens | | {used[0]:.3f} | {used[1]:.3f} |")
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         times = sorted(each.streams.first[int(share * (len(each.streams.first) - 1))] for each in rounds)
         lines.append(f"| time to the first token, {name} | | | {times[0]:.2f} to {times[-1]:.2f} s |")
@@ -163,8 +193,8 @@ def main(model: str, clients: int, requests: int, words: int, tokens: int, count
         for number in range(count):
             same, others = (bodies_of(2 * number + kind, requests, words, tokens) for kind in (0, 1))
             summary = batch(model, same, common)
-            whole = asyncio.run(load(url, same, clients, stream=False))
-            streams = asyncio.run(load(url, others, clients, stream=True))
+            whole = measured(server, url, same, clients, stream=False)
+            streams = measured(server, url, others, clients, stream=True)
             rounds.append(Round(summary, whole, streams, peak(server)))
         budget, hit_rate = figure(url, "qmix_memory_budget_bytes"), figure(url, "qmix_expert_hit_rate")
     finally:

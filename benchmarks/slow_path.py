@@ -26,7 +26,7 @@ MATRICES = 8  # on the fast side, more than caches hold
 
 
 def matrix(memory: torch.Tensor, kind: str, fast: bool) -> FourBitMatrix:
-    """One over so many bytes; of a shape that no kernel takes where `fast` is false."""
+    """Make one over so many bytes; of a shape that no kernel takes where `fast` is false."""
     rows = ROWS if fast else ROWS - 1
     codes, absmax = memory[: rows * COLUMNS // 2], memory[ROWS * COLUMNS // 2 :].view(torch.bfloat16)
     if not fast:
@@ -38,7 +38,7 @@ def matrix(memory: torch.Tensor, kind: str, fast: bool) -> FourBitMatrix:
 
 
 def seconds(matrices: list[FourBitMatrix], x: torch.Tensor) -> float:
-    """A product, the mean over all matrices."""
+    """Time a product, the mean over all matrices."""
     started = time.perf_counter()
     for each in matrices:
         each.multiply(x)

@@ -44,7 +44,7 @@ _SIZES = {
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say which model; `model_from` makes it of them."""
+    """Add the options that say which model; `model_from` makes it of them."""
     for name in reversed(_SIZES):
         text = "at least the 4096 of the embedded tokenizer" if name == "vocabulary" else None
         command = click.option(f"--{name.replace('_', '-')}", type=int, help=text)(command)

@@ -75,7 +75,7 @@ class SyntheticModel:
 
     @classmethod
     def of(cls, directory: Path) -> SyntheticModel:
-        """The model that a checkpoint or store was written from."""
+        """Return the model that a checkpoint or store was written from."""
         config = json.loads((directory / "config.json").read_text())
         return cls(Geometry.from_config(config), **config["synthetic"])
 
@@ -115,7 +115,7 @@ class SyntheticModel:
 
     @cached_property
     def tour(self) -> Array:
-        """The ordinary tokens, each once, in the order of greedy text; after the last comes the first."""
+        """Return the ordinary tokens, each once, in the order of greedy text; after the last comes the first."""
         first = min(SPECIAL_TOKENS, self.geometry.vocab_size // 2)
         return first + self._random("tour").permutation(self.geometry.vocab_size - first)
 
@@ -128,7 +128,7 @@ class SyntheticModel:
         return self.prompt(int(np.flatnonzero(self.tour == prompt[-1])[0]) + 1, count)
 
     def routing(self, layer: int, tokens: list[int]) -> Array:
-        """The experts that a gate chooses for tokens from their embeddings alone, [tokens, experts_per_token]."""
+        """Return the experts that a gate chooses from embeddings alone, [tokens, experts_per_token]."""
         gate = to_float32(self._gate(layer))
         logits = to_float32(self._embeddings(np.array(tokens))) @ gate.T
         return np.argsort(-logits, axis=1)[:, : self.geometry.experts_per_token]
@@ -168,7 +168,7 @@ class SyntheticModel:
         return (37 * (number // blocks) + 11 * (number % blocks)) % height, ROLL_COLUMNS * (number % blocks) % width
 
     def source_layer(self, layer: int) -> int:
-        """The first layer with the same expert weights."""
+        """Return the first layer with the same expert weights."""
         return layer % (self.distinct_layers or self.geometry.num_layers)
 
     def _random(self, what: str) -> np.random.Generator:
@@ -189,7 +189,7 @@ class SyntheticModel:
         return out
 
     def deviation(self, kind: str) -> float:
-        """The standard deviation of a kind of matrix's weights."""
+        """Return the standard deviation of a kind of matrix's weights."""
         geometry = self.geometry
         if kind == "o_proj":
             return MOVED * (2 * geometry.num_layers * geometry.num_heads * geometry.head_dim) ** -0.5
@@ -248,7 +248,7 @@ class SyntheticModel:
 
 
 def shared_experts(chosen: Array) -> float:
-    """The share of consecutive tokens with at least one expert in common; `chosen` [tokens, experts_per_token]."""
+    """Return the share of consecutive tokens with an expert in common; `chosen` [tokens, experts_per_token]."""
     return float((chosen[1:, :, None] == chosen[:-1, None, :]).any((1, 2)).mean())
 
 

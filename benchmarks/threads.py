@@ -7,10 +7,11 @@ Makes a synthetic store of 4 layers of 8x7B, unless one is given: 3.9 GB of disk
 number of threads runs in a process of its own, all take turns, and medians are printed. Numbers above the cores that
 this process may use are left out without --more-than-cores.
 
-decode      one prompt; the ceiling is reading every active byte once at the rate measured in the same process
+decode      one prompt, all layers of a token in one call, and beside it a layer at a time; the ceiling is reading every
+            active byte once at the rate measured in the same process
 prefill     512 tokens, beside torch's bf16 product with the same threads
 batch       48 prompts, a pass of one token for each; beside the same product
-predicted   decode, from bytes / rate of products + calls and stages of the thread team + Python of a layer
+predicted   decode, from bytes / rate of products + calls and stages of the thread team + Python of a token
 
 All are measured apart from decode: products with one token over more weights than caches hold, dense and 4-bit ones; a
 call and a stage with kernels that do nothing; Python with the first number of threads, as the time of a token outside
@@ -54,7 +55,8 @@ from qmix.plan.here import plan_for
 from qmix.store.opened import Store, open_store
 
 PROMPT, NEW, CHUNK, BATCH, ANSWER = 16, 24, 512, 48, 6  # tokens, and sequences
-CALLS, STAGES = 2, 10  # of the team a layer: seven stages before the experts, three of the experts
+CALLS = 2  # of the team a token: all layers, and the head
+STAGES = 11  # a layer: seven before the experts, the experts' addresses, three of the experts
 EMPTY = 1000  # stages and calls timed that do nothing
 
 
@@ -122,7 +124,13 @@ def measure_stream(store: Store, found: dict[str, float]) -> None:
             return runner.complete(prompt, temperature=0, ignore_eos=True, max_new_tokens=new)
 
         complete(ids[:PROMPT], 2)
-        found["token"] = statistics.median(complete(ids[:PROMPT], NEW).tpot_s for _ in range(3))
+        steps, tokens = runner.model.steps, dict[str, list[float]](token=[], apart=[])
+        for _ in range(3):  # in one call, and a layer at a time
+            for name, way in (("token", steps), ("apart", None)):
+                runner.model.steps = way
+                tokens[name].append(complete(ids[:PROMPT], NEW).tpot_s)
+        runner.model.steps = steps
+        found |= {name: statistics.median(seconds) for name, seconds in tokens.items()}
         found["prompt"] = min(complete(ids[i:], 1).ttft_s for i in range(2))
         team.run = counted  # type: ignore[assignment]
         try:
@@ -170,10 +178,10 @@ def in_a_process(directory: Path, threads: int) -> dict[str, float]:
 
 
 def predicted_token(row: dict[str, float], python: float, store: Store) -> float:
-    """Return the seconds of a token: products, calls and stages of the team, and Python, for every layer."""
+    """Return the seconds of a token: products, calls of the team, the stages of every layer, and Python."""
     layers, (dense, experts) = store.geometry.num_layers, active_bytes(store)
     products = dense / row["half"] + experts / row["four_bit"]
-    return products + layers * (CALLS * row["call"] + STAGES * row["stage"]) + python
+    return products + CALLS * row["call"] + layers * STAGES * row["stage"] + python
 
 
 def table_of(store: Store, rows: dict[int, dict[str, float]]) -> tuple[Table, list[dict[str, float]]]:
@@ -185,7 +193,8 @@ def table_of(store: Store, rows: dict[int, dict[str, float]]) -> tuple[Table, li
         "GB/s",
         "dense, 4-bit",
         "stage",
-        "Python a layer",
+        "Python a token",
+        "a layer at a time",
         "decode",
         "of reading",
         "predicted",
@@ -204,7 +213,7 @@ def table_of(store: Store, rows: dict[int, dict[str, float]]) -> tuple[Table, li
         result = {"threads": threads, "of_reading": ceiling / row["token"], "predicted": 1 / guess}
         result |= {"off": row["token"] / guess - 1, "prefill_of_bf16": prompt, "batch_of_bf16": batch}
         results.append(row | result)
-        times = f"{row['stage'] * 1e6:.1f} µs", f"{row['outside'] / layers * 1e3:.2f} ms"
+        times = f"{row['stage'] * 1e6:.1f} µs", f"{row['outside'] * 1e3:.2f} ms", f"{1 / row['apart']:.1f}"
         decode = f"{1 / row['token']:.1f} tok/s", f"{ceiling / row['token']:.0%}", f"{1 / guess:.1f}"
         many = f"{CHUNK / row['prompt']:.0f} tok/s", f"{prompt:.0%}", f"{BATCH / row['pass']:.0f} tok/s", f"{batch:.0%}"
         rates = f"{row['read'] / 1e9:.1f}", f"{row['half'] / 1e9:.1f}, {row['four_bit'] / 1e9:.1f}"

@@ -68,7 +68,7 @@ def page_text(path: Path) -> str:
 
 
 def manual_text(path: Path) -> str:
-    """A manual page without its roff."""
+    """Return a manual page without its roff."""
     source = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
     text = ROFF_OTHER.sub("", ROFF_CALL.sub("", source))
     for escape, character in ROFF_ESCAPES:

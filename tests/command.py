@@ -1,12 +1,14 @@
 """`qmix ARGUMENTS` as a user meets it: a process, its exit code, and what it left on its two streams.
 
-Starting Python with torch takes seconds, so one process imports everything once and forks for every command.
-A fork has streams, environment and working directory of its own, and shows no progress that only slow work has;
-`real` starts a fresh Python, for what a fork cannot show: what the imports say, and how it all ends.
+Starting Python with torch takes seconds, so one process imports everything once and forks for every command. A fork of
+that process imports numba as well, for the commands that use it: in the others' memory it would count against budgets.
+A command's process has streams, environment and working directory of its own, and shows no progress that only slow work
+has; `real` starts a fresh Python, for what a fork cannot show: what the imports say, and how it all ends.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -15,8 +17,12 @@ import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TextIO
 
 COMMAND = [sys.executable, "-m", "cli"]
+USUAL = ("qmix.engine.load", "qmix.engine.stream", "qmix.engine.batch", "qmix.planner.view", "qmix.terminal.progress")
+COMPILING = frozenset(("quantize", "compare", "calibrate"))  # the commands that import numba at once
+COMPILER = ("qmix.store.quantize", "qmix.compare.fidelity", "qmix.engine.usable", "numba.np.ufunc")
 LIMIT_SECONDS = 600  # a command that hangs is killed, and fails its test by its status; a slow machine is waited for
 
 NO_NETWORK = """
@@ -118,9 +124,12 @@ class FirstUse:
     """The first command in an empty home; `cache` is what later ones find there, `watched` an environment in
     which reaching for a network, or for a kernel on a hub, is refused and noted in `log`."""
 
-    home: Path
-    watched: dict[str, str]
+    directory: Path
     finished: Finished
+
+    @property
+    def home(self) -> Path:
+        return self.directory / "home"
 
     @property
     def cache(self) -> Path:
@@ -133,47 +142,89 @@ class FirstUse:
 
     @property
     def log(self) -> Path:
-        return Path(self.watched["WATCH_LOG"])
+        return self.directory / "log"
+
+    @property
+    def watched(self) -> dict[str, str]:
+        places = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.cache), "HF_HOME": str(self.home / "hf")}
+        watching = {"PYTHONPATH": str(self.directory / "modules"), "WATCH_LOG": str(self.log), "HF_HUB_OFFLINE": "0"}
+        return watching | places
 
     @classmethod
-    def of(cls, directory: Path, *argv: str) -> FirstUse:
-        home, modules = directory / "home", directory / "modules"
+    def make(cls, directory: Path) -> None:
+        """Run it in this directory, and two commands after it that measure Python's own memory."""
+        modules = directory / "modules"
         installed = modules / "kernels-0.12.0.dist-info"
         installed.mkdir(parents=True)
         (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.12.0\n")
         (modules / "kernels.py").write_text(TELLTALE_KERNELS)
         (modules / "sitecustomize.py").write_text(NO_NETWORK)
-        watched = {"PYTHONPATH": str(modules), "WATCH_LOG": str(directory / "log"), "HF_HUB_OFFLINE": "0"}
-        watched |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "HF_HOME": str(home / "hf")}
-        home.mkdir()
-        return cls(home, watched, real(*argv, **watched))
+        used = cls(directory, Finished(0, "", ""))
+        used.home.mkdir()
+        done = real("generate", "To install a package,", "--seed", "1", "--max-new-tokens", "24", **used.watched)
+        (directory / "finished.json").write_text(json.dumps([done.status, done.out, done.err]))
+        for model in ("tiny", "mixtral-8x7b"):  # without and with kernels
+            assert real("plan", model, "--ram", "64GiB", XDG_CACHE_HOME=str(used.cache)).status == 0
+
+    @classmethod
+    def read(cls, directory: Path) -> FirstUse:
+        """Return what was made in this directory, or in the one that it is a copy of."""
+        return cls(directory, Finished(*json.loads((directory / "finished.json").read_text())))
 
 
-def _serve() -> None:
-    import cli
-    from qmix.commands.shared import load_libraries
+def _prepare() -> None:
+    """Import what commands import, but for what only those in COMPILING do."""
+    from qmix.commands import shared
 
-    load_libraries()  # which a command calls before it imports them
+    shared.load_libraries()  # which a command calls before it imports them
     from transformers import MixtralForCausalLM  # noqa: F401
 
-    from qmix.commands import shared
     from qmix.terminal import progress
 
     never = float("inf")  # lines that a slow machine would show besides
     shared.LOADING_PATIENCE = progress.LINE_SECONDS = never
-    for name in sys.argv[1:]:
+    for name in (*USUAL, *sys.argv[1:]):
         import_module(name)
-    for line in sys.stdin:
+
+
+def _serve(requests: TextIO, answers: TextIO) -> None:
+    """Run the command of each line; answer with its exit code and its peak of memory."""
+    import cli
+
+    compiling = None
+    gc.freeze()  # or each command's first collection would touch, and so copy, every object
+    for line in requests:
+        request = json.loads(line)
+        if request["argv"][:1] and request["argv"][0] in COMPILING and "numba" not in sys.modules:
+            compiling = compiling or _fork_with_compiler()
+            print(line, end="", file=compiling[0], flush=True)
+            print(compiling[1].readline(), end="", file=answers, flush=True)
+            continue
         child = os.fork()
         if child == 0:
-            _become(**json.loads(line))
+            _become(**request)
             try:
                 cli.main()
             except SystemExit as end:
                 sys.stdout.flush()
                 os._exit(end.code)  # Python's own end takes longer than most commands
         _, status, used = os.wait4(child, 0)
-        print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024, flush=True)
+        print(os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024, file=answers, flush=True)
+
+
+def _fork_with_compiler() -> tuple[TextIO, TextIO]:
+    """Fork a server of the commands in COMPILING; return its requests and answers. It ends with its requests."""
+    (reading, asking), (answering, writing) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        os.close(asking)
+        os.close(answering)
+        for name in COMPILER:
+            import_module(name)
+        _serve(os.fdopen(reading), os.fdopen(writing, "w"))
+        os._exit(0)
+    os.close(reading)
+    os.close(writing)
+    return os.fdopen(asking, "w"), os.fdopen(answering)
 
 
 def _become(argv: list[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:
@@ -189,4 +240,5 @@ def _become(argv: list[str], cwd: str, environment: dict[str, str], streams: lis
 
 
 if __name__ == "__main__":
-    _serve()
+    _prepare()
+    _serve(sys.stdin, sys.stdout)

@@ -66,7 +66,7 @@ def merge_shards(paths: Sequence[Path], output: Path, requests: Requests | None 
 
 def _opened(path: Path) -> FileAnswers:
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; {NOT_A_SHARD}")
+        raise UsageError(f"{path}: not found; {NOT_A_SHARD}")
     if not manifest_path(path).is_file():
         raise UsageError(f"{path}: not the answers of a shard; {NOT_A_SHARD}")
     return FileAnswers(path)

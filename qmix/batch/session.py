@@ -72,7 +72,7 @@ class Session:
         on_pass: Callable[[Summary], None],
         watched: Callable[[BatchRunner], AbstractContextManager[object]] = nullcontext,
     ) -> Summary:
-        """Answer the lines that are left, with the runner `watched`; write those that cannot be answered first."""
+        """Answer the lines that are left, with the runner `watched`; write first the error lines of the others."""
         self.run.refuse()
         if self.plan is None:
             return self.run.summary(None)

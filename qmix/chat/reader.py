@@ -90,6 +90,7 @@ class TerminalReader:
             completer=SlashCompleter(),
             complete_while_typing=False,
             multiline=True,
+            enable_suspend=True,
             prompt_continuation=CONTINUED,
             key_bindings=_key_bindings(lambda: self._limit),
         )
@@ -201,7 +202,7 @@ class PlainReader:
 
 
 class SlashCompleter(Completer):
-    """Completes commands, files after those that take one, and settings after /set."""
+    """Completes commands, files after a command that takes one, and settings after /set."""
 
     def __init__(self) -> None:
         self._paths = PathCompleter(expanduser=True)

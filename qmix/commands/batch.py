@@ -45,11 +45,14 @@ from qmix.commands.shared import (
     watched,
 )
 from qmix.errors import QmixError, UsageError
+from qmix.terminal.voice import say
 from qmix.units import plural
 
 if TYPE_CHECKING:
     from qmix.batch.answering import Summary
+    from qmix.batch.session import Session
     from qmix.batch.shards import Shard
+    from qmix.plan.file import PlanFile
     from qmix.store.layout import StoreLayout
     from qmix.terminal.live import LiveScreen
 
@@ -142,22 +145,50 @@ def _answer(
     as_json: bool,
     screen: LiveScreen | None,
 ) -> None:
+    """Answer the requests that are left, and print the summary."""
     name = model_or_default(model)
     load_libraries()
-    from qmix.batch.display import BatchDisplay, summary_line
+    from qmix.batch.display import summary_line
+
+    session = _begin(name, requests, answers, options, seed, **loading)
+    if session.plan is not None:
+        hold_to(session.plan.ram)
+    for note in session.notes(name):
+        say(note)
+    summary = _watched(session, name, screen)
+    if as_json:
+        out(json.dumps(summary.to_json() | {"seed": session.seed}) + "\n")
+    say(summary_line(summary, session.seed))
+    if summary.refused:
+        raise click.exceptions.Exit(EXIT_SOME_REFUSED)
+
+
+def _begin(
+    name: str,
+    requests: Any,
+    answers: Any,
+    options: dict[str, Any],
+    seed: int | None,
+    plan: PlanFile | None,
+    ram: int | None,
+    gpu: tuple[str, ...],
+    context: int | None,
+    precision: str | None,
+    clip: bool,
+    dtype: str | None,
+    batch: int | None,
+) -> Session:
+    """Return a run that is ready. Everything is checked before a store is made."""
     from qmix.batch.session import begin, check_budget
     from qmix.checkpoint import open_checkpoint
     from qmix.commands.texts import tokenizer_of
     from qmix.engine.resolve import prepare_store
     from qmix.store.sources import open_source
     from qmix.terminal.progress import ProgressDisplay
-    from qmix.terminal.voice import say
 
-    plan, ram, context, precision = (loading[name] for name in ("plan", "ram", "context", "precision"))
     if plan is not None:
         ram, context, precision = plan.plan.ram, plan.plan.context, precision or plan.precision
-
-    gpus = batch_gpus(plan, loading["gpu"], ram)
+    gpus = batch_gpus(plan, gpu, ram)
 
     def check(layout: StoreLayout, fingerprint: str | None = None) -> None:
         if plan is not None:
@@ -166,17 +197,20 @@ def _answer(
     def check_all(layout: StoreLayout) -> None:
         check(layout)
         tokenizer = tokenizer_of(open_checkpoint(open_source(name)))
-        check_budget(layout, tokenizer, requests, answers, options, context, ram, loading["batch"], gpus)
+        check_budget(layout, tokenizer, requests, answers, options, context, ram, batch, gpus)
 
     with ProgressDisplay(f"quantizing {name}, once") as making:
-        store = prepare_store(name, precision, loading["dtype"], making, check_all, loading["clip"])
+        store = prepare_store(name, precision, dtype, making, check_all, clip)
     check(store.layout, store.fingerprint)
     warn_of_drive(store.directory)
-    session = begin(store, requests, answers, options, seed, context, ram, loading["batch"], gpus)
-    if session.plan is not None:
-        hold_to(session.plan.ram)
-    for note in session.notes(name):
-        say(note)
+    return begin(store, requests, answers, options, seed, context, ram, batch, gpus)
+
+
+def _watched(session: Session, name: str, screen: LiveScreen | None) -> Summary:
+    """Answer the lines that are left, with a bar or on the screen of `--live`; return the summary."""
+    from qmix.batch.display import BatchDisplay
+    from qmix.terminal.progress import ProgressDisplay
+
     with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load, BatchDisplay("batch") as display:
 
         def tell(summary: Summary) -> None:
@@ -184,14 +218,9 @@ def _answer(
             screen.note(", ".join(filter(None, display.told(summary))))
 
         try:
-            summary = session.answer(load, tell if screen else display, partial(watched, screen))
+            return session.answer(load, tell if screen else display, partial(watched, screen))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(session.interrupted()) from None
-    if as_json:
-        out(json.dumps(summary.to_json() | {"seed": session.seed}) + "\n")
-    say(summary_line(summary, session.seed))
-    if summary.refused:
-        raise click.exceptions.Exit(EXIT_SOME_REFUSED)
 
 
 @contextmanager

@@ -42,13 +42,7 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     from qmix.checkpoint import open_checkpoint
     from qmix.store.sources import open_source
 
-    if plot is not None:
-        from qmix.terminal.figure import check_target
-
-        check_target(plot, "calibration")
-    for path in filter(None, (profile, plot)):
-        if not os.access(path.absolute().parent, os.W_OK):  # checked before hours of work
-            raise UsageError(f"{path}: its directory does not exist or is not writable; choose another path")
+    _check_outputs(profile, plot)
     checkpoint = open_checkpoint(open_source(model))
     window = window_of(checkpoint.geometry, options["window"])
     load_libraries()
@@ -81,6 +75,17 @@ def calibrate(model: str, profile: Path, budget: int | None, plot: Path | None, 
     if plot is not None:
         draw(found, plot)
     say(f"{profile}: written; use it with `qmix plan {model} --profile {profile}`")
+
+
+def _check_outputs(profile: Path, plot: Path | None) -> None:
+    """Raise UsageError where a result could not be written, before hours of work."""
+    if plot is not None:
+        from qmix.terminal.figure import check_target
+
+        check_target(plot, "calibration")
+    for path in filter(None, (profile, plot)):
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise UsageError(f"{path}: its directory does not exist or is not writable; choose another path")
 
 
 def _named(keys: Sequence[tuple[int, int]]) -> str:

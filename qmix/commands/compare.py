@@ -54,9 +54,6 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     from qmix.compare.table import fidelity_table
     from qmix.engine.checkpoint_weights import CheckpointWeights
     from qmix.engine.resolve import fingerprint_of
-    from qmix.machine.found import default_budget
-    from qmix.plan.here import python_bytes
-    from qmix.plan.memory import check_memory, layerwise_bytes
     from qmix.store.sources import DEFAULT_PRECISION, layout_for
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
@@ -71,10 +68,8 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
     variants = _variants(checkpoint, dtype, against, specs, options["clip"], stores)
     passages = passages_of(checkpoint, options["texts"], window, options["tokens"])
     sequences = [passage.ids for passage in passages]
-    tokens, budget = sum(map(len, sequences)), options["ram"] or default_budget()
-    needed = layerwise_bytes(checkpoint, tokens, window, [variant.held for variant in variants])
-    check_memory(needed + python_bytes(checkpoint.geometry), budget, tokens)
-    hold_to(budget)
+    tokens = sum(map(len, sequences))
+    _keep_to(options["ram"], checkpoint, tokens, window, variants)
     progress = ProgressDisplay(f"comparing {name}")
     with progress as display, CheckpointWeights(checkpoint, dtype, variants, display) as weights:
         found = run(weights, sequences)
@@ -85,6 +80,18 @@ def compare(model: str | None, stores: tuple[Path, ...], against: str, as_json: 
         return
     print_table(fidelity_table(found))
     say(f"{predicted} predicted tokens, windows of {window}, reference {against}; KL in nats +/- standard error")
+
+
+def _keep_to(ram: int | None, checkpoint: Checkpoint, tokens: int, window: int, variants: Sequence[Any]) -> None:
+    """Hold the process to its budget. Raises DoesNotFitError where it is too small for the tokens."""
+    from qmix.machine.found import default_budget
+    from qmix.plan.here import python_bytes
+    from qmix.plan.memory import check_memory, layerwise_bytes
+
+    budget = ram or default_budget()
+    needed = layerwise_bytes(checkpoint, tokens, window, [variant.held for variant in variants])
+    check_memory(needed + python_bytes(checkpoint.geometry), budget, tokens)
+    hold_to(budget)
 
 
 def _content(name: str, fingerprint: str, predicted: int, window: int, found: Sequence[Fidelity]) -> dict[str, Any]:

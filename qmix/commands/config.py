@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qmix.commands.settings import CACHE, SECRET, ConfigFile, keys_of, meant, parsed, read_config, variable
+from qmix.commands.settings import CACHE, SECRET, ConfigFile, keys_of, meant, parsed, read_config, set_by, variable
 from qmix.commands.shared import out
 from qmix.disk.places import config_file
 from qmix.errors import QmixError, UsageError
@@ -37,7 +37,7 @@ def config(context: click.Context) -> None:
     for key, value in found.items():
         out(f"{key} = {_shown(key, value)}\n")
     for key in sorted({CACHE, *(key for command in _commands().values() for key in keys_of(command))}):
-        if text := os.environ.get(variable(key)):
+        if text := set_by(os.environ, key):
             out(f"{key} = {_shown(key, text)}  # {variable(key)}\n")
     say(f"{path}{'' if path.exists() else ': not there yet; `qmix config set KEY VALUE` makes it'}")
 

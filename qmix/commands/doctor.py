@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qmix.commands.shared import load_libraries, out, quiet_libraries, refuse
+from qmix.errors import QmixError
+from qmix.terminal.voice import say
+
+if TYPE_CHECKING:
+    from qmix.machine.doctor import MachineReport
 
 
 @click.command()
@@ -28,43 +34,14 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
     version of torch or bitsandbytes.
     """
     if self_test:
-        others = {"directory": directory, "no_measure": no_measure, "as_json": as_json}
-        refuse(others, "not used with --self-test")
+        refuse(("directory", "no_measure", "as_json"), "not used with --self-test")
         _self_test()
         return
     from qmix.disk.places import cache_directory
-    from qmix.errors import QmixError
-    from qmix.machine.doctor import examine, examine_gpus
     from qmix.machine.doctor_view import report_table
-    from qmix.machine.found import interpreter_memory
-    from qmix.machine.measured import keep, measured_gpus, measured_rates
-    from qmix.machine.rates import Rates
-    from qmix.terminal.tables import print_table, say
+    from qmix.terminal.tables import print_table
 
-    where = directory or cache_directory()
-    for kernels in (False, True):
-        interpreter_memory(kernels=kernels)  # also compiles, so that no run has to
-    quiet_libraries()
-    from qmix.machine.four_bit import try_four_bit
-
-    four_bit, rates, lost = try_four_bit(), measured_rates(), None
-    found, widened, gpus = None, None, measured_gpus()
-    if not no_measure:
-        load_libraries()
-        from qmix.bench.machine_rates import measure
-        from qmix.machine.many_rows import try_widened
-
-        found = measure(where, say)
-        rates, gpus = Rates().with_measured(found), examine_gpus()
-        say("multiplying dequantised weights")
-        widened = try_widened()
-    try:
-        kept = keep(found, four_bit, widened=widened, gpus=gpus)
-        if not no_measure:
-            say(f"kept in {kept}")
-    except QmixError as error:  # raised at the end: the report is useful all the same
-        lost = error
-    report = examine(where, rates, four_bit, gpus.context)
+    report, lost = _examined(directory or cache_directory(), measuring=not no_measure)
     if as_json:
         out(json.dumps(report.to_json()) + "\n")
     else:
@@ -75,10 +52,41 @@ def doctor(directory: Path | None, no_measure: bool, self_test: bool, as_json: b
         raise lost
 
 
+def _examined(where: Path, measuring: bool) -> tuple[MachineReport, QmixError | None]:
+    """Return what was found, and the error where that could not be kept: the report is useful all the same."""
+    from qmix.machine.doctor import examine, examine_gpus
+    from qmix.machine.found import interpreter_memory
+    from qmix.machine.measured import keep, measured_gpus, measured_rates
+    from qmix.machine.rates import Rates
+
+    for kernels in (False, True):
+        interpreter_memory(kernels=kernels)  # also compiles, so that no run has to
+    quiet_libraries()
+    from qmix.machine.four_bit import try_four_bit
+
+    four_bit, rates, lost = try_four_bit(), measured_rates(), None
+    found, widened, gpus = None, None, measured_gpus()
+    if measuring:
+        load_libraries()
+        from qmix.bench.machine_rates import measure
+        from qmix.machine.many_rows import try_widened
+
+        found = measure(where, say)
+        rates, gpus = Rates().with_measured(found), examine_gpus()
+        say("multiplying dequantised weights")
+        widened = try_widened()
+    try:
+        kept = keep(found, four_bit, widened=widened, gpus=gpus)
+        if measuring:
+            say(f"kept in {kept}")
+    except QmixError as error:
+        lost = error
+    return examine(where, rates, four_bit, gpus.context), lost
+
+
 def _self_test() -> None:
     """Run the self-test, which takes minutes, on pretend devices without a GPU. Raises QmixError where it fails."""
     quiet_libraries()
-    from qmix.errors import QmixError
     from qmix.verify.selftest import self_test
 
     if not self_test(lambda line: out(line + "\n")):

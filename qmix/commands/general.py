@@ -108,7 +108,7 @@ GENERAL: tuple[click.Option, ...] = (
 
 
 def with_general_options(command: click.Command) -> click.Command:
-    """Return a command with the options of every command, except for those that it has itself."""
+    """Return a command with the options of every command, except for the ones that it has itself."""
     taken: set[Any] = {option for parameter in command.params for option in parameter.opts}
     command.params += [option for option in GENERAL if taken.isdisjoint(option.opts)]
     return command

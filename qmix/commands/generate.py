@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from qmix.terminal.voice import say
 
 if TYPE_CHECKING:
     from qmix.engine.completion import Piece
+    from qmix.terminal.live import LiveScreen
 
 FILE = click.Path(path_type=Path)
 CHAT_HELP = "PROMPT is a message: the model's chat template makes the prompt of it, and the text is the answer"
@@ -72,7 +74,7 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> No
     message = options.pop("chat") or template is not None
     system = options.pop("system"), options.pop("system_file")
     if not message:
-        refuse({"system": None, "system_file": None}, "only with --chat; give it")
+        refuse(("system", "system_file"), "only with --chat; give it")
     screen = live_screen(options.pop("live"), f"qmix generate: {options['model'] or DEFAULT_MODEL}")
     names = ("model", "ram", "gpu", "context", "precision", "clip", "dtype", "plan_path")
     loading = {name: options.pop(name) for name in names}
@@ -85,22 +87,27 @@ def generate(prompt: str | None, prompt_file: Path | None, **options: Any) -> No
     text = _read_prompt(prompt, prompt_file)
     with loaded(attention=attention, **loading) as runner:
         start = _as_message(runner, text, instructions or "", source) if message else text
-        index, began = 0, not message
-        show, tell = (out, say) if screen is None else (screen.out, screen.say)
         # whatever ends the loop ends the computation
         with watched(screen, runner), closing(runner.generate(start, sampling)) as pieces:
-            for piece in pieces:
-                if as_jsonl:
-                    show(_line(piece, index))
-                elif not as_json:
-                    shown = piece.text if began else piece.text.lstrip()  # an answer begins with its first word
-                    began = began or bool(shown)
-                    show(shown)
-                if (result := piece.result) is not None:
-                    if not as_jsonl:
-                        show(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
-                    index, began = index + 1, not message
-                    tell(result.summary())
+            _show(pieces, message, as_json, as_jsonl, screen)
+
+
+def _show(pieces: Iterable[Piece], message: bool, as_json: bool, as_jsonl: bool, screen: LiveScreen | None) -> None:
+    """Write completions as they come, as text or JSON, and a line of statistics after each."""
+    index, began = 0, not message
+    show, tell = (out, say) if screen is None else (screen.out, screen.say)
+    for piece in pieces:
+        if as_jsonl:
+            show(_line(piece, index))
+        elif not as_json:
+            shown = piece.text if began else piece.text.lstrip()  # an answer begins with its first word
+            began = began or bool(shown)
+            show(shown)
+        if (result := piece.result) is not None:
+            if not as_jsonl:
+                show(json.dumps(result.to_json(), ensure_ascii=False) + "\n" if as_json else "\n")
+            index, began = index + 1, not message
+            tell(result.summary())
 
 
 def _line(piece: Piece, index: int) -> str:

@@ -77,12 +77,11 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     """
     plot = _plot_target(options["plot"])
     if options["compare"]:
-        of_one = {name: options[name] for name in ("ram", "gpu", "verify")}
-        refuse(of_one, "not used with --compare, which names each machine's own")
+        refuse(("ram", "gpu", "verify"), "not used with --compare, which names each machine's own")
     machine = _machine(options)
     machines = {text: _compared(text, machine) for text in options["compare"]}
     if not any(each.gpus for each in machines.values() or [machine]):
-        refuse({name: options[name] for name in OF_GPUS}, "there is no GPU in this plan; give --gpu")
+        refuse(OF_GPUS, "there is no GPU in this plan; give --gpu")
     name = model_or_default(model)
     subject, precision = _subject(name, options)
     how = {"batch": options["batch"], "attention": options["attn"], "precision": precision}
@@ -95,14 +94,7 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
     planned, refusal = _planned(subject, machine, options, how)
     verified = _verified(planned) if options["verify"] else None
     if as_json:
-        content = _content(planned)
-        if verified is not None:
-            from qmix.verify.view import to_json
-
-            content["verified"] = to_json(verified)
-        if refusal is not None:
-            content = {"schema": content["schema"], "fits": False, "smallest": refusal.smallest, "nearest": content}
-        out(json.dumps(content) + "\n")
+        out(json.dumps(_whole_content(planned, verified, refusal)) + "\n")
     else:
         _show(planned, name if refusal is None else f"{name}: the nearest plan that fits")
     if verified is not None:
@@ -118,6 +110,18 @@ def plan(model: str | None, as_json: bool, **options: Any) -> None:
         from qmix.planner.plot import draw
 
         draw(planned, plot)
+
+
+def _whole_content(planned: Planned, verified: Any, refusal: DoesNotFitError | None) -> dict[str, Any]:
+    """Return the JSON of a plan, with what its verification found; of the nearest plan where it does not fit."""
+    content = _content(planned)
+    if verified is not None:
+        from qmix.verify.view import to_json
+
+        content["verified"] = to_json(verified)
+    if refusal is None:
+        return content
+    return {"schema": content["schema"], "fits": False, "smallest": refusal.smallest, "nearest": content}
 
 
 def _planned(

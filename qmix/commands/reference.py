@@ -22,7 +22,7 @@ an option.
 
 
 def reference() -> str:
-    """The whole page, which depends on nothing but the commands."""
+    """Return the whole page, which depends on nothing but the commands."""
     group = Commands("qmix")
     context = click.Context(group, info_name="qmix", help_option_names=["-h", "--help"])
     sections = [section for name in group.list_commands(context) for section in _sections(context, name)]
@@ -33,7 +33,7 @@ def reference() -> str:
 
 
 def _sections(group: click.Context, name: str) -> Iterator[str]:
-    """Yield the section of a command, and those of the commands that stand in place of its arguments."""
+    """Yield the section of a command, and the sections of commands whose names take the place of an argument."""
     command = group.command.get_command(group, name)  # type: ignore[attr-defined]
     yield _section(group, command, name)
     within = {} if isinstance(command, click.Group) else getattr(command, "commands", {})

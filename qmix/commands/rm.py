@@ -32,7 +32,7 @@ def rm(stores: tuple[str, ...], yes: bool) -> None:
     )
     if not yes:
         if not (sys.stdin is not None and sys.stdin.isatty()):
-            raise UsageError("rm: asks before it removes, and stdin is no terminal; give --yes")
+            raise UsageError("rm: asks before it removes, and stdin is not a terminal; give --yes")
         for entry in found:
             say(f"{entry.directory}: {entry.model}, {entry.precision}, {format_bytes(entry.nbytes)}")
         total = format_bytes(sum(entry.nbytes for entry in found))

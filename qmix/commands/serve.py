@@ -21,6 +21,7 @@ from qmix.commands.options import (
     precision_option,
     ram_option,
 )
+from qmix.commands.settings import set_by, variable
 from qmix.commands.shared import (
     LOADING_PATIENCE,
     batch_gpus,
@@ -33,15 +34,21 @@ from qmix.commands.shared import (
 )
 from qmix.disk.places import state_directory
 from qmix.errors import UsageError, arg
+from qmix.terminal.voice import say
+from qmix.units import plural
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from qmix.serve.guard import Access
+    from qmix.serve.server import Settings
     from qmix.store.layout import StoreLayout
     from qmix.store.opened import Store
+    from qmix.terminal.live import LiveScreen
 
 LOCAL = "127.0.0.1"
 KEY_VARIABLE = "QMIX_API_KEY"
-LIBRARIES = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
+LIBRARIES = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
 KV_HELP = "tokens of prompts and answers of all requests at once [4 contexts]"
 BATCH_HELP = "requests computed together"
 HOST_HELP = "address to listen on; other than this machine's own takes --api-key or --insecure"
@@ -82,26 +89,19 @@ def serve(model: str | None, host: str, port: int, live: bool, **options: Any) -
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"serve: the package {missing[0]} is not installed; pip install 'qmix-moe[serve]'")
-    key = options.pop("api_key") or os.environ.get(KEY_VARIABLE) or None
+    from qmix.plan.memory import REQUESTS_BYTES
     from qmix.serve.server import Settings, listen
-    from qmix.serve.server import serve as run
 
-    access = _access(host, key, options.pop("insecure"), options.pop("origins"))
-    loading = {
-        name: options.pop(name) for name in ("ram", "context", "kv_cache", "batch", "precision", "clip", "dtype")
-    }
-    loading["plan"] = read_plan_option(options.pop("plan_path"), ram=loading["ram"], context=loading["context"])
+    access = _access(host, options["api_key"], options["insecure"], options["origins"])
+    loading = {name: options[name] for name in ("ram", "context", "kv_cache", "batch", "precision", "clip", "dtype")}
+    loading["plan"] = read_plan_option(options["plan_path"], ram=options["ram"], context=options["context"])
+    _tell_of_service_link()
     with listen(host, port) as listening:
         name = model_or_default(model)
         screen = live_screen(live, f"qmix serve: {name}")
         store, plan, context = _planned(name, gpu=options["gpu"], **loading)
         hold_to(plan.ram)
         warn_of_drive(store.directory)
-        from qmix.engine.batch import BatchRunner
-        from qmix.plan.memory import REQUESTS_BYTES
-        from qmix.terminal.progress import ProgressDisplay
-        from qmix.terminal.voice import say
-
         settings = Settings(
             names=frozenset(options["names"] or [store.source_name]),
             context=context,
@@ -110,18 +110,36 @@ def serve(model: str | None, host: str, port: int, live: bool, **options: Any) -
             access=access,
             directory=options["directory"] or state_directory() / "serve" / _identity(store),
         )
-        with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load:
-            runner = BatchRunner(store, plan, load)
-        with runner:
-            place = f"[{host}]" if ":" in host else host
-            ready = (
-                f"serving {', '.join(sorted(settings.names))} at http://{place}:{listening.getsockname()[1]}: "
-                f"{plan.batch} requests at once, {context} tokens each, {runner.capacity} together"
-            )
-            if screen is None:
-                run(runner, settings, listening, ready, say)
-            else:
-                run(runner, settings, listening, ready, screen.say, lambda watch: screen.showing(watch.figures))
+        _run(name, store, plan, settings, listening, f"[{host}]" if ":" in host else host, screen)
+
+
+def _run(
+    name: str, store: Store, plan: Any, settings: Settings, listening: socket, host: str, screen: LiveScreen | None
+) -> None:
+    """Load the model and serve it until a signal comes. `host` is as in an address."""
+    from qmix.engine.batch import BatchRunner
+    from qmix.serve.server import serve as run
+    from qmix.terminal.progress import ProgressDisplay
+
+    with ProgressDisplay(f"loading {name}", LOADING_PATIENCE) as load:
+        runner = BatchRunner(store, plan, load)
+    with runner:
+        ready = (
+            f"serving {', '.join(sorted(settings.names))} at http://{host}:{listening.getsockname()[1]}: "
+            f"{plural(plan.batch, 'request')} at once, {settings.context} tokens each, {runner.capacity} together"
+        )
+        if screen is None:
+            run(runner, settings, listening, ready, say)
+        else:
+            run(runner, settings, listening, ready, screen.say, lambda watch: screen.showing(watch.figures))
+
+
+def _tell_of_service_link() -> None:
+    """Say that QMIX_PORT is not used where Kubernetes set it, unless `--port` was typed."""
+    text = os.environ.get(variable("port"), "")
+    typed = click.get_current_context().get_parameter_source("port") is click.core.ParameterSource.COMMANDLINE
+    if text and not set_by(os.environ, "port") and not typed:
+        say(f"{variable('port')} is {text}, which Kubernetes sets for a service called qmix: not used, give --port")
 
 
 def _identity(store: Store) -> str:
@@ -139,8 +157,8 @@ def _access(host: str, key: str | None, insecure: bool, origins: tuple[str, ...]
         raise UsageError(f"{arg('insecure')}: only for another {arg('host')} without a key; leave it out")
     if not is_local(host) and key is None and not insecure:
         raise UsageError(f"{arg('host')} {host}: anybody on the network could use it; give {arg('api_key', 'KEY')}")
-    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key):
-        raise UsageError(f"{arg('api_key')}: must be printable ASCII without spaces at its ends")
+    if key is not None and not (key and key.isascii() and key.isprintable() and key.strip() == key):
+        raise UsageError(f"{arg('api_key')}: must be printable ASCII, not empty, without spaces at its ends")
     for origin in origins:
         if origin == "*" or "://" not in origin or origin.endswith("/"):
             raise UsageError(f"--cors {origin}: must be an origin such as http://localhost:3000")

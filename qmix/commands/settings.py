@@ -39,6 +39,7 @@ EXCLUDED = {  # an option of a higher source takes the place of these
     "quiet": ("verbose",),
     "verbose": ("quiet",),
 }
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")  # Kubernetes sets QMIX_PORT in pods beside a service called qmix
 ENVIRONMENT, TABLE, TOP = 3, 2, 1  # ranks of sources; the command line's is above them
 
 
@@ -67,6 +68,12 @@ def keys_of(command: click.Command) -> dict[str, click.Parameter]:
 def variable(key: str) -> str:
     """Return the environment variable of a key."""
     return PREFIX + key.upper().replace("-", "_")
+
+
+def set_by(environment: Mapping[str, str], key: str) -> str:
+    """Return the value of a key's variable, "" where it is not set or where Kubernetes set it."""
+    text = environment.get(variable(key), "")
+    return "" if key == "port" and SERVICE_LINK.match(text) else text
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def settings_of(
     table = config.content.get(name)
     table = table if isinstance(table, Mapping) else {}  # `batch` is a command, and an option of others
     for key, parameter in keys_of(command).items():
-        text = environment.get(variable(key), "")
+        text = set_by(environment, key)
         if text:
             several = isinstance(parameter, click.Option) and parameter.multiple
             value = [part.strip() for part in text.split(",")] if several else text
@@ -161,7 +168,7 @@ class SettingsContext(click.Context):
     """
 
     def lookup_default(self, name: str, call: bool = True) -> Any:
-        """Return the value of a parameter that was not typed; click has processed those that were."""
+        """Return the value of a parameter that was not typed; click has processed the typed ones."""
         keys, settings = keys_of(self.command), self.obj
         key = next((key for key in settings if key in keys and keys[key].name == name), None)
         if key is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -50,8 +50,8 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value != () and value is not False}
 
 
-def refuse(options: dict[str, Any], why: str) -> None:
-    """Raise UsageError where any of these options was given; `why` says why it has no effect."""
+def refuse(options: Iterable[str], why: str) -> None:
+    """Raise UsageError where any of these options was typed; `why` says why it has no effect."""
     context = click.get_current_context()
     names = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
     for name in options:

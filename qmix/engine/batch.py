@@ -1,7 +1,7 @@
 """Many prompts together: continuous batching, a pass at a time.
 
-A pass is one flat row of tokens: the next one of every sequence that is being continued, and pieces of the prompts of
-those that have just come, as far as there is room. One read of an expert serves them all, so that where experts come
+A pass is one flat row of tokens: the next one of every sequence that is being continued, and pieces of the prompts
+of new ones, as far as there is room. One read of an expert serves them all, so that where experts come
 from disk, taking in a prompt costs no pass of its own. A pass of several chunks goes layer by layer, where that costs
 the sequences that are being continued no time (`qmix.engine.pace`). A sequence that ends makes room for one that waits.
 
@@ -117,7 +117,7 @@ class BatchRunner(OpenModel):
             self.start_over()
 
     def _begin_all(self, request: BatchRequest) -> list[Failure]:
-        """Begin the completions of a request; return the failures of those that cannot be answered."""
+        """Begin the completions of a request; return the failures of the ones that cannot be answered."""
         failures = []
         for each in request.completions():
             try:

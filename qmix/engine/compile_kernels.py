@@ -32,6 +32,12 @@ def _experts() -> None:
     experts.experts_kernel()
 
 
+def _step() -> None:
+    from qmix.kernels.cpu import resident_step
+
+    resident_step.resident_step_kernel()
+
+
 def _attention_block() -> None:
     import torch
 
@@ -74,6 +80,7 @@ PARTS: tuple[Callable[[], None], ...] = (
     *(partial(_sums, precision) for precision in reversed(PRECISIONS)),
     _product,
     _attention,
+    _step,
     _team,
     *(partial(_dequantize, kind) for kind in FOUR_BITS),
 )

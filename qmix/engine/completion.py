@@ -89,7 +89,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult(Completion):
-    """Completion `index` of the request of this `name`; `tokens` has the log-probabilities that were asked for.
+    """Completion `index` of the request of this `name`; `tokens` has the requested log-probabilities.
 
     `prompt` has those of the prompt's tokens where they were echoed. `stop` is the stop sequence that ended the text.
     `reused_tokens` of the prompt were taken over from other sequences: it depends on these, the rest does not.

@@ -15,7 +15,7 @@ def plain_temperature(
 ) -> float | None:
     """Return the temperature if nothing but it changes the logits after this prompt, 0 for greedy; otherwise None.
 
-    `own` are processors besides those that follow from the config.
+    `own` are processors besides the config's.
     """
     processors = logits_processors(model, config, prompt, own)
     if not config.do_sample:

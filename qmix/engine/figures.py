@@ -98,7 +98,7 @@ class Watched(Protocol):
 
 
 class Requests(NamedTuple):
-    """Requests that are computed, those that wait for a place, and the places."""
+    """Running requests, waiting requests, and places."""
 
     running: int = 1
     waiting: int = 0

@@ -1,7 +1,7 @@
 """The model's generation_config.json: every field of transformers' GenerationConfig is honoured, refused or ignored.
 
 The decisions hold for both drivers: transformers' `generate` with one prompt, and many prompts together. Values are
-normalised to those that transformers takes: floats where a file has whole numbers, 0 where it has -1 for "off".
+normalised to the values that transformers takes: floats where a file has whole numbers, 0 where it has -1 for "off".
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def read_generation_config(directory: Path, config: MixtralConfig) -> Generation
 
 
 def with_end_of(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig, vocab_size: int) -> GenerationConfig:
-    """Return the config with the tokenizer's end-of-text token among those that end a text.
+    """Return the config with the tokenizer's end-of-text token among the tokens that end a text.
 
     Fine-tuned models often have a new one, such as `<|im_end|>`, that their generation config does not name.
     """

@@ -1,6 +1,6 @@
 """Choose how many tokens a pass of many sequences takes: as many as are computed while its experts are read.
 
-A pass with a chunk of prompts uses nearly every expert, and reads those that have no slot, whatever its number of
+A pass with a chunk of prompts uses nearly every expert, and reads the experts without a slot, whatever its number of
 tokens. While reading takes longer than computing, more prompt tokens in a pass cost no time: neither that of the pass,
 nor of the sequences that are continued beside them. From there on every further token makes the pass longer for all of
 them, and saves nothing. Both times are measured in each pass, because they depend on the cores, the disk, the share of

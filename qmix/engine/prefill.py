@@ -24,7 +24,7 @@ from qmix.plan.memory import PREFILL_CHUNK
 
 
 class PromptWeights(StoreWeights):
-    """The weights of a store's model, for a prompt's tokens behind those that a cache holds."""
+    """The weights of a store's model, for a prompt's tokens after the cached ones."""
 
     def __init__(self, model: MixtralForCausalLM, cache: KVCache, segment: PathSegment) -> None:
         super().__init__(model)
@@ -81,7 +81,7 @@ def read_together(model: MixtralForCausalLM, cache: KVCache, parts: Sequence[Chu
 
 
 def read_prompt(model: MixtralForCausalLM, cache: KVCache, tokens: Sequence[int], together: int) -> torch.Tensor:
-    """Put `tokens` behind those that the cache holds, `together` at a time through each layer.
+    """Append `tokens` to the cache, `together` at a time through each layer.
 
     Returns the last chunk's normed hidden states [t, H].
     """

@@ -1,4 +1,4 @@
-"""Positions of a KV cache that sequences share in time: those that run, and prefixes kept for those that will come.
+"""Positions of a KV cache that sequences share in time: running ones, and prefixes kept for later ones.
 
 A sequence that has ended leaves its keys and values where they lie. One that begins with the same tokens copies them,
 or goes on in their place, and computes only the rest: a conversation's next turn, or a system prompt that many have.

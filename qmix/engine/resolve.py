@@ -23,7 +23,7 @@ from qmix.store.sources import DEFAULT_PRECISION, layout_for, named_store, open_
 
 IDENTITY_LENGTH = 12  # digits of the identity in a store's name
 SLUG_LENGTH = 100  # characters: a file's name may have 255 bytes, a character at most four
-COMPARING = "comparing its weights with those that were read before"
+COMPARING = "comparing its weights with the ones read before"
 
 
 def prepare_store(

@@ -83,7 +83,7 @@ class Scheduler:
         self.places.leave(sequence, sequence.room)
 
     def clear(self) -> None:
-        """Take all sequences out. The rows of those that run hold what `done` says: they are kept."""
+        """Take all sequences out. The rows of running ones hold what `done` says: they are kept."""
         self._waiting.clear()
         for sequence in list(self._running):
             self.finish(sequence)

@@ -108,8 +108,8 @@ def _manager(names: Sequence[str], data: Path | None) -> TaskManager:
         return manager
     manager = TaskManager(include_path=own)
     if unknown := [name for name in wanted if name not in manager.task_index]:
-        where = "" if data is None else f", nor in {data}"
-        raise UsageError(f"{arg('tasks')} {','.join(unknown)}: no such task in lm-evaluation-harness{where}")
+        where = "" if data is None else f" or in {data}"
+        raise UsageError(f"{arg('tasks')} {','.join(unknown)}: not found in lm-evaluation-harness{where}")
     return manager
 
 

@@ -1,6 +1,6 @@
 """Measure the rates of this machine's memory, disk and cores when they do nothing else: the ceilings of any run.
 
-`python -m qmix.machine.ceilings` prints those that need no store; in a process of its own they take no memory of a run
+`python -m qmix.machine.ceilings` prints what needs no store; in a process of its own they take no memory of a run
 under a budget.
 """
 

@@ -45,7 +45,7 @@ class Rates:
     read_seconds   seconds of a record's read besides its bytes
 
     `measured`, `stated` and `published` name the rates that were measured on the machine, that a user gave, and that
-    follow from a vendor's figures of a card; `scaled` those that were measured with another number of threads. `card`
+    follow from a vendor's figures of a card; `scaled` names rates of another number of threads. `card`
     is that card, or the one that the GPU's typical rates are of.
     """
 

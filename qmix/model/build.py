@@ -29,6 +29,8 @@ from qmix.model.experts import PooledExperts
 from qmix.model.gpu.devices import download
 from qmix.model.gpu.spread import Spread
 from qmix.model.invariant import make_invariant, row_by_row
+from qmix.model.resident import use_resident_steps
+from qmix.pool.experts import ExpertPool
 from qmix.pool.prefetch import EMBEDDING, Prefetcher
 from qmix.pool.protocol import Pool
 from qmix.precision.dense import use_half_linear
@@ -141,6 +143,8 @@ def load_weights(
     elif uses_kernels(store.geometry):
         use_half_linear(model)
         use_one_token_layers(model)
+        if isinstance(pool, ExpertPool) and pool.holds_all and spread is None:
+            use_resident_steps(model, pool)
     if spread is not None:
         spread.put_experts(model, pool, row_by_row(activation) if pool.invariant else activation)
         spread.connect(model)

@@ -43,7 +43,7 @@ class OneTokenLayer(MixtralDecoderLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return the layer's residual stream [B, T, H]."""
-        parts = self._parts()
+        parts = self.parts()
         if position_embeddings is None or not self._takes(
             hidden_states, position_embeddings, attention_mask, cache, parts
         ):
@@ -61,14 +61,12 @@ class OneTokenLayer(MixtralDecoderLayer):
         weights = HalfLayer(*[part._parameters["weight"] for part in parts[2:]])
         epsilons = norm.variance_epsilon, second_norm.variance_epsilon
         keys, values = cache.layers[attention.layer_idx].extend(1)
-        attended, normed, logits = attend_and_route(
-            weights, hidden_states, position_embeddings, keys[0], values[0], epsilons, attention.scaling
+        attended, normed, chosen, shares = attend_and_route(
+            weights, hidden_states, position_embeddings, keys[0], values[0], epsilons, attention.scaling, router.top_k
         )
-        chosen, experts = logits.float().softmax(-1).topk(router.top_k, dim=-1)
-        chosen /= chosen.sum(-1, keepdim=True)
-        return (attended + mixture._modules["experts"](normed, experts, chosen))[None]
+        return (attended + mixture._modules["experts"](normed, chosen, shares))[None]
 
-    def _parts(self) -> tuple[Any, ...]:
+    def parts(self) -> tuple[Any, ...]:
         """Return the modules of KINDS. Each attribute of a module that is looked up as such is a call of Python."""
         mine, attention, mixture = self._modules, self._modules["self_attn"], self._modules["mlp"]
         projections: dict[str, Any] = attention._modules
@@ -99,7 +97,7 @@ class OneTokenLayer(MixtralDecoderLayer):
             and hidden_states.is_contiguous()
             and not (self.training or hidden_states.requires_grad or _has_any_global_hook())
             and _are_plain(parts)
-            and _kernel_reads(cache.layers[parts[0].layer_idx].keys, rotary, parts[0].head_dim)
+            and kernel_reads(cache.layers[parts[0].layer_idx].keys, rotary, parts[0].head_dim)
         )
 
 
@@ -114,7 +112,7 @@ def _are_plain(parts: tuple[Any, ...]) -> bool:
     return True
 
 
-def _kernel_reads(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], head_dim: int) -> bool:
+def kernel_reads(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], head_dim: int) -> bool:
     """Return whether cache and angles are as the kernel takes them; it has addresses only, and checks nothing."""
     as_wide = keys.shape[-1] == head_dim == rotary[0].shape[-1] and rotary[0].is_contiguous()
     return as_wide and keys.device.type == "cpu" and keys.dtype == torch.bfloat16 == rotary[0].dtype

@@ -48,7 +48,7 @@ def read_dense(store: Store, where: Callable[[str], Device] | None = None) -> di
 
 
 class DenseWeights(Mapping[str, torch.Tensor]):
-    """The dense weights of a store by published name, each read and checked when it is asked for; close it.
+    """The dense weights of a store by published name, each read and checked at its first use; close it.
 
     Raises StoreError as `read_dense` does.
     """

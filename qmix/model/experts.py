@@ -1,7 +1,7 @@
 """The forward of the mixture of experts, over records in a pool.
 
 Tokens are grouped by expert: each record is fetched once and used for all of its tokens. All experts that are in memory
-together are one piece of work for the cores (`multiply_experts`); those that are read meanwhile follow as they arrive.
+together are one piece of work for the cores (`multiply_experts`); the others follow as they are read.
 The result does not depend on which experts were in memory: each output has a place of its own, and outputs are added in
 router order.
 """

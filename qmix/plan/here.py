@@ -81,7 +81,7 @@ def free_gpus(context: int | None) -> tuple[int, ...]:
 
 
 def found_cards() -> list[Card | None]:
-    """Return the cards of the GPUs that were found, None for those that are not in the table."""
+    """Return the cards of the GPUs that were found, None for a card that is not in the table."""
     return [_card_of(name, nbytes) for name, nbytes in gpu_names()]
 
 

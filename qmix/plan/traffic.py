@@ -9,7 +9,9 @@ from math import ceil
 from qmix.geometry import Geometry
 from qmix.plan.demand import Arrangement, StepUse
 from qmix.plan.device_work import DeviceLayer, attention_flops, device_layers, expert_weights
+from qmix.precision.formats import uses_kernels
 
+ONE_CALL = 4  # layers whose overhead a token in one call of the CPU's threads has (docs/performance.md, "By threads")
 LOCALITY = 0.3  # what the pool finds beyond the most used experts: misses are (1 - share held) ** LOCALITY of theirs
 
 
@@ -17,8 +19,9 @@ LOCALITY = 0.3  # what the pool finds beyond the most used experts: misses are (
 class Load:
     """Bytes, FLOP and counts of one step; expected values.
 
-    `dense`, `experts`, `flops` and `layers` are those of layers on the CPU; `on_gpus` are the others, in a decode step
-    or not. `missed` is read from disk in `reads` records; `crossings` are the changes of device between layers.
+    `dense`, `experts` and `flops` are those of layers on the CPU, and `layers` as many as have the overhead of one;
+    `on_gpus` are the others, in a decode step or not. `missed` is read from disk in `reads` records; `crossings` are
+    the changes of device between layers.
     """
 
     layers: int
@@ -41,8 +44,9 @@ def decode_load(found: Arrangement, step: StepUse) -> Load:
     missed = found.missed
     share = missed_share(1 - len(missed) / len(hosts)) if missed else 0.0
     more = demand.batch - 1  # tokens whose arithmetic does not hide behind the reading of weights
+    one_call = not (more or missed or found.holdings) and uses_kernels(geometry)
     return Load(
-        layers=found.cpu_layers,
+        layers=min(ONE_CALL, found.cpu_layers) if one_call else found.cpu_layers,
         dense=demand.read_of(0, found.cpu_layers, position),
         experts=_on_cpu(found, step),
         four_bit=demand.four_bit,

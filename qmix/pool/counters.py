@@ -56,3 +56,8 @@ class ExpertCounts:
             self.asked[layer][expert] += 1
             if key not in hits:
                 self.missed[layer][expert] += 1
+
+    def found(self, layer: int, experts: Iterable[int]) -> None:
+        """Count requests of a layer's experts that were all in memory."""
+        for expert in experts:
+            self.asked[layer][expert] += 1

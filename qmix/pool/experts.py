@@ -126,7 +126,7 @@ class ExpertPool(HeldRecords):
     def groups(
         self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()
     ) -> Iterator[list[tuple[int, Expert]]]:
-        """Yield the same experts as `get`, in lists of those that are in memory together; each until the next list.
+        """Yield the same experts as `get`, in lists of experts that are in memory together; each until the next list.
 
         Experts in memory come one by one as long as others wait for a slot: a slot that is done with takes the next.
         """
@@ -140,6 +140,22 @@ class ExpertPool(HeldRecords):
         ready, begun, waiting = self._sort(keys)
         self.policy.used(layer, experts)
         return self._stream(layer, ready, begun, waiting, coming)
+
+    def whole(self) -> list[list[Expert]] | None:
+        """Return every expert, [layer][expert], if all are in memory, where they stay then; None otherwise."""
+        layers, experts = range(self.store.geometry.num_layers), range(self.store.geometry.num_experts)
+        if len(self._resident) < len(self._nbytes):
+            return None
+        return [[self._expert((layer, expert)) for expert in experts] for layer in layers]
+
+    def used(self, chosen: Sequence[Sequence[int]], seconds: float) -> None:
+        """Count a token's experts of every layer, all in memory, which took some seconds to compute."""
+        for layer, experts in enumerate(chosen):
+            self.by_expert.found(layer, experts)
+            self.policy.used(layer, experts)
+            self.counters.hits += len(experts)
+        self.layer = len(chosen) - 1
+        self.computed += seconds
 
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read, while `layer` computes, experts that later layers will probably need, soonest first."""

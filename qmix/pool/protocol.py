@@ -37,7 +37,7 @@ class Pool(Protocol):
     def groups(
         self, layer: int, experts: Sequence[int], coming: Sequence[Key] = ()
     ) -> Iterator[list[tuple[int, Expert]]]:
-        """Yield the same experts as `get`, in lists of those that are in memory together."""
+        """Yield the same experts as `get`, in lists of experts that are in memory together."""
 
     def prefetch(self, layer: int, coming: Sequence[Key]) -> None:
         """Begin to read experts that later layers will probably need, soonest first."""

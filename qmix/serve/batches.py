@@ -10,6 +10,7 @@ import fcntl
 import queue
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -98,9 +99,11 @@ class Batches:
     def __init__(self, directory: Path, files: Files, service: Service, context: int) -> None:
         self.files, self._service, self._context = files, service, context
         self.records = Records(directory, "batch")
-        self._lock = _locked(directory)
-        files.sweep()
-        self._known = {batch.id: batch for batch in self.records.all(Batch)}
+        with ExitStack() as held:
+            self._lock = held.enter_context(_locked(directory))
+            files.sweep()
+            self._known = {batch.id: batch for batch in self.records.all(Batch)}
+            held.pop_all()
         self._queue: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._changing = threading.Lock()

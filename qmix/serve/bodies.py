@@ -47,7 +47,7 @@ def announced(request: Request, limit: int) -> int:
 
 
 async def read_json(request: Request, limit: int) -> bytes:
-    """Return the body of a JSON request. Raises ApiError where it is no JSON, too large or too slow."""
+    """Return the body of a JSON request. Raises ApiError where it is not JSON, too large or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "the body must be JSON: send the header 'Content-Type: application/json'")

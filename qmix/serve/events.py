@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from qmix.serve.errors import ApiError, told
 from qmix.serve.following import Following, Update
 
 SENT_AT_ONCE = 2**16  # bytes
+MARK = secrets.token_hex(16)  # stands for a text until it is known; in nothing that a client chooses
 PING_SECONDS = 10.0  # proxies and clients give up on a silent connection after 30 s and more
 
 
@@ -32,6 +34,17 @@ def event(data: Any, name: str | None = None) -> bytes:
     """Return one event with JSON data."""
     line = b"" if name is None else b"event: " + name.encode() + b"\n"
     return line + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+class TextEvents:
+    """Makes events that differ in their text alone. `make` returns one of them, which is encoded once."""
+
+    def __init__(self, make: Callable[[str], bytes]) -> None:
+        self._before, found, self._after = make(MARK).partition(msgspec.json.encode(MARK))
+        assert found
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + msgspec.json.encode(text) + self._after
 
 
 async def events(following: Following, encoder: Encoder, ping_seconds: float) -> AsyncGenerator[bytes, None]:
@@ -96,7 +109,8 @@ class WholeAnswer(Response):
 async def send_parts(send: Send, body: bytes | memoryview) -> None:
     """Send a piece of a body in parts: the server waits before each while a slow reader has not taken the last."""
     for start in range(0, len(body), SENT_AT_ONCE):
-        await send({"type": "http.response.body", "body": bytes(body[start : start + SENT_AT_ONCE]), "more_body": True})
+        part = body if len(body) <= SENT_AT_ONCE else body[start : start + SENT_AT_ONCE]
+        await send({"type": "http.response.body", "body": bytes(part), "more_body": True})
 
 
 async def wait_until_gone(receive: Receive) -> None:

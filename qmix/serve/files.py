@@ -1,4 +1,4 @@
-"""Uploaded files, and those that batches write: OpenAI's /v1/files.
+"""Uploaded files, and the files that batches write: OpenAI's /v1/files.
 
 A file is two in the server's directory: its bytes, and a description in JSON. Their names are ids made here; a name
 from a client is only ever a label.
@@ -69,7 +69,7 @@ class Records:
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file's description. `lines_of` is the batch whose lines it shows, `errors` those that could not be answered."""
+    """A file's description. `lines_of` is the batch whose answers it shows, or with `errors` whose errors."""
 
     id: str
     bytes: int

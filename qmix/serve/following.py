@@ -34,7 +34,8 @@ class Following:
     def __init__(
         self, service: Service, requests: Sequence[BatchRequest], streams: bool, tooling: Tooling | None = None
     ) -> None:
-        self._service, self._news, self._tooling = service, asyncio.Event(), tooling
+        self._service, self._tooling = service, tooling
+        self._reader: asyncio.Future[bool] | None = None  # waits for news, which are the result
         self._tickets = [Ticket(request, self, streams) for request in requests]
         self._index = {ticket: index for index, ticket in enumerate(self._tickets)}
         self._pending: dict[int, Update] = {}
@@ -60,7 +61,7 @@ class Following:
             self._open -= 1
         elif outcome is not None:
             self._error = self._error or outcome
-        self._news.set()
+        self._wake(True)
 
     def _finish(self, update: Update, result: BatchResult) -> None:
         """Add the text that was held back, or the calls."""
@@ -79,15 +80,22 @@ class Following:
     async def updates(self, patience: float) -> list[Update]:
         """Wait for news at most `patience` seconds, and return them. Raises ApiError where an answer failed."""
         if not self._pending and self._error is None:
-            self._news.clear()
+            loop = asyncio.get_running_loop()
+            self._reader = loop.create_future()
+            timer = loop.call_later(patience, self._wake, False)
             try:
-                await asyncio.wait_for(self._news.wait(), patience)
-            except asyncio.TimeoutError:
-                return []
+                if not await self._reader:
+                    return []
+            finally:
+                timer.cancel()
         if self._error is not None:
             raise self._error
         updates, self._pending = list(self._pending.values()), {}
         return updates
+
+    def _wake(self, news: bool) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(news)
 
     async def all(self) -> list[BatchResult]:
         """Wait for all answers. Raises ApiError where one failed."""

@@ -16,7 +16,7 @@ TPOT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """Counts what clients asked and got; `service` is asked for the rest when somebody looks."""
+    """Counts what clients asked and got; the rest is read from `service` when somebody looks."""
 
     def __init__(self, service: Callable[[], Service]) -> None:
         self.registry, self._service = CollectorRegistry(), service

@@ -14,7 +14,7 @@ from qmix.engine.completion import BatchResult
 from qmix.engine.sampler import Chosen
 from qmix.serve.asked import Asked
 from qmix.serve.errors import ApiError
-from qmix.serve.events import event
+from qmix.serve.events import TextEvents, event
 from qmix.serve.following import Update
 from qmix.serve.tools import Call
 
@@ -43,6 +43,7 @@ class OpenAIForm:
     created: int = field(default_factory=lambda: int(time.time()))
     _id: str = field(default_factory=lambda: secrets.token_hex(12))
     _offsets: dict[int, Offsets] = field(default_factory=dict)
+    _texts: dict[int, TextEvents] = field(default_factory=dict)
 
     @property
     def chat(self) -> bool:
@@ -102,9 +103,7 @@ class OpenAIForm:
         result, index = update.result, update.index
         events = b""
         if update.text or update.tokens:
-            content: dict[str, Any] = {"delta": {"content": update.text}} if self.chat else {"text": update.text}
-            logprobs = self._logprobs(index, update.tokens)
-            events = self._chunk({"index": index, **content, "logprobs": logprobs})
+            events = self._text(update)
         if result is None:
             return events
         last: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
@@ -114,6 +113,19 @@ class OpenAIForm:
             events += self._chunk({"index": index, "delta": {"tool_calls": numbered}})
             reason = "tool_calls"
         return events + self._chunk({"index": index, **last, "finish_reason": reason})
+
+    def _text(self, update: Update) -> bytes:
+        """Return the event of more text."""
+
+        def make(text: str) -> bytes:
+            content: dict[str, Any] = {"delta": {"content": text}} if self.chat else {"text": text}
+            return self._chunk({"index": update.index, **content, "logprobs": logprobs})
+
+        if (logprobs := self._logprobs(update.index, update.tokens)) is not None:
+            return make(update.text)
+        if update.index not in self._texts:
+            self._texts[update.index] = TextEvents(make)
+        return self._texts[update.index](update.text)
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"

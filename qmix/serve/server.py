@@ -30,8 +30,10 @@ from qmix.serve.files import Files
 from qmix.serve.guard import LOCAL_NAMES, Access
 from qmix.serve.metrics import Metrics
 from qmix.serve.page import Page
+from qmix.serve.protocol import Http
 from qmix.serve.service import Service
 from qmix.serve.storage import Storage
+from qmix.units import plural
 
 MOST_CONNECTIONS = 1024
 STALLED_SECONDS = 300  # a client that takes nothing, or does not answer, for so long is gone
@@ -95,7 +97,7 @@ class _Server(uvicorn.Server):
         self._on_stop = on_stop
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop taking requests; a second interrupt ends those that run."""
+        """Stop taking requests; a second interrupt ends the running ones."""
         first = not self.should_exit
         super().handle_exit(sig, frame)
         if first and sig == signal.SIGINT:
@@ -137,7 +139,7 @@ async def _serve(
 
     def on_stop() -> None:
         batches.stop()
-        say(f"stopping: {service.running + service.waiting} requests are still answered; Ctrl-C again cuts them")
+        say(f"stopping: still answering {plural(service.running + service.waiting, 'request')}; Ctrl-C again cuts them")
 
     def requests() -> Requests:
         return Requests(service.running, service.waiting, runner.plan.batch)
@@ -178,6 +180,7 @@ def _serving(runner: BatchRunner, settings: Settings, service: Service, metrics:
 def _config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=Http,
         log_config=None,
         log_level="critical",
         access_log=False,

@@ -214,7 +214,7 @@ class Service:
         self._on_end(ticket, outcome)
 
     def _fail(self, error: ApiError) -> None:
-        """End every request that runs with an error, and once closed those that wait, too."""
+        """End every running request with an error; once closed, end the waiting ones too."""
         tickets, self._running = list(self._running.values()), {}
         if self._closed:
             with self._wake:

@@ -155,4 +155,4 @@ def find_store(name: str, cache: Path) -> StoreEntry:
         if matches:
             choices = ", ".join(f"{each.id} ({each.precision}, {each.dtype}, {each.state})" for each in matches[:8])
             raise UsageError(f"{name}: names {len(matches)} stores; give one of {choices}")
-    raise UsageError(f"{name}: not a store, nor the name of one in {cache}; `qmix ls` lists them")
+    raise UsageError(f"{name}: not found: expected a store's directory or a name that `qmix ls` shows")

@@ -175,7 +175,7 @@ def _write_anew(
     parts = [part for part in parts_of(layout, found) if part.unit in units]
     if wrong := [part.unit for part in parts if recheck(directory / part.file, part) is not None]:
         raise StoreError(
-            f"{checkpoint.source.name}: gives other weights than those that {directory} was made from "
+            f"{checkpoint.source.name}: its weights are not the ones that {directory} was made from "
             f"({', '.join(wrong[:3])}); {NAME_IT}, or {REMAKE}"
         )
     return len(units)

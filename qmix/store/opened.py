@@ -154,7 +154,7 @@ def _check_file(path: Path, layout: FileLayout) -> None:
 
 
 def _check_small_files(store: Store, content: Mapping[str, Any]) -> None:
-    """Compare small files with the manifest, except those that may be edited."""
+    """Compare small files with the manifest, except files that may be edited."""
     known = store.small_files
     if content["format_version"] == 1:
         config = small_digest(content, (store.directory / CONFIG).read_bytes())

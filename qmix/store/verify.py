@@ -52,7 +52,7 @@ class Damage:
         return f"{self.file}: {self.what}{place}: {self.why}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the damage as it stands in `qmix verify --json`; `bytes` are the first and the last."""
+        """Return the damage as `qmix verify --json` prints it; `bytes` are the first and the last."""
         place = None if self.part is None else [self.part.offset, self.part.end - 1]
         return {"file": self.file, "what": self.what, "bytes": place, "why": self.why}
 
@@ -120,7 +120,7 @@ def verify_store(directory: Path, on_progress: OnProgress = ignore, layout: Stor
 
 
 def _small_files(directory: Path, content: dict[str, Any], found: Manifest) -> tuple[list[Damage], int]:
-    """Return the damages of small files, except those that may be edited, and how many files were compared."""
+    """Return the damages of small files, except files that may be edited, and how many files were compared."""
     known, damages = small_digests(content, found), []
     for name, want in known.items():
         path = directory / name

@@ -6,7 +6,6 @@ The screen is the terminal's second one, drawn on stderr: when it ends, by whate
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from rich.text import Text
 from qmix.engine.figures import Figures
 from qmix.errors import UsageError, arg
 from qmix.terminal.expert_map import ExpertMap
+from qmix.terminal.job_control import JobControl
 from qmix.units import format_bytes, plural
 
 REFRESHES = 4  # a second
@@ -69,7 +69,10 @@ class LiveScreen:
 
     @contextmanager
     def showing(self, figures: Callable[[], Figures]) -> Iterator[None]:
-        """Show figures, taken by another thread, while the block runs. A SIGTERM ends the process as without it."""
+        """Show figures, taken by another thread, while the block runs.
+
+        Ctrl-Z gives the terminal back until the process goes on. A SIGTERM ends the process as without the screen.
+        """
 
         def draw() -> LiveView:
             return LiveView(self._title, figures(), self._answer(), self._note)
@@ -82,15 +85,14 @@ class LiveScreen:
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        before = signal.signal(signal.SIGTERM, self._terminate)
-        try:
-            live.start(refresh=True)
-            yield
-        finally:
+        with JobControl(lambda: live, self._end) as control:
             try:
-                self._end()
+                with control.undisturbed():
+                    live.start(refresh=True)
+                yield
             finally:
-                signal.signal(signal.SIGTERM, before)
+                with control.undisturbed():
+                    self._end()
 
     def _write(self, write: Callable[[str], None], text: str, held: bool) -> None:
         if held and self._live is not None:
@@ -112,11 +114,6 @@ class LiveScreen:
         self._note = ""  # the next screen begins without it
         for write, text in held:
             write(text)
-
-    def _terminate(self, number: int, frame: object) -> None:
-        self._end()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
 
 
 class LiveView:

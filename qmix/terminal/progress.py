@@ -23,6 +23,7 @@ from rich.table import Column
 from rich.text import Text
 
 from qmix.progress import Progress
+from qmix.terminal.job_control import JobControl
 from qmix.terminal.voice import Voice, say
 from qmix.units import UnitSystem, format_bytes
 
@@ -56,21 +57,28 @@ class JobDisplay:
         self._title, self._columns, self._whole = title, columns or _fields("count", "rate", "left"), whole
         self._console = Console(stderr=True)
         self._bar: Bar | None = None
+        self._control = JobControl(lambda: self._bar.live if self._bar else None)
         self._printed = 0.0 if whole else time.monotonic()
         self._last: tuple[Any, ...] = ()
         self._shown: tuple[Any, ...] = ()
         self._told: Sequence[str] = ()
 
     def __enter__(self: Self) -> Self:
+        if self._console.file.isatty():
+            self._control.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif kind is None and self._whole and self._last != self._shown:
-            self._say()
+        try:
+            if self._bar is not None:
+                with self._control.undisturbed():
+                    self._bar.stop()
+            elif kind is None and self._whole and self._last != self._shown:
+                self._say()
+        finally:
+            self._control.__exit__()
 
     def show(self, done: int, total: int, told: Sequence[str], **fields: Any) -> None:
         """Show `done` of `total` units of work: with `fields` for the bar's columns, or with all of `told` in a log."""
@@ -89,7 +97,8 @@ class JobDisplay:
     def _start(self, done: int, total: int, fields: dict[str, Any]) -> None:
         self._bar = Bar(_Words("{task.description}"), BarColumn(bar_width=None), *self._columns, console=self._console)
         self._task = self._bar.add_task(self._title, completed=done, total=total, **fields)
-        self._bar.start()
+        with self._control.undisturbed():
+            self._bar.start()
 
     def _say(self) -> None:
         self._printed, self._shown = time.monotonic(), self._last
@@ -149,13 +158,21 @@ class ThinkingLine:
     """
 
     def __init__(self, describe: Callable[[], str]) -> None:
-        self._describe = describe
         self._console = Console(stderr=True)
+        self._live = Live(
+            console=self._console,
+            get_renderable=lambda: Text(describe(), style="dim", no_wrap=True, overflow="ellipsis"),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._control = JobControl(lambda: self._live)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._show, name="qmix-thinking", daemon=True)
 
     def __enter__(self) -> ThinkingLine:
         if self._console.file.isatty() and not Voice.quiet:
+            self._control.__enter__()
             self._thread.start()
         return self
 
@@ -163,18 +180,16 @@ class ThinkingLine:
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join()
+            with self._control.undisturbed():
+                self._live.stop()
+            self._control.__exit__()
 
     def _show(self) -> None:
         if self._over.wait(THINKING_PATIENCE):
             return
-        with Live(
-            console=self._console,
-            get_renderable=lambda: Text(self._describe(), style="dim", no_wrap=True, overflow="ellipsis"),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        ):
-            self._over.wait()
+        with self._control.undisturbed():
+            self._live.start()
+        self._over.wait()
 
 
 def time_left(seconds: float) -> str:

@@ -18,7 +18,7 @@ TAB = 8  # columns
 class StreamWrap:
     """Text that arrives in pieces, written at once: a word that reaches the edge is erased and begun on the next line.
 
-    `write` takes what is written to the terminal, `columns` returns its width, asked for at each line's beginning.
+    `write` takes what is written to the terminal, `columns` returns its width, read at each line's beginning.
     Wide characters, as in Chinese, are words of their own. `wrap.add` returns nothing; call `end` after the last piece.
     """
 
@@ -99,7 +99,7 @@ class StreamWrap:
 def folded(line: str, columns: int, between: str = " ") -> str:
     """Return a line with line ends in it so that no part of it is wider than so many columns, if that is possible.
 
-    It is folded at `between`; what stands before a fold keeps it, without its last space.
+    It is folded at `between`; the text before a fold keeps it, without its last space.
     """
     lines: list[str] = []
     parts = line.split(between)

@@ -119,7 +119,7 @@ class _Failure(Exception):
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Turn exceptions and panics into _Failure; qmix's own errors and those that end the program pass."""
+    """Turn exceptions and panics into _Failure; qmix's own errors, and exceptions that end the program, pass."""
     try:
         yield
     except (QmixError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):

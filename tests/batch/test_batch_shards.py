@@ -139,7 +139,7 @@ def test_what_is_not_the_whole_of_one_run_is_refused(qmix, source, shards, tmp_p
     manifests = {path: path.read_bytes() for path in tmp_path.glob("out-*.qmix.json")}
     assert "not the answers of a shard" in refusal(one, *manifests)  # as a pattern of the shell gives them
     assert manifests == {path: path.read_bytes() for path in manifests}
-    assert f"{tmp_path / 'none'}: no such file" in refusal(tmp_path / "none")
+    assert f"{tmp_path / 'none'}: not found" in refusal(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(LINES[0]) + "\n")

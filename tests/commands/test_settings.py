@@ -94,6 +94,21 @@ def test_what_was_typed_takes_the_place_of_what_excludes_it(qmix, file, tmp_path
     assert f"--ram is set by {file}, key ram" in both.err
 
 
+def test_the_variable_of_a_kubernetes_service_is_no_port(qmix, file):
+    """A Service called qmix sets QMIX_PORT in every pod beside it."""
+    link = "tcp://10.0.0.1:80"
+    write(file, "[serve]\nport = 0\n")
+    done = qmix("serve", "tiny", "--context", "100000", QMIX_PORT=link)
+    assert (
+        done.lines[0] == f"QMIX_PORT is {link}, which Kubernetes sets for a service called qmix: not used, give --port"
+    )
+    assert done.lines[-1].startswith("qmix: --context 100000: ")
+    assert "QMIX_PORT" not in qmix("serve", "tiny", "--port", "0", "--context", "100000", QMIX_PORT=link).err
+    assert link not in qmix("config", QMIX_PORT=link).out
+    wrong = qmix("serve", "tiny", QMIX_PORT="80x")
+    assert (wrong.status, wrong.lines[-1]) == (2, "--port is set by QMIX_PORT")
+
+
 def test_flags_and_repeatable_options(qmix, file):
     write(file, 'ignore-eos = true\nstop = ["a", "e"]\n')
     text = json.loads(qmix(*HELLO, "--json", "--temperature", "0", "--max-new-tokens", "30").out)["text"]

@@ -87,7 +87,7 @@ def test_show_tells_what_is_known_without_reading_weights(commands, store):
 def test_names_that_are_no_store_or_several(commands, tiny_cache, store, tmp_path):
     missing = commands("show", "nothing")
     assert (missing.status, missing.out) == (2, "")
-    assert missing.err == f"qmix: nothing: not a store, nor the name of one in {tiny_cache}; `qmix ls` lists them\n"
+    assert missing.err == "qmix: nothing: not found: expected a store's directory or a name that `qmix ls` shows\n"
     shutil.copytree(store, tiny_cache / "tiny-other")
     several = commands("rm", "tiny", "--yes")
     assert several.status == 2
@@ -102,7 +102,7 @@ def test_names_that_are_no_store_or_several(commands, tiny_cache, store, tmp_pat
 def test_rm_removes_nothing_without_a_terminal_or_yes(commands, store):
     refused = commands("rm", "tiny")
     assert refused.status == 2
-    assert refused.err == "qmix: rm: asks before it removes, and stdin is no terminal; give --yes\n"
+    assert refused.err == "qmix: rm: asks before it removes, and stdin is not a terminal; give --yes\n"
     assert store.is_dir()
 
 

@@ -13,6 +13,7 @@ from checkpoints import TINY_CONFIG, random_weights, write_checkpoint
 from command import LIMIT_SECONDS
 from stores import make_store
 
+pytestmark = pytest.mark.usefixtures("measured")
 PROMPT = "To install a package on this system, open a terminal and type the name. " * 40
 
 

@@ -319,4 +319,4 @@ def test_the_card_on_data_as_it_is_fetched(qmix, tmp_path):
 def test_a_name_that_is_no_task(qmix, tmp_path):
     done = qmix("eval", "tiny", "--tasks", "no_such_task", "--data", TASKS, "-o", tmp_path, "--ram", "1200MiB")
     assert (done.status, done.out) == (2, "")
-    assert done.lines[-1] == f"qmix: --tasks no_such_task: no such task in lm-evaluation-harness, nor in {TASKS}"
+    assert done.lines[-1] == f"qmix: --tasks no_such_task: not found in lm-evaluation-harness or in {TASKS}"

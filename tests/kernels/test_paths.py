@@ -12,6 +12,7 @@ from command import real
 
 from qmix.errors import UsageError
 from qmix.kernels.cpu.paths import PATHS, cpu_flags, current, environment, supported
+from qmix.machine import found
 
 TESTS = Path(__file__).parent
 OTHERS = [path.name for path in supported() if path is not current()]
@@ -42,19 +43,14 @@ def test_the_best_path_is_taken_where_none_is_chosen():
 
 
 @pytest.mark.parametrize("path", OFTEN)
-def test_products_on_every_path(path):
-    """4-bit, int8 and half products of every remainder compared with fp64, batch invariance, dequantised weights."""
-    files = ("tests/kernels/test_products.py", "tests/precision/test_widened.py")
-    chosen = "products_of_any or neither_threads or both_products or flat_rows"
-    assert "21 passed" in pytest_on(path, *files, "-k", chosen)
-
-
-@pytest.mark.parametrize("path", OFTEN)
-def test_one_piece_of_work_on_every_path(path):
-    """Experts computed together, and all else of a layer for one token, compared with single products and modules."""
-    files = ("tests/kernels/test_experts.py", "tests/model/test_decoder_layer.py")
-    chosen = "by_hand or (single_products and nf4-bf16) or (transformers_layer and 9-plain)"
-    assert "3 passed" in pytest_on(path, *files, "-k", chosen)
+def test_products_and_one_piece_of_work_on_every_path(path):
+    """4-bit, int8 and half products of every remainder compared with fp64, batch invariance, dequantised weights; and
+    experts computed together, and all else of a layer for one token, compared with single products and modules."""
+    files = ("kernels/test_products", "precision/test_widened", "kernels/test_experts", "model/test_decoder_layer")
+    products = "products_of_any or neither_threads or both_products or flat_rows"
+    together = "by_hand or (single_products and nf4-bf16) or (transformers_layer and 9-plain)"
+    names = [f"tests/{name}.py" for name in files]
+    assert "25 passed" in pytest_on(path, *names, "-k", f"{products} or {together}")
 
 
 @pytest.mark.slow
@@ -87,8 +83,13 @@ def test_a_path_that_is_none_or_cannot_run_here_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("path", OFTEN)
-def test_the_command_line_takes_the_path_from_its_variable(first_use, path):
+def test_the_command_line_takes_the_path_from_its_variable(first_use, monkeypatch, path):
     arguments = ("generate", "Click the button to", "-m", "tiny", "--temperature", "0", "--max-new-tokens", "8")
+    with monkeypatch.context() as patch:  # so that no kernels are compiled to measure what Python takes on this path
+        patch.setattr(found, "current", lambda: PATHS[path])
+        patch.setattr(found, "transformers_is_whole", lambda: False)
+        for kernels in (False, True):
+            found.interpreter_path(first_use.cache / "qmix", kernels).write_text('{"bytes": 400000000}')
     done = real(*arguments, XDG_CACHE_HOME=str(first_use.cache), QMIX_CPU=path)
     assert (done.status, done.out) == (0, " open the menu. Click the icon to\n"), done.err
 

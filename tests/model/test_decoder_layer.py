@@ -36,8 +36,11 @@ def kernels_for_any_size(monkeypatch):
 
 
 def model_of(tmp_path, precision: str = "nf4", **changes) -> Any:
+    """A model that takes its layers one by one."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", max_position_embeddings=1024, **changes)
-    return make_model(make_store(checkpoint, tmp_path / f"store-{precision}", precision))
+    model = make_model(make_store(checkpoint, tmp_path / f"store-{precision}", precision))
+    model.steps = None
+    return model
 
 
 def steps(model: Any, prompt: int) -> tuple[torch.Tensor, KVCache]:

@@ -119,6 +119,19 @@ def test_a_batch_answers_the_lines_of_a_failed_pass_again(
     assert batch.errors == ([] if status == "completed" else ["a bug in qmix: ZeroDivisionError: by hand"])
 
 
+def test_a_directory_that_cannot_be_read_is_not_held(service, tmp_path):
+    def failing(self):
+        raise PermissionError("by hand")
+
+    files = Files(tmp_path)
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(Files, "sweep", failing)
+        with pytest.raises(PermissionError) as raised:
+            Batches(tmp_path, files, service, 256)
+    assert raised.tb is not None  # a failure that is kept keeps its frames, and what they hold open
+    Batches(tmp_path, Files(tmp_path), service, 256).close()
+
+
 def test_a_follower_that_fails_takes_nothing_from_the_others():
     taken = []
 

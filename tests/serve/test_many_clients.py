@@ -163,7 +163,7 @@ def test_an_interrupt_lets_running_requests_end(places, model, tmp_path):
     assert pieces[-1].choices[0].finish_reason == "length"
     assert running.stop() == 130
     assert running.messages.read_text().splitlines()[-2:] == [
-        "stopping: 1 requests are still answered; Ctrl-C again cuts them",
+        "stopping: still answering 1 request; Ctrl-C again cuts them",
         "qmix: interrupted",
     ]
 

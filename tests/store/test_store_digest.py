@@ -176,34 +176,34 @@ EDITS = {
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", *(pytest.param(name, marks=pytest.mark.slow) for name in list(EDITS)[1:])]
 )
-def test_a_batch_does_not_go_on_with_another_store(commands, store: Path, tmp_path: Path, name: str) -> None:
+def test_a_batch_does_not_go_on_with_another_store(qmix, store: Path, tmp_path: Path, name: str) -> None:
     lines = [json.dumps({"id": f"{index}", "prompt": f"Open the {index}", "max_tokens": 3}) for index in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     argv = ("batch", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "-m", store, "--ram", "1GiB")
-    assert commands(*argv).status == 0
+    assert qmix(*argv).status == 0
     answers = (tmp_path / "out.jsonl").read_bytes()
     (tmp_path / "out.jsonl").write_bytes(b"".join(answers.splitlines(keepends=True)[:2]))
     original = {path.name: path.read_bytes() for path in store.glob("*.j*")}
     EDITS[name](store)
-    refused = commands(*argv)
+    refused = qmix(*argv)
     assert refused.status == 2
     assert f"has answers from another run (another {name}); use the options of that run" in refused.lines[-1]
     (store / name).unlink()
     if name in EDITABLE:
-        assert f"another run (now without {name}); use" in commands(*argv).lines[-1]
+        assert f"another run (now without {name}); use" in qmix(*argv).lines[-1]
     for each, content in original.items():
         (store / each).write_bytes(content)
-    assert commands(*argv).status == 0
+    assert qmix(*argv).status == 0
     assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") == 3
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_chat_takes_the_texts_and_says_what_differs(commands, store: Path, tmp_path: Path, name: str) -> None:
+def test_a_chat_takes_the_texts_and_says_what_differs(qmix, store: Path, tmp_path: Path, name: str) -> None:
     chat = ("chat", store, "--ram", "1GiB", "--max-new-tokens", "4", "--temperature", "0")
     saved = tmp_path / "s.json"
-    assert commands(*chat, stdin=f"Hello there\n/save {saved} --cache\n".encode()).status == 0
+    assert qmix(*chat, stdin=f"Hello there\n/save {saved} --cache\n".encode()).status == 0
     EDITS[name](store)
-    done = commands(*chat, "--resume", saved, stdin=b"More\n")
+    done = qmix(*chat, "--resume", saved, stdin=b"More\n")
     assert done.status == 0
     assert f"saved with m with other {name}; only its texts are used, and the next turn computes them again" in done.err
 

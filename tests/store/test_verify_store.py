@@ -258,7 +258,7 @@ def test_a_checkpoint_that_is_gone_or_another_is_one_line_and_its_new_place_does
     (other / "tokenizer.json").write_text('{"words": ["a", "b"]}')
     refused = qmix("quantize", store, "--from", other)
     assert refused.status == 1
-    assert "gives other weights than those" in refused.lines[-1]
+    assert "its weights are not the ones that" in refused.lines[-1]
     assert len(qmix("verify", store).out.splitlines()) == 3  # the tokenizer was copied, the weights are no worse
     assert qmix("quantize", store, "--from", moved).status == 0
     whole = files_of(made.directory) | {"source.json": origin.read_bytes()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import termios
 import time
@@ -96,11 +97,15 @@ class Screen:
         return self.terminal.exitstatus if self.terminal.signalstatus is None else -self.terminal.signalstatus
 
     def check_restored(self) -> None:
+        """The first screen and the cursor are back, nothing is left of the second, and the keyboard is as before."""
+        self.check_screen()
+        assert self.after == self.before
+
+    def check_screen(self) -> None:
         """The first screen and the cursor are back, and nothing is left of the second."""
         assert self.written.count(ENTER) == self.written.count(LEAVE) > 0
         assert self.written.rindex(LEAVE) > self.written.rindex(ENTER)
         assert self.written.rindex(SHOW) > self.written.rindex(HIDE)
-        assert self.after == self.before
 
 
 @pytest.fixture
@@ -155,6 +160,70 @@ def test_a_signal_gives_the_terminal_back_with_the_answer_so_far(open_screen, se
     assert len(left.split()) > 10
     assert "Traceback" not in left
     assert left.endswith("\nqmix: interrupted\n") == (sent == signal.SIGINT)
+
+
+@pytest.fixture
+def shell(open_screen) -> Screen:
+    """An interactive bash, which has job control."""
+    screen = open_screen("--norc", "--noprofile", "-i", shell="/bin/bash", raw=True, environment={"PS1": "sh> "})
+    screen.wait(r"sh>\s*$")
+    return screen
+
+
+def typed(*argv: str) -> str:
+    return " ".join(shlex.quote(str(part)) for part in (*COMMAND, *argv)) + "\r"
+
+
+def test_ctrl_z_gives_the_terminal_to_the_shell_and_fg_draws_again(shell):
+    shell.terminal.send(typed(*LONG))
+    shell.wait(r"tokens +[2-9]\d")
+    shell.terminal.send("\x1a")
+    shell.wait(r"Stopped[\s\S]*sh>\s*$")
+    assert shell.written.count(ENTER) == shell.written.count(LEAVE) == 1
+    assert shell.written.rindex(SHOW) > shell.written.rindex(HIDE)
+    shell.terminal.send("echo be''tween\r")
+    shell.wait(r"between\s+sh>\s*$")
+    shell.terminal.send("fg\r")
+    shell.wait(r"qmix generate: tiny +0:\d\d[\s\S]*tokens +\d+")
+    shell.terminal.sendintr()
+    shell.wait(r"qmix: interrupted\s+sh>\s*$")
+    assert shell.written.count(ENTER) == shell.written.count(LEAVE) == 2
+    shell.check_screen()
+
+
+def test_in_the_background_it_draws_nothing_until_it_is_back(shell):
+    shell.terminal.send(typed(*LONG))
+    shell.wait(r"tokens +[2-9]\d")
+    shell.terminal.send("\x1a")
+    shell.wait(r"Stopped[\s\S]*sh>\s*$")
+    shell.terminal.send("bg; echo re''ady; sleep 1\r")
+    shell.wait(r"ready\s+sh>\s*$")
+    assert shell.written.count(ENTER) == 1
+    shell.terminal.send("fg\r")
+    shell.wait(r"qmix generate: tiny +0:\d\d[\s\S]*tokens +\d+")
+    shell.terminal.send("\x1a")
+    shell.wait(r"Stopped[\s\S]*sh>\s*$")
+    shell.terminal.send("kill %1; fg\r")
+    shell.wait(r"Terminated[\s\S]*sh>\s*$")
+    shell.check_screen()
+
+
+def test_ctrl_z_at_a_chat_s_prompt_and_in_its_answer(shell):
+    shell.terminal.send(typed("chat", "tiny", "--seed", "1", "--ignore-eos", "--live"))
+    for prompt in (True, False):
+        shell.wait(r">>>\s*$")
+        if not prompt:
+            shell.terminal.send("How?\r")
+            shell.wait(r"tokens +[2-9]\d")
+        shell.terminal.send("\x1a")
+        shell.wait(r"Stopped[\s\S]*sh>\s*$")
+        shell.terminal.send("fg\r")
+    shell.wait(r"qmix chat: tiny +0:\d\d[\s\S]*tokens +\d+")
+    shell.terminal.sendintr()
+    shell.wait(r"stopped after \d+ tokens\s+>>>\s*$")
+    shell.terminal.send("\x04")
+    shell.wait(r"sh>\s*$")
+    shell.check_screen()
 
 
 def test_an_error_gives_the_terminal_back_and_is_told_below(open_screen, qmix, tiny, tmp_path):

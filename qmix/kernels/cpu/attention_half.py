@@ -2,14 +2,16 @@
 
 Its stages (`stages`) follow transformers' Mixtral, with the same roundings to bf16: norm, projections to query, key and
 value, rotary embedding, attention over the KV cache, projection to the output and the residual, norm, and the router's
-product. Each is a few microseconds of work on its own, less than torch and Python need around it.
+product with the choice of experts. Each is a few microseconds of work on its own, less than torch and Python need
+around it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numba import carray
@@ -54,8 +56,46 @@ class HalfLayer:
 
     @property
     def places(self) -> tuple[int, ...]:
-        parts = self.norm, self.query, self.key, self.value, self.out, self.second_norm, self.router
-        return tuple(part.data_ptr() for part in parts)
+        return (
+            self.norm.data_ptr(),
+            *(self.query.data_ptr(), self.key.data_ptr(), self.value.data_ptr(), self.out.data_ptr()),
+            self.second_norm.data_ptr(),
+            self.router.data_ptr(),
+        )
+
+
+class HalfLayerSizes(NamedTuple):
+    """What a half layer computes with: sizes of its model and the positions of a sequence, this token's included."""
+
+    hidden: int
+    heads: int
+    groups: int
+    width: int
+    positions: int
+    experts: int
+    top_k: int
+
+    @property
+    def work_bytes(self) -> int:
+        """The work memory of a token."""
+        item, blocks = x_item(holds_of(torch.bfloat16)), -(-self.positions // BLOCK)
+        projected = 4 * (self.heads + 2 * self.groups) * self.width
+        parts = 4 * blocks * self.heads * (self.width + 2)
+        return projected + parts + item * (self.hidden + 2 * self.heads * self.width)
+
+
+def half_layer_block(
+    sizes: HalfLayerSizes, inputs: Sequence[int], cache: Sequence[int], layer: HalfLayer, results: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the kernel's block for a layer, in the order of `half_layer_pieces`.
+
+    `inputs` are the addresses of the residual stream, cosines, sines, constants and work memory, `results` those of the
+    residual stream after attention, its norm, and the experts chosen with their shares; `cache` those of keys and
+    values, with the bytes from one group to the next.
+    """
+    holds = holds_of(torch.bfloat16)
+    code = x_item(holds), sums_of(holds), block_of(holds)
+    return 0, 0, *sizes, *inputs, *cache, *layer.places, *results, *code
 
 
 def attend_and_route(
@@ -66,30 +106,28 @@ def attend_and_route(
     values: torch.Tensor,
     epsilons: tuple[float, float],
     scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the residual stream after attention [1, H], its norm [1, H] and the router's logits [1, E], all in bf16.
+    top_k: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the residual stream after attention [1, H] and its norm [1, H] in bf16, the experts that the router
+    chooses [1, k] in int64, and their shares [1, k] in fp32.
 
     `hidden` is a token's residual stream, H numbers in bf16; `rotary` its cosines and sines, D each. `keys` and
     `values` [G, S, D] are those of the sequence, with contiguous rows; the last one of each group is written here.
     """
     groups, positions, width = keys.shape
-    heads, experts = len(layer.query) // width, len(layer.router)
-    holds = holds_of(torch.bfloat16)
-    item, size = x_item(holds), hidden.numel()
-    blocks = -(-positions // BLOCK)
-    attended, normed = hidden.new_empty(1, size), hidden.new_empty(1, size)
-    logits = hidden.new_empty(1, experts)
+    sizes = HalfLayerSizes(
+        hidden.numel(), len(layer.query) // width, groups, width, positions, len(layer.router), top_k
+    )
+    attended, normed = hidden.new_empty(1, sizes.hidden), hidden.new_empty(1, sizes.hidden)
+    chosen, shares = torch.empty(1, top_k, dtype=torch.int64), torch.empty(1, top_k)
     numbers = torch.tensor([*epsilons, scaling], dtype=torch.float32)
-    projected = (heads + 2 * groups) * width
-    lengths = 4 * projected, 4 * blocks * heads * (width + 2), item * size, 2 * item * heads * width
-    work = torch.empty(sum(lengths), dtype=torch.uint8)
-    sizes = size, heads, groups, width, positions, experts
+    work = torch.empty(sizes.work_bytes, dtype=torch.uint8)
+    cos, sin = rotary
+    inputs = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), numbers.data_ptr(), work.data_ptr()
     cache_places = keys.data_ptr(), values.data_ptr(), 2 * keys.stride(0), 2 * values.stride(0)
-    results = attended.data_ptr(), normed.data_ptr(), logits.data_ptr()
-    inputs = hidden.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr(), numbers.data_ptr(), work.data_ptr()
-    addresses = *inputs, *cache_places, *layer.places, *results
-    team.run(half_layer_kernel(), 0, *sizes, *addresses, item, sums_of(holds), block_of(holds))
-    return attended, normed, logits
+    results = attended.data_ptr(), normed.data_ptr(), chosen.data_ptr(), shares.data_ptr()
+    team.run(half_layer_kernel(), *half_layer_block(sizes, inputs, cache_places, layer, results)[1:])
+    return attended, normed, chosen, shares
 
 
 @cache
@@ -105,8 +143,9 @@ def half_layer_kernel() -> int:
         to_combine = to_attend + groups * ((positions + BLOCK - 1) // BLOCK)
         to_add = to_combine + heads
         to_route = to_add + row_groups(size)
+        end = to_route + 1
         piece = next_piece(block)
-        while piece <= to_route:
+        while piece < end:
             if piece < 1:
                 norm(
                     numbers[ITEM],
@@ -141,6 +180,8 @@ def half_layer_kernel() -> int:
             else:
                 wait_for(done, to_route)
                 route(numbers)
+                finish(done, end)
             piece = next_piece(block)
+        wait_for(done, end)
 
     return compiled_address(kernel)

@@ -5,7 +5,8 @@ Four stages follow one another in a call (`stages`). Each one's pieces are sprea
 read    the rows of x as the tiles read them
 inner   silu(gate @ x) * (up @ x), for some rows of both matrices
 outer   down @ inner, each row of the result in its place among the outputs
-sum     the outputs of a token times the router's weights, in the router's order, summed in fp32 and rounded once
+sum     the outputs of a token times the router's weights, in the router's order, summed in fp32 and rounded once;
+        then added to the residual stream, if there is one
 
 Every number is rounded where separate products round it: gate, up, activation, product and output to x's type. Every
 sum has one order, so a token's numbers do not depend on the other tokens, the other experts of a call, or the threads.
@@ -37,9 +38,9 @@ SUMMED = 1024  # columns of a token in a piece of the last stage
 
 # the kernel's block, after the counts of pieces drawn and done
 EXPERTS, ROWS, TOKENS, TOP_K, HIDDEN, INNER, FP16, DIRECT = range(2, 10)
-TABLE, X, READ, READ_INNER, OUT, WEIGHTS, RESULT = range(10, 17)  # addresses
-PACKED, ITEM, GROUP_SUMS = range(17, 20)  # what the tiles take: if packed matrices, bytes of a number of x; code
-FIELDS = 20
+TABLE, X, READ, READ_INNER, OUT, WEIGHTS, RESIDUAL, RESULT = range(10, 18)  # addresses; 0 for what there is none of
+PACKED, ITEM, GROUP_SUMS = range(18, 21)  # what the tiles take: if packed matrices, bytes of a number of x; code
+FIELDS = 21
 # an expert in the table: addresses, the number of its rows, and the number of the first among all
 GATE, GATE_SCALES, UP, UP_SCALES, DOWN, DOWN_SCALES, PLACES, COUNT, FIRST = range(9)
 EXPERT_FIELDS = 9
@@ -73,7 +74,7 @@ def multiply_experts(
     memory = torch.empty(x_item(holds) * rows * (hidden + inner), dtype=torch.uint8)  # x as read, and the inner numbers
     x = x.contiguous()
     result = None if weights is None else torch.empty_like(x)
-    summed = (0, 0) if weights is None or result is None else (weights.data_ptr(), result.data_ptr())
+    summed = (0, 0, 0) if weights is None or result is None else (weights.data_ptr(), 0, result.data_ptr())
     table = (c_int64 * len(numbers))(*numbers)
     read = x.data_ptr() if direct else memory.data_ptr()
     sizes = len(experts), rows, tokens, top_k, hidden, inner, fp16, direct
@@ -249,12 +250,13 @@ def _outer_rows(numbers: Any, piece: int) -> None:
 @compiled_part
 def _sum_columns(numbers: Any, piece: int) -> None:
     """Sum some columns of a token's outputs times the router's weights."""
-    top_k, hidden, fp16, out, weights, result = (
+    top_k, hidden, fp16, out, weights, residual, result = (
         numbers[TOP_K],
         numbers[HIDDEN],
         numbers[FP16],
         numbers[OUT],
         numbers[WEIGHTS],
+        numbers[RESIDUAL],
         numbers[RESULT],
     )
     parts = (hidden + SUMMED - 1) // SUMMED
@@ -265,7 +267,10 @@ def _sum_columns(numbers: Any, piece: int) -> None:
             number = half_at(out + ((token * top_k + i) * hidden + c) * 2, fp16)
             weighted = number * float_at(weights + (token * top_k + i) * 4)
             total = weighted if i == 0 else total + weighted
-        put_half(total, result + (token * hidden + c) * 2, fp16)
+        place = (token * hidden + c) * 2
+        put_half(total, result + place, fp16)
+        if residual:
+            put_half(half_at(residual + place, fp16) + half_at(result + place, fp16), result + place, fp16)
 
 
 @cache
@@ -298,6 +303,8 @@ def experts_kernel() -> int:
             else:
                 wait_for(done, to_sum)
                 _sum_columns(numbers, piece - to_sum)
+                finish(done, end)
             piece = next_piece(block)
+        wait_for(done, end)
 
     return compiled_address(kernel)

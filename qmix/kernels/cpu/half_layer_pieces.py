@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
-from qmix.kernels.cpu.addresses import address_of, call_at, fill_floats, float_at, half_at, put_float, put_half
+from qmix.kernels.cpu.addresses import (
+    address_of,
+    call_at,
+    fill_floats,
+    float_at,
+    half_at,
+    integers,
+    put_float,
+    put_half,
+)
 from qmix.kernels.cpu.attention import BLOCK, combine_blocks
 from qmix.kernels.cpu.blocks import to_bf16
 from qmix.kernels.cpu.compiled import compiled_part
@@ -16,13 +26,13 @@ from qmix.kernels.cpu.row_tile import GROUP
 PARTIAL = 16  # sums of squares side by side
 
 # the kernel's block, after the counts of pieces drawn and done
-SIZE, HEADS, GROUPS, WIDTH, POSITIONS, EXPERTS = range(2, 8)
-HIDDEN, COS, SIN, CONSTANTS, WORK = range(8, 13)  # addresses, as are the following
-KEYS, VALUES, KEY_GROUP, VALUE_GROUP = range(13, 17)  # the last two are strides in bytes
-NORM, QUERY, KEY, VALUE, OUT, SECOND_NORM, ROUTER = range(17, 24)
-ATTENDED, NORMED, LOGITS = range(24, 27)
-ITEM, GROUP_SUMS, ATTEND_BLOCK = range(27, 30)  # bytes of a number as the tiles read it; code
-FIELDS = 30
+SIZE, HEADS, GROUPS, WIDTH, POSITIONS, EXPERTS, TOP_K = range(2, 9)
+HIDDEN, COS, SIN, CONSTANTS, WORK = range(9, 14)  # addresses, as are the following
+KEYS, VALUES, KEY_GROUP, VALUE_GROUP = range(14, 18)  # the last two are strides in bytes
+NORM, QUERY, KEY, VALUE, OUT, SECOND_NORM, ROUTER = range(18, 25)
+ATTENDED, NORMED, CHOSEN, SHARES = range(25, 29)
+ITEM, GROUP_SUMS, ATTEND_BLOCK = range(29, 32)  # bytes of a number as the tiles read it; code
+FIELDS = 32
 
 
 @compiled_part
@@ -164,18 +174,42 @@ def add_output(numbers: Any, piece: int) -> None:
 
 @compiled_part
 def route(numbers: Any) -> None:
-    """Norm the residual stream, and compute the router's logits."""
-    size, experts, attended, normed, logits = (
-        numbers[SIZE],
-        numbers[EXPERTS],
-        numbers[ATTENDED],
-        numbers[NORMED],
-        numbers[LOGITS],
-    )
+    """Norm the residual stream, and choose experts by the router's logits, which are rounded to bf16."""
+    size, experts, attended, normed = numbers[SIZE], numbers[EXPERTS], numbers[ATTENDED], numbers[NORMED]
     _, _, read, _, _ = layout(numbers)
     norm(numbers[ITEM], attended, numbers[SECOND_NORM], float_at(numbers[CONSTANTS] + 4), size, read, normed)
-    sums = np.empty((1, GROUP), np.float32)
+    logits = np.empty((experts + GROUP - 1) // GROUP * GROUP, np.float32)
     for row in range(0, experts, GROUP):
-        call_at(numbers[GROUP_SUMS], address_of(sums), 1, row, 1, experts, size, numbers[ROUTER], 0, read)
-        for r in range(row, min(row + GROUP, experts)):
-            put_half(sums[0, r - row], logits + r * 2, 0)
+        sums = address_of(logits) + row * 4
+        call_at(numbers[GROUP_SUMS], sums, 1, row, 1, experts, size, numbers[ROUTER], 0, read)
+    for expert in range(experts):
+        logits[expert] = to_bf16(logits[expert])
+    choose(logits[:experts], numbers[TOP_K], numbers[CHOSEN], numbers[SHARES])
+
+
+@compiled_part
+def choose(logits: Any, top_k: int, chosen: int, shares: int) -> None:
+    """Put the `top_k` largest of fp32 logits at `chosen`, int64, and their parts of 1 at `shares`, fp32.
+
+    The largest comes first, of equal ones the first. The parts are the softmax over all, scaled so that their sum is 1.
+    """
+    numbers = carray(integers(chosen), top_k)
+    last, last_index, total = np.float32(np.inf), -1, np.float32(0)
+    for i in range(top_k):
+        best, best_index = np.float32(-np.inf), -1
+        for expert in range(len(logits)):
+            value = logits[expert] if logits[expert] == logits[expert] else np.float32(-np.inf)  # a NaN comes last
+            later = value < last or (value == last and expert > last_index)
+            if later and (best_index < 0 or value > best):
+                best, best_index = value, expert
+        numbers[i] = last_index = best_index
+        last = best
+    for expert in range(len(logits)):
+        total += np.exp(logits[expert] - logits[numbers[0]])
+    together = np.float32(0)
+    for i in range(top_k):
+        share = np.exp(logits[numbers[i]] - logits[numbers[0]]) / total
+        put_float(share, shares + i * 4)
+        together += share
+    for i in range(top_k):
+        put_float(float_at(shares + i * 4) / together, shares + i * 4)

@@ -4,6 +4,8 @@ There are two ways to multiply ("steps"). A product uses one throughout:
 
 pairs   32 columns at a time: x in bf16, the weights as bf16, vdpbf16ps adds two products to each sum
 wide    a register of fp32 at a time: x in fp32, the weights widened to fp32
+
+For many rows of x int8 weights become bf16 once (`widen_row`), not once a tile. The sums stay the same bit for bit.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from qmix.kernels.cpu.vectors import (
     bf16_to_float,
     clear,
     equal,
+    fence,
     fp16_to_float,
     load,
     times,
@@ -50,6 +53,11 @@ ROWS = 4  # of a tile
 TOKENS = 6 if current().registers == 32 else 3  # 24 or 12 vectors of sums leave 8 or 4 registers to load into
 
 _ITEM = {BF16: I16, BF16_WIDE: I16, FP16: I16, INT8: I8, INT8_WIDE: I8}
+
+
+def _lanes(holds: int) -> int:
+    """Return the columns that one instruction multiplies."""
+    return 2 * LANES if holds in PAIRED else LANES
 
 
 def _weights(b: Builder, holds: int, raw: Value) -> Value:
@@ -101,9 +109,8 @@ def _fold(b: Builder, left: Value, right: Value, lanes: int, count: int) -> Valu
 def _rows_by_tokens(b: Builder, holds: int, rows: int, tokens: int, arguments: Sequence[Value]) -> None:
     """Emit the code of one dot_tile; `rows` and `tokens` are Python integers."""
     weights, stride, x, x_stride, columns, sums = arguments
-    pairs = holds in PAIRED
-    lanes, x_item = (2 * LANES, BFloat()) if pairs else (LANES, FLOAT)
-    item, add = _ITEM[holds], add_pairs if pairs else add_wide
+    lanes, item = _lanes(holds), _ITEM[holds]
+    x_item, add = (BFloat(), add_pairs) if holds in PAIRED else (FLOAT, add_wide)
     matrix_rows = [b.add(weights, times(b, stride, r)) for r in range(rows)]
     x_rows = [b.add(x, times(b, x_stride, t)) for t in range(tokens)]
     totals = [[cgutils.alloca_once(b, SUMS) for _ in range(rows)] for _ in range(tokens)]
@@ -111,11 +118,29 @@ def _rows_by_tokens(b: Builder, holds: int, rows: int, tokens: int, arguments: S
 
     def step(first: Value, take: Callable[[Value, Value, ir.Type], Value]) -> None:
         place, x_place = times(b, first, BYTES[item]), times(b, first, BYTES[x_item])
-        vectors = [_weights(b, holds, take(row, place, item)) for row in matrix_rows]
-        for row, line in zip(x_rows, totals, strict=True):
-            part = take(row, x_place, x_item)
-            for total, vector in zip(line, vectors, strict=True):
-                b.store(add(b, b.load(total), part, vector), total)
+
+        def weights(r: int) -> Value:
+            return _weights(b, holds, take(matrix_rows[r], place, item))
+
+        def number(t: int) -> Value:
+            return take(x_rows[t], x_place, x_item)
+
+        def add_product(t: int, r: int, part: Value, vector: Value) -> None:
+            b.store(add(b, b.load(totals[t][r]), part, vector), totals[t][r])
+
+        if rows < tokens or current().registers == 32:
+            vectors = [weights(r) for r in range(rows)]
+            for t in range(tokens):
+                part = number(t)
+                for r, vector in enumerate(vectors):
+                    add_product(t, r, part, vector)
+        else:  # sixteen registers hold the sums, the numbers of x and the weights of one row, and no more
+            parts = [number(t) for t in range(tokens)]
+            for r in range(rows):
+                vector = weights(r)
+                for t, part in enumerate(parts):
+                    add_product(t, r, part, vector)
+                fence(b)
 
     whole = b.udiv(columns, ir.Constant(I64, lanes))
     with cgutils.for_range(b, whole) as loop:
@@ -138,15 +163,41 @@ def dot_tile(
 ) -> tuple[Any, Callable[..., Any]]:  # fmt: skip
     """Add to fp32 sums [tokens, 32] the products of 1 or ROWS rows of a row-major matrix with 1 to TOKENS rows of x.
 
-    `holds` is a literal. x is bf16 if `holds` is in PAIRED, else fp32. `stride` and `x_stride` are bytes per row.
+    `holds` is a literal. x is bf16 if `holds` is in PAIRED, else fp32. `stride` and `x_stride` are bytes per row. If
+    `rows` is a literal too, no code is made for the other number of rows.
     """
+    choices = (rows.literal_value,) if isinstance(rows, types.IntegerLiteral) else (1, ROWS)
 
     def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
         _, rows, tokens, *rest = arguments
-        for r, t in product(range(1, ROWS + 1), range(1, TOKENS + 1)):
-            if r in (1, ROWS):
-                with b.if_then(b.and_(equal(b, rows, r), equal(b, tokens, t))):
-                    _rows_by_tokens(b, holds.literal_value, r, t, rest)
+        for r, t in product(choices, range(1, TOKENS + 1)):
+            with b.if_then(b.and_(equal(b, rows, r), equal(b, tokens, t))):
+                _rows_by_tokens(b, holds.literal_value, r, t, rest)
         return context.get_dummy_value()
 
     return types.void(holds, *[types.int64] * 8), emit
+
+
+@intrinsic(prefer_literal=True)
+def widen_row(context: object, holds: Any, row: Any, columns: Any, out: Any) -> tuple[Any, Callable[..., Any]]:
+    """Write `columns` weights of a row in bf16, and zeros up to a whole vector; `holds`, a literal, is in PAIRED."""
+
+    def emit(context: Any, b: Builder, signature: Any, arguments: Sequence[Value]) -> Value:
+        _, row, columns, out = arguments
+        kind = holds.literal_value
+        lanes, item = _lanes(kind), _ITEM[kind]
+
+        def put(first: Value, raw: Value) -> None:
+            b.store(_weights(b, kind, raw), at(b, out, times(b, first, BYTES[BFloat()]), PAIRS), align=2)
+
+        whole = b.udiv(columns, ir.Constant(I64, lanes))
+        with cgutils.for_range(b, whole) as loop:
+            first = times(b, loop.index, lanes)
+            put(first, load(b, row, times(b, first, BYTES[item]), ir.VectorType(item, lanes)))
+        done = times(b, whole, lanes)
+        rest = b.sub(columns, done)
+        with b.if_then(b.icmp_unsigned(">", rest, ir.Constant(I64, 0)), likely=False):
+            put(done, _tail(b, row, times(b, done, BYTES[item]), item, lanes, rest))
+        return context.get_dummy_value()
+
+    return types.void(holds, *[types.int64] * 3), emit

@@ -26,7 +26,7 @@ from qmix.kernels.cpu.packed_tile import (
     four_bit_tile,
     widen_block,
 )
-from qmix.kernels.cpu.row_tile import GROUP, INT8, INT8_WIDE, PAIRED, ROWS, TOKENS, dot_tile
+from qmix.kernels.cpu.row_tile import BF16, GROUP, INT8, INT8_WIDE, PAIRED, ROWS, TOKENS, dot_tile, widen_row
 from qmix.kernels.packing import BLOCK
 
 STRIP = 2048  # columns at once: six rows of x, 24 kB, stay in the L1 cache
@@ -118,13 +118,34 @@ def _packed_sums(kind: str) -> int:
 
 @cache
 def _row_sums(holds: int) -> int:
-    item, number = 1 if holds in (INT8, INT8_WIDE) else 2, 2 if holds in PAIRED else 4
+    item, number = 1 if holds in (INT8, INT8_WIDE) else 2, x_item(holds)
 
     def row_sums(
         sums: Any, tokens: Any, first: Any, groups: Any, rows: Any, columns: Any, weights: Any, scales: Any, x: Any
     ) -> None:
         last = min(first + GROUP, rows)
         fill_floats(sums, tokens * GROUP, 0)
+        if holds == INT8 and tokens > 2 * TOKENS:
+            strip = np.empty(GROUP * STRIP * number, np.uint8)
+            for column in range(0, columns, STRIP):
+                count = min(STRIP, columns - column)
+                for row in range(first, last):
+                    place = address_of(strip) + (row - first) * STRIP * number
+                    widen_row(holds, weights + (row * columns + column) * item, count, place)
+                for token in range(0, tokens, TOKENS):
+                    for row in range(0, last - first, ROWS):
+                        dot_tile(
+                            BF16,
+                            ROWS,
+                            min(TOKENS, tokens - token),
+                            address_of(strip) + row * STRIP * number,
+                            STRIP * number,
+                            x + (token * columns + column) * number,
+                            columns * number,
+                            count,
+                            sums + (token * GROUP + row) * 4,
+                        )
+            return
         for column in range(0, columns, STRIP):
             for token in range(0, tokens, TOKENS):
                 row = first

@@ -71,6 +71,11 @@ def prefetch(b: Builder, pointer: Value) -> None:
     call(b, "llvm.prefetch.p0", VOID, pointer, *(ir.Constant(I32, flag) for flag in (0, 3, 1)))
 
 
+def fence(b: Builder) -> None:
+    """Keep LLVM from loading across this point: it loads early, and then has no registers left for sums."""
+    b.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], True)
+
+
 def add_pairs(b: Builder, sums: Value, x: Value, weights: Value) -> Value:
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", SUMS, sums, x, weights)
 

@@ -47,7 +47,7 @@ def expert_tokens(ids, order, chunks, pairs, PAIRS: tl.constexpr, N: tl.constexp
 
     Pairs are numbered token by token. With a table a program takes a chunk of the pairs in order of experts. Without
     one it takes a pair, and works if that is its expert's first, N-th, 2N-th pair and so on: then it is followed by
-    those that it works for. `PAIRS` is a power of two and at least `pairs`.
+    the pairs that it works for. `PAIRS` is a power of two and at least `pairs`.
     """
     n = tl.arange(0, N)
     program = tl.program_id(1)

@@ -90,7 +90,7 @@ class AwayExperts:
     ) -> None:
         """Put the results of experts that are in memory together to their places among the exchange's.
 
-        What qmix's kernel takes is one piece of work for the cores.
+        What qmix's kernel takes is one piece of work for the cores; the activation is SiLU where steps are captured.
         """
         top_k, together = exchange.ids.shape[1], []
         for expert, forward in group:
@@ -115,7 +115,7 @@ class AwayExperts:
             multiply_experts(precision, mine, exchange.x[:tokens], outputs, together[0][0].gate.rows)
 
     def _copied(self, pairs: dict[int, list[int]], exchange: Exchange) -> frozenset[int]:
-        """Return the experts to copy, of those that the captured step can receive: the ones with the most tokens."""
+        """Return the experts to copy: the ones with the most tokens that the captured step can receive."""
         if self.staging is None or not exchange.staged:
             return frozenset()
         shapes = {expert: self.shapes[self.experts.precisions[expert]] for expert in pairs}

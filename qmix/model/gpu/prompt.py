@@ -22,7 +22,7 @@ from qmix.plan.memory import PREFILL_CHUNK
 def read_on_gpus(
     model: MixtralForCausalLM, spread: Spread, cache: KVCache, tokens: Sequence[int], together: int
 ) -> torch.Tensor:
-    """Put `tokens` behind those that the cache holds, `together` at a time through each layer; all layers on GPUs.
+    """Append `tokens` to the cache, `together` at a time through each layer; all layers on GPUs.
 
     Returns the last chunk's normed hidden states [t, H].
     """

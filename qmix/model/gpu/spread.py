@@ -43,7 +43,7 @@ class Spread:
         read_routing: Callable[[torch.Tensor], list[list[int]]] = read_numbers,
     ) -> None:
         self.plan, self.devices, self.rates, self.read_routing = plan, devices, rates, read_routing
-        self.kernels: Kernels | None = None  # those of the GPUs, once the model is known
+        self.kernels: Kernels | None = None  # of the GPUs, once the model is known
         self.dense_from: Mapping[str, int] = {}  # as measured, see `Loader`
         _check(plan)
 

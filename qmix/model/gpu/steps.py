@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from qmix.errors import arg
+from qmix.model.continued import continues
 from qmix.model.gpu.captured import CapturedStep, OnDevice
 from qmix.model.gpu.devices import HOST, Mark
 from qmix.model.gpu.exchange import Exchanges
@@ -31,7 +32,6 @@ NOT_ON_GPUS = (
     f"{arg('gpu', 'none')} runs them on the CPU"
 )
 SIZES = (1, 2, 4, 8, 16, 32)  # tokens of a graph
-KNOWN = ("use_cache", "return_dict", "logits_to_keep", "attention_mask", "position_ids", "cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +123,9 @@ class Steps:
 
     def _serves(self, ids: torch.Tensor | None, options: dict[str, Any]) -> bool:
         """Return whether this is a step of a few tokens behind those in the cache, and nothing else is wanted."""
-        if options.get("cache") is not self.cache or self.cache.rows is not None or torch.is_grad_enabled():
+        if ids is None or options.get("cache") is not self.cache or not 0 < ids.shape[1] <= self._most:
             return False
-        if ids is None or ids.shape[0] != 1 or not 0 < ids.shape[1] <= self._most:
-            return False
-        if self.model.model.forward != self._forward or any(options[name] for name in options.keys() - {*KNOWN}):
-            return False
-        start, mask, positions = self.cache.get_seq_length(), options.get("attention_mask"), options.get("position_ids")
-        end = start + ids.shape[1]
-        return (
-            end <= self.cache.capacity
-            and isinstance(options.get("logits_to_keep", 0), int)
-            and (mask is None or (mask.shape == (1, end) and bool(mask.all())))
-            and (positions is None or positions[0].tolist() == list(range(start, end)))
-        )
+        return self.model.model.forward == self._forward and continues(self.model.config, self.cache, ids, options)
 
     def step(self, tokens: list[int], position: int) -> None:
         """Queue the step of `tokens` of one sequence from `position` on, and count them in the cache."""

@@ -1,0 +1,151 @@
+"""Decode steps of a model whose experts are all in main memory: every layer in one call of the thread team.
+
+In transformers' place a forward of one token calls only the modules around the layers: embedding, rotary embedding, the
+last norm and the head. Whoever looks at what is left out, by a hook, a module or a method in its place, gets the layers
+one by one, with the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import MixtralForCausalLM
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from qmix.geometry import HALF_BYTES
+from qmix.kernels.cpu.threads import one_for_torch
+from qmix.model.continued import continues
+from qmix.model.decoder_layer import OneTokenLayer, kernel_reads
+from qmix.model.kv import KVCache
+from qmix.pool.experts import ExpertPool
+from qmix.precision.expert import Expert
+
+if TYPE_CHECKING:
+    from qmix.kernels.cpu.resident_step import ResidentLayers  # loads Numba
+
+
+class ResidentSteps:
+    """Serves the one-token forwards of a model over a pool that holds all of its experts."""
+
+    launched = 0  # no graphs
+
+    def __init__(self, model: MixtralForCausalLM, pool: ExpertPool) -> None:
+        """`model` has layers with a short way for one token, and `pool` a slot for every expert."""
+        inner = model.model
+        self.model, self.pool, self.config = model, pool, model.config
+        self._modules = [inner, inner.layers, *(part for layer in inner.layers for part in layer.modules())]
+        self._kinds = [type(part) for part in self._modules]
+        self._hooks = [hooks for part in self._modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self._children = [(part._modules, *item) for part in self._modules for item in part._modules.items()]
+        self._weights = [part._parameters for layer in inner.layers for part in layer.parts()[2:]]
+        self._places: list[int] = []
+        self._layers: ResidentLayers | None = None
+        self._share = _expert_share(model)  # of a step's time
+
+    def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
+        """Return what the model's forward would for these arguments; None where a step does not serve them."""
+        cache = options.get("cache")
+        if type(ids) is not torch.Tensor or ids.shape != (1, 1) or type(cache) is not KVCache:
+            return None
+        if not (continues(self.config, cache, ids, options) and self._sees_all(cache) and self._nobody_looks()):
+            return None
+        layers = self._resident_layers()
+        if layers is None:
+            return None
+        self.pool.check_running()
+        self.model.model.layers[0].mlp.experts.check_caller()
+        with one_for_torch(self.config.hidden_size):
+            inner, position = self.model.model, cache.get_seq_length()
+            stream = inner.embed_tokens(ids)
+            cos, sin = inner.rotary_emb(stream, position_ids=torch.tensor([[position]]))
+            if not (stream.is_contiguous() and kernel_reads(cache.layers[0].keys, (cos, sin), layers.sizes.width)):
+                return None
+            self._run(layers, stream, (cos, sin), cache)
+            return MoeCausalLMOutputWithPast(logits=self.model.lm_head(inner.norm(stream)), cache=cache)
+
+    def _run(
+        self, layers: ResidentLayers, stream: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: KVCache
+    ) -> None:
+        """Take a token through the layers, and count it in the cache and the pool."""
+        started, kept = time.perf_counter(), cache.layers
+        keys, values = [layer.keys.data_ptr() for layer in kept], [layer.values.data_ptr() for layer in kept]
+        strides = HALF_BYTES * kept[0].keys.stride(1), HALF_BYTES * kept[0].values.stride(1)
+        chosen = layers.run(stream, rotary, keys, values, strides, cache.get_seq_length() + 1)
+        for layer in kept:
+            layer.length += 1
+        self.pool.used(chosen, self._share * (time.perf_counter() - started))
+
+    def _sees_all(self, cache: KVCache) -> bool:
+        """Return whether the next token of a cache sees all of its positions, which every layer has."""
+        return self.config.sliding_window is None and cache.complete_length == cache.get_seq_length()
+
+    def _nobody_looks(self) -> bool:
+        """Return whether all modules are those of the start, with their own forward, and without hooks."""
+        return not (
+            _has_any_global_hook()
+            or self.model.training
+            or any(self._hooks)
+            or any("forward" in part.__dict__ for part in self._modules)
+            or any(type(part) is not kind for part, kind in zip(self._modules, self._kinds, strict=True))
+            or any(children.get(name) is not child for children, name, child in self._children)
+        )
+
+    def _resident_layers(self) -> ResidentLayers | None:
+        """Return the layers for the kernel; None where it does not take their weights as they are now."""
+        weights = [parameters["weight"] for parameters in self._weights]
+        places = [weight.data_ptr() for weight in weights]
+        if places != self._places:
+            experts = self.pool.whole()
+            if experts is None:
+                return None
+            self._places = places
+            self._layers = _resident_layers(self.model, experts) if all(map(_is_plain, weights)) else None
+        return self._layers
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.device.type == "cpu"
+
+
+def _resident_layers(model: MixtralForCausalLM, experts: list[list[Expert]]) -> ResidentLayers | None:
+    """Return a model's layers with the addresses of all weights; None where there is no kernel for an expert."""
+    from qmix.kernels.cpu.attention_half import HalfLayer, HalfLayerSizes
+    from qmix.kernels.cpu.resident_step import ResidentLayers
+
+    if not all(expert.takes_ours(1) for row in experts for expert in row):
+        return None
+    if not all(layer.mlp.experts.silu for layer in model.model.layers):
+        return None
+    geometry, halves, constants = model.pool.store.geometry, [], []
+    for layer in model.model.layers:
+        attention, _, norm, *_, second_norm, router = parts = layer.parts()
+        halves.append(HalfLayer(*[part._parameters["weight"] for part in parts[2:]]))
+        constants.append((norm.variance_epsilon, second_norm.variance_epsilon, attention.scaling))
+    sizes = HalfLayerSizes(
+        hidden=geometry.hidden_size,
+        heads=geometry.num_heads,
+        groups=geometry.num_kv_heads,
+        width=geometry.head_dim,
+        positions=0,
+        experts=geometry.num_experts,
+        top_k=router.top_k,
+    )
+    known = [[(expert.precision, expert.places) for expert in row] for row in experts]
+    return ResidentLayers(sizes, experts[0][0].gate.rows, halves, known, constants)
+
+
+def _expert_share(model: MixtralForCausalLM) -> float:
+    """Return the share of experts in the bytes that a token reads in the layers, and so in its time."""
+    layout, geometry = model.pool.store.layout, model.pool.store.geometry
+    experts = sum(layout.expert_bytes.values()) * geometry.experts_per_token / geometry.num_experts
+    dense = sum(weight.nbytes for layer in model.model.layers for weight in layer.parameters())
+    return experts / (experts + dense)
+
+
+def use_resident_steps(model: MixtralForCausalLM, pool: ExpertPool) -> None:
+    """Let a model take steps of one token in one call, if all of its layers have the short way for one."""
+    if all(type(layer) is OneTokenLayer for layer in model.model.layers):
+        model.steps = ResidentSteps(model, pool)
