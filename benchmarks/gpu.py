@@ -32,16 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import gpu_llamacpp
-from gpu_needs import about, needed, unmet
-from gpu_steps import GIB, ROOT, Peak, StepError, Steps, gpus, python, run
+from gpu_needs import about, needed, torch_gpus, unmet
+from gpu_steps import GIB, NEW, PROMPT, ROOT, TEXT, TOGETHER, Peak, StepError, Steps, gpus, python, run
 
 BUDGETS = ("40GiB", "24GiB", "12GiB")  # for 8x7B
 LARGE = 24 * GIB  # for 8x22B
 LARGE_RAM = 80 * GIB  # all of its experts that are not on the GPU, and the rest
 LARGE_LAYERS = 14  # whose experts differ
-DISK = {"8x7b": 28e9, "8x22b": 30e9, "gguf": 28e9}  # bytes to write
-PROMPT, NEW, TEXT = 512, 64, 48  # tokens
-TOGETHER = 64  # prompts of a batch
+DISK = {"8x7b": 28e9, "8x22b": 30e9}  # bytes to write
 SECONDS = 570.0  # of a run
 MOST = {  # seconds of a step
     "doctor": 150,
@@ -52,6 +50,7 @@ MOST = {  # seconds of a step
     "text": 100,
     "batch": 150,
     "kernels": 150,
+    "tests": 300,
 }
 
 
@@ -175,6 +174,25 @@ class Machine:
         status, out, err = run(command, limit, self.environment)
         return {"passed": status == 0, "lines": out.strip().splitlines(), "error": "" if status == 0 else err[-2000:]}
 
+    def tests(self, limit: float) -> Any:
+        """Return the last lines of the tests that want a GPU, whether they pass or not."""
+        where = [str(ROOT / "tests" / name) for name in ("kernels/gpu/test_values.py", "model/test_steps.py")]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu",
+            "--rootdir",
+            str(ROOT),
+            *where,
+        ]
+        status, out, err = run(command, limit, self.environment)
+        return {"passed": status == 0, "lines": (out + err).strip().splitlines()[-60:]}
+
     def kernels(self, limit: float) -> Any:
         script = str(ROOT / "benchmarks/gpu_kernels.py")
         out = python(script, "--model", "8x7b", "--tokens", "1,8,32", limit=limit, environment=self.environment)
@@ -197,8 +215,10 @@ def measure(machine: Machine, wanted: list[Case]) -> None:
             for case in group:
                 one(machine, step, case)
         if group is on_gpu:
-            llamacpp(machine, group)
+            gpu_llamacpp.compare(machine, group, MOST["bench"])
     take("kernels", MOST["kernels"], machine.kernels)
+    if not given.no_self_test:
+        take("tests", MOST["tests"], machine.tests)
 
 
 def one(machine: Machine, step: str, case: Case) -> None:
@@ -209,38 +229,6 @@ def one(machine: Machine, step: str, case: Case) -> None:
     store = machine.store(case.model)
     if store is not None:
         machine.steps.take(f"{step} of {case.name}", MOST[step], partial(works[step], case, store))
-
-
-def llamacpp(machine: Machine, wanted: list[Case]) -> None:
-    """Time llama.cpp in the budgets of one GPU, if it is there."""
-    program, store = gpu_llamacpp.found_program(machine.given.llama_bench), machine.directory / "8x7b"
-    gguf = machine.given.gguf or machine.directory / "8x7b.gguf"
-    if program is None or not store.is_dir():
-        return
-    if not gguf.is_file() and machine.given.peer:
-
-        def write(limit: float) -> bool:
-            machine.require(DISK["gguf"])
-            gpu_llamacpp.write_gguf(str(machine.given.peer), store, gguf, limit)
-            return True
-
-        machine.steps.take("GGUF of 8x7b", MOST["store"], write)
-    if not gguf.is_file():
-        machine.steps.say(f"no llama.cpp: {gguf} is not there, and no --peer to write it")
-        return
-    for case in (case for case in wanted if len(case.budgets) == 1):
-        plan = machine.steps.results.get(f"plan of {case.name}")
-        if plan is not None:
-            work = partial(llamacpp_of, program, gguf, case.budgets[0], plan)
-            machine.steps.take(f"llama.cpp of {case.name}", MOST["bench"], work)
-
-
-def llamacpp_of(program: str, gguf: Path, budget: int, plan: dict[str, Any], limit: float) -> Any:
-    from synthetic_weights import PRESETS
-
-    device = plan["devices"][0]
-    layers = gpu_llamacpp.layers_on_host(budget, PRESETS["8x7b"], device["dense"], device["kv_cache"])
-    return gpu_llamacpp.timed(program, gguf, PROMPT, NEW, layers, budget, limit)
 
 
 def text(store: Path, budgets: Sequence[str]) -> dict[str, Any]:
@@ -271,7 +259,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", action="append", default=[], metavar="SIZE", help="of the GPU, or of several: A+B")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no step is begun")
     parser.add_argument("--no-large", action="store_true", help="leave 8x22B out")
-    parser.add_argument("--no-self-test", action="store_true", help="leave the self-test out")
+    parser.add_argument("--no-self-test", action="store_true", help="leave the self-test and the tests out")
     parser.add_argument("--again", action="store_true", help="keep no result of a run before")
     parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's [the one on the PATH]")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="8x7B for it [DIRECTORY/8x7b.gguf]")
@@ -310,6 +298,8 @@ def measured(given: argparse.Namespace, directory: Path) -> int:
 
     for each in others:
         say(f"not a version that qmix is tested with: {each}")
+    if (count := torch_gpus()) < len(found):
+        say(f"torch finds {count} of {len(found)} GPUs: is it a build for CUDA, and the driver new enough for it?")
     directory.mkdir(parents=True, exist_ok=True)
     if given.again:
         (directory / "results.json").unlink(missing_ok=True)

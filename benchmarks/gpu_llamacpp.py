@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_steps import ROOT, Peak, StepError, last_line, run
+from gpu_steps import GIB, NEW, PROMPT, ROOT, Peak, StepError, last_line, run
 
-GIB = 2**30
 EXPERT_BITS = 4.5  # of a weight in Q4_0
 # CUDA's context, the buffers of a batch of 512, and the blocks of its allocator.
 BESIDES = 1.2 * GIB
+GGUF_BYTES = 28e9  # of 8x7B in Q4_0 with dense weights in bf16
+WRITING = 240  # seconds
 TRIES = 4  # of numbers of layers, one more each time, until the peak is within the budget
 
 
@@ -87,3 +89,35 @@ def within(once: Callable[[int], dict[str, Any]], layers: int, budget: int | Non
     raise StepError(
         f"llama.cpp took more than {budget} bytes with the experts of {layers + TRIES - 1} layers on the host"
     )
+
+
+def compare(machine: Any, wanted: Sequence[Any], limit: float) -> None:
+    """Take a step for llama.cpp in each budget of one GPU, `limit` seconds at most, if it is there."""
+    program, store = found_program(machine.given.llama_bench), machine.directory / "8x7b"
+    gguf = machine.given.gguf or machine.directory / "8x7b.gguf"
+    if program is None or not store.is_dir():
+        return
+    if not gguf.is_file() and machine.given.peer:
+
+        def write(seconds: float) -> bool:
+            machine.require(GGUF_BYTES)
+            write_gguf(str(machine.given.peer), store, gguf, seconds)
+            return True
+
+        machine.steps.take("GGUF of 8x7b", WRITING, write)
+    if not gguf.is_file():
+        machine.steps.say(f"no llama.cpp: {gguf} is not there, and no --peer to write it")
+        return
+    for case in (case for case in wanted if len(case.budgets) == 1):
+        plan = machine.steps.results.get(f"plan of {case.name}")
+        if plan is not None:
+            work = partial(timed_beside, program, gguf, case.budgets[0], plan)
+            machine.steps.take(f"llama.cpp of {case.name}", limit, work)
+
+
+def timed_beside(program: str, gguf: Path, budget: int, plan: dict[str, Any], limit: float) -> Any:
+    from synthetic_weights import PRESETS
+
+    device = plan["devices"][0]
+    layers = layers_on_host(budget, PRESETS["8x7b"], device["dense"], device["kv_cache"])
+    return timed(program, gguf, PROMPT, NEW, layers, budget, limit)

@@ -1,4 +1,4 @@
-"""What a measurement needs of Python's packages, and what its results belong to. Standard library only."""
+"""What a measurement needs of Python's packages, and what its results belong to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gpu_steps import ROOT
+from gpu_steps import ROOT, StepError, python
 
 REQUIREMENT = re.compile(r'^    "([^"]+)",$', re.MULTILINE)  # of pyproject.toml's dependencies
 
@@ -29,6 +29,14 @@ def unmet(requirements: Sequence[str]) -> tuple[list[str], list[str]]:
         elif not _suits(each, there):
             others.append(f"{name} {there} ({each})")
     return missing, others
+
+
+def torch_gpus() -> int:
+    """Return how many GPUs torch finds, asked in a process of its own: it would keep a context of CUDA."""
+    try:
+        return int(python("-c", "import torch; print(torch.cuda.device_count())", limit=120))
+    except (StepError, ValueError):
+        return 0
 
 
 def _suits(requirement: str, there: str) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gpu_steps import Steps
+from gpu_steps import NEW, PROMPT, TEXT, TOGETHER, Steps
 from rich.console import Console
 from rich.table import Table
 
-NEW, PROMPT, TEXT, TOGETHER = 64, 512, 48, 64
 Results = Mapping[str, Any]
 
 
@@ -126,11 +125,11 @@ def report(steps: Steps, cases: Sequence[Any]) -> None:
     if (peers := peer_table(results, names)) is not None:
         console.print(peers)
     budgets = {case.name: case.budgets for case in cases if case.budgets}
-    tested = results.get("self-test")
+    checks = [(name, results[name]) for name in ("self-test", "tests") if name in results]
     lines = [*goals(results, budgets), *within_budgets(results, budgets)]
-    if tested is not None:
-        lines += [f"self-test: {'passed' if tested['passed'] else 'FAILED'}"]
-        lines += [line for line in tested["lines"] if line.startswith("FAILED")]
+    for name, found in checks:
+        lines += [f"{name}: {'passed' if found['passed'] else 'FAILED'}"]
+        lines += [line for line in found["lines"] if line.startswith("FAILED")]
     lines += [f"failed: {name}: {why}" for name, why in steps.errors.items()]
     if steps.left:
         lines.append(f"no time left for: {'; '.join(steps.left)} (run the same command again)")

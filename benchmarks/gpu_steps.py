@@ -18,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
+PROMPT, NEW, TEXT = 512, 64, 48  # tokens
+TOGETHER = 64  # prompts of a batch
 LEAST_SECONDS = 10.0  # a step is not begun with less
 QUERY = "--query-gpu=name,memory.total,memory.free,memory.used,driver_version,compute_cap"
 WATCH_MILLISECONDS = 200

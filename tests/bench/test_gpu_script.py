@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from command import LIMIT_SECONDS
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -102,7 +103,7 @@ def test_a_gpu_has_its_place_among_the_visible_ones():
 def test_the_peak_is_above_what_was_in_use_before(nvidia_smi):
     with gpu_steps.Peak() as peak:
         nvidia_smi.write_text("12500\n")
-        until = time.monotonic() + 10
+        until = time.monotonic() + LIMIT_SECONDS
         while peak.nbytes != [12000 * 2**20] and time.monotonic() < until:
             time.sleep(0.01)
         nvidia_smi.write_text("600\n")
@@ -208,7 +209,7 @@ def results(rate: float) -> dict:
     }
 
 
-def test_tables_and_goals_of_whatever_is_known(tmp_path):
+def test_tables_and_goals_of_whatever_is_known():
     case = gpu.Case("8x7b", (40 * GIB,))
     assert gpu_report.row(results(190.0), case.name) == [
         "8x7b, 40GiB", "190", "181", "250", "76%", "7000", "5750", "9000", "78%", "1500", "256 of 256", "29000 MiB", ""
@@ -218,13 +219,21 @@ def test_tables_and_goals_of_whatever_is_known(tmp_path):
     assert [line.split()[0] for line in lines] == ["reached", "missed", "reached", "missed"]
     assert lines[1] == "missed   8x7b, 40GiB: decode, of llama.cpp's: 1.06x, wanted 1.10x"
     assert gpu_report.within_budgets(results(190.0), {case.name: (20 * GIB,)})[0].startswith("OVER BUDGET")
-    steps = SimpleNamespace(results=results(190.0), errors={"text of 8x7b, 40GiB": "why"}, left=["kernels"])
     shown = Console(width=200)
     with shown.capture() as capture:
-        shown.print(gpu_report.table(steps.results, [case.name]))
-        shown.print(gpu_report.peer_table(steps.results, [case.name]))
+        shown.print(gpu_report.table(results(190.0), [case.name]))
+        shown.print(gpu_report.peer_table(results(190.0), [case.name]))
     assert "nvidia-smi's" in capture.get()
     assert "179.1" in capture.get()
+
+
+def test_a_report_names_failures_and_what_is_left(capsys):
+    found = results(190.0) | {"self-test": {"passed": False, "lines": ["ok: one", "FAILED: logits", "ok: two"]}}
+    steps = SimpleNamespace(results=found, errors={"text of 8x7b, 40GiB": "why"}, left=["kernels"])
+    gpu_report.report(steps, [gpu.Case("8x7b", (40 * GIB,))])
+    lines = capsys.readouterr().out.splitlines()
+    last = ["self-test: FAILED", "FAILED: logits", "failed: text of 8x7b, 40GiB: why"]
+    assert lines[-4:] == [*last, "no time left for: kernels (run the same command again)"]
 
 
 @pytest.mark.slow
@@ -241,8 +250,9 @@ def test_a_run_whose_gpu_fails_has_the_cpus_row_and_llama_cpps(nvidia_smi, tmp_p
     found = json.loads((there / "results.json").read_text())
     assert done.returncode == 1
     assert "bench of 8x7b, 12GiB: failed: " in done.stderr
+    assert "torch finds 0 of 1 GPUs" in done.stderr
     assert "torch finds no GPU here" in found["errors"]["bench of 8x7b, 12GiB"]
-    assert found["results"]["text of 8x7b, CPU alone"] == {"right": gpu.TEXT}
+    assert found["results"]["text of 8x7b, CPU alone"] == {"right": gpu_steps.TEXT}
     assert {row["test"] for row in found["results"]["bench of 8x7b, CPU alone"]["rows"]} == {"tg64", "pp512"}
     assert "CPU alone" in done.stdout
     assert json.loads(done.stdout.strip().splitlines()[-1])["results"] == found["results"]

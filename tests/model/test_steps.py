@@ -31,6 +31,7 @@ def test_more_plans_in_the_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="the plans of these tests have up to two GPUs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a CUDA device")
 def test_on_gpus():
-    run_tests(QMIX_TEST_GPU="1")
+    """On a single GPU without the plans of two."""
+    run_tests(*([] if torch.cuda.device_count() > 1 else ["-k", "not two and not each_other"]), QMIX_TEST_GPU="1")

@@ -74,10 +74,12 @@ class Device:
     def limit(self, nbytes: int | None) -> None:
         """Let this process's torch take no more than `nbytes` beside what it holds already; None takes the limit away.
 
-        At the limit torch's allocator gives back the freed blocks that it keeps, and then raises.
+        At the limit torch's allocator gives back the freed blocks that it keeps, and then raises. Those of an earlier
+        run are given back here.
         """
         if self.copies is None:
             return
+        torch.cuda.empty_cache()
         total = torch.cuda.mem_get_info(self.device)[1]
         most = total if nbytes is None else min(total, torch.cuda.memory_reserved(self.device) + nbytes)
         torch.cuda.set_per_process_memory_fraction(most / total, self.device)

@@ -21,7 +21,7 @@ CARDS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_120": 120}
 TURING = 75
 SHARED = {75: 64, 80: 163, 89: 99, 90: 227, 120: 99}  # KiB of a program (CUDA programming guide, compute capabilities)
 SLOTS = 6.4  # instructions that an H100 issues while it reads a weight of 4.25 bits
-OLDER_TRITON = tuple(map(int, version("triton").split(".")[:2])) < (3, 8)
+OLDER_TRITON = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 ITEMS = {"nf4": 0.5, "fp4": 0.5, "int8": 1, "half": 2}  # bytes of a weight, without its scales
 
 
