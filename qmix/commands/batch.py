@@ -45,7 +45,7 @@ from qmix.commands.shared import (
     watched,
 )
 from qmix.errors import QmixError, UsageError
-from qmix.terminal.voice import say
+from qmix.terminal.voice import say, stdout
 from qmix.units import plural
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, live: 
     if as_json and to_stdout:
         raise UsageError("--json: stdout has the answers; write them to a file with -o, or leave it out")
     screen = live_screen(live, f"qmix batch: {requests}")
-    if screen is not None and to_stdout and sys.stdout.isatty():
+    if screen is not None and to_stdout and stdout().isatty():
         raise UsageError("--live: the answers go to this terminal, too; write them to a file with -o")
     loading = {name: options.pop(name) for name in ("ram", "gpu", "context", "precision", "clip", "dtype", "batch")}
     loading["plan"] = read_plan_option(
@@ -127,7 +127,7 @@ def batch(requests: Path, output: Path, model: str | None, as_json: bool, live: 
         if to_stdout:
             from qmix.batch.output import StreamAnswers
 
-            _answer(checked, StreamAnswers(sys.stdout.buffer), model, defaults, seed, loading, as_json, screen)
+            _answer(checked, StreamAnswers(stdout().buffer), model, defaults, seed, loading, as_json, screen)
         else:
             from qmix.batch.output import FileAnswers
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ from qmix.commands.shared import (
     warn_of_drive,
 )
 from qmix.disk.places import state_directory
-from qmix.errors import UsageError, arg
+from qmix.errors import QmixError, UsageError, arg
 from qmix.terminal.voice import say
 from qmix.units import plural
 
@@ -108,7 +109,7 @@ def serve(model: str | None, host: str, port: int, live: bool, **options: Any) -
             queue=options["queue"],
             memory=REQUESTS_BYTES,
             access=access,
-            directory=options["directory"] or state_directory() / "serve" / _identity(store),
+            directory=_writable(options["directory"] or state_directory() / "serve" / _identity(store)),
         )
         _run(name, store, plan, settings, listening, f"[{host}]" if ":" in host else host, screen)
 
@@ -140,6 +141,16 @@ def _tell_of_service_link() -> None:
     typed = click.get_current_context().get_parameter_source("port") is click.core.ParameterSource.COMMANDLINE
     if text and not set_by(os.environ, "port") and not typed:
         say(f"{variable('port')} is {text}, which Kubernetes sets for a service called qmix: not used, give --port")
+
+
+def _writable(directory: Path) -> Path:
+    """Return a directory for files, made if need be. Raises QmixError, before the model is loaded."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise QmixError(f"{directory}: {error.strerror}; choose another {arg('directory')}") from None
+    return directory
 
 
 def _identity(store: Store) -> str:

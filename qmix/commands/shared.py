@@ -16,7 +16,7 @@ from qmix.errors import QmixError, UsageError
 from qmix.files import read_text
 from qmix.models import DEFAULT_MODEL
 from qmix.progress import OnProgress
-from qmix.terminal.voice import say
+from qmix.terminal.voice import say, stdout
 
 if TYPE_CHECKING:
     from qmix.machine.rates import Machine
@@ -229,8 +229,9 @@ def load_libraries() -> None:
 
 
 def out(text: str) -> None:
+    """Write to stdout. Raises QmixError where it is closed or full."""
     try:
-        click.echo(text, nl=False)
+        click.echo(text, stdout(), nl=False)
     except BrokenPipeError:
         raise
     except OSError as error:

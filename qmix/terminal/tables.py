@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console, RenderableType
 
-from qmix.terminal.voice import say
+from qmix.terminal.voice import say, stdout
 from qmix.units import plural
 
 __all__ = ["ago", "format_seconds", "print_table", "say"]
@@ -25,8 +25,8 @@ def ago(seconds: float) -> str:
 
 def print_table(*tables: RenderableType) -> None:
     """Write tables to stdout, as wide as the terminal; 120 columns where there is none."""
-    console = Console()
+    console = Console(file=stdout())
     if not console.file.isatty():
-        console = Console(width=120, force_terminal=False)
+        console = Console(file=stdout(), width=120, force_terminal=False)
     for table in tables:
         console.print(table)

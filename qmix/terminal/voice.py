@@ -1,11 +1,14 @@
-"""Write lines for people to stderr."""
+"""Write lines for people to stderr, and results to stdout."""
 
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+import sys
+from typing import ClassVar, TextIO
 
 import click
+
+from qmix.errors import QmixError
 
 
 class Voice:
@@ -20,3 +23,10 @@ def say(line: str) -> None:
     logging.getLogger(Voice.logger).info("%s", line)
     if not Voice.quiet:
         click.echo(line, err=True)
+
+
+def stdout() -> TextIO:
+    """Return stdout, for a result. Raises QmixError where the process was started without one."""
+    if sys.stdout is None:
+        raise QmixError("stdout: is closed; redirect it to a file, or to /dev/null")
+    return sys.stdout

@@ -6,12 +6,14 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 from checkpoints import make_checkpoint
+from command import COMMAND
 
 from qmix.units import UnitSystem, format_bytes
 
@@ -89,6 +91,14 @@ def test_a_text_that_could_not_be_written_at_the_end_is_a_failure():
     script = "import sys, cli\ncli.main = lambda: (print('Hello'), sys.exit(0))\ncli.run()"
     with open("/dev/full", "w") as out:  # noqa: PTH123 -- a device
         assert subprocess.run([sys.executable, "-c", script], stdout=out, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("line", ["config path", "plan mixtral-8x7b --compare none,24GiB", "ls"])
+def test_a_result_for_a_closed_stdout_is_a_failure(line):
+    script = f"{shlex.join(COMMAND)} {line} >&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    told = "qmix: stdout: is closed; redirect it to a file, or to /dev/null\n"
+    assert (done.returncode, done.stderr) == (1, told)
 
 
 def test_help_names_every_command(qmix):

@@ -123,6 +123,12 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(qmix, server):
     assert done.lines[-1] == f"qmix: 127.0.0.1:{port}: Address already in use; choose another --port"
 
 
+def test_a_directory_that_cannot_be_written_is_told_before_the_model_is_loaded(qmix):
+    done = qmix("serve", "tiny", "--port", "0", "--directory", "/proc/nothing")
+    assert (done.status, done.out) == (1, "")
+    assert done.lines[-1] == "qmix: /proc/nothing: No such file or directory; choose another --directory"
+
+
 def test_a_key_from_the_environment(qmix):
     done = qmix("serve", "tiny", "--port", "0", "--context", "100000", "--host", "0.0.0.0", QMIX_API_KEY="k")
     assert "must be 1 to 2048" in done.lines[-1]
