@@ -16,6 +16,8 @@ from qmix.store.profile import POLICIES as NAMES
 Key = tuple[int, int]  # layer, expert
 
 DECAY = 0.9  # factor of a use's weight at each later visit of its layer
+EARLY = (4.0, 2.0)  # how much more a hit in the first layers is worth, where the disk is often idle
+OFTEN_IDLE = 0.5  # share of the experts with a slot from which it is
 
 
 class Eviction(Protocol):
@@ -77,23 +79,34 @@ class UsesPerTime(LeastFrequentlyUsed):
 
     Where every pass uses every expert (prefill, large batches) it evicts as Belady's rule does: the layer just passed
     goes first, because its next turn is farthest away.
+
+    A miss in the first layers is waited for in full: nothing is known of a token before it is chosen, so no read can
+    begin earlier. Later layers are read while the first compute, if the disk has time. So if `held`, the share of the
+    experts that have a slot, is large, hits in the first layers count more.
     """
 
-    def __init__(self, geometry: Geometry, use: ExpertFrequency | None = None, decay: float = DECAY) -> None:
+    def __init__(
+        self, geometry: Geometry, use: ExpertFrequency | None = None, held: float = 0.0, decay: float = DECAY
+    ) -> None:
         super().__init__(geometry, use, decay)
         self._layers = geometry.num_layers
+        self._early = dict(enumerate(EARLY)) if held >= OFTEN_IDLE else {}
 
     def worth(self, key: Key, layer: int) -> float:
         away = (key[0] - layer) % self._layers or self._layers
-        return self.rate(key) / away
+        return self.rate(key) * self._early.get(key[0], 1.0) / away
 
 
 class Policy(Protocol):
-    """Makes an Eviction for a model and the expected use of its experts, by default the same for all."""
+    """Makes an Eviction for a model, the expected use of its experts, and the share of them that have a slot."""
 
-    def __call__(self, geometry: Geometry, use: ExpertFrequency | None = None) -> Eviction: ...
+    def __call__(self, geometry: Geometry, use: ExpertFrequency | None, held: float) -> Eviction: ...
 
 
-MAKERS: tuple[Policy, ...] = (lambda geometry, use=None: LeastRecentlyUsed(), LeastFrequentlyUsed, UsesPerTime)
+MAKERS: tuple[Policy, ...] = (
+    lambda geometry, use, held: LeastRecentlyUsed(),
+    lambda geometry, use, held: LeastFrequentlyUsed(geometry, use),
+    UsesPerTime,
+)
 POLICIES: dict[str, Policy] = dict(zip(NAMES, MAKERS, strict=True))
 DEFAULT_POLICY = "uses-per-time"

@@ -49,7 +49,8 @@ class HeldRecords:
     def __init__(self, store: Store, slots: Mapping[int, int], policy: Eviction | None = None) -> None:
         self.store, self.slots = store, slots
         advised = store.profile.policy if store.profile is not None else None
-        self.policy = policy or POLICIES[advised or DEFAULT_POLICY](store.geometry, store.use)
+        held = sum(slots.values()) / store.geometry.num_records
+        self.policy = policy or POLICIES[advised or DEFAULT_POLICY](store.geometry, store.use, held)
         self._slots = SlotMemory(slots)
         self._nbytes = {key: store.layout.record(*key).nbytes for key in store.layout.experts}
         self.counters = PoolCounters()

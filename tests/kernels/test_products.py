@@ -137,17 +137,19 @@ def test_what_is_not_finite_stays_so():
 @pytest.mark.usefixtures("two_threads")
 def test_neither_threads_nor_other_tokens_change_a_result():
     x, weight, matrix = randn(29, 1200).bfloat16(), randn(333, 1200).bfloat16(), packed("nf4", 320, 1152)
+    codes = random_bytes(333, 1200).view(torch.int8)
 
-    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_each(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         packed_x = x[:, :1152]
-        return products.multiply_rows(x, weight), products.multiply_packed(packed_x, "nf4", *matrix.places, 320, 1152)
+        rows = products.multiply_rows(x, weight), products.multiply_rows(x, codes)
+        return *rows, products.multiply_packed(packed_x, "nf4", *matrix.places, 320, 1152)
 
-    shared = both(x)
+    shared = of_each(x)
     torch.set_num_threads(1)
-    for many, alone in zip(shared, both(x), strict=True):
+    for many, alone in zip(shared, of_each(x), strict=True):
         assert torch.equal(many, alone)
     for t in range(len(x)):
-        for many, alone in zip(shared, both(x[t : t + 1]), strict=True):
+        for many, alone in zip(shared, of_each(x[t : t + 1]), strict=True):
             assert torch.equal(many[t : t + 1], alone)
 
 

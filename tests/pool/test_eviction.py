@@ -42,6 +42,13 @@ def test_of_equal_experts_the_one_whose_turn_is_farthest_goes_first():
     assert worth == pytest.approx([0.25 / 3, 0.25 / 4, 0.25 / 1, 0.25 / 2])
 
 
+@pytest.mark.parametrize(("held", "factors"), [(0.4, (1, 1, 1, 1)), (0.6, (4, 2, 1, 1))])
+def test_hits_in_the_first_layers_count_more_where_most_experts_have_a_slot(held, factors):
+    policy = UsesPerTime(GEOMETRY, held=held)
+    worth = [policy.worth((layer, 0), layer=3) for layer in range(4)]
+    assert worth == pytest.approx([0.25 * factor / away for away, factor in enumerate(factors, 1)])
+
+
 def test_going_round_everything_uses_per_time_is_as_good_as_knowing_the_future():
     """Every pass needs every expert, as prefill does; evicting the least recently used hits nothing."""
     found = replay(np.tile(np.arange(8), (4 * 10, 1)), 4, 8, [16], top_k=2)

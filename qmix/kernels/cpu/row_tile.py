@@ -140,7 +140,7 @@ def _rows_by_tokens(b: Builder, holds: int, rows: int, tokens: int, arguments: S
                 vector = weights(r)
                 for t, part in enumerate(parts):
                     add_product(t, r, part, vector)
-                fence(b)
+                fence(b, [b.load(totals[t][r]) for t in range(tokens)])
 
     whole = b.udiv(columns, ir.Constant(I64, lanes))
     with cgutils.for_range(b, whole) as loop:

@@ -7,7 +7,7 @@ that Numba compiles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -71,9 +71,13 @@ def prefetch(b: Builder, pointer: Value) -> None:
     call(b, "llvm.prefetch.p0", VOID, pointer, *(ir.Constant(I32, flag) for flag in (0, 3, 1)))
 
 
-def fence(b: Builder) -> None:
-    """Keep LLVM from loading across this point: it loads early, and then has no registers left for sums."""
-    b.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], True)
+def fence(b: Builder, sums: Sequence[Value]) -> None:
+    """Keep LLVM from loading across this point, and from computing `sums` after it.
+
+    It loads early and adds late, and then has no registers left for other sums.
+    """
+    kind = ir.FunctionType(VOID, [value.type for value in sums])
+    b.asm(kind, "", ",".join([*["x"] * len(sums), "~{memory}"]), sums, True)
 
 
 def add_pairs(b: Builder, sums: Value, x: Value, weights: Value) -> Value:
