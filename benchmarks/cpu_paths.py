@@ -31,7 +31,8 @@ Key = tuple[str, int, int, str]  # kind, rows of x, threads, path
 
 def run(path: str, threads: int, script: str, *arguments: str) -> Any:
     """Return what a script prints as JSON, in a process held to `path` with so many threads."""
-    held = os.environ | environment(path) | {"OMP_NUM_THREADS": str(threads)}
+    as_commands = {"GOMP_SPINCOUNT": "1000"}  # else OpenMP's threads spin on the cores while it is qmix's turn
+    held = os.environ | environment(path) | as_commands | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
     done = subprocess.run(command, env=held, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
