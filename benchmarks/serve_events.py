@@ -95,7 +95,18 @@ def main(clients: int, requests: int, tokens: int, url: str | None) -> None:
     if url is not None:
         asyncio.run(load(url, bodies_of(0, requests, 24, tokens), clients, stream=True))
         return
-    store, plan, context = _planned("tiny", 2**31, CONTEXT, clients * CONTEXT, clients, None, False, None, None)
+    store, plan, context = _planned(
+        "tiny",
+        gpu=(),
+        ram=2**31,
+        context=CONTEXT,
+        kv_cache=clients * CONTEXT,
+        batch=clients,
+        precision=None,
+        clip=False,
+        dtype=None,
+        plan=None,
+    )
     listening = listen("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listening.getsockname()[1]}"
     asking = [sys.executable, __file__, f"--clients={clients}", f"--requests={requests}", f"--tokens={tokens}"]
