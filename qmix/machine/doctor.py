@@ -190,7 +190,7 @@ def kernels_fault(capability: tuple[int, int]) -> str:
         return fault
     if not fits_card("fp16", capability):
         return f"they need a card of compute capability 7.5 or later, this one has {'.'.join(map(str, capability))}"
-    return "" if fits_card("bf16", capability) else "it has none for bf16; quantise the model with --dtype fp16"
+    return "" if fits_card("bf16", capability) else "it has none for bf16; quantise the model in fp16"
 
 
 def examine_gpus() -> MeasuredGpus:

@@ -35,7 +35,7 @@ class ResidentSteps:
     def __init__(self, model: MixtralForCausalLM, pool: ExpertPool) -> None:
         """`model` has layers with a short way for one token, and `pool` a slot for every expert."""
         inner = model.model
-        self.model, self.pool, self.config = model, pool, model.config
+        self._around, self.pool, self.config = model._modules, pool, model.config  # no cycle: a model is freed at once
         self._modules = [inner, inner.layers, *(part for layer in inner.layers for part in layer.modules())]
         self._kinds = [type(part) for part in self._modules]
         self._hooks = [hooks for part in self._modules for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -56,15 +56,16 @@ class ResidentSteps:
         if layers is None:
             return None
         self.pool.check_running()
-        self.model.model.layers[0].mlp.experts.check_caller()
+        inner: Any = self._around["model"]
+        inner.layers[0].mlp.experts.check_caller()
         with one_for_torch(self.config.hidden_size):
-            inner, position = self.model.model, cache.get_seq_length()
+            position = cache.get_seq_length()
             stream = inner.embed_tokens(ids)
             cos, sin = inner.rotary_emb(stream, position_ids=torch.tensor([[position]]))
             if not (stream.is_contiguous() and kernel_reads(cache.layers[0].keys, (cos, sin), layers.sizes.width)):
                 return None
             self._run(layers, stream, (cos, sin), cache)
-            return MoeCausalLMOutputWithPast(logits=self.model.lm_head(inner.norm(stream)), cache=cache)
+            return MoeCausalLMOutputWithPast(logits=self._around["lm_head"](inner.norm(stream)), cache=cache)
 
     def _run(
         self, layers: ResidentLayers, stream: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: KVCache
@@ -86,7 +87,8 @@ class ResidentSteps:
         """Return whether all modules are those of the start, with their own forward, and without hooks."""
         return not (
             _has_any_global_hook()
-            or self.model.training
+            or self._around["model"] is not self._modules[0]
+            or self._modules[0].training
             or any(self._hooks)
             or any("forward" in part.__dict__ for part in self._modules)
             or any(type(part) is not kind for part, kind in zip(self._modules, self._kinds, strict=True))
@@ -102,7 +104,9 @@ class ResidentSteps:
             if experts is None:
                 return None
             self._places = places
-            self._layers = _resident_layers(self.model, experts) if all(map(_is_plain, weights)) else None
+            self._layers = (
+                _resident_layers(self._modules[0], self.pool, experts) if all(map(_is_plain, weights)) else None
+            )
         return self._layers
 
 
@@ -110,17 +114,17 @@ def _is_plain(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.device.type == "cpu"
 
 
-def _resident_layers(model: MixtralForCausalLM, experts: list[list[Expert]]) -> ResidentLayers | None:
+def _resident_layers(inner: Any, pool: ExpertPool, experts: list[list[Expert]]) -> ResidentLayers | None:
     """Return a model's layers with the addresses of all weights; None where there is no kernel for an expert."""
     from qmix.kernels.cpu.attention_half import HalfLayer, HalfLayerSizes
     from qmix.kernels.cpu.resident_step import ResidentLayers
 
     if not all(expert.takes_ours(1) for row in experts for expert in row):
         return None
-    if not all(layer.mlp.experts.silu for layer in model.model.layers):
+    if not all(layer.mlp.experts.silu for layer in inner.layers):
         return None
-    geometry, halves, constants = model.pool.store.geometry, [], []
-    for layer in model.model.layers:
+    geometry, halves, constants = pool.store.geometry, [], []
+    for layer in inner.layers:
         attention, _, norm, *_, second_norm, router = parts = layer.parts()
         halves.append(HalfLayer(*[part._parameters["weight"] for part in parts[2:]]))
         constants.append((norm.variance_epsilon, second_norm.variance_epsilon, attention.scaling))

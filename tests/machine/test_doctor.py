@@ -206,7 +206,7 @@ def test_a_card_is_named_for_measured_rates(monkeypatch, tmp_path):
     [
         ((8, 6), ""),
         ((12, 0), ""),
-        ((7, 5), "it has none for bf16; quantise the model with --dtype fp16"),
+        ((7, 5), "it has none for bf16; quantise the model in fp16"),
         ((6, 1), "they need a card of compute capability 7.5 or later, this one has 6.1"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +227,19 @@ def test_a_sliding_window_gradients_and_other_caches_are_left_to_transformers(tm
         assert served.count == 1
         model(token, cache=cache, attention_mask=mask)  # one position is hidden
     assert served.count == 1
+
+
+def test_a_model_that_is_let_go_of_is_freed_at_once(tmp_path):
+    """Its memory and files do not wait for a collection of cycles."""
+    model = model_of(tmp_path)
+    logits(model)
+    gc.disable()
+    try:
+        held = weakref.ref(model), weakref.ref(model.pool)
+        del model
+        assert [each() for each in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_stopped_model_takes_no_step(tmp_path):

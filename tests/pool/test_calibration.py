@@ -76,7 +76,7 @@ def test_every_policy_and_size_is_as_the_reference_has_it(model):
     geometry = Geometry.from_config(TINY_CONFIG | config)
     counts = [[sum((layer, e) in step for step in listed) for e in range(experts)] for layer in range(layers)]
     expected = {
-        name: tuple(reference.policy_hits(listed, size, make(geometry)) for size in sizes)
+        name: tuple(reference.policy_hits(listed, size, make(geometry, None, 0.0)) for size in sizes)
         for name, make in POLICIES.items()
     }
     expected["static"] = tuple(reference.static_hits(listed, size, counts) for size in sizes)
@@ -97,7 +97,7 @@ def test_a_long_trace_is_as_the_reference_has_it():
     geometry = Geometry.from_config(TINY_CONFIG | {"num_hidden_layers": 2, "num_local_experts": 6})
     found = replay(trace, 2, 6, [5])
     assert [found.curve(name).hits[0] for name in POLICIES] == [
-        reference.policy_hits(listed, 5, make(geometry)) for make in POLICIES.values()
+        reference.policy_hits(listed, 5, make(geometry, None, 0.0)) for make in POLICIES.values()
     ]
 
 
