@@ -109,11 +109,13 @@ class DirectFile:
     whole go through the cache; no page is written both ways. All methods run without the GIL and raise OSError.
     """
 
+    _direct: int | None
+
     def __init__(self, path: Path, flags: int = os.O_RDONLY) -> None:
         self.path = path
-        self.fd = os.open(path, flags, 0o644)
-        self._direct: int | None = None
+        self.fd, self._direct = -1, None  # whatever fails to open
         self._refused = False
+        self.fd = os.open(path, flags, 0o644)
         with suppress(OSError):  # a filesystem without it
             self._direct = os.open(path, flags & ~os.O_CREAT | getattr(os, "O_DIRECT", 0))
 
@@ -122,6 +124,9 @@ class DirectFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        self.close()  # of a model that was let go of without its close()
 
     def close(self) -> None:
         """Close the file; harmless to repeat."""

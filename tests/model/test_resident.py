@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,15 +230,23 @@ def test_a_sliding_window_gradients_and_other_caches_are_left_to_transformers(tm
     assert served.count == 1
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_a_model_that_is_let_go_of_is_freed_at_once(tmp_path):
     """Its memory and files do not wait for a collection of cycles."""
-    model = model_of(tmp_path)
-    logits(model)
+    gc.collect()
     gc.disable()
     try:
+        before = open_files()
+        model = model_of(tmp_path)
+        logits(model)
         held = weakref.ref(model), weakref.ref(model.pool)
+        assert open_files() > before
         del model
         assert [each() for each in held] == [None, None]
+        assert open_files() <= before
     finally:
         gc.enable()
 
