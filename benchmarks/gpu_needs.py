@@ -1,4 +1,4 @@
-"""What a measurement needs of Python's packages, and what its results belong to."""
+"""Check the packages that a measurement needs, and identify what its results belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a measurement on GPUs found: one table of all cases, one of llama.cpp, and what was to be reached."""
+"""Print what a measurement on GPUs found: a table of all cases, one of llama.cpp, and the goals."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class ComputeThread:
             self.stop(job)
 
     def stop(self, job: Future[T]) -> None:
-        """End a job and wait for its end: at the next expert if it runs, at once if it has not begun."""
+        """End a job and wait for its end: at the next expert or token if it runs, at once if not."""
         if not job.done() and not job.cancel():
             self.pool.cancelled = True
             job.exception()

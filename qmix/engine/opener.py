@@ -107,7 +107,7 @@ class OpenModel:
         self.close()
 
     def close(self) -> None:
-        """Stop what runs, at the next expert, and let go of files and memory; harmless to repeat."""
+        """Stop what runs, at the next expert or token, and let go of files and memory; harmless to repeat."""
         self._opened.close()
 
     def constraint(self, sampling: Sampling, plan: Plan) -> Constraint | None:

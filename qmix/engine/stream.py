@@ -90,7 +90,8 @@ class Runner(OpenModel):
         tokens that the prompt begins with and the KV cache still holds are not computed again. Their keys and values
         may be rounded differently, because they were computed one token at a time and not as one prompt: where two
         tokens are nearly as likely, the text may differ from that of a fresh run. Closing the iterator stops the
-        computation within a layer. Raises UsageError where the prompt is empty or does not fit the context.
+        computation within a layer, or within a token if all experts are in memory. Raises UsageError where the prompt
+        is empty or does not fit the context.
         """
         if sampling is not None and options:
             raise UsageError("give either a Sampling or its fields, not both")

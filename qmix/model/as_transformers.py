@@ -34,8 +34,8 @@ class StepForward(Protocol):
 class MixtralForCausalLM(transformers.MixtralForCausalLM):
     """A loaded model. It has the name of transformers' class, because losses and pipelines go by a class's name.
 
-    `parameters()` are the dense weights: attention, norms, routers, embeddings and head. With `steps` a forward of a
-    few tokens runs as captured launches, and calls no submodule.
+    `parameters()` are the dense weights: attention, norms, routers, embeddings and head. With `steps` a forward of one
+    token, or of a few, is served by captured launches or by one call of the CPU's threads, and calls no layer.
     """
 
     pool: Pool

@@ -1,4 +1,4 @@
-"""What a forward must ask for to be a step: one sequence's next tokens behind those in a planned cache, no more."""
+"""Tell steps from other forwards: those of one sequence's next tokens after the cached ones, for logits alone."""
 
 from __future__ import annotations
 

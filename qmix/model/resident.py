@@ -1,8 +1,8 @@
 """Decode steps of a model whose experts are all in main memory: every layer in one call of the thread team.
 
 In transformers' place a forward of one token calls only the modules around the layers: embedding, rotary embedding, the
-last norm and the head. Whoever looks at what is left out, by a hook, a module or a method in its place, gets the layers
-one by one, with the same numbers.
+last norm and the head. Where a module that is left out has a hook, another forward, or another module in its place, the
+layers run one by one instead. Their numbers are the same, but for a layer that qmix's kernels cannot take so.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ class ResidentSteps:
         inner.layers[0].mlp.experts.check_caller()
         with one_for_torch(self.config.hidden_size):
             position = cache.get_seq_length()
-            stream = inner.embed_tokens(ids)
-            cos, sin = inner.rotary_emb(stream, position_ids=torch.tensor([[position]]))
-            if not (stream.is_contiguous() and kernel_reads(cache.layers[0].keys, (cos, sin), layers.sizes.width)):
+            embedded = inner.embed_tokens(ids)
+            rotary = inner.rotary_emb(embedded, position_ids=torch.tensor([[position]]))
+            if not _kernel_takes(layers, embedded, rotary, cache):
                 return None
-            self._run(layers, stream, (cos, sin), cache)
+            stream = embedded.clone()  # which is written to; the embedding may be somebody's
+            self._run(layers, stream, rotary, cache)
             return MoeCausalLMOutputWithPast(logits=self._around["lm_head"](inner.norm(stream)), cache=cache)
 
     def _run(
@@ -108,6 +109,21 @@ class ResidentSteps:
                 _resident_layers(self._modules[0], self.pool, experts) if all(map(_is_plain, weights)) else None
             )
         return self._layers
+
+
+def _kernel_takes(
+    layers: ResidentLayers, embedded: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: KVCache
+) -> bool:
+    """Return whether a token, its angles and the cache are as the kernel reads them by their addresses."""
+    sizes, keys = layers.sizes, cache.layers[0].keys
+    return (
+        type(embedded) is torch.Tensor
+        and embedded.dtype == torch.bfloat16
+        and embedded.shape == (1, 1, sizes.hidden)
+        and embedded.is_contiguous()
+        and (len(cache.layers), keys.shape[1]) == (layers.count, sizes.groups)
+        and kernel_reads(keys, rotary, sizes.width)
+    )
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -18,10 +18,8 @@ DEQUANTISED_AT_ONCE = 2**21  # weights that are dequantised by torch's own opera
 ALIGNMENT = 256  # of every part on a GPU, as CUDA's own allocator aligns
 CUDA_HOST_BYTES = 2**30  # CUDA's libraries in main memory; stated, not measured
 CUDA_CONTEXT_BYTES = 600 * 2**20  # on a GPU where `qmix doctor` did not measure it
-GPU_DRIVER_BYTES = (
-    64 * 2**20
-)  # what the driver takes beside the context as it was measured: graphs, and code loaded later
-GPU_SLACK_SHARE = 0.0075  # of torch's allocations, for freed blocks that its allocator keeps
+GPU_DRIVER_BYTES = 64 * 2**20  # the driver's beside the context as it was measured: graphs, and code loaded later
+GPU_SLACK_SHARE = 0.02  # of torch's allocations, for freed blocks that its allocator keeps
 LIBRARY_BYTES = 32 * 2**20  # cuBLAS' work space, allocated by torch at the first product
 DEQUANTISING_BYTES = 14  # a weight: its code, as an index, and its value in fp32 before and after scaling
 

@@ -44,7 +44,8 @@ def decode_load(found: Arrangement, step: StepUse) -> Load:
     missed = found.missed
     share = missed_share(1 - len(missed) / len(hosts)) if missed else 0.0
     more = demand.batch - 1  # tokens whose arithmetic does not hide behind the reading of weights
-    one_call = not (more or missed or found.holdings) and uses_kernels(geometry)
+    alone = not (more or missed or found.holdings) and demand.attention == "sdpa"
+    one_call = alone and demand.layout.dtype == "bf16" and uses_kernels(geometry)
     return Load(
         layers=min(ONE_CALL, found.cpu_layers) if one_call else found.cpu_layers,
         dense=demand.read_of(0, found.cpu_layers, position),

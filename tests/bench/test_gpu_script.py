@@ -186,7 +186,7 @@ def test_llama_bench_is_read_and_kept_within_the_budget():
 
 
 def test_layers_that_llama_cpp_leaves_on_the_host():
-    """As were found by trial on an H100: 7 in 24 GiB with a larger context, and 21 in 12 GiB."""
+    """Trials on an H100 found 7 in 24 GiB with a larger context, and 21 in 12 GiB."""
     dense, cache = 3_200_000_000, 80_000_000
     assert gpu_llamacpp.layers_on_host(40 * GIB, PRESETS["8x7b"], dense, cache) == 0
     assert 5 <= gpu_llamacpp.layers_on_host(24 * GIB, PRESETS["8x7b"], dense, cache) <= 7

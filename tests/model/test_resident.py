@@ -96,7 +96,7 @@ def test_any_number_of_threads_and_several_blocks_of_positions(tmp_path, threads
 
 
 def test_equal_logits_of_the_router_take_the_first_expert(tmp_path):
-    """As do the first of equal numbers in transformers' choice: of four experts with one row, 0 and 1."""
+    """Of four experts whose router rows are the same, 0 and 1 are chosen."""
     model = model_of(tmp_path)
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.copy_(layer.mlp.gate.weight[:1].expand(4, -1).clone())
@@ -183,6 +183,26 @@ def test_recorded_outputs_are_recorded(tmp_path, option):
         assert getattr(model(torch.tensor([[5]]), cache=cache, **{option: True}), option.removeprefix("output_"))
         setattr(model.config, option, True)
         assert getattr(model(torch.tensor([[5]]), cache=cache), option.removeprefix("output_"))
+
+
+def test_the_embedding_stays_its_module_s(tmp_path):
+    """Neither what a hook has kept of it, nor a weight that a module hands out without a copy, is written to."""
+    model, seen = model_of(tmp_path), []
+    expected, served = logits(model), _Served(model)
+    model.model.embed_tokens.register_forward_hook(lambda module, given, out: seen.append((out, out.clone())))
+    assert torch.equal(logits(model), expected)
+    assert served.count == STEPS
+    assert all(torch.equal(kept, copy) for kept, copy in seen)
+
+
+def test_an_embedding_in_another_type_is_left_to_transformers(tmp_path):
+    model = model_of(tmp_path)
+    served, cache = _Served(model), KVCache(model.pool.store.geometry, 16, torch.bfloat16)
+    embed = model.model.embed_tokens
+    embed.weight.data = embed.weight.data.float()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"dtype|type"):
+        model(torch.tensor([[5]]), cache=cache)
+    assert served.count == 0
 
 
 def test_weights_that_were_changed_count(tmp_path):

@@ -134,14 +134,14 @@ def test_8x22b_on_an_h100_is_between_what_ran_and_its_bound():
 
 
 def test_residents_of_common_budgets():
-    """4.25 bits instead of 4.5 and no memory to reorder: 219 experts of 8x7B in 24 GiB, where 205 were before."""
+    """4.25 bits instead of 4.5 and no memory to reorder: 216 experts of 8x7B in 24 GiB, where 205 were before."""
     found = {}
     for gpu in (12, 24, 40):
         plan = make_plan(store("mixtral-8x7b"), 64 * GIB, 4096, GIB, gpus=[gpu * GIB])
         found[gpu] = plan.num_records - plan.host_records
         (device,) = plan.devices
-        assert device.total * 1.0075 + device.cuda + 64 * 2**20 <= device.budget
-    assert found == {12: 82, 24: 219, 40: 256}
+        assert device.total * 1.02 + device.cuda + 64 * 2**20 <= device.budget
+    assert found == {12: 81, 24: 216, 40: 256}
 
 
 def test_a_typical_24_gib_card_runs_8x22b_faster_than_the_cpu_alone():

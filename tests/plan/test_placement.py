@@ -114,7 +114,7 @@ def test_published_models_on_common_machines(name, gpus, ram, monkeypatch):
 
 
 def test_448_experts_are_placed_with_each_run_of_layers_worked_out_once(monkeypatch):
-    """What every cut would work out again is shared; so a plan takes about a second of the processor."""
+    """Cuts share the holdings of the runs that they have in common: a plan takes about a second of the processor."""
     holdings, answers = [], []
     holding, seconds = placement._Holdings._holding, placement.seconds_of
     monkeypatch.setattr(placement._Holdings, "_holding", lambda self, *run: holdings.append(run) or holding(self, *run))

@@ -45,6 +45,19 @@ def test_products_slower_than_memory_are_the_limit():
     assert seconds_of(Load(layers=0, experts=18, four_bit=False), slow) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("ram", "batch", "dtype", "layers"),
+    [(64, 1, "bf16", 4), (16, 1, "bf16", 32), (64, 2, "bf16", 32), (64, 1, "fp16", 32)],
+    ids=["all in memory", "some on the disk", "two prompts", "fp16"],
+)
+def test_a_token_in_one_call_has_the_overhead_of_four_layers(ram, batch, dtype, layers):
+    geometry = PUBLISHED["mixtral-8x7b"].geometry
+    store = StoreLayout(geometry, parse_precisions("nf4", geometry), dtype)
+    plan = make_plan(store, ram * GIB, 4096, GIB, batch=batch)
+    seconds = [predict(plan, store, Rates(layer_seconds=overhead)).decode.seconds for overhead in (0.0, 1.0)]
+    assert seconds[1] - seconds[0] == pytest.approx(layers)
+
+
 def test_reads_beside_products_take_more_than_the_longer_and_less_than_both():
     assert beside(3, 0) == 3
     assert beside(0, 0) == 0

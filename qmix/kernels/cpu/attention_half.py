@@ -65,7 +65,7 @@ class HalfLayer:
 
 
 class HalfLayerSizes(NamedTuple):
-    """What a half layer computes with: sizes of its model and the positions of a sequence, this token's included."""
+    """Sizes of a half layer's work: those of its model, and the positions of a sequence, this token's included."""
 
     hidden: int
     heads: int

@@ -55,7 +55,10 @@ KnownExpert = tuple[str, Sequence[int]]  # its precision, and the addresses of i
 
 
 class ResidentLayers:
-    """The layers of a model whose experts are all in memory. Memory at the addresses is the caller's to keep."""
+    """The layers of a model whose experts are all in memory. Memory at the addresses is the caller's to keep.
+
+    One token at a time: its numbers lie in memory that the next one uses again.
+    """
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class ResidentLayers:
         """`inner` is the number of the gates' rows; `constants` are each layer's two epsilons and the scaling of its
         scores. `sizes` are the model's; its positions do not count.
         """
-        self.sizes = sizes
+        self.sizes, self.count = sizes, len(layers)
         precisions = sorted({precision for row in experts for precision, _ in row})
         self._layers, self._constants = layers, torch.tensor(constants, dtype=torch.float32)
         self._order = torch.arange(sizes.top_k)
