@@ -204,6 +204,8 @@ class Peak:
     def _watch(self) -> None:
         assert self._child.stdout is not None
         for line in self._child.stdout:
+            if "," not in line:  # a message
+                continue
             index, *uuid, used = [cell.strip() for cell in line.split(",")]
             place, nbytes = place_of(index, uuid, os.environ.get("CUDA_VISIBLE_DEVICES")), mebibytes(used)
             if nbytes is not None and place is not None and place < len(self.most):

@@ -223,8 +223,10 @@ def quiet_libraries() -> None:
 def load_libraries() -> None:
     """Import what a model needs of transformers and the libraries around it, without their warnings."""
     quiet_libraries()
+    from qmix.machine.kept import limit_kept_memory
     from qmix.model.lean import import_libraries
 
+    limit_kept_memory()
     import_libraries()
 
 

@@ -14,7 +14,8 @@ import torch
 
 from qmix.engine.compile_kernels import PARTS
 from qmix.geometry import Geometry
-from qmix.machine.found import give_back_freed_memory, peak_memory
+from qmix.machine.found import peak_memory
+from qmix.machine.kept import limit_kept_memory
 from qmix.model.lean import import_libraries
 from qmix.models import EMBEDDED
 
@@ -28,7 +29,7 @@ def main() -> None:
     from qmix.precision.bitsandbytes import cpu_library, functional
     from qmix.text.tokenizer import load_tokenizer
 
-    give_back_freed_memory()
+    limit_kept_memory()
     config = MixtralConfig(
         vocab_size=64,
         hidden_size=64,

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from qmix.engine.compute import ComputeThread
 from qmix.engine.generation_config import decoding, model_generation_config, with_end_of
 from qmix.engine.sampling import Sampling
-from qmix.machine.found import give_back_freed_memory
+from qmix.machine.kept import limit_kept_memory
 from qmix.machine.measured import dense_from, widened_from
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.build import build_model
@@ -58,7 +58,7 @@ class OpenModel:
         alone. `generates` wants a tokenizer and the model's generation config. `on_load` is told of experts that are
         read beforehand, which happens where all of them fit. Raises StoreError where the store is damaged.
         """
-        give_back_freed_memory()
+        limit_kept_memory()
         self.store = store
         self._grammars: GrammarCompiler | None = None
         with ExitStack() as opened:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -29,7 +28,6 @@ from qmix.version import __version__
 
 _LOG = logging.getLogger(__name__)
 SHARE_OF_AVAILABLE = 0.9  # of the available memory, where no budget is given; the rest is for other processes
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 SECONDS, KERNELS_SECONDS = 3, 20  # of measuring Python's memory: typical, for the line that announces it
 INSTALLED = (".dist-info", ".egg-info", ".egg-link", ".pth")
 AT_START = ("sitecustomize", "usercustomize")
@@ -110,16 +108,6 @@ def gpu_names() -> tuple[tuple[str, int], ...]:
 
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return tuple((gpu.name, gpu.total_memory) for gpu in found)
-
-
-def give_back_freed_memory() -> None:
-    """Make this process return every freed block of 1 MiB or more to the system at once.
-
-    glibc otherwise keeps blocks of up to 32 MiB, in which activations of changing sizes find no place: a
-    long prefill then held 150 MB more than it used. Does nothing where the C library has no such setting.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def _cgroups(root: Path) -> list[Path]:

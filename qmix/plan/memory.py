@@ -24,7 +24,7 @@ MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for pro
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
 
 # What a process takes besides tensors.
-RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack
+RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack, generated products
 RESERVE_SHARE = 0.01
 SCORING_SLACK = 2**25  # freed blocks that the allocator keeps
 LAYERWISE_SLACK = 2**28  # the same, and the libraries' work space

@@ -34,16 +34,22 @@ def mixed(tiny, tmp_path_factory):
     return make_store(tiny, tmp_path_factory.mktemp("mixed") / "store", "nf4,*.7=int8,2.*=half")
 
 
+@pytest.fixture(scope="module")
+def half(tiny, tmp_path_factory):
+    return make_store(tiny, tmp_path_factory.mktemp("half") / "store", "half")
+
+
 @pytest.mark.parametrize(
     ("which", "options"),
     [
         ("store", ("--ram", "4GiB", "--context", "2048")),
-        ("store", ("--ram", "4GiB", "--context", "1024", "--attn", "eager")),
+        ("store", ("--ram", "4GiB", "--context", "720", "--attn", "eager")),
         ("store", ("--ram", "{smallest}", "--context", "1024")),
         ("mixed", ("--ram", "4GiB", "--context", "1024")),
         ("mixed", ("--ram", "{smallest}", "--context", "1024")),
+        ("half", ("--ram", "4GiB", "--context", "1024")),
     ],
-    ids=["roomy", "eager attention", "smallest pool", "mixed", "mixed, smallest pool"],
+    ids=["roomy", "eager attention", "smallest pool", "mixed", "mixed, smallest pool", "half"],
 )
 def test_the_plans_total_is_the_runs_peak(which, options, request):
     """Within 5%, and never above the budget."""
