@@ -91,9 +91,11 @@ def eval(model: str | None, output: Path, as_json: bool, plan_path: Path | None,
     from qmix.terminal.progress import ProgressDisplay
     from qmix.terminal.tables import print_table, say
 
-    loading = partial(ProgressDisplay, f"loading {name}", LOADING_PATIENCE)
+    def loading() -> ProgressDisplay:
+        hold_to(options["ram"] or default_budget())  # from here on: a budget that is refused is not exceeded
+        return ProgressDisplay(f"loading {name}", LOADING_PATIENCE)
+
     showing = partial(EvaluationDisplay, f"evaluating {name}")
-    hold_to(options["ram"] or default_budget())
     with Results(output, identity(store, computed_on(options["gpus"] is not None))) as results:
         limits = options["ram"], options["batch_tokens"], own_memory(), options["gpus"]
         engine = StoreEngine(store, results, *limits, loading, showing)

@@ -33,6 +33,7 @@ from qmix.model.attention import ROW_ATTENTION
 from qmix.model.gpu.spread import spread_for
 from qmix.model.gpu.steps import NOT_ON_GPUS, Steps
 from qmix.model.kv import Chunk, KVCache, Rows, positions_of
+from qmix.model.resident import ResidentSteps
 from qmix.plan import Plan
 from qmix.plan.device_memory import captured_tokens
 from qmix.plan.memory import HEAD_ROWS, PREFILL_CHUNK
@@ -227,7 +228,11 @@ class BatchRunner(OpenModel):
         """Return the hidden states [T, H] of all tokens of a pass, of a chunk at most."""
         self._cache.rows = rows = Rows.of(chunks, self.store.geometry.sliding_window)
         ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]])
-        options = {"position_ids": positions_of(chunks)[None], "cache": self._cache, "use_cache": True, "rows": rows}
+        positions, steps = positions_of(chunks)[None], self.model.steps
+        found = steps.rows(ids, positions, self._cache, rows) if isinstance(steps, ResidentSteps) else None
+        if found is not None:
+            return found[0]
+        options = {"position_ids": positions, "cache": self._cache, "use_cache": True, "rows": rows}
         with self.model.few_threads(ids):
             hidden: torch.Tensor = self.model.model(ids, **options).last_hidden_state[0]
         return hidden

@@ -38,6 +38,13 @@ def _step() -> None:
     resident_step.resident_step_kernel()
 
 
+def _rows() -> None:
+    from qmix.kernels.cpu import row_by_row
+
+    row_by_row.norm_kernel()
+    row_by_row.choose_kernel()
+
+
 def _attention_block() -> None:
     import torch
 
@@ -81,6 +88,7 @@ PARTS: tuple[Callable[[], None], ...] = (
     _product,
     _attention,
     _step,
+    _rows,
     _team,
     *(partial(_dequantize, kind) for kind in FOUR_BITS),
 )

@@ -23,7 +23,7 @@ from qmix.errors import StoreError
 from qmix.geometry import CONFIG_KEYS
 from qmix.model.as_transformers import MixtralForCausalLM
 from qmix.model.attention import GROUPED_SDPA, register
-from qmix.model.decoder_layer import use_one_token_layers
+from qmix.model.decoder_layer import use_short_layers
 from qmix.model.dense import read_dense
 from qmix.model.experts import PooledExperts
 from qmix.model.gpu.devices import download
@@ -138,11 +138,14 @@ def load_weights(
         set_module_tensor_to_device(model, module_name(name), value.device, value=value, dtype=value.dtype)
     if store.geometry.tie_embeddings:
         model.tie_weights()
+    kernels = uses_kernels(store.geometry)
     if pool.invariant and spread is None:
-        make_invariant(model)
-    elif uses_kernels(store.geometry):
+        kernels = kernels and model.dtype == torch.bfloat16
+        make_invariant(model, kernels)
+    elif kernels:
         use_half_linear(model)
-        use_one_token_layers(model)
+    if kernels:
+        use_short_layers(model)
         if isinstance(pool, ExpertPool) and pool.holds_all and spread is None:
             use_resident_steps(model, pool)
     if spread is not None:

@@ -1,15 +1,17 @@
-"""One token through a decoder layer, without a module and a call of torch for every step.
+"""A few tokens through a decoder layer, without a module and a call of torch for every step.
 
-transformers' layer takes some sixty small operations of torch a token, and each module a call of Python. For the single
-token of a decode step, over the planned cache, all but the choice of experts is two pieces of work for the cores: the
-half before the experts, and the experts. Everything else goes through transformers' layer as it is.
+transformers' layer takes some sixty small operations of torch, and each module a call of Python. For the single token
+of a decode step, over the planned cache, and for a pass of a few tokens of many sequences, all but the choice of
+experts is two pieces of work for the cores: the half before the experts, and the experts. Everything else goes through
+transformers' layer as it is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import (
@@ -20,18 +22,27 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralTopKRouter,
 )
 
-from qmix.model.attention import GROUPED_SDPA
-from qmix.model.kv import COLUMNS, KVCache
+from qmix.model.attention import GROUPED_SDPA, ROW_ATTENTION
+from qmix.model.invariant import InvariantNorm, InvariantRouter
+from qmix.model.kv import COLUMNS, KVCache, Rows
+from qmix.plan.memory import is_short
 from qmix.precision.dense import HalfLinear
 
-KINDS = (
-    *(MixtralAttention, MixtralSparseMoeBlock),
-    *(MixtralRMSNorm, HalfLinear, HalfLinear, HalfLinear, HalfLinear, MixtralRMSNorm, MixtralTopKRouter),
-)  # what the short way stands for, in the order of HalfLayer from the third on
+if TYPE_CHECKING:
+    from qmix.kernels.cpu.attention_half import Seen  # loads Numba
+
+Kinds = tuple[type[nn.Module], ...]
+
+
+def _kinds(norm: type[nn.Module], router: type[nn.Module]) -> Kinds:
+    """Return what the short way stands for, in the order of HalfLayer from the third on."""
+    return MixtralAttention, MixtralSparseMoeBlock, norm, *[HalfLinear] * 4, norm, router
 
 
 class OneTokenLayer(MixtralDecoderLayer):
     """transformers' decoder layer with a short way for one token in bf16 that nobody else looks at."""
+
+    kinds = _kinds(MixtralRMSNorm, MixtralTopKRouter)
 
     def forward(
         self,
@@ -55,19 +66,33 @@ class OneTokenLayer(MixtralDecoderLayer):
                 cache=cache,
                 **kwargs,
             )
+        from qmix.kernels.cpu.attention_half import Seen
+
+        keys, values = cache.layers[parts[0].layer_idx].extend(1)
+        return self._run(parts, hidden_states, position_embeddings, keys[0], values[0], Seen.alone(keys.shape[2]))
+
+    def _run(
+        self,
+        parts: tuple[Any, ...],
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        seen: Seen,
+    ) -> torch.Tensor:
+        """Return the residual stream [1, T, H] after the layer; keys and values are [G, N, D]."""
         from qmix.kernels.cpu.attention_half import HalfLayer, attend_and_route
 
         attention, mixture, norm, *_, second_norm, router = parts
         weights = HalfLayer(*[part._parameters["weight"] for part in parts[2:]])
         epsilons = norm.variance_epsilon, second_norm.variance_epsilon
-        keys, values = cache.layers[attention.layer_idx].extend(1)
         attended, normed, chosen, shares = attend_and_route(
-            weights, hidden_states, position_embeddings, keys[0], values[0], epsilons, attention.scaling, router.top_k
+            weights, hidden, rotary, keys, values, seen, epsilons, attention.scaling, router.top_k
         )
         return (attended + mixture._modules["experts"](normed, chosen, shares))[None]
 
     def parts(self) -> tuple[Any, ...]:
-        """Return the modules of KINDS. Each attribute of a module that is looked up as such is a call of Python."""
+        """Return the modules of `kinds`. Each attribute of a module that is looked up as such is a call of Python."""
         mine, attention, mixture = self._modules, self._modules["self_attn"], self._modules["mlp"]
         projections: dict[str, Any] = attention._modules
         return (
@@ -92,18 +117,74 @@ class OneTokenLayer(MixtralDecoderLayer):
             and mask is None
             and type(cache) is KVCache
             and cache.rows is None
-            and type(hidden_states) is torch.Tensor
-            and hidden_states.dtype == torch.bfloat16
-            and hidden_states.is_contiguous()
-            and not (self.training or hidden_states.requires_grad or _has_any_global_hook())
-            and _are_plain(parts)
+            and self._kernel_reads(hidden_states, rotary, cache, parts)
+        )
+
+    def _kernel_reads(
+        self,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: KVCache,
+        parts: tuple[Any, ...],
+    ) -> bool:
+        """Return whether nobody looks at what the kernel leaves out, and all is as it reads it."""
+        return (
+            type(hidden) is torch.Tensor
+            and hidden.dtype == torch.bfloat16
+            and hidden.is_contiguous()
+            and not (self.training or hidden.requires_grad or _has_any_global_hook())
+            and _are_plain(parts, self.kinds)
             and kernel_reads(cache.layers[parts[0].layer_idx].keys, rotary, parts[0].head_dim)
         )
 
 
-def _are_plain(parts: tuple[Any, ...]) -> bool:
+class RowsLayer(OneTokenLayer):
+    """The decoder layer of an invariant model, with a short way for the rows of a pass of up to SHORT_PASS tokens.
+
+    A row has the same numbers in a longer pass, whose norms and choices have the same code.
+    """
+
+    kinds = _kinds(InvariantNorm, InvariantRouter)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+        rows: Rows | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the layer's residual stream [1, T, H] for the rows of a pass."""
+        parts = self.parts()
+        if (
+            rows is None
+            or position_embeddings is None
+            or type(cache) is not KVCache
+            or not is_short(len(rows.places), rows.longest)
+            or not self._kernel_reads(hidden_states, position_embeddings, cache, parts)
+        ):
+            return MixtralDecoderLayer.forward(
+                self,
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                rows=rows,
+                **kwargs,
+            )
+        from qmix.kernels.cpu.attention_half import Seen
+
+        layer = cache.layers[parts[0].layer_idx]
+        seen = Seen.of(rows.first, rows.seen)
+        return self._run(parts, hidden_states, position_embeddings, layer.keys[0], layer.values[0], seen)
+
+
+def _are_plain(parts: tuple[Any, ...], kinds: Kinds) -> bool:
     """Return whether no module that the short way leaves out was replaced, is trained, or has a hook."""
-    for part, kind in zip(parts, KINDS, strict=True):
+    for part, kind in zip(parts, kinds, strict=True):
         weight = part._parameters.get("weight")
         if type(part) is not kind or part._forward_hooks or part._forward_pre_hooks:
             return False
@@ -118,9 +199,9 @@ def kernel_reads(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], 
     return as_wide and keys.device.type == "cpu" and keys.dtype == torch.bfloat16 == rotary[0].dtype
 
 
-def use_one_token_layers(model: MixtralForCausalLM) -> None:
-    """Give every layer of a model with qmix's attention the short way for one token."""
-    if model.config._attn_implementation == GROUPED_SDPA:
-        for layer in model.model.layers:
-            if layer.self_attn.head_dim % COLUMNS == 0:
-                layer.__class__ = OneTokenLayer
+def use_short_layers(model: MixtralForCausalLM) -> None:
+    """Give every layer of a model with qmix's attention its short way: for one token, or for rows."""
+    kind = {GROUPED_SDPA: OneTokenLayer, ROW_ATTENTION: RowsLayer}.get(model.config._attn_implementation)
+    for layer in model.model.layers if kind is not None else ():
+        if layer.self_attn.head_dim % COLUMNS == 0:
+            layer.__class__ = kind

@@ -3,12 +3,14 @@
 Sequences come and go in a batch, and a resumed run has other neighbours, yet the same line has to get the same answer.
 In torch the last bits of a row change with the number of rows: products choose another kernel by size, and elementwise
 functions end in an incomplete vector step whose place varies. Both are replaced. Norms, softmax and top-k treat each
-row by itself already.
+row by itself already; where qmix's kernels take passes of a few tokens as a whole, longer ones have their norms and
+choices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,12 +26,20 @@ POSITIONS = 64  # rotary angles are computed for so many at once
 Elementwise = Callable[[torch.Tensor], torch.Tensor]
 
 
-def make_invariant(model: MixtralForCausalLM) -> None:
-    """Replace transformers' parts by invariant ones with the same parameters; the pool's experts already are."""
+def make_invariant(model: MixtralForCausalLM, kernels: bool) -> None:
+    """Replace transformers' parts by invariant ones with the same parameters; the pool's experts already are.
+
+    With `kernels` norms and choices are those of qmix's kernels for half a layer, in bf16.
+    """
     use_half_linear(model, invariant=True)
     for layer in model.model.layers:
-        layer.mlp.gate = InvariantRouter(layer.mlp.gate.weight, layer.mlp.gate.top_k)
+        layer.mlp.gate = InvariantRouter(layer.mlp.gate.weight, layer.mlp.gate.top_k, kernels)
         layer.mlp.experts.activation = row_by_row(layer.mlp.experts.activation)
+        if kernels:
+            layer.input_layernorm = InvariantNorm(layer.input_layernorm)
+            layer.post_attention_layernorm = InvariantNorm(layer.post_attention_layernorm)
+    if kernels:
+        model.model.norm = InvariantNorm(model.model.norm)
     model.model.rotary_emb = BlockRotary(model.model.rotary_emb)
 
 
@@ -45,16 +55,35 @@ def row_by_row(function: Elementwise) -> Elementwise:
     return apply
 
 
-class InvariantRouter(nn.Module):
-    """transformers' MixtralTopKRouter with qmix's own product."""
+class InvariantNorm(nn.Module):
+    """transformers' MixtralRMSNorm with the additions of qmix's kernel, in bf16."""
 
-    def __init__(self, weight: nn.Parameter, top_k: int) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
-        self.weight, self.top_k = weight, top_k
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the norms of [..., H]."""
+        from qmix.kernels.cpu.row_by_row import norm_rows
+
+        return norm_rows(hidden_states, self.weight, self.variance_epsilon)
+
+
+class InvariantRouter(nn.Module):
+    """transformers' MixtralTopKRouter with qmix's own product, and with `kernels` the kernels' choice."""
+
+    def __init__(self, weight: nn.Parameter, top_k: int, kernels: bool) -> None:
+        super().__init__()
+        self.weight, self.top_k, self._kernels = weight, top_k, kernels
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits [T, E], weights [T, k] and experts [T, k] for [..., H]."""
         logits = half_product(hidden_states.reshape(-1, hidden_states.shape[-1]), self.weight, invariant=True)
+        if self._kernels:
+            from qmix.kernels.cpu.row_by_row import choose_rows
+
+            experts, shares = choose_rows(logits, self.top_k)
+            return logits, shares, experts
         chosen, experts = logits.float().softmax(-1).topk(self.top_k, dim=-1)
         return logits, chosen / chosen.sum(-1, keepdim=True), experts
 

@@ -1,8 +1,9 @@
-"""Decode steps of a model whose experts are all in main memory: every layer in one call of the thread team.
+"""Steps of a few tokens of a model whose experts are all in main memory: every layer in one call of the thread team.
 
-In transformers' place a forward of one token calls only the modules around the layers: embedding, rotary embedding, the
-last norm and the head. Where a module that is left out has a hook, another forward, or another module in its place, the
-layers run one by one instead. Their numbers are the same, but for a layer that qmix's kernels cannot take so.
+In transformers' place a forward of one token, or a pass of a few tokens of many sequences, calls only the modules
+around the layers: embedding, rotary embedding, the last norm and the head. Where a module that is left out has a hook,
+another forward, or another module in its place, the layers run one by one instead. Their numbers are the same, but for
+a layer that qmix's kernels cannot take so.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from qmix.geometry import HALF_BYTES
 from qmix.kernels.cpu.threads import one_for_torch
 from qmix.model.continued import continues
 from qmix.model.decoder_layer import OneTokenLayer, kernel_reads
-from qmix.model.kv import KVCache
+from qmix.model.kv import KVCache, Rows
+from qmix.plan.memory import is_short
 from qmix.pool.experts import ExpertPool
 from qmix.precision.expert import Expert
 
 if TYPE_CHECKING:
-    from qmix.kernels.cpu.resident_step import ResidentLayers  # loads Numba
+    from qmix.kernels.cpu.attention_half import Seen  # these load Numba
+    from qmix.kernels.cpu.resident_step import ResidentLayers
 
 
 class ResidentSteps:
-    """Serves the one-token forwards of a model over a pool that holds all of its experts."""
+    """Serves forwards of one token, or passes of a few, of a model over a pool that holds all of its experts."""
 
     launched = 0  # no graphs
 
@@ -43,7 +46,7 @@ class ResidentSteps:
         self._weights = [part._parameters for layer in inner.layers for part in layer.parts()[2:]]
         self._places: list[int] = []
         self._layers: ResidentLayers | None = None
-        self._share = _expert_share(model)  # of a step's time
+        self._expert_bytes, self._dense_bytes = _layer_bytes(model)
 
     def forward(self, ids: torch.Tensor | None, options: dict[str, Any]) -> MoeCausalLMOutputWithPast | None:
         """Return what the model's forward would for these arguments; None where a step does not serve them."""
@@ -52,33 +55,59 @@ class ResidentSteps:
             return None
         if not (continues(self.config, cache, ids, options) and self._sees_all(cache) and self._nobody_looks()):
             return None
+        from qmix.kernels.cpu.attention_half import Seen
+
+        position = cache.get_seq_length()
+        hidden = self._hidden(ids, torch.tensor([[position]]), cache, Seen.alone(position + 1))
+        if hidden is None:
+            return None
+        for layer in cache.layers:
+            layer.length += 1
+        with one_for_torch(self.config.hidden_size):
+            return MoeCausalLMOutputWithPast(logits=self._around["lm_head"](hidden), cache=cache)
+
+    def rows(self, ids: torch.Tensor, positions: torch.Tensor, cache: KVCache, rows: Rows) -> torch.Tensor | None:
+        """Return the normed hidden states [1, T, H] of a pass [1, T]; None where a step does not serve it."""
+        if not (is_short(len(rows.places), rows.longest) and self._nobody_looks()):
+            return None
+        from qmix.kernels.cpu.attention_half import Seen
+
+        return self._hidden(ids, positions, cache, Seen.of(rows.first, rows.seen))
+
+    def _hidden(self, ids: torch.Tensor, positions: torch.Tensor, cache: KVCache, seen: Seen) -> torch.Tensor | None:
+        """Return the normed hidden states [1, T, H] of tokens [1, T]; None where the kernel does not take them."""
         layers = self._resident_layers()
         if layers is None:
             return None
         self.pool.check_running()
         inner: Any = self._around["model"]
         inner.layers[0].mlp.experts.check_caller()
-        with one_for_torch(self.config.hidden_size):
-            position = cache.get_seq_length()
+        with one_for_torch(ids.numel() * self.config.hidden_size):
             embedded = inner.embed_tokens(ids)
-            rotary = inner.rotary_emb(embedded, position_ids=torch.tensor([[position]]))
+            rotary = inner.rotary_emb(embedded, position_ids=positions)
             if not _kernel_takes(layers, embedded, rotary, cache):
                 return None
             stream = embedded.clone()  # which is written to; the embedding may be somebody's
-            self._run(layers, stream, rotary, cache)
-            return MoeCausalLMOutputWithPast(logits=self._around["lm_head"](inner.norm(stream)), cache=cache)
+            self._run(layers, stream, rotary, cache, seen)
+            hidden: torch.Tensor = inner.norm(stream)
+        return hidden
 
     def _run(
-        self, layers: ResidentLayers, stream: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: KVCache
+        self,
+        layers: ResidentLayers,
+        stream: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: KVCache,
+        seen: Seen,
     ) -> None:
-        """Take a token through the layers, and count it in the cache and the pool."""
+        """Take tokens through the layers, and count their experts in the pool."""
         started, kept = time.perf_counter(), cache.layers
         keys, values = [layer.keys.data_ptr() for layer in kept], [layer.values.data_ptr() for layer in kept]
         strides = HALF_BYTES * kept[0].keys.stride(1), HALF_BYTES * kept[0].values.stride(1)
-        chosen = layers.run(stream, rotary, keys, values, strides, cache.get_seq_length() + 1)
-        for layer in kept:
-            layer.length += 1
-        self.pool.used(chosen, self._share * (time.perf_counter() - started))
+        chosen = layers.run(stream, rotary, keys, values, strides, seen)
+        used = chosen if len(seen.table) == 1 else [sorted(set(experts)) for experts in chosen]
+        experts = sum(map(len, used)) / len(used) * self._expert_bytes
+        self.pool.used(used, experts / (experts + self._dense_bytes) * (time.perf_counter() - started))
 
     def _sees_all(self, cache: KVCache) -> bool:
         """Return whether the next token of a cache sees all of its positions, which every layer has."""
@@ -119,7 +148,7 @@ def _kernel_takes(
     return (
         type(embedded) is torch.Tensor
         and embedded.dtype == torch.bfloat16
-        and embedded.shape == (1, 1, sizes.hidden)
+        and embedded.shape[2:] == (sizes.hidden,)
         and embedded.is_contiguous()
         and (len(cache.layers), keys.shape[1]) == (layers.count, sizes.groups)
         and kernel_reads(keys, rotary, sizes.width)
@@ -149,7 +178,7 @@ def _resident_layers(inner: Any, pool: ExpertPool, experts: list[list[Expert]]) 
         heads=geometry.num_heads,
         groups=geometry.num_kv_heads,
         width=geometry.head_dim,
-        positions=0,
+        rows=0,
         experts=geometry.num_experts,
         top_k=router.top_k,
     )
@@ -157,15 +186,14 @@ def _resident_layers(inner: Any, pool: ExpertPool, experts: list[list[Expert]]) 
     return ResidentLayers(sizes, experts[0][0].gate.rows, halves, known, constants)
 
 
-def _expert_share(model: MixtralForCausalLM) -> float:
-    """Return the share of experts in the bytes that a token reads in the layers, and so in its time."""
+def _layer_bytes(model: MixtralForCausalLM) -> tuple[float, float]:
+    """Return the mean bytes of an expert, and of a layer's dense weights; a step's time is about in proportion."""
     layout, geometry = model.pool.store.layout, model.pool.store.geometry
-    experts = sum(layout.expert_bytes.values()) * geometry.experts_per_token / geometry.num_experts
     dense = sum(weight.nbytes for layer in model.model.layers for weight in layer.parameters())
-    return experts / (experts + dense)
+    return sum(layout.expert_bytes.values()) / geometry.num_records, dense / geometry.num_layers
 
 
 def use_resident_steps(model: MixtralForCausalLM, pool: ExpertPool) -> None:
-    """Let a model take steps of one token in one call, if all of its layers have the short way for one."""
-    if all(type(layer) is OneTokenLayer for layer in model.model.layers):
+    """Let a model take steps of a few tokens in one call, if all of its layers have the short way."""
+    if all(isinstance(layer, OneTokenLayer) for layer in model.model.layers):
         model.steps = ResidentSteps(model, pool)

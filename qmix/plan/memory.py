@@ -22,6 +22,7 @@ MOST_PREFILL = 8192  # tokens of prompts that go through a layer before the next
 PREFILL_SHARE = 1 / 32  # of the memory for records that their activations may take
 MAX_BATCH = PREFILL_CHUNK // 2  # sequences of a step; the other half is for prompts
 HEAD_ROWS = 64  # rows through the head at once when known tokens are scored
+SHORT_PASS = 32  # tokens of many sequences that layers take as one piece of work, which nothing interrupts
 
 # What a process takes besides tensors.
 RESERVE_BYTES = 16 * 2**20  # page tables, the allocator's slack, generated products
@@ -52,6 +53,13 @@ def usable_bytes(budget: int) -> int:
 def step_tokens(context: int, batch: int) -> int:
     """Return the most tokens of one step of `batch` sequences of `context` tokens each."""
     return min(max(PREFILL_CHUNK, batch), context * batch)
+
+
+def is_short(tokens: int, longest: int) -> bool:
+    """Return whether a pass has few tokens, and whether the work space for a chunk holds the sums of their attention,
+    if the longest sequence has `longest` positions.
+    """
+    return tokens <= SHORT_PASS and tokens * longest <= PREFILL_CHUNK * PREFILL_CHUNK
 
 
 def layer_kv_bytes(geometry: Geometry, tokens: int) -> int:

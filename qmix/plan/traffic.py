@@ -9,9 +9,10 @@ from math import ceil
 from qmix.geometry import Geometry
 from qmix.plan.demand import Arrangement, StepUse
 from qmix.plan.device_work import DeviceLayer, attention_flops, device_layers, expert_weights
+from qmix.plan.memory import is_short
 from qmix.precision.formats import uses_kernels
 
-ONE_CALL = 4  # layers whose overhead a token in one call of the CPU's threads has (docs/performance.md, "By threads")
+ONE_CALL = 4  # layers whose overhead a step in one call of the CPU's threads has (docs/performance.md, "By threads")
 LOCALITY = 0.3  # what the pool finds beyond the most used experts: misses are (1 - share held) ** LOCALITY of theirs
 
 
@@ -44,8 +45,9 @@ def decode_load(found: Arrangement, step: StepUse) -> Load:
     missed = found.missed
     share = missed_share(1 - len(missed) / len(hosts)) if missed else 0.0
     more = demand.batch - 1  # tokens whose arithmetic does not hide behind the reading of weights
-    alone = not (more or missed or found.holdings) and demand.attention == "sdpa"
-    one_call = alone and demand.layout.dtype == "bf16" and uses_kernels(geometry)
+    resident = not (missed or found.holdings) and demand.attention == "sdpa"
+    ours = resident and demand.layout.dtype == "bf16" and uses_kernels(geometry)
+    one_call = ours and is_short(demand.batch, position)
     return Load(
         layers=min(ONE_CALL, found.cpu_layers) if one_call else found.cpu_layers,
         dense=demand.read_of(0, found.cpu_layers, position),

@@ -55,6 +55,7 @@ def test_the_first_budget_that_is_named_works(qmix, first_use, tiny, tmp_path, m
     names = {"MODEL": model, "IN": str(tmp_path / "in.jsonl"), "OUT": str(tmp_path / "out")}
     argv = [names.get(word, word) for word in COMMANDS[command]]
     refused = qmix(*argv, "--ram", "50MiB", stdin=b"Hello\n")
+    assert "is above the budget" not in refused.err  # which nothing was run under
     assert refused.status == 3, refused.err
     assert not list(cache.glob("qmix/*/")), "a store was made before the budget was refused"
     (named,) = re.findall(r"--ram (\d+MiB)", refused.lines[-1])

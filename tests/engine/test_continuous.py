@@ -25,6 +25,7 @@ from qmix.errors import UsageError
 from qmix.kernels.cpu.threads import choose_threads
 from qmix.model.kv import Chunk
 from qmix.plan import Plan, make_plan
+from qmix.precision import formats, matmul
 
 TEXTS = ["Click the button to", "To install a package,", "The file", "Ouvrez le menu et choisissez", "Das"]
 OPTIONS = [
@@ -88,6 +89,15 @@ SHAPES = {
     "three experts a token": {"num_experts_per_tok": 3},
     "sliding window": {"sliding_window": 5},
     "fp16": {"dtype": "fp16", "precision": "fp4"},
+    # as large models: a few tokens are one piece of work of all layers, or two of each, and many go by modules
+    "kernels, nf4": {"kernels": True},
+    "kernels, mixed, wide heads": {"kernels": True, "precision": "nf4,*.1=half,1.2=int8", "head_dim": 48},
+    "kernels, three experts a token, sliding window": {
+        **{"kernels": True, "precision": "int8", "num_experts_per_tok": 3, "sliding_window": 5}
+    },
+    "kernels, from disk": {"kernels": True, "slots": 7},
+    "kernels, odd sizes": {"kernels": True, "hidden_size": 40, "intermediate_size": 72, "head_dim": 10},
+    "kernels, fp16": {"kernels": True, "dtype": "fp16"},
 }
 
 
@@ -95,11 +105,16 @@ SHAPES = {
 def shaped(request, tiny, tmp_path_factory) -> BatchRunner:
     directory = tmp_path_factory.mktemp("shaped")
     changes = dict(SHAPES[request.param])
-    precision, dtype = changes.pop("precision", "nf4"), changes.pop("dtype", None)
+    precision, dtype, slots = changes.pop("precision", "nf4"), changes.pop("dtype", None), changes.pop("slots", None)
+    kernels = changes.pop("kernels", False)
     config = TINY_CONFIG | changes
     checkpoint = write_checkpoint(directory / "checkpoint", random_weights(config), config, tokenizer=tiny)
-    with runner_of(make_store(checkpoint, directory / "store", precision, dtype), batch=8) as runner:
-        yield runner
+    store = make_store(checkpoint, directory / "store", precision, dtype)
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (formats, matmul) if kernels else ():
+            patched.setattr(module, "KERNEL_WEIGHTS", 0)
+        with runner_of(store, batch=8, slots=slots) as runner:
+            yield runner
 
 
 @given(data=st.data())

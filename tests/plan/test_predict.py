@@ -47,10 +47,10 @@ def test_products_slower_than_memory_are_the_limit():
 
 @pytest.mark.parametrize(
     ("ram", "batch", "dtype", "layers"),
-    [(64, 1, "bf16", 4), (16, 1, "bf16", 32), (64, 2, "bf16", 32), (64, 1, "fp16", 32)],
-    ids=["all in memory", "some on the disk", "two prompts", "fp16"],
+    [(64, 1, "bf16", 4), (64, 32, "bf16", 4), (16, 1, "bf16", 32), (96, 33, "bf16", 32), (64, 1, "fp16", 32)],
+    ids=["all in memory", "32 prompts", "some on the disk", "33 prompts", "fp16"],
 )
-def test_a_token_in_one_call_has_the_overhead_of_four_layers(ram, batch, dtype, layers):
+def test_a_step_in_one_call_has_the_overhead_of_four_layers(ram, batch, dtype, layers):
     geometry = PUBLISHED["mixtral-8x7b"].geometry
     store = StoreLayout(geometry, parse_precisions("nf4", geometry), dtype)
     plan = make_plan(store, ram * GIB, 4096, GIB, batch=batch)

@@ -1,9 +1,12 @@
-"""The half of a decoder layer before its experts, for one token: a single piece of work for the thread team.
+"""The half of a decoder layer before its experts, for a few tokens: a single piece of work for the thread team.
 
 Its stages (`stages`) follow transformers' Mixtral, with the same roundings to bf16: norm, projections to query, key and
 value, rotary embedding, attention over the KV cache, projection to the output and the residual, norm, and the router's
 product with the choice of experts. Each is a few microseconds of work on its own, less than torch and Python need
 around it.
+
+Each token is a row with its own place in the cache. A row's numbers do not depend on the other rows: what it sees, and
+every order of additions, follows from its own position.
 """
 
 from __future__ import annotations
@@ -17,20 +20,17 @@ import torch
 from numba import carray
 
 from qmix.kernels.cpu import team
-from qmix.kernels.cpu.addresses import address_of, float_at, next_piece
+from qmix.kernels.cpu.addresses import address_of, next_piece
 from qmix.kernels.cpu.attention import BLOCK, block_of
 from qmix.kernels.cpu.compiled import compiled_address
 from qmix.kernels.cpu.half_layer_pieces import (
-    CONSTANTS,
+    BEFORE,
+    BLOCKS,
     FIELDS,
-    HIDDEN,
-    ITEM,
-    NORM,
     add_output,
     attend,
     combine,
-    layout,
-    norm,
+    first_norm,
     place_head,
     project,
     route,
@@ -65,37 +65,62 @@ class HalfLayer:
 
 
 class HalfLayerSizes(NamedTuple):
-    """Sizes of a half layer's work: those of its model, and the positions of a sequence, this token's included."""
+    """Sizes of a half layer's work: those of its model, and the rows."""
 
     hidden: int
     heads: int
     groups: int
     width: int
-    positions: int
+    rows: int
     experts: int
     top_k: int
 
-    @property
-    def work_bytes(self) -> int:
-        """The work memory of a token."""
-        item, blocks = x_item(holds_of(torch.bfloat16)), -(-self.positions // BLOCK)
+    def work_bytes(self, blocks: int) -> int:
+        """Return the bytes of work memory for rows that see `blocks` blocks of positions together."""
+        item = x_item(holds_of(torch.bfloat16))
         projected = 4 * (self.heads + 2 * self.groups) * self.width
         parts = 4 * blocks * self.heads * (self.width + 2)
-        return projected + parts + item * (self.hidden + 2 * self.heads * self.width)
+        return parts + self.rows * (projected + item * (self.hidden + 2 * self.heads * self.width))
+
+
+class Seen(NamedTuple):
+    """What each row sees of the cache: an int64 table [T, 3] of its first position, the number of positions up to its
+    own place, which is the last, and the blocks of the rows before it; and the `blocks` of all rows."""
+
+    table: torch.Tensor
+    blocks: int
+
+    @classmethod
+    def alone(cls, positions: int) -> Seen:
+        """Return it for a single row, which sees all positions."""
+        return cls(torch.tensor([[0, positions, 0]]), -(-positions // BLOCK))
+
+    @classmethod
+    def of(cls, first: torch.Tensor, positions: torch.Tensor) -> Seen:
+        """Return it for int64 numbers [T] of first positions, and of positions."""
+        ends = ((positions + BLOCK - 1) // BLOCK).cumsum(0)
+        table = torch.stack((first, positions, ends.roll(1)), dim=1)
+        table[0, BEFORE] = 0
+        return cls(table, int(ends[-1]))
 
 
 def half_layer_block(
-    sizes: HalfLayerSizes, inputs: Sequence[int], cache: Sequence[int], layer: HalfLayer, results: Sequence[int]
+    sizes: HalfLayerSizes,
+    inputs: Sequence[int],
+    cache: Sequence[int],
+    layer: HalfLayer,
+    results: Sequence[int],
+    seen: Sequence[int],
 ) -> tuple[int, ...]:
     """Return the kernel's block for a layer, in the order of `half_layer_pieces`.
 
     `inputs` are the addresses of the residual stream, cosines, sines, constants and work memory, `results` those of the
     residual stream after attention, its norm, and the experts chosen with their shares; `cache` those of keys and
-    values, with the bytes from one group to the next.
+    values, with the bytes from one group to the next; `seen` is the address of a table of `Seen`, and its blocks.
     """
     holds = holds_of(torch.bfloat16)
     code = x_item(holds), sums_of(holds), block_of(holds)
-    return 0, 0, *sizes, *inputs, *cache, *layer.places, *results, *code
+    return 0, 0, *sizes, *inputs, *cache, *layer.places, *results, *code, *seen
 
 
 def attend_and_route(
@@ -104,29 +129,30 @@ def attend_and_route(
     rotary: tuple[torch.Tensor, torch.Tensor],
     keys: torch.Tensor,
     values: torch.Tensor,
+    seen: Seen,
     epsilons: tuple[float, float],
     scaling: float,
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the residual stream after attention [1, H] and its norm [1, H] in bf16, the experts that the router
-    chooses [1, k] in int64, and their shares [1, k] in fp32.
+    """Return the residual stream after attention [T, H] and its norm [T, H] in bf16, the experts that the router
+    chooses [T, k] in int64, and their shares [T, k] in fp32.
 
-    `hidden` is a token's residual stream, H numbers in bf16; `rotary` its cosines and sines, D each. `keys` and
-    `values` [G, S, D] are those of the sequence, with contiguous rows; the last one of each group is written here.
+    `hidden` are the tokens' residual streams, T times H numbers in bf16; `rotary` their cosines and sines, T times D
+    each. `keys` and `values` [G, N, D] are the cache, with contiguous rows; each token's are written to its place.
     """
-    groups, positions, width = keys.shape
-    sizes = HalfLayerSizes(
-        hidden.numel(), len(layer.query) // width, groups, width, positions, len(layer.router), top_k
-    )
-    attended, normed = hidden.new_empty(1, sizes.hidden), hidden.new_empty(1, sizes.hidden)
-    chosen, shares = torch.empty(1, top_k, dtype=torch.int64), torch.empty(1, top_k)
+    groups, _, width = keys.shape
+    rows = len(seen.table)
+    sizes = HalfLayerSizes(len(layer.norm), len(layer.query) // width, groups, width, rows, len(layer.router), top_k)
+    attended, normed = hidden.new_empty(rows, sizes.hidden), hidden.new_empty(rows, sizes.hidden)
+    chosen, shares = torch.empty(rows, top_k, dtype=torch.int64), torch.empty(rows, top_k)
     numbers = torch.tensor([*epsilons, scaling], dtype=torch.float32)
-    work = torch.empty(sizes.work_bytes, dtype=torch.uint8)
+    work = torch.empty(sizes.work_bytes(seen.blocks), dtype=torch.uint8)
     cos, sin = rotary
     inputs = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr(), numbers.data_ptr(), work.data_ptr()
     cache_places = keys.data_ptr(), values.data_ptr(), 2 * keys.stride(0), 2 * values.stride(0)
     results = attended.data_ptr(), normed.data_ptr(), chosen.data_ptr(), shares.data_ptr()
-    team.run(half_layer_kernel(), *half_layer_block(sizes, inputs, cache_places, layer, results)[1:])
+    block = half_layer_block(sizes, inputs, cache_places, layer, results, (seen.table.data_ptr(), seen.blocks))
+    team.run(half_layer_kernel(), *block[1:])
     return attended, normed, chosen, shares
 
 
@@ -136,34 +162,28 @@ def half_layer_kernel() -> int:
 
     def kernel(block: Any) -> None:
         numbers = carray(block, FIELDS)
-        size, heads, groups, width, positions = sizes_of(numbers)
-        done = address_of(numbers) + 8
-        to_place = 1 + row_groups(heads * width) + 2 * row_groups(groups * width)
-        to_attend = to_place + heads + 2 * groups
-        to_combine = to_attend + groups * ((positions + BLOCK - 1) // BLOCK)
-        to_add = to_combine + heads
+        size, heads, groups, width, rows = sizes_of(numbers)
+        together, done = heads + 2 * groups, address_of(numbers) + 8
+        alone = rows == 1  # then each head is a piece, else each row
+        to_place = rows + row_groups(heads * width) + 2 * row_groups(groups * width)
+        to_attend = to_place + (together if alone else rows)
+        to_combine = to_attend + groups * numbers[BLOCKS]
+        to_add = to_combine + (heads if alone else rows)
         to_route = to_add + row_groups(size)
-        end = to_route + 1
+        end = to_route + rows
         piece = next_piece(block)
         while piece < end:
-            if piece < 1:
-                norm(
-                    numbers[ITEM],
-                    numbers[HIDDEN],
-                    numbers[NORM],
-                    float_at(numbers[CONSTANTS]),
-                    size,
-                    layout(numbers)[2],
-                    0,
-                )
-                finish(done, 1)
+            if piece < rows:
+                first_norm(numbers, piece)
+                finish(done, rows)
             elif piece < to_place:
-                wait_for(done, 1)
-                project(numbers, piece - 1)
+                wait_for(done, rows)
+                project(numbers, piece - rows)
                 finish(done, to_place)
             elif piece < to_attend:
                 wait_for(done, to_place)
-                place_head(numbers, piece - to_place)
+                for head in range(1 if alone else together):
+                    place_head(numbers, 0 if alone else piece - to_place, piece - to_place if alone else head)
                 finish(done, to_attend)
             elif piece < to_combine:
                 wait_for(done, to_attend)
@@ -171,7 +191,8 @@ def half_layer_kernel() -> int:
                 finish(done, to_combine)
             elif piece < to_add:
                 wait_for(done, to_combine)
-                combine(numbers, piece - to_combine)
+                for head in range(1 if alone else heads):
+                    combine(numbers, 0 if alone else piece - to_combine, piece - to_combine if alone else head)
                 finish(done, to_add)
             elif piece < to_route:
                 wait_for(done, to_add)
@@ -179,7 +200,7 @@ def half_layer_kernel() -> int:
                 finish(done, to_route)
             else:
                 wait_for(done, to_route)
-                route(numbers)
+                route(numbers, piece - to_route)
                 finish(done, end)
             piece = next_piece(block)
         wait_for(done, end)

@@ -26,13 +26,17 @@ from qmix.kernels.cpu.row_tile import GROUP
 PARTIAL = 16  # sums of squares side by side
 
 # the kernel's block, after the counts of pieces drawn and done
-SIZE, HEADS, GROUPS, WIDTH, POSITIONS, EXPERTS, TOP_K = range(2, 9)
+SIZE, HEADS, GROUPS, WIDTH, ROWS, EXPERTS, TOP_K = range(2, 9)
 HIDDEN, COS, SIN, CONSTANTS, WORK = range(9, 14)  # addresses, as are the following
 KEYS, VALUES, KEY_GROUP, VALUE_GROUP = range(14, 18)  # the last two are strides in bytes
 NORM, QUERY, KEY, VALUE, OUT, SECOND_NORM, ROUTER = range(18, 25)
 ATTENDED, NORMED, CHOSEN, SHARES = range(25, 29)
 ITEM, GROUP_SUMS, ATTEND_BLOCK = range(29, 32)  # bytes of a number as the tiles read it; code
-FIELDS = 32
+SEEN, BLOCKS = range(32, 34)  # the address of what each row sees; the blocks of all rows
+FIELDS = 34
+# what a row sees of the cache: its first position, the number of positions, and the blocks of the rows before
+FIRST, POSITIONS, BEFORE = range(3)
+SEEN_FIELDS = 3
 
 
 @compiled_part
@@ -75,24 +79,39 @@ def row_groups(rows: int) -> int:
 
 @compiled_part
 def sizes_of(numbers: Any) -> tuple[int, int, int, int, int]:
-    """Return the hidden size, heads, groups of heads, a head's width, and positions."""
-    return numbers[SIZE], numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
+    """Return the hidden size, heads, groups of heads, a head's width, and rows."""
+    return numbers[SIZE], numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[ROWS]
 
 
 @compiled_part
 def layout(numbers: Any) -> tuple[int, int, int, int, int]:
     """Return addresses in the work memory: what is projected, parts of attention, x, queries and results as read."""
-    size, heads, groups, width, positions = sizes_of(numbers)
+    size, heads, groups, width, rows = sizes_of(numbers)
     projected, item = numbers[WORK], numbers[ITEM]
-    parts = projected + 4 * (heads + 2 * groups) * width
-    read = parts + 4 * ((positions + BLOCK - 1) // BLOCK) * heads * (width + 2)
-    return projected, parts, read, read + item * size, read + item * (size + heads * width)
+    parts = projected + 4 * rows * (heads + 2 * groups) * width
+    read = parts + 4 * numbers[BLOCKS] * heads * (width + 2)
+    queries = read + item * rows * size
+    return projected, parts, read, queries, queries + item * rows * heads * width
+
+
+@compiled_part
+def seen(numbers: Any, row: int) -> Any:
+    """Return what a row sees of the cache."""
+    return carray(integers(numbers[SEEN] + row * SEEN_FIELDS * 8), SEEN_FIELDS)
+
+
+@compiled_part
+def first_norm(numbers: Any, row: int) -> None:
+    """Norm a row of the residual stream."""
+    size, item = numbers[SIZE], numbers[ITEM]
+    to = layout(numbers)[2] + row * size * item
+    norm(item, numbers[HIDDEN] + row * size * 2, numbers[NORM], float_at(numbers[CONSTANTS]), size, to, 0)
 
 
 @compiled_part
 def project(numbers: Any, piece: int) -> None:
-    """Compute 32 rows of query, key or value."""
-    size, width = numbers[SIZE], numbers[WIDTH]
+    """Compute 32 rows of query, key or value for all rows of x."""
+    size, width, tokens = numbers[SIZE], numbers[WIDTH], numbers[ROWS]
     to, _, read, _, _ = layout(numbers)
     row, rows, weight = piece, numbers[HEADS] * width, numbers[QUERY]
     for following in (numbers[KEY], numbers[VALUE]):
@@ -102,28 +121,24 @@ def project(numbers: Any, piece: int) -> None:
         else:
             break
     row *= GROUP
-    sums = np.empty((1, GROUP), np.float32)
-    call_at(numbers[GROUP_SUMS], address_of(sums), 1, row, 1, rows, size, weight, 0, read)
-    for r in range(min(GROUP, rows - row)):
-        put_float(to_bf16(sums[0, r]), to + (row + r) * 4)
+    sums = np.empty((tokens, GROUP), np.float32)
+    call_at(numbers[GROUP_SUMS], address_of(sums), tokens, row, 1, rows, size, weight, 0, read)
+    step = 4 * (numbers[HEADS] + 2 * numbers[GROUPS]) * width
+    for t in range(tokens):
+        for r in range(min(GROUP, rows - row)):
+            put_float(to_bf16(sums[t, r]), to + t * step + (row + r) * 4)
 
 
 @compiled_part
-def place_head(numbers: Any, head: int) -> None:
+def place_head(numbers: Any, row: int, head: int) -> None:
     """Turn a head of queries or keys by its position's angles; put keys and values into the cache."""
-    heads, groups, width, positions, cos, sin, item = (
-        numbers[HEADS],
-        numbers[GROUPS],
-        numbers[WIDTH],
-        numbers[POSITIONS],
-        numbers[COS],
-        numbers[SIN],
-        numbers[ITEM],
-    )
+    heads, groups, width, item = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[ITEM]
+    cos, sin = numbers[COS] + row * width * 2, numbers[SIN] + row * width * 2
     projected, _, _, queries, _ = layout(numbers)
-    place, last = projected + head * width * 4, (positions - 1) * width * 2
+    place = projected + (row * (heads + 2 * groups) + head) * width * 4
+    last = (seen(numbers, row)[FIRST] + seen(numbers, row)[POSITIONS] - 1) * width * 2
     if head < heads:
-        _rotate(item, place, width, cos, sin, queries + head * width * item)
+        _rotate(item, place, width, cos, sin, queries + (row * heads + head) * width * item)
     elif head < heads + groups:
         _rotate(2, place, width, cos, sin, numbers[KEYS] + (head - heads) * numbers[KEY_GROUP] + last)
     else:
@@ -134,57 +149,63 @@ def place_head(numbers: Any, head: int) -> None:
 
 @compiled_part
 def attend(numbers: Any, piece: int) -> None:
-    """Attend from a group of query heads to a block of positions."""
-    heads, groups, width, positions = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
-    shared, blocks = heads // groups, (positions + BLOCK - 1) // BLOCK
+    """Attend from a row's group of query heads to a block of positions."""
+    heads, groups, width = numbers[HEADS], numbers[GROUPS], numbers[WIDTH]
+    shared, row = heads // groups, numbers[ROWS] - 1
     _, parts, _, queries, _ = layout(numbers)
-    g, first = piece // blocks, piece % blocks * BLOCK
-    keys = numbers[KEYS] + g * numbers[KEY_GROUP] + first * width * 2
-    values = numbers[VALUES] + g * numbers[VALUE_GROUP] + first * width * 2
-    query, part = queries + g * shared * width * numbers[ITEM], parts + piece * shared * (width + 2) * 4
-    count, scale = min(BLOCK, positions - first), numbers[CONSTANTS] + 8
+    block, g = piece // groups, piece % groups
+    while seen(numbers, row)[BEFORE] > block:
+        row -= 1
+    mine = seen(numbers, row)
+    first = (block - mine[BEFORE]) * BLOCK
+    keys = numbers[KEYS] + g * numbers[KEY_GROUP] + (mine[FIRST] + first) * width * 2
+    values = numbers[VALUES] + g * numbers[VALUE_GROUP] + (mine[FIRST] + first) * width * 2
+    query = queries + (row * groups + g) * shared * width * numbers[ITEM]
+    part = parts + piece * shared * (width + 2) * 4
+    count, scale = min(BLOCK, mine[POSITIONS] - first), numbers[CONSTANTS] + 8
     call_at(numbers[ATTEND_BLOCK], shared, keys, values, query, 0, count, width, scale, part)
 
 
 @compiled_part
-def combine(numbers: Any, head: int) -> None:
-    """Combine the blocks of a head."""
-    heads, groups, width, positions = numbers[HEADS], numbers[GROUPS], numbers[WIDTH], numbers[POSITIONS]
-    shared, blocks = heads // groups, (positions + BLOCK - 1) // BLOCK
+def combine(numbers: Any, row: int, head: int) -> None:
+    """Combine the blocks of a row's head."""
+    heads, width = numbers[HEADS], numbers[WIDTH]
     _, parts, _, _, found = layout(numbers)
-    of_head = parts + (head // shared * blocks * shared + head % shared) * (width + 2) * 4
-    columns = np.empty(width, np.float32)
-    combine_blocks(of_head, blocks, shared * (width + 2) * 4, width, columns)
+    before, blocks = seen(numbers, row)[BEFORE], (seen(numbers, row)[POSITIONS] + BLOCK - 1) // BLOCK
+    columns, step = np.empty(width, np.float32), heads * (width + 2) * 4
+    combine_blocks(parts + before * step + head * (width + 2) * 4, blocks, step, width, columns)
+    to = found + (row * heads + head) * width * numbers[ITEM]
     for i in range(width):
-        put_as_read(numbers[ITEM], to_bf16(columns[i]), found + (head * width + i) * numbers[ITEM])
+        put_as_read(numbers[ITEM], to_bf16(columns[i]), to + i * numbers[ITEM])
 
 
 @compiled_part
 def add_output(numbers: Any, piece: int) -> None:
-    """Compute 32 rows of the output's projection, and add them to the residual stream."""
-    size, hidden, attended = numbers[SIZE], numbers[HIDDEN], numbers[ATTENDED]
+    """Compute 32 rows of the output's projection for all rows of x, and add them to the residual stream."""
+    size, tokens = numbers[SIZE], numbers[ROWS]
     _, _, _, _, found = layout(numbers)
-    sums, row = np.empty((1, GROUP), np.float32), piece * GROUP
-    call_at(
-        numbers[GROUP_SUMS], address_of(sums), 1, row, 1, size, numbers[HEADS] * numbers[WIDTH], numbers[OUT], 0, found
-    )
-    for r in range(row, min(row + GROUP, size)):
-        put_half(half_at(hidden + r * 2, 0) + to_bf16(sums[0, r - row]), attended + r * 2, 0)
+    sums, row, width = np.empty((tokens, GROUP), np.float32), piece * GROUP, numbers[HEADS] * numbers[WIDTH]
+    call_at(numbers[GROUP_SUMS], address_of(sums), tokens, row, 1, size, width, numbers[OUT], 0, found)
+    for t in range(tokens):
+        hidden, attended = numbers[HIDDEN] + t * size * 2, numbers[ATTENDED] + t * size * 2
+        for r in range(row, min(row + GROUP, size)):
+            put_half(half_at(hidden + r * 2, 0) + to_bf16(sums[t, r - row]), attended + r * 2, 0)
 
 
 @compiled_part
-def route(numbers: Any) -> None:
-    """Norm the residual stream, and choose experts by the router's logits, which are rounded to bf16."""
-    size, experts, attended, normed = numbers[SIZE], numbers[EXPERTS], numbers[ATTENDED], numbers[NORMED]
-    _, _, read, _, _ = layout(numbers)
+def route(numbers: Any, row: int) -> None:
+    """Norm a row of the residual stream, and choose its experts by the router's logits, which are rounded to bf16."""
+    size, experts, top_k = numbers[SIZE], numbers[EXPERTS], numbers[TOP_K]
+    attended, normed = numbers[ATTENDED] + row * size * 2, numbers[NORMED] + row * size * 2
+    read = layout(numbers)[2] + row * size * numbers[ITEM]
     norm(numbers[ITEM], attended, numbers[SECOND_NORM], float_at(numbers[CONSTANTS] + 4), size, read, normed)
     logits = np.empty((experts + GROUP - 1) // GROUP * GROUP, np.float32)
-    for row in range(0, experts, GROUP):
-        sums = address_of(logits) + row * 4
-        call_at(numbers[GROUP_SUMS], sums, 1, row, 1, experts, size, numbers[ROUTER], 0, read)
+    for first in range(0, experts, GROUP):
+        sums = address_of(logits) + first * 4
+        call_at(numbers[GROUP_SUMS], sums, 1, first, 1, experts, size, numbers[ROUTER], 0, read)
     for expert in range(experts):
         logits[expert] = to_bf16(logits[expert])
-    choose(logits[:experts], numbers[TOP_K], numbers[CHOSEN], numbers[SHARES])
+    choose(logits[:experts], top_k, numbers[CHOSEN] + row * top_k * 8, numbers[SHARES] + row * top_k * 4)
 
 
 @compiled_part
