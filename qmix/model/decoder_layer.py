@@ -146,40 +146,22 @@ class RowsLayer(OneTokenLayer):
 
     kinds = _kinds(InvariantNorm, InvariantRouter)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Any = None,
-        rows: Rows | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Return the layer's residual stream [1, T, H] for the rows of a pass."""
-        parts = self.parts()
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Return the layer's residual stream [1, T, H] for the rows of a pass; arguments are those of transformers."""
+        parts, rows, cache, rotary = self.parts(), *map(options.get, ("rows", "cache", "position_embeddings"))
         if (
-            rows is None
-            or position_embeddings is None
+            type(rows) is not Rows
             or type(cache) is not KVCache
+            or rotary is None
             or not is_short(len(rows.places), rows.longest)
-            or not self._kernel_reads(hidden_states, position_embeddings, cache, parts)
+            or not self._kernel_reads(hidden_states, rotary, cache, parts)
         ):
-            return MixtralDecoderLayer.forward(
-                self,
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                rows=rows,
-                **kwargs,
-            )
+            return MixtralDecoderLayer.forward(self, hidden_states, *arguments, **options)
         from qmix.kernels.cpu.attention_half import Seen
 
         layer = cache.layers[parts[0].layer_idx]
         seen = Seen.of(rows.first, rows.seen)
-        return self._run(parts, hidden_states, position_embeddings, layer.keys[0], layer.values[0], seen)
+        return self._run(parts, hidden_states, rotary, layer.keys[0], layer.values[0], seen)
 
 
 def _are_plain(parts: tuple[Any, ...], kinds: Kinds) -> bool:
