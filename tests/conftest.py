@@ -110,7 +110,7 @@ def first_use(made_once, tmp_path_factory) -> FirstUse:
 
 @pytest.fixture(scope="session")
 def measurements(made_once) -> list[Path]:
-    """The files that have what Python's memory was measured to be; only to be read."""
+    """The files with the measured memory of Python. Do not change them."""
     return [*FirstUse.read(made_once("first-use", FirstUse.make)).cache.glob("qmix/interpreter-*.json")]
 
 

@@ -15,7 +15,7 @@ PRODUCT_CACHES = {
 
 
 def limit_kept_memory() -> None:
-    """Make the C library give freed blocks back, and torch forget the code of products it has not used for long.
+    """Limit the freed blocks that the C library keeps, and the generated code of products that torch keeps.
 
     glibc keeps freed blocks of up to 32 MiB, in which activations of changing sizes find no place: a long prefill then
     held 150 MB more than it used. Now it returns those of 1 MiB or more; where the C library has no such setting,

@@ -35,7 +35,7 @@ Kinds = tuple[type[nn.Module], ...]
 
 
 def _kinds(norm: type[nn.Module], router: type[nn.Module]) -> Kinds:
-    """Return what the short way stands for, in the order of HalfLayer from the third on."""
+    """Return the types of the modules that the short way replaces, in the order of HalfLayer from the third on."""
     return MixtralAttention, MixtralSparseMoeBlock, norm, *[HalfLinear] * 4, norm, router
 
 
@@ -127,7 +127,7 @@ class OneTokenLayer(MixtralDecoderLayer):
         cache: KVCache,
         parts: tuple[Any, ...],
     ) -> bool:
-        """Return whether nobody looks at what the kernel leaves out, and all is as it reads it."""
+        """Return whether no hook, replacement or gradient needs the modules, and the kernel can read the tensors."""
         return (
             type(hidden) is torch.Tensor
             and hidden.dtype == torch.bfloat16

@@ -56,7 +56,7 @@ def row_by_row(function: Elementwise) -> Elementwise:
 
 
 class InvariantNorm(nn.Module):
-    """transformers' MixtralRMSNorm with the additions of qmix's kernel, in bf16."""
+    """Replaces transformers' MixtralRMSNorm in bf16; sums in the order of qmix's kernel."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class InvariantNorm(nn.Module):
 
 
 class InvariantRouter(nn.Module):
-    """transformers' MixtralTopKRouter with qmix's own product, and with `kernels` the kernels' choice."""
+    """Replaces transformers' MixtralTopKRouter with qmix's product; with `kernels`, a kernel also chooses experts."""
 
     def __init__(self, weight: nn.Parameter, top_k: int, kernels: bool) -> None:
         super().__init__()

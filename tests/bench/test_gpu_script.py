@@ -101,7 +101,7 @@ def test_a_gpu_has_its_place_among_the_visible_ones():
 
 
 def test_the_peak_is_above_what_was_in_use_before(nvidia_smi):
-    """A message among the lines, as of a device that is reset, ends no watch."""
+    """The watch skips lines that are messages."""
     nvidia_smi.write_text("500\nUnable to determine the device handle\n\n")
     with gpu_steps.Peak() as peak:
         nvidia_smi.write_text("12500\n")

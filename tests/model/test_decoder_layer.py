@@ -163,4 +163,4 @@ def test_a_tokens_barriers_and_calls(tmp_path, monkeypatch, precision):
     assert team_calls == 2 * 2 + 1
     assert a_layer[0] == 2
     assert a_layer[1] <= 30
-    assert a_layer[2] <= 125
+    assert a_layer[2] <= 120

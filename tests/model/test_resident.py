@@ -96,7 +96,7 @@ def test_any_number_of_threads_and_several_blocks_of_positions(tmp_path, threads
 
 
 def test_equal_logits_of_the_router_take_the_first_expert(tmp_path):
-    """Of four experts whose router rows are the same, 0 and 1 are chosen."""
+    """Four experts have the same router row: 0 and 1 are chosen."""
     model = model_of(tmp_path)
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.copy_(layer.mlp.gate.weight[:1].expand(4, -1).clone())
@@ -186,7 +186,7 @@ def test_recorded_outputs_are_recorded(tmp_path, option):
 
 
 def test_the_embedding_stays_its_module_s(tmp_path):
-    """Neither what a hook has kept of it, nor a weight that a module hands out without a copy, is written to."""
+    """A step writes neither to an output that a hook keeps, nor to a weight that a module returns without a copy."""
     model, seen = model_of(tmp_path), []
     expected, served = logits(model), _Served(model)
     model.model.embed_tokens.register_forward_hook(lambda module, given, out: seen.append((out, out.clone())))
@@ -255,7 +255,7 @@ def open_files() -> int:
 
 
 def test_a_model_that_is_let_go_of_is_freed_at_once(tmp_path):
-    """Its memory and files do not wait for a collection of cycles."""
+    """Freeing memory and files needs no collection of cycles."""
     gc.collect()
     gc.disable()
     try:

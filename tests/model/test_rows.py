@@ -23,14 +23,14 @@ from qmix.precision import formats, matmul
 
 @pytest.fixture(autouse=True)
 def kernels_for_any_size(monkeypatch):
-    """Small models are computed as large ones are."""
+    """Let small models use the kernels of large ones."""
     for module in (formats, matmul):
         monkeypatch.setattr(module, "KERNEL_WEIGHTS", 0)
 
 
 @pytest.fixture
 def runner_of(tiny, tmp_path) -> Callable[..., BatchRunner]:
-    """Opens a model of so many layers with every expert in memory."""
+    """Open a model with this number of layers and every expert in memory."""
 
     def runner_of(layers: int = 2) -> BatchRunner:
         config, directory = TINY_CONFIG | {"num_hidden_layers": layers}, tmp_path / str(layers)
@@ -43,18 +43,19 @@ def runner_of(tiny, tmp_path) -> Callable[..., BatchRunner]:
 
 
 def continued(sequences: int) -> list[Chunk]:
-    """The second token of each sequence."""
+    """Return chunks with the second token of each sequence."""
     return [Chunk([3 + index % 90], 1, 16 * index, True) for index in range(sequences)]
 
 
 def begun(sequences: int) -> list[Chunk]:
+    """Return chunks with the first token of each sequence."""
     return [Chunk([5 + index % 80], 0, 16 * index, False) for index in range(sequences)]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, SHORT_PASS])
 @pytest.mark.parametrize(("resident", "a_layer", "around"), [(True, 0, 3), (False, 2, 2)], ids=["in memory", "disk"])
 def test_a_pass_is_one_call_or_two_a_layer(runner_of, monkeypatch, tokens, resident, a_layer, around):
-    """Besides the norm and the head."""
+    """The norm and the head are a call each; 'around' counts them."""
     calls, run = [], team.run
     monkeypatch.setattr(team, "run", lambda *arguments: (calls.append(1), run(*arguments)))
     counts = []
@@ -129,7 +130,7 @@ def test_a_stopped_runner_takes_no_pass(runner_of):
 
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 def test_norms_and_choices_are_transformers(runner_of, tokens):
-    """Norms but for the last bit of some numbers in bf16; choices where the router's logits differ enough."""
+    """Norms agree within one bit of bf16; choices agree except for the order of equal logits."""
     with runner_of() as runner:
         config, layer = runner.model.config, runner.model.model.layers[0]
     x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens)).bfloat16()

@@ -77,27 +77,30 @@ class HalfLayerSizes(NamedTuple):
 
     def work_bytes(self, blocks: int) -> int:
         """Return the bytes of work memory for rows that see `blocks` blocks of positions together."""
-        item = x_item(holds_of(torch.bfloat16))
+        item = _tiles()[0]
         projected = 4 * (self.heads + 2 * self.groups) * self.width
         parts = 4 * blocks * self.heads * (self.width + 2)
         return parts + self.rows * (projected + item * (self.hidden + 2 * self.heads * self.width))
 
 
 class Seen(NamedTuple):
-    """What each row sees of the cache: an int64 table [T, 3] of its first position, the number of positions up to its
-    own place, which is the last, and the blocks of the rows before it; and the `blocks` of all rows."""
+    """Positions of the cache that rows attend to, for the kernel.
+
+    `table`, int64 [T, 3], has for each row the first position, the number of positions, of which the last is the row's
+    own place, and the number of blocks of the rows before it. `blocks` is the number of blocks of all rows.
+    """
 
     table: torch.Tensor
     blocks: int
 
     @classmethod
     def alone(cls, positions: int) -> Seen:
-        """Return it for a single row, which sees all positions."""
+        """Return the table of a single row that attends to all positions."""
         return cls(torch.tensor([[0, positions, 0]]), -(-positions // BLOCK))
 
     @classmethod
     def of(cls, first: torch.Tensor, positions: torch.Tensor) -> Seen:
-        """Return it for int64 numbers [T] of first positions, and of positions."""
+        """Return the table of rows with these first positions and numbers of positions, int64 [T] each."""
         ends = ((positions + BLOCK - 1) // BLOCK).cumsum(0)
         table = torch.stack((first, positions, ends.roll(1)), dim=1)
         table[0, BEFORE] = 0
@@ -107,7 +110,7 @@ class Seen(NamedTuple):
 def half_layer_block(
     sizes: HalfLayerSizes,
     inputs: Sequence[int],
-    cache: Sequence[int],
+    kept: Sequence[int],
     layer: HalfLayer,
     results: Sequence[int],
     seen: Sequence[int],
@@ -115,12 +118,17 @@ def half_layer_block(
     """Return the kernel's block for a layer, in the order of `half_layer_pieces`.
 
     `inputs` are the addresses of the residual stream, cosines, sines, constants and work memory, `results` those of the
-    residual stream after attention, its norm, and the experts chosen with their shares; `cache` those of keys and
+    residual stream after attention, its norm, and the experts chosen with their shares; `kept` those of keys and
     values, with the bytes from one group to the next; `seen` is the address of a table of `Seen`, and its blocks.
     """
+    return 0, 0, *sizes, *inputs, *kept, *layer.places, *results, *_tiles(), *seen
+
+
+@cache
+def _tiles() -> tuple[int, int, int]:
+    """Return the bytes of a number as the tiles read it, and the addresses of the code of products and attention."""
     holds = holds_of(torch.bfloat16)
-    code = x_item(holds), sums_of(holds), block_of(holds)
-    return 0, 0, *sizes, *inputs, *cache, *layer.places, *results, *code, *seen
+    return x_item(holds), sums_of(holds), block_of(holds)
 
 
 def attend_and_route(

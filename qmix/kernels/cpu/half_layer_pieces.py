@@ -34,7 +34,7 @@ ATTENDED, NORMED, CHOSEN, SHARES = range(25, 29)
 ITEM, GROUP_SUMS, ATTEND_BLOCK = range(29, 32)  # bytes of a number as the tiles read it; code
 SEEN, BLOCKS = range(32, 34)  # the address of what each row sees; the blocks of all rows
 FIELDS = 34
-# what a row sees of the cache: its first position, the number of positions, and the blocks of the rows before
+# a row of the table of `Seen`: its first position, the number of positions, and the blocks of the rows before
 FIRST, POSITIONS, BEFORE = range(3)
 SEEN_FIELDS = 3
 
@@ -96,7 +96,7 @@ def layout(numbers: Any) -> tuple[int, int, int, int, int]:
 
 @compiled_part
 def seen(numbers: Any, row: int) -> Any:
-    """Return what a row sees of the cache."""
+    """Return a row's entry in the table of `Seen`."""
     return carray(integers(numbers[SEEN] + row * SEEN_FIELDS * 8), SEEN_FIELDS)
 
 

@@ -10,7 +10,7 @@ store's experts a block and a table of all experts; then the addresses of all ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -137,33 +137,40 @@ class ResidentLayers:
         rows[:, half.ATTENDED], rows[:, half.NORMED] = attended.data_ptr(), normed.data_ptr()
         rows[:, half.CHOSEN] = chosen.data_ptr() + WORD * tokens * top_k * np.arange(self.count)
         rows[:, half.SHARES] = shares.data_ptr()
-        kept = self._mixture(tokens, attended, normed, place)
+        choices = tokens * top_k
+        order, outputs = torch.empty(choices, dtype=torch.int64), torch.empty(choices * hidden, dtype=torch.bfloat16)
+        read = torch.empty(4 * choices * (hidden + self._inner), dtype=torch.uint8)  # x as read, and the inner numbers
+        self._set_mixture(tokens, order, read, normed)
+        self._set_sum(outputs, attended, stream)
         team.run(
             resident_step_kernel(),
             *(len(rows), rows.strides[0], rows.ctypes.data, half_layer_kernel(), experts_kernel()),
         )
-        del kept
         found: list[list[int]] = chosen.view(self.count, tokens * top_k).tolist()
         return found
 
-    def _mixture(self, tokens: int, attended: torch.Tensor, normed: torch.Tensor, result: int) -> list[torch.Tensor]:
-        """Set what a step of `tokens` changes in the blocks of the experts; return the memory that they use."""
-        rows, top_k, hidden = self._rows, self.sizes.top_k, self.sizes.hidden
-        choices = tokens * top_k
-        order, outputs = torch.empty(choices, dtype=torch.int64), torch.empty(choices * hidden, dtype=torch.bfloat16)
-        read = torch.empty(4 * choices * (hidden + self._inner), dtype=torch.uint8)  # x as read, and the inner numbers
-        choice = half.FIELDS
-        rows[:, choice + CHOICES], rows[:, choice + ORDER] = choices, order.data_ptr()
+    def _mixtures(self) -> Iterator[np.ndarray]:
+        """Yield for each precision the blocks of all layers, [L, numbers from the block on]."""
+        for index in range(int(self._rows[0, half.FIELDS + PRECISIONS])):
+            yield self._rows[:, half.FIELDS + CHOICE_FIELDS + index * MIXTURE_FIELDS :]
+
+    def _set_mixture(self, tokens: int, order: torch.Tensor, read: torch.Tensor, normed: torch.Tensor) -> None:
+        """Set what the choice and the products of a step's experts read and write."""
+        rows, choice = self._rows, half.FIELDS
+        rows[:, choice + CHOICES], rows[:, choice + ORDER] = len(order), order.data_ptr()
         rows[:, choice + CHOSEN], rows[:, choice + SHARES] = rows[:, half.CHOSEN], rows[:, half.SHARES]
-        for index in range(int(rows[0, choice + PRECISIONS])):
-            block = rows[:, choice + CHOICE_FIELDS + index * MIXTURE_FIELDS :]
+        for block in self._mixtures():
             item = int(block[0, ITEM])
             direct = tokens == 1 and item == 2
             block[:, TOKENS], block[:, DIRECT], block[:, X] = tokens, direct, normed.data_ptr()
             block[:, READ] = normed.data_ptr() if direct else read.data_ptr()
-            block[:, READ_INNER] = read.data_ptr() + item * choices * hidden
-            block[:, OUT], block[:, RESIDUAL], block[:, RESULT] = outputs.data_ptr(), attended.data_ptr(), result
-        return [order, outputs, read]
+            block[:, READ_INNER] = read.data_ptr() + item * len(order) * self.sizes.hidden
+
+    def _set_sum(self, outputs: torch.Tensor, attended: torch.Tensor, result: torch.Tensor) -> None:
+        """Set where the experts' outputs lie, what their sum is added to, and where the result goes."""
+        for block in self._mixtures():
+            block[:, OUT], block[:, RESIDUAL] = outputs.data_ptr(), attended.data_ptr()
+            block[:, RESULT] = result.data_ptr()
 
 
 @compiled_part

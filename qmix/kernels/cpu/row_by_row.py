@@ -1,4 +1,4 @@
-"""Norms and choices of experts for any number of tokens, with the numbers of `attention_half`.
+"""Norms and choices of experts for any number of tokens, equal to those of `attention_half` to the bit.
 
 A batch-invariant model computes a few tokens with the kernels of half a layer or of all layers, and many with a module
 at a time. Both have the code of `half_layer_pieces`, so that a token's numbers are the same.
